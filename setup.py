@@ -1,0 +1,26 @@
+"Packaging shim: every value lives in settings.ini; the pocket world of data/pocket travels inside the package."
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=["="])
+ini.read("settings.ini", encoding="utf-8")
+c = ini["DEFAULT"]
+lib, world = c["lib_path"], f"{c['lib_path']}.pocket_world"
+
+setup(
+    name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
+    author=c["author"], author_email=c["author_email"], license="Apache-2.0", url=c["git_url"],
+    project_urls={"Documentation": c["doc_host"] + c["doc_baseurl"]},
+    python_requires=">=" + c["min_python"],
+    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research", "Typing :: Typed"],
+    packages=[*find_packages(include=[lib, lib + ".*"]), world],
+    package_dir={world: "data/pocket"},
+    package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"]},
+    install_requires=shlex.split(c["requirements"]),
+    extras_require={"dev": shlex.split(c["dev_requirements"])},
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    entry_points={"console_scripts": c["console_scripts"].split("\n"), "nbdev": [f"{lib}={lib}._modidx:d"]},
+)
