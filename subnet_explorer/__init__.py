@@ -1,2 +1,51 @@
 "Find, compare, look at and use subnetworks of pretrained transformers."
+from __future__ import annotations
+
 __version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "space": ("Space", "SubnetError", "SpaceMismatch"),
+    "mask": ("Mask", "Scores"),
+    "masks": ("Masks",),
+    "apply": ("masked",),
+    "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
+    "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Density", "Ramp"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable"),
+    "pocket": ("load",),
+    "store": ("Run", "Store"),
+    "search": ("find",),
+    "heads": ("Tagger", "Classifier", "fit", "preserved"),
+}
+_MODULES = ("compare", "evaluate", "plots", "recipes", "represent", "score")
+_WHERE = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*_WHERE, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    "Import on first use, so that masks and figures can be handled without loading torch."
+    if name in _MODULES: return import_module(f"{__name__}.{name}")
+    if name in _WHERE:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from subnet_explorer import compare, evaluate, plots, recipes, represent, score
+    from subnet_explorer.apply import masked
+    from subnet_explorer.data import Fact, Facts, answerable, read_facts, split
+    from subnet_explorer.search import find
+    from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
+    from subnet_explorer.heads import Classifier, Tagger, fit, preserved
+    from subnet_explorer.mask import Mask, Scores
+    from subnet_explorer.masks import Masks
+    from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Ramp, Suppress, Task
+    from subnet_explorer.pocket import load
+    from subnet_explorer.space import Space, SpaceMismatch, SubnetError
+    from subnet_explorer.store import Run, Store

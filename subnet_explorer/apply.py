@@ -51,7 +51,7 @@ def parameter(model: nn.Module, group: Group) -> nn.Parameter:
 def applied(
     model: nn.Module,
     space: Space,
-    values: Mapping[str, torch.Tensor],       # per group: the group's shape, or (batch, n) for structured groups
+    values: Mapping[str, Any],                # per group: tensor of the group's shape; for structured groups also (batch, n) or a function of the input
 ) -> Iterator[None]:
     "Let `model` compute with its coordinates multiplied by `values`."
     layout, tensors = space.layout, {}
@@ -64,7 +64,7 @@ def applied(
                 tensors[g.name] = w * (v if g.block is None else v.repeat_interleave(g.block[0], 0).repeat_interleave(g.block[1], 1)[:w.shape[0], :w.shape[1]])
                 continue
             o, down = (reach(model.base_model, layout.module(g.layer, role)) for role in ("o", "down"))
-            if g.kind == "head": hook(o.register_forward_pre_hook(_gate_input(v.repeat_interleave(layout.head_dim, -1))))
+            if g.kind == "head": hook(o.register_forward_pre_hook(_gate_input(v, layout.head_dim)))
             if g.kind == "neuron": hook(down.register_forward_pre_hook(_gate_input(v)))
             if g.kind in ("mlp", "layer"): hook(down.register_forward_hook(_gate_output(v)))
             if g.kind == "layer": hook(o.register_forward_hook(_gate_output(v)))
@@ -72,9 +72,11 @@ def applied(
         yield
 
 
-def _line(v: torch.Tensor) -> torch.Tensor: return v[:, None] if v.dim() == 2 else v     # (batch, n) -> (batch, 1, n)
-def _gate_input(v: torch.Tensor) -> Any: return lambda module, args: (args[0] * _line(v), *args[1:])
-def _gate_output(v: torch.Tensor) -> Any: return lambda module, args, out: out * _line(v)
+def _line(v: Any, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
+    v = (v(x) if callable(v) else v).repeat_interleave(repeat, -1)
+    return v[:, None] if v.dim() == 2 else v                               # (batch, n) -> (batch, 1, n)
+def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (args[0] * _line(v, args[0], repeat), *args[1:])
+def _gate_output(v: Any) -> Any: return lambda module, args, out: out * _line(v, out)
 
 # %% ../nbs/03_apply.ipynb #52094443
 @contextmanager

@@ -85,24 +85,24 @@ TEMPLATES: dict[str, str] = {
 
 
 def read_facts(
-    source: str | Path,                             # "pocket", or the path of a file or folder
+    source: str | Path,                             # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
     templates: Mapping[str, str] | str | Path | None = None,   # prompts by relation with {head} and {tail}; for LAMA a relations.jsonl with [X] and [Y]
+    prompt: int = 0,                                # which of several masked sentences; the pocket facts have the unseen probe first, then five known wordings
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
     if str(source) == "pocket":
         from subnet_explorer.pocket import pocket_path
         source, name = pocket_path("facts.jsonl"), "pocket"
     else: name = Path(source).name
-    paths = _files(Path(source))
     by_name = _templates(templates)
     found, skipped = [], {}
-    for path in paths:
+    for path, rows in _sources(source):
         triples = ".tsv" in path.suffixes
-        for n, line in _lines(path):
-            try: fact = _triple(line, by_name or TEMPLATES) if triples else _lama(json.loads(line), by_name)
+        for n, line in rows:
+            try: fact = _triple(line, by_name or TEMPLATES) if triples else _lama(json.loads(line), by_name, prompt)
             except BadFacts as e: raise BadFacts(f"{path}, line {n}: {e}") from None
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, IndexError) as e:
                 raise BadFacts(f"{path}, line {n}: not a {'tab-separated triple' if triples else 'JSON object in LAMA format'} ({type(e).__name__}: {e}).") from None
             if isinstance(fact, tuple): _count(skipped, *fact)
             else: found.append(fact)
@@ -118,6 +118,17 @@ def read_facts(
 def _count(skipped: dict, relation: str, why: str, k: int = 1) -> None:
     of = skipped.setdefault(relation, {})
     of[why] = of.get(why, 0) + k
+
+
+def _sources(source: str | Path) -> list[tuple[Path, Iterator[tuple[int, str]]]]:
+    "Files with their numbered lines; rows of a data set count as lines."
+    if not str(source).startswith("datasets:"): return [(p, _lines(p)) for p in _files(Path(source))]
+    from datasets import load_dataset
+    name = str(source).removeprefix("datasets:")
+    args = (name,) if Path(name).is_dir() or name.count("/") == 0 else tuple(name.rsplit("/", 1)) if name.count("/") > 1 else (name,)
+    try: parts = load_dataset(*args)
+    except Exception as e: raise BadFacts(f"cannot load the data set {name!r} ({type(e).__name__}: {str(e).splitlines()[0][:120]}).") from e
+    return [(Path(part), ((n, json.dumps(row, default=str)) for n, row in enumerate(rows, 1))) for part, rows in parts.items()]
 
 
 def _files(path: Path) -> list[Path]:
@@ -157,7 +168,7 @@ def _fact(relation: str, sub: str, obj: str, prompt: str, uuid: str | None) -> F
     return Fact(relation, sub, obj, _check_prompt(prompt), uuid or hashlib.sha256(f"{relation}|{sub}|{obj}".encode()).hexdigest()[:16])
 
 
-def _lama(d: dict[str, Any], templates: Mapping[str, str]) -> Fact | tuple[str, str]:
+def _lama(d: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact | tuple[str, str]:
     "One LAMA object: ConceptNet, Google-RE and T-REx spellings."
     relation = d.get("pred") or d["predicate_id"]
     sub, obj = d.get("sub_label") or d["sub"], d.get("obj_label") or d["obj"]
@@ -168,7 +179,7 @@ def _lama(d: dict[str, Any], templates: Mapping[str, str]) -> Fact | tuple[str, 
         fit = [e["masked_sentence"] for e in d["evidences"] if e["masked_sentence"].count("[MASK]") == 1]
         if not fit: return relation, "no evidence with exactly one [MASK]"
         prompt = fit[0]
-    else: prompt = d["masked_sentences"][0] if "masked_sentences" in d else d["masked_sentence"]
+    else: prompt = d["masked_sentences"][which] if "masked_sentences" in d else d["masked_sentence"]
     return _fact(relation, sub, obj, prompt, d.get("uuid"))
 
 

@@ -64,6 +64,10 @@ class Gate(nn.Module):
         "The binary mask: what is more likely kept than not."
         return self.scores().above(0.0)
 
+    def final(self) -> Mask | Scores:
+        "What the method applies when training is over: the mask, unless it keeps soft gates."
+        return self.harden()
+
     def scores(self) -> Scores:
         "The logits."
         return self._scores({g.name: l.detach() for g, l in zip(self.space.groups, self.logits)})
@@ -166,8 +170,8 @@ class Concrete(Gate):
         soft = torch.sigmoid((logit + _logistic(logit, self.noise)) / self.temperature)
         return _StraightThrough.apply(soft, soft > 0.5) if self.straight_through else soft
 
-    def expected(self, logit: torch.Tensor, group: Group) -> torch.Tensor:
-        return torch.sigmoid(logit)
+    def expected(self, logit: torch.Tensor, group: Group) -> torch.Tensor: return torch.sigmoid(logit)
+    def final(self) -> Mask | Scores: return self.harden() if self.straight_through else self.soft()
 
 
 def _logistic(like: torch.Tensor, rng: torch.Generator, eps: float = 1e-6) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"Markers, tiers and shared helpers of the suite."
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, print_blob=False)
+settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs CUDA")
+    config.addinivalue_line("markers", "real: needs the folder named by SUBNET_EXPLORER_DATA, with datasets/ and models/")
+    config.addinivalue_line("markers", "browser: needs chromium")
+
+
+def _why_not(marker: str) -> str | None:
+    "The reason to skip a tier, or None where it can run."
+    if marker == "gpu":
+        import torch
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if marker == "browser": return None if BROWSER else "no chromium"
+    data = os.environ.get("SUBNET_EXPLORER_DATA")
+    return None if data and all((Path(data) / d).is_dir() for d in ("datasets", "models")) else "SUBNET_EXPLORER_DATA names no folder with datasets/ and models/"
+
+
+def pytest_collection_modifyitems(items):
+    for name in ("gpu", "real", "browser"):
+        if (marked := [i for i in items if i.get_closest_marker(name)]) and (why := _why_not(name)):
+            for item in marked: item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    "Folder of real data sets and models (tests that use it are marked `real`)."
+    return Path(os.environ["SUBNET_EXPLORER_DATA"])
+
+
+@pytest.fixture(scope="session")
+def pocket_bert():
+    "The masked pocket model and its tokenizer; tests leave it as it is."
+    from subnet_explorer.pocket import load
+    return load("pocket-bert")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    "Path of the browser (tests that use it are marked `browser`)."
+    return BROWSER
