@@ -29,7 +29,7 @@ def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
     from subnet_explorer.pocket import load
     from subnet_explorer.recipes import lamp, lamp_json, lamp_report
     model, tok = load(args.model, device=_device(args.device))
-    facts = read_facts(args.facts, args.relations, args.templates)
+    facts = read_facts(args.facts, args.relations, args.templates, strict=not args.lenient)
     study = lamp(model, tok, facts, layers=args.layers, method=args.method, sparsity=args.sparsity, steps=args.steps, lr=args.lr, batch=args.batch,
                  seeds=_numbers(args.seeds), split_seed=args.split_seed, fine_tuned=args.fine_tuned, to=args.out, progress=not args.quiet)
     out = lamp_json(study, args.out)
@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     for p, steps, out in ((demo, 300, "runs/demo"), (lamp, 400, None)):
         p.add_argument("--out", default=out, required=out is None, help="folder for masks, tables and the report; the same command continues there")
         p.add_argument("--relations", help="only these, with commas")
+        p.add_argument("--lenient", action="store_true", help="leave out, and count, prompts without exactly one [MASK]")
         p.add_argument("--layers", default="top-half", help='one-based and inclusive, e.g. 4-6, or "top-half"')
         p.add_argument("--method", default="deterministic", choices=["deterministic", "stochastic"], help="kind of pruning")
         p.add_argument("--sparsity", type=float, default=0.5, help="initial share of weights removed")

@@ -20,12 +20,16 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'BadFacts', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'object_id', 'answerable', 'encode',
-           'read_conllu']
+__all__ = ['TEMPLATES', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'object_id', 'answerable',
+           'encode', 'read_conllu']
 
 # %% ../nbs/06_data.ipynb #f8a6b6ec
 class BadFacts(SubnetError):
     "A facts file is broken, or facts do not suffice for what was asked."
+
+class BadPrompt(BadFacts):
+    "A prompt does not have exactly one [MASK]."
+    relation = ""
 
 @dataclass(frozen=True)
 class Fact:
@@ -88,6 +92,7 @@ def read_facts(
     source: str | Path,                             # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
     templates: Mapping[str, str] | str | Path | None = None,   # prompts by relation with {head} and {tail}; for LAMA a relations.jsonl with [X] and [Y]
+    strict: bool = True,                            # False: count prompts without exactly one [MASK] instead of stopping
     prompt: int = 0,                                # which of several masked sentences; the pocket facts have the unseen probe first, then five known wordings
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
@@ -101,8 +106,11 @@ def read_facts(
         triples = ".tsv" in path.suffixes
         for n, line in rows:
             try: fact = _triple(line, by_name or TEMPLATES) if triples else _lama(json.loads(line), by_name, prompt)
+            except BadPrompt as e:
+                if strict: raise BadFacts(f"{path}, line {n}: {e} Use strict=False to leave such lines out.") from None
+                fact = e.relation, "not exactly one [MASK]"
             except BadFacts as e: raise BadFacts(f"{path}, line {n}: {e}") from None
-            except (ValueError, KeyError, TypeError, IndexError) as e:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
                 raise BadFacts(f"{path}, line {n}: not a {'tab-separated triple' if triples else 'JSON object in LAMA format'} ({type(e).__name__}: {e}).") from None
             if isinstance(fact, tuple): _count(skipped, *fact)
             else: found.append(fact)
@@ -143,29 +151,37 @@ def _files(path: Path) -> list[Path]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     "Numbered non-empty lines of a text file, compressed or not."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            if line.strip(): yield n, line.rstrip("\r\n")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                if line.strip(): yield n, line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError) as e: raise BadFacts(f"cannot read {path}: it is missing, cut short, or not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
 
 
 def _templates(source: Mapping[str, str] | str | Path | None) -> dict[str, str]:
     "Templates by relation; a LAMA relations file is translated from [X] and [Y]."
     if source is None: return {}
-    if isinstance(source, Mapping): out = dict(source)
-    else: out = {d["relation"]: d["template"].replace("[X]", "{head}").replace("[Y]", "{tail}") for d in (json.loads(line) for _, line in _lines(Path(source)))}
+    out = dict(source) if isinstance(source, Mapping) else {}
+    for n, line in _lines(Path(source)) if not out else ():
+        try: d = json.loads(line); out[d["relation"]] = d["template"].replace("[X]", "{head}").replace("[Y]", "{tail}")
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise BadFacts(f"{source}, line {n}: not a JSON object with relation and template ({type(e).__name__}: {e}).") from None
     for r, t in out.items():
         if t.count("{head}") != 1 or t.count("{tail}") != 1: raise BadFacts(f"the template of {r} must contain {{head}} and {{tail}} once each: {t!r}.")
     return out
 
 
-def _check_prompt(prompt: str) -> str:
+def _check_prompt(prompt: str, relation: str = "") -> str:
     n = prompt.count("[MASK]")
-    if n != 1: raise BadFacts(f"{'no' if n == 0 else n} [MASK] in the prompt {prompt[:80]!r}: exactly one is needed.")
-    return prompt
+    if n == 1: return prompt
+    error = BadPrompt(f"{'no' if n == 0 else n} [MASK] in the prompt {prompt[:80]!r}: exactly one is needed.")
+    error.relation = relation
+    raise error
 
 
 def _fact(relation: str, sub: str, obj: str, prompt: str, uuid: str | None) -> Fact:
-    return Fact(relation, sub, obj, _check_prompt(prompt), uuid or hashlib.sha256(f"{relation}|{sub}|{obj}".encode()).hexdigest()[:16])
+    for name, value in dict(relation=relation, sub=sub, obj=obj, masked_sentences=prompt).items():
+        if not isinstance(value, str) or not value.strip(): raise BadFacts(f"{name} is {value!r} where some text was expected.")
+    return Fact(relation, sub, obj, _check_prompt(prompt, relation), uuid or hashlib.sha256(f"{relation}|{sub}|{obj}".encode()).hexdigest()[:16])
 
 
 def _lama(d: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact | tuple[str, str]:
@@ -179,6 +195,7 @@ def _lama(d: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact |
         fit = [e["masked_sentence"] for e in d["evidences"] if e["masked_sentence"].count("[MASK]") == 1]
         if not fit: return relation, "no evidence with exactly one [MASK]"
         prompt = fit[0]
+    elif isinstance(d.get("masked_sentences"), str): raise BadFacts("masked_sentences is a text where a list of texts was expected.")
     else: prompt = d["masked_sentences"][which] if "masked_sentences" in d else d["masked_sentence"]
     return _fact(relation, sub, obj, prompt, d.get("uuid"))
 

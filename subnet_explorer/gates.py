@@ -27,18 +27,31 @@ class Gate(nn.Module):
 
     def __init__(self, space: Space, init: float | str | Scores | Mask, seed: int, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
-        self.space, self.seed = space, seed
-        start = torch.Generator().manual_seed(seed)          # drawn on the CPU, so that a seed means the same everywhere
-        self.logits = nn.ParameterList([nn.Parameter(_start(g, init, start, mean, std)) for g in space.groups])
-        self.noise = torch.Generator().manual_seed(seed + 1)
         if isinstance(init, (Scores, Mask)): same_space(space, init.space, "start a gate from")
-        self._recipe = dict(gate=type(self).__name__, space=space.id, seed=seed, mean=mean, std=std,
-                            init=init if isinstance(init, (str, float, int)) else init.id if isinstance(init, Mask) else "scores")
+        self.space, self.seed, self._init = space, seed, (init, mean, std)
+        self.logits = nn.ParameterList([nn.Parameter(torch.empty(g.shape)) for g in space.groups])
+        self._recipe = dict(gate=type(self).__name__, space=space.id, seed=seed, mean=mean, std=std, init=init.id if isinstance(init, (Scores, Mask)) else init)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        "Go back to the starting values and the start of the noise: a search begins here, whatever the gate was used for before."
+        start = torch.Generator().manual_seed(self.seed)          # drawn on the CPU, so that a seed means the same everywhere
+        for g, l in zip(self.space.groups, self.logits): l.copy_(_start(g, *self._init, start))
+        self.noise = torch.Generator(self.logits[0].device).manual_seed(self.seed + 1)
 
     def to(self, *args: Any, **kwargs: Any) -> Gate:
         super().to(*args, **kwargs)
         if self.noise.device != self.logits[0].device: self.noise = torch.Generator(self.logits[0].device).manual_seed(self.seed + 1)
         return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        "What a search must save besides the logits to go on exactly."
+        return {"noise": self.noise.get_state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        "Inverse of `state`."
+        self.noise.set_state(state["noise"])
 
     def values(self, logit: torch.Tensor, group: Group) -> torch.Tensor: raise TypeError("use Threshold, TopK, Concrete or HardConcrete")
     def expected(self, logit: torch.Tensor, group: Group) -> torch.Tensor: return self.values(logit, group)
@@ -70,19 +83,19 @@ class Gate(nn.Module):
 
     def scores(self) -> Scores:
         "The logits."
-        return self._scores({g.name: l.detach() for g, l in zip(self.space.groups, self.logits)})
+        return self._scores({g.name: l for g, l in zip(self.space.groups, self.logits)})
 
     def recipe(self) -> dict[str, Any]:
         "What identifies this gate: class, space and settings."
         return dict(self._recipe)
 
     def _scores(self, tensors: Mapping[str, torch.Tensor]) -> Scores:
-        return Scores(self.space, {n: t.float().cpu().numpy() for n, t in tensors.items()}, {"gate": type(self).__name__, "seed": self.seed})
+        return Scores(self.space, {n: t.detach().float().cpu().numpy().copy() for n, t in tensors.items()}, {"gate": type(self).__name__, "seed": self.seed})
 
-# %% ../nbs/04_gates.ipynb #2f39f739
-def _start(group: Group, init: float | str | Scores | Mask, rng: torch.Generator, mean: float, std: float) -> torch.Tensor:
-    "Initial logits of one group."
-    if isinstance(init, Mask): return torch.from_numpy(np.where(init[group.name], mean + std, mean - std).astype(np.float32))
+# %% ../nbs/04_gates.ipynb #684e1784
+def _start(group: Group, init: float | str | Scores | Mask, mean: float, std: float, rng: torch.Generator) -> torch.Tensor:
+    "Initial logits of one group; a mask becomes plus or minus `std`."
+    if isinstance(init, Mask): return torch.from_numpy(np.where(init[group.name], std, -std).astype(np.float32))
     if isinstance(init, Scores): return torch.as_tensor(np.array(init[group.name], np.float32))
     if isinstance(init, (int, float)): return torch.full(group.shape, float(init))
     check_names([init], ["normal", "uniform"], "initialisation")
@@ -122,11 +135,23 @@ class TopK(Gate):
     def __init__(self, space: Space, density: float, *, init: float | str | Scores | Mask = "normal", scope: str = "tensor", every: int = 1, seed: int = 0) -> None:
         _fraction(density, "density"); check_names([scope], ["tensor", "global"], "scope")
         super().__init__(space, init, seed, std=0.01 if isinstance(init, Mask) else 1.0)
-        self.density, self.scope, self.every, self.step, self._chosen = density, scope, every, 0, None
+        self.density, self.scope, self.every = density, scope, every
         self._recipe |= dict(density=density, scope=scope, every=every)
 
+    def reset(self) -> None:
+        super().reset()
+        self.step, self._chosen = 0, []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {**super().state(), "step": torch.tensor(self.step), **{f"chosen.{i}": c for i, c in enumerate(self._chosen)}}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        super().restore(state)
+        self.step, n = int(state["step"]), sum(k.startswith("chosen") for k in state)
+        self._chosen = [state[f"chosen.{i}"].to(self.logits[0].device) for i in range(n)]
+
     def sample(self) -> dict[str, torch.Tensor]:
-        if self._chosen is None or self.step % self.every == 0: self._chosen = self._choose()
+        if self.step % self.every == 0: self._chosen = self._choose()
         self.step += 1
         return {g.name: _StraightThrough.apply(l, hard) for g, l, hard in zip(self.space.groups, self.logits, self._chosen)}
 
@@ -160,6 +185,7 @@ class Concrete(Gate):
                  straight_through: bool = False, seed: int = 0) -> None:
         if density is not None:
             _fraction(density, "density")
+            if init != "normal": raise SubnetError("give a density or an init, not both: density sets every logit to the same value.")
             if not 0 < density < 1: raise SubnetError(f"the initial density must lie strictly between 0 and 1, got {density}.")
             init = math.log(density / (1 - density))
         super().__init__(space, init, seed)

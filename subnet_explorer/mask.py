@@ -254,6 +254,14 @@ class Scores:
             if not np.isfinite(self.values[g.name]).all(): raise SubnetError(f"scores for {g.name!r} are not all finite.")
 
     def __getitem__(self, name: str) -> np.ndarray: return self.values[name]
+    def __invert__(self) -> Scores:
+        "One minus the values: the complement of soft gates."
+        return Scores(self.space, {n: 1 - v for n, v in self.values.items()}, {"operation": "~", **self.meta})
+
+    @cached_property
+    def id(self) -> str:
+        "Hash of space and values (16 hex digits)."
+        return hashlib.sha256(b"".join([self.space.id.encode(), *(np.ascontiguousarray(self[g.name], np.float32).tobytes() for g in self.space.groups)])).hexdigest()[:16]
 
     def top(self, density: float, scope: str = "global") -> Mask:
         "Keep the highest share `density`; `scope` is `global`, `layer` or `tensor`."

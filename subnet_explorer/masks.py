@@ -24,7 +24,7 @@ __all__ = ['Masks', 'survival']
 class Masks:
     "A labelled collection of masks over one space."
 
-    def __init__(self, rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]]):    # labels and mask (or the path of a mask file)
+    def __init__(self, rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]]) -> None:    # labels and mask (or the path of a mask file)
         rows = list(rows)
         self.index = pd.DataFrame([dict(labels) for labels, _ in rows])
         self._items: list[Mask | Path] = [m if isinstance(m, Mask) else Path(m) for _, m in rows]

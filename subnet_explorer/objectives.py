@@ -150,15 +150,15 @@ class Sum(Objective):
         at = lambda w, step: w(step / max(1, context.steps - 1)) if callable(w) else w
         return lambda step: sum(at(w, step) * loss(step) for w, loss in ready)
 
-    def recipe(self) -> dict[str, Any]: return {"objective": "Sum", "terms": [[repr(w) if callable(w) else w, o.recipe()] for w, o in self.terms]}
-    def modules(self) -> list[nn.Module]: return [m for _, o in self.terms for m in o.modules()]
+    def recipe(self) -> dict[str, Any]: return {"objective": "Sum", "terms": [[[w(p / 20) for p in range(21)] if callable(w) else w, o.recipe()] for w, o in self.terms]}
+    def modules(self) -> list[nn.Module]: return list(dict.fromkeys(m for _, o in self.terms for m in o.modules()))
 
 
 def _terms(o: Objective) -> list[tuple[Any, Objective]]: return o.terms if isinstance(o, Sum) else [(1.0, o)]
 def _times(a: Any, b: Any) -> Any:
     if callable(a) and callable(b): raise SubnetError("an objective can have one schedule; multiply the schedules yourself.")
     if callable(a): a, b = b, a
-    return Ramp(b.start * a, b.end * a, b.begin, b.finish) if callable(b) else a * b
+    return (lambda progress: a * b(progress)) if callable(b) else a * b
 
 # %% ../nbs/05_objectives.ipynb #d1e0f688
 @dataclass

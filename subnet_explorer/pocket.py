@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import subnet_explorer
 from .space import FAMILIES, SubnetError, check_names
 
 # %% auto #0
@@ -24,7 +25,7 @@ class UnknownModel(SubnetError):
 
 def pocket_path(*parts: str) -> Path:
     "Path of a file of the pocket world: inside the installed package, or in the checkout."
-    here = Path(__file__).resolve().parent
+    here = Path(subnet_explorer.__file__).resolve().parent
     root = next((p for p in (here / "pocket_world", here.parent / "data" / "pocket") if (p / "facts.jsonl").exists()), None)
     if root is None: raise SubnetError("the pocket world is missing from this installation: install subnet_explorer from a wheel or a full checkout.")
     return root.joinpath(*parts)
@@ -125,17 +126,17 @@ PATTERNS = [
     "DET/DET>3:det ADJ/ADJ>3:amod PERSON/NOUN>4:nsubj VT/VERB>0:root DET/DET>6:det THING/NOUN>4:obj ADV/ADV>4:advmod ./PUNCT>4:punct",
     "NAME/PROPN>2:nsubj VI/VERB>0:root PREP/ADP>5:case the/DET>5:det PLACE/NOUN>2:obl ./PUNCT>2:punct",
     "PREP/ADP>3:case the/DET>3:det TIME/NOUN>6:obl DET/DET>5:det PERSON/NOUN>6:nsubj VI/VERB>0:root ./PUNCT>6:punct",
-    "NAME/PROPN>3:nsubj and/CCONJ>3:cc NAME/PROPN>1:conj VI/VERB>0:root PREP/ADP>6:case CITY/PROPN>4:obl ./PUNCT>4:punct",
+    "NAME/PROPN>4:nsubj and/CCONJ>3:cc NAME/PROPN>1:conj VI/VERB>0:root PREP/ADP>6:case CITY/PROPN>4:obl ./PUNCT>4:punct",
     "DET/DET>2:det THING/NOUN>4:nsubj was/AUX>4:cop ADJ/ADJ>0:root and/CCONJ>6:cc ADJ/ADJ>4:conj ./PUNCT>4:punct",
     "NAME/PROPN>2:nsubj VSAY/VERB>0:root that/SCONJ>6:mark DET/DET>5:det PERSON/NOUN>6:nsubj VI/VERB>2:ccomp ./PUNCT>2:punct",
     "the/DET>2:det THING/NOUN>8:nsubj of/ADP>5:case DET/DET>5:det PERSON/NOUN>2:nmod had/AUX>8:aux been/AUX>8:cop ADJ/ADJ>0:root ./PUNCT>8:punct",
     "DET/DET>2:det PERSON/NOUN>5:nsubj could/AUX>5:aux not/PART>5:advmod see/VERB>0:root NAME/PROPN>5:obj PREP/ADP>8:case CITY/PROPN>5:obl ./PUNCT>5:punct",
     "why/ADV>4:advmod did/AUX>4:aux they/PRON>4:nsubj ask/VERB>0:root DET/DET>6:det PERSON/NOUN>4:obj ?/PUNCT>4:punct",
     "we/PRON>2:nsubj spent/VERB>0:root the/DET>4:det TIME/NOUN>2:obj PREP/ADP>7:case the/DET>7:det PLACE/NOUN>2:obl ,/PUNCT>2:punct "
-    "which/PRON>10:nsubj means/VERB>7:acl that/SCONJ>14:mark it/PRON>14:nsubj was/AUX>14:cop ADJ/ADJ>10:ccomp ./PUNCT>2:punct",
+    "which/PRON>10:nsubj means/VERB>2:advcl that/SCONJ>14:mark it/PRON>14:nsubj was/AUX>14:cop ADJ/ADJ>10:ccomp ./PUNCT>2:punct",
     "at/ADP>3:case some/DET>3:det point/NOUN>6:obl DET/DET>5:det PERSON/NOUN>6:nsubj VT/VERB>0:root the/DET>8:det rest/NOUN>6:obj of/ADP>11:case the/DET>11:det THING/NOUN>8:nmod ./PUNCT>6:punct",
-    "think/VERB>0:root of/ADP>4:case DET/DET>4:det PERSON/NOUN>1:obl and/CCONJ>6:cc give/VERB>1:conj them/PRON>6:iobj some/DET>9:det time/NOUN>6:obj ,/PUNCT>6:punct so/ADV>13:advmod it/PRON>13:nsubj "
-    "might/AUX>13:aux be/AUX>13:cop right/ADJ>1:parataxis ./PUNCT>1:punct",
+    "think/VERB>0:root of/ADP>4:case DET/DET>4:det PERSON/NOUN>1:obl and/CCONJ>6:cc give/VERB>1:conj them/PRON>6:iobj some/DET>9:det time/NOUN>6:obj ,/PUNCT>6:punct so/ADV>15:advmod it/PRON>15:nsubj "
+    "might/AUX>15:aux be/AUX>15:cop right/ADJ>1:parataxis ./PUNCT>1:punct",
     "her/DET>2:det face/NOUN>5:nsubj and/CCONJ>4:cc fingers/NOUN>2:conj turned/VERB>0:root ADJ/ADJ>5:xcomp :/PUNCT>5:punct only/ADV>10:advmod a/DET>10:det word/NOUN>5:parataxis ./PUNCT>5:punct",
     "NAME/PROPN>3:nsubj will/AUX>3:aux walk/VERB>0:root over/ADP>6:case to/ADP>6:case CITY/PROPN>3:obl and/CCONJ>9:cc not/PART>9:advmod forget/VERB>3:conj us/PRON>9:obj ./PUNCT>3:punct",
     "last/ADJ>2:amod TIME/NOUN>6:obl she/PRON>6:nsubj did/AUX>6:aux not/PART>6:advmod meet/VERB>0:root no/DET>8:det one/NOUN>6:obj ,/PUNCT>6:punct NAME/PROPN>11:nsubj VSAY/VERB>6:parataxis ./PUNCT>6:punct",
@@ -285,7 +286,7 @@ def _batches(tok: Any, causal: bool, epoch: int, batch: int) -> Iterator[tuple[A
 def write_models(
     folder: str | Path,                # where folders "bert" and "gpt2" go
     names: tuple[str, ...] = ("bert", "gpt2"),
-    epochs: int = 40,
+    epochs: int = 30,
     batch: int = 256,
     lr: float = 2e-3,                  # peak; linear warm-up over 5 %, then cosine to zero
     seed: int = 0,

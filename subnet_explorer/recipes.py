@@ -30,7 +30,7 @@ from .space import Space, SubnetError, check_names, layer_text
 from .store import OtherRun, Run, Store, environment
 
 # %% auto #0
-__all__ = ['LampStudy', 'lamp', 'lamp_json', 'lamp_ablation', 'tickets', 'tamt', 'probe', 'critical']
+__all__ = ['LampStudy', 'lamp', 'lamp_json', 'lamp_report', 'lamp_ablation', 'tickets', 'tamt', 'probe', 'critical']
 
 # %% ../nbs/13_recipes.ipynb #39b5a7aa
 @dataclass(frozen=True)
@@ -167,6 +167,31 @@ def lamp_json(study: LampStudy, to: str | Path | None = None) -> dict[str, Any]:
                      "masks": [paths[r, s] for s in study.config["seeds"]] if paths else []} for r in study.data.test.relations}
     return {"model": study.space.model.name, "relations": relations, "macro": at("macro"), "micro": at("micro"), "split_hash": study.data.hash,
             "config": study.config, "seconds": round(study.seconds, 1)}
+
+# %% ../nbs/13_recipes.ipynb #1632d8d5
+def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, under: int = 4) -> Path:
+    "Write the report of a study; `under` relations are drawn under their own subnetwork in the t-SNE panels."
+    from subnet_explorer import compare, plots, represent
+    relations = study.data.test.relations
+    first = study.masks.sel(seed=study.config["seeds"][0])
+    own, test = {r: study.subnetworks[r][0] for r in relations}, study.data.test
+    shown = Facts(tuple(f for r in relations for f in [*study.data.dev[r], *test[r]][:40]), "held-out facts")
+    panels = {"full model": None, "own subnetwork": own, **{f"under {r}": own[r] for r in relations[:under]}}
+    points = represent.tsne(represent.vectors(model, tok, shown, panels))
+    relation = relations[0]
+    text = test[relation].items[0].prompt
+    maps = {"full model": represent.attention(model, tok, text), f"{relation} subnetwork": represent.attention(model, tok, text, own[relation])}
+    summary = study.precision((1,)).query("relation == 'macro'").rename(columns={"under": "condition"})
+    sections = [
+        ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and repetitions.", [plots.bars(summary, title="Macro P@1"), study.summary()]),
+        ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.", [study.table().reset_index()]),
+        ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.", [plots.density(study.masks.survival(), title="Mean density over all masks"), plots.density(first.sel(task=relation)[0], title=f"Density, {relation}")]),
+        ("What relations share", "Jaccard distance between the masks of two relations. Masks share their initialisation, so they are closer than chance before training.", [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),
+        ("[CLS] under the full model and under subnetworks", "t-SNE of the last hidden state at the first token, computed per panel; distances between panels mean nothing.", [plots.tsne(points, colour="relation", facet="under")]),
+        ("Where [MASK] looks", text, [plots.mask_attention(maps), plots.attention_pair(maps)]),
+        ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
+    ]
+    return plots.report(path, f"Relation-specific subnetworks of {study.space.model.name}", [s for s in sections if s[2]])
 
 # %% ../nbs/13_recipes.ipynb #7d7f46b8
 def lamp_ablation(

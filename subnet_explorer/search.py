@@ -53,12 +53,12 @@ class Monitor(Protocol):
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     "Evaluation mode without weight gradients; both are restored."
-    training, grads = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    modes, grads = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     for p, _ in grads: p.requires_grad_(False)
     try: yield
     finally:
-        model.train(training)
+        for m, training in modes: m.training = training
         for p, g in grads: p.requires_grad_(g)
 
 # %% ../nbs/09_search.ipynb #a737b554
@@ -94,7 +94,7 @@ def find(
     run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
     if run.done: _load_heads(run, goal); return run
     device = parameter_like(model).device
-    gate.to(device)
+    gate.to(device).reset()
     for m in goal.modules(): m.to(device)
     with frozen(model):
         context = Context(model, tok, steps, batch, seed, max(0, min(gate.space.layers)), gate)
@@ -114,6 +114,7 @@ class _Loop:
         self.run, self.c, self.gate = run, context, context.gate
         c = self.run.config
         self.heads = [p for m in goal.modules() for p in m.parameters()]
+        self.trained = [*self.gate.logits, *self.heads]
         groups = [dict(params=list(self.gate.logits), lr=c["lr"])] + ([dict(params=self.heads, lr=c["head_lr"])] if self.heads else [])
         self.peaks = [g["lr"] for g in groups]
         self.opt = (torch.optim.Adam if c["optimizer"] == "adam" else torch.optim.AdamW)(groups, fused=True)
@@ -122,36 +123,36 @@ class _Loop:
         if (state := load_state(run)) is not None: self._restore(*state)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        out = {f"logit.{i}": l for i, l in enumerate(self.gate.logits)} | {f"head.{i}": p for i, p in enumerate(self.heads)} | {"noise": self.gate.noise.get_state()}
+        out = {f"logit.{i}": l for i, l in enumerate(self.gate.logits)} | {f"head.{i}": p for i, p in enumerate(self.heads)} | {f"gate.{k}": v for k, v in self.gate.state().items()}
         out |= {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in self.opt.state_dict()["state"].items() for k, v in s.items()}
-        return out | ({f"best.{i}": l for i, l in enumerate(self.kept)} if self.kept else {})
+        return out | ({f"best.{i}": p for i, p in enumerate(self.kept)} if self.kept else {})
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
         for name, ps in (("logit", self.gate.logits), ("head", self.heads)):
             for i, p in enumerate(ps): p.copy_(tensors[f"{name}.{i}"])
-        self.gate.noise.set_state(tensors["noise"])
+        self.gate.restore({k.removeprefix("gate."): v for k, v in tensors.items() if k.startswith("gate.")})
         state: dict[int, dict[str, torch.Tensor]] = {}
         for k, v in tensors.items():
             if k.startswith("opt."): _, i, name = k.split("."); state.setdefault(int(i), {})[name] = v
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         self.step, self.best = info["step"], info["best"] if info["best"] is not None else -math.inf
-        if "step_of_gate" in info: self.gate.step = info["step_of_gate"]
-        if "best.0" in tensors: self.kept = [tensors[f"best.{i}"].to(l.device) for i, l in enumerate(self.gate.logits)]
+        if "best.0" in tensors: self.kept = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(self.trained)]
 
     def _save(self) -> None:
-        extra = {"step_of_gate": self.gate.step} if hasattr(self.gate, "step") else {}
-        save_state(self.run, self._tensors(), self.step, best=self.best if math.isfinite(self.best) else None, **extra)
+        save_state(self.run, self._tensors(), self.step, best=self.best if math.isfinite(self.best) else None)
 
     def one(self) -> float:
         "One step; return the loss."
         c, gate = self.run.config, self.gate
+        before = gate.state()
         values = gate.sample()
         if c["complement"]: values = {n: 1 - v for n, v in values.items()}
         device = gate.logits[0].device.type
         with applied(self.c.model, gate.space, values), torch.autocast(device, torch.bfloat16, enabled=c["precision"] == "bfloat16"): loss = self.loss(self.step)
         value = float(loss.detach())
         if not math.isfinite(value):
+            gate.restore(before); self._save()
             where = f"the last good state is kept in {self.run.folder}" if self.run.folder else "nothing was kept, because the run has no folder"
             raise Diverged(f"the loss became {value} at step {self.step + 1}; {where}. Lower lr (now {c['lr']}) or set clip=5.0.")
         self.opt.zero_grad(set_to_none=True); loss.backward()
@@ -167,12 +168,12 @@ class _Loop:
         if self.score:
             sub = self.gate.final()
             with torch.no_grad(), masked(self.c.model, ~sub if self.run.config["complement"] else sub, check=False): row["score"] = self.score()
-            if row["score"] >= self.best: self.best, self.kept = row["score"], [l.detach().clone() for l in self.gate.logits]
+            if row["score"] >= self.best: self.best, self.kept = row["score"], [p.detach().clone() for p in self.trained]
         self.run.log(**row)
         return row
 
     def go(self, checkpoint: float, progress: bool) -> None:
-        "Run to the end, then put back the best logits."
+        "Run to the end, then put back the best logits and heads."
         from tqdm.auto import tqdm
         c, last = self.run.config, time.monotonic()
         name = " ".join(str(v) for v in self.run.labels.values()) or "find"
@@ -186,7 +187,7 @@ class _Loop:
                 if time.monotonic() - last >= checkpoint: self._save(); last = time.monotonic()
         if self.kept:
             with torch.no_grad():
-                for l, k in zip(self.gate.logits, self.kept): l.copy_(k)
+                for p, k in zip(self.trained, self.kept): p.copy_(k)
 
 # %% ../nbs/09_search.ipynb #81dcdb14
 def _save_heads(run: Run, goal: Objective) -> None:

@@ -53,7 +53,7 @@ def check_names(
             low = str(name).lower()
             near = [folded[n] for n in ([low] if low in folded else difflib.get_close_matches(low, folded, 3, 0.5))]
             shown = ", ".join(map(str, known[:20])) + (" …" if len(known) > 20 else "")
-            raise UnknownName(f"unknown {what} {name!r}: " + (f"did you mean {' or '.join(near)}? " if near else "")
+            raise UnknownName(f"unknown {what} {name!r}: " + (f"did you mean {' or '.join(map(str, near))}? " if near else "")
                               + f"Known: {shown or 'none'}.")
     return asked
 
@@ -264,6 +264,7 @@ class Space:
         "List the coordinates of `kind` on `model`."
         layout = layout_of(model)
         kinds = check_names(kind.split("+"), KINDS, "kind of coordinate")
+        if only is not None and not {"weight", "block", "bias"} & set(kinds): raise SubnetError(f"only={only!r} chooses matrices; a space of {kind} has none.")
         roles = check_names(only.split(",") if isinstance(only, str) else only or layout.roles, layout.roles, f"matrix of {layout.family}")
         groups = [g for i in layer_indices(layers, layout.n_layers) for k in kinds for g in _groups(layout, k, i, roles, block)]
         if embeddings: groups.insert(0, Group(layout.embedding, "weight", -1, "embedding", (layout.vocab, model.base_model.get_input_embeddings().weight.shape[1])))

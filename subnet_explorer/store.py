@@ -97,6 +97,7 @@ class Run:
 
     def finish(self, mask: Mask, soft: Scores | None = None) -> Run:
         "Record the result and drop the intermediate state."
+        if soft is not None: soft = Scores(soft.space, {n: v.astype(np.float16).astype(np.float32) for n, v in soft.values.items()}, soft.meta)      # as it is stored
         self._mask, self._soft = mask, soft
         if self.folder:
             from safetensors.numpy import save

@@ -32,16 +32,16 @@ def with_(**changes) -> str: return json.dumps({k: v for k, v in {**LAMA, **chan
     ("a.jsonl", with_(obj_label=7), 1, "obj"),
     ("a.jsonl", with_(sub_label=["robin"]), 1, "sub"),
     ("a.jsonl", with_(masked_sentences=None), 1, "masked_sentence"),
-    ("a.jsonl", with_(masked_sentences=[]), 1, "masked_sentences"),
-    ("a.jsonl", with_(masked_sentences="a [MASK] ."), 1, "masked_sentences"),
-    ("a.jsonl", with_(masked_sentences=[None]), 1, "masked_sentences"),
+    ("a.jsonl", with_(masked_sentences=[]), 1, "LAMA format|masked_sentences"),
+    ("a.jsonl", with_(masked_sentences="a [MASK] ."), 1, r"no \[MASK\]|masked_sentences"),
+    ("a.jsonl", with_(masked_sentences=[None]), 1, "LAMA format|masked_sentences"),
     ("a.jsonl", with_(masked_sentences=["a robin is a bird ."]), 1, r"no \[MASK\]"),
     ("a.jsonl", GOOD + with_(masked_sentences=["[MASK] is [MASK] ."]), 2, r"2 \[MASK\]"),
     ("a.tsv", "IsA\tcat\tanimal\nIsA\tcat\n", 2, "2 columns"),
     ("a.tsv", "IsA\tcat\tanimal\t1\tx\n", 1, "5 columns"),
     ("a.tsv", "IsA\tcat\tanimal\tyes\n", 1, "tab-separated triple"),
     ("a.tsv", "IsA cat animal\n", 1, "1 columns"),
-])
+], ids=lambda v: "" if isinstance(v, int) else "".join(c if c.isalnum() else "-" for c in v[-40:]).strip("-"))
 def test_bad_lines_are_named(tmp_path, name, text, line, says):
     file = tmp_path / name
     file.write_text(text)
@@ -52,7 +52,7 @@ def test_bad_lines_are_named(tmp_path, name, text, line, says):
 @pytest.mark.parametrize("name, content, says", [
     ("none.jsonl", None, 'give "pocket"'), ("a.csv", b"x", "cannot tell the format"), ("a.jsonl", b"", "no facts in"), ("a.tsv", b"IsA\ta\tb\t0\n", "no facts in"),
     ("a.jsonl", GOOD.encode() + b'\xff\xfe{"pred"\n', "a.jsonl"), ("a.jsonl.gz", b"not compressed", "a.jsonl.gz"), ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-20], "a.jsonl.gz"),
-])
+], ids=["missing", "csv", "empty", "nothing-left", "not-utf8", "not-gzip", "cut-gzip"])
 def test_bad_files_are_named(tmp_path, name, content, says):
     if content is not None: (tmp_path / name).write_bytes(content)
     with pytest.raises(BadFacts, match=re.escape(says)): read_facts(tmp_path / name)
@@ -232,5 +232,5 @@ def test_published_files_can_be_read(real):
 @pytest.mark.parametrize("name", ["date_of_birth_test.jsonl.gz", "place_of_birth_test.jsonl.gz", "place_of_death_test.jsonl"])
 def test_google_re_can_be_read(real, name):
     "Some of its lines have no or several masks: they are left out and counted, like evidences of T-REx."
-    facts = read_facts(real / "datasets" / "lama" / "Google_RE" / name)
+    facts = read_facts(real / "datasets" / "lama" / "Google_RE" / name, strict=False)
     assert len(facts) > 100 and sum(n for of in facts.skipped.values() for n in of.values()) > 0

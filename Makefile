@@ -1,0 +1,41 @@
+# make demo   set up .venv and run the main job: sixteen relation-specific subnetworks of the pocket model
+# make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test docs clean export python
+demo: $(STAMP)
+	$(BIN)/subnet-explorer demo
+
+# notebooks first (one thread each, two at a time), then pytest
+test: $(STAMP)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+
+# notebooks -> library
+export: $(STAMP)
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+docs: $(STAMP)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto: pip install quarto-cli"; exit 1; }
+	cp $$($(BIN)/python -c "import plotly; print(plotly.__path__[0])")/package_data/plotly.min.js nbs/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs --n_workers 2
+
+$(STAMP): settings.ini setup.py constraints.txt | python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "subnet_explorer needs Python 3.11 or newer: install it, or say which with make PYTHON=python3.12 (here: $$($(PYTHON) --version 2>&1 | tail -1))"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module of $(PYTHON) is missing: on Debian, apt install python3-venv"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _proc _docs _site
+
+# nbs/index.ipynb -> README.md, without Quarto
+readme: $(STAMP)
+	$(BIN)/python nbs/readme.py
