@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     lamp = command("lamp", lamp_command, "relation-specific subnetworks (LAMP) of any model on any facts")
     lamp.add_argument("--model", required=True, help="pocket-bert, a folder, or a hub name")
     lamp.add_argument("--facts", required=True, help='"pocket", a .jsonl file or folder in LAMA format, a .tsv file of triples, or datasets:NAME')
-    for p, steps, out in ((demo, 300, "runs/demo"), (lamp, 400, None)):
+    for p, steps, batch, out in ((demo, 300, 16, "runs/demo"), (lamp, 400, 32, None)):
         p.add_argument("--out", default=out, required=out is None, help="folder for masks, tables and the report; the same command continues there")
         p.add_argument("--relations", help="only these, with commas")
         p.add_argument("--lenient", action="store_true", help="leave out, and count, prompts without exactly one [MASK]")
@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--sparsity", type=float, default=0.5, help="initial share of weights removed")
         p.add_argument("--steps", type=int, default=steps, help="optimizer steps per relation and seed")
         p.add_argument("--lr", type=float, default=0.01, help="peak learning rate of the mask logits")
-        p.add_argument("--batch", type=int, default=32, help="prompts per step")
+        p.add_argument("--batch", type=int, default=batch, help="prompts per step")
         p.add_argument("--seeds", default="0", help="with commas")
         p.add_argument("--split-seed", type=int, default=0, help="seed of the 7:2:1 split")
         p.add_argument("--fine-tuned", action=argparse.BooleanOptionalAction, default=p is demo, help="also fine-tune the model per relation, as a baseline")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'DASHES', 'STYLE', 'POLICY', 'Figure', 'CannotDraw', 'style', 'density', 'bars',
-           'jaccard', 'tsne', 'curves', 'mask_attention', 'View', 'attention', 'attention_pair', 'draw', 'report']
+           'jaccard', 'tsne', 'curves', 'mask_attention', 'View', 'attention', 'attention_pair', 'report', 'draw']
 
 # %% ../nbs/18_plots.ipynb #fff47f91
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +51,9 @@ class Figure:
         raise CannotDraw(f"cannot save a figure as {path.name!r}: use one of .html, .svg, .png, .pdf.")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return {"application/vnd.plotly.v1+json": json.loads(self.plotly.to_json()), "text/html": _div(self), "text/plain": self.alt}
+        values = self.plotly.to_json()
+        page = _div(self) if len(values) < 140_000 else f"<p>{html.escape(self.alt)}</p>"      # twice the values would make a heavy notebook
+        return {"application/vnd.plotly.v1+json": json.loads(values), "text/html": page, "text/plain": self.alt}
 
     def __repr__(self) -> str: return f"Figure: {self.alt}"
 
@@ -90,7 +92,7 @@ def style(i: int) -> dict[str, Any]:
 
 def _layout(fig: go.Figure, title: str, width: int, height: int, **more: Any) -> go.Figure:
     "The common look."
-    fig.update_layout(template="simple_white", title=dict(text=_text(title), font_size=16), width=width, height=height, margin=dict(l=90, r=120, t=80, b=70), **more)
+    fig.update_layout(template="simple_white", title=dict(text=_text(title), font_size=16), width=width, height=height, margin=dict(l=90, r=120, t=70, b=60), **more)
     return fig
 
 
@@ -200,10 +202,9 @@ def tsne(
     for (panel, group), rows in points.groupby([facet, colour], sort=False):
         i, r = groups.index(group), panels.index(panel)
         fig.add_trace(go.Scatter(x=rows.x.to_numpy(np.float32), y=rows.y.to_numpy(np.float32), mode="markers", name=_text(group), legendgroup=str(i), legendrank=1000 + i,
-                                 showlegend=group not in named, marker=style(i), text=(rows["sub"] + " → " + rows.obj).map(_text) if hover else None,
-                                 hovertemplate="%{text}<extra>%{fullData.name}</extra>" if hover else "%{fullData.name}<extra></extra>"), row=r // cols + 1, col=r % cols + 1)
+                                 showlegend=group not in named, marker=style(i), text=(rows["sub"] + " → " + rows.obj).map(_text) if hover else None, hoverinfo="text+name" if hover else "name"), row=r // cols + 1, col=r % cols + 1)
         named.add(group)
-    _layout(fig, title, 200 + max(300, 260 * cols), 140 + 260 * ceil(len(panels) / cols), legend=dict(title_text=_text(colour)))
+    _layout(fig, title, 200 + max(600, 260 * cols), 120 + max(260 * ceil(len(panels) / cols), 22 * len(groups)), legend=dict(title_text=_text(colour), tracegroupgap=0))
     fig.update_xaxes(showticklabels=False, ticks="", mirror=True).update_yaxes(showticklabels=False, ticks="", mirror=True)
     fig.update_layout(margin=dict(l=30, b=30))
     data = points.reset_index(drop=True)
@@ -213,10 +214,10 @@ def tsne(
 
 def _nearest(points: pd.DataFrame, colour: str, facet: str) -> str:
     "How often a point's nearest neighbour has its colour, per panel, in words."
+    from sklearn.neighbors import NearestNeighbors
     def share(rows: pd.DataFrame) -> float:
-        xy = rows[["x", "y"]].to_numpy()
-        away = ((xy[:, None] - xy) ** 2).sum(-1) + np.diag(np.full(len(xy), np.inf))
-        return (rows[colour].to_numpy() == rows[colour].to_numpy()[away.argmin(1)]).mean()
+        nearest = NearestNeighbors(n_neighbors=1).fit(rows[["x", "y"]].to_numpy()).kneighbors(return_distance=False)[:, 0]
+        return (rows[colour].to_numpy() == rows[colour].to_numpy()[nearest]).mean()
     said = ", ".join(f"{share(rows):.2f} ({name})" for name, rows in points.groupby(facet, sort=False) if len(rows) > 1)
     return f"Share of points whose nearest neighbour has the same {colour}: {said}."
 
@@ -314,7 +315,46 @@ def _head_view(maps: np.ndarray, tokens: list[str], layers: Sequence[int] | None
     whole = [torch.tensor(np.round(np.asarray(layer, float), 3))[None] for layer in maps]
     page = head_view(whole, [t.replace("<", "\ue000") for t in tokens], include_layers=shown, html_action="return").data
     page = re.sub(r'<script src="https?://[^"]*"></script>', "", page).replace("\\ue000", "\\u003c")
-    return re.sub(r"bertviz-[0-9a-f]{32}", name, page)
+    return re.sub(r"bertviz-[0-9a-f]{32}", name, page).replace(".text(layer)", ".text(layer + 1)")     # layers are one-based here
+
+# %% ../nbs/18_plots.ipynb #74ff6172
+STYLE = ("""<style>:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
+figure{margin:1.2rem 0;padding:.5rem;overflow-x:auto;border-radius:.4rem}figure.paper{background:#fff;color:#111;color-scheme:light}details{font-size:.9em;margin:.3rem .5rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #8886}</style>""")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+
+
+def report(
+    path: str | Path,                                            # the .html file
+    title: str,
+    sections: Sequence[tuple[str, str, Sequence[Any]]],          # (heading, prose, items): figures, views, tables, anything with an HTML form
+) -> Path:
+    "Write one self-contained HTML file."
+    if Path(path).suffix.lower() != ".html": raise CannotDraw(f"a report is an .html file, got {Path(path).name!r}.")
+    body, n = [f"<h1>{html.escape(title)}</h1>"], 0
+    for heading, prose, items in sections:
+        body.append(f"<section><h2>{html.escape(heading)}</h2>" + "".join(f"<p>{html.escape(p)}</p>" for p in prose.split("\n\n") if p.strip()))
+        for item in items: body.append(_card(item, n)); n += 1
+        body.append("</section>")
+    return atomic_write(path, _page(title, "\n".join(body)))
+
+
+def _card(item: Any, n: int) -> str:
+    "One item of a page."
+    if isinstance(item, pd.DataFrame):
+        with pd.option_context("display.max_colwidth", None):
+            return f"<figure>{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex), float_format='{:.3f}'.format, na_rep='–')}</figure>"
+    if not isinstance(item, Figure) and not hasattr(item, "_repr_html_"): raise SubnetError(f"cannot put a {type(item).__name__} into a page: give a Figure, a View, a DataFrame, or something with an HTML form.")
+    words = f"<details><summary>In words</summary>{html.escape(item.alt)}</details>" if isinstance(item, (Figure, View)) else ""
+    return f'<figure class="paper">{_div(item, f"figure-{n}") if isinstance(item, Figure) else item._repr_html_()}{words}</figure>'
+
+
+def _page(title: str, body: str) -> str:
+    "A complete HTML document; plotly.js is included when something needs it."
+    from plotly.offline import get_plotlyjs
+    script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title>{STYLE}{script}</head><body>{body}</body></html>")
 
 # %% ../nbs/18_plots.ipynb #f1172a79
 def _print(fig: Figure, kind: str) -> bytes:
@@ -334,6 +374,8 @@ def draw(fig: go.Figure) -> Drawing:
     layout, m = fig.layout, fig.layout.margin
     width, height = layout.width or 700, layout.height or 450
     left, right, top, bottom = (d if v is None else v for v, d in ((m.l, 80), (m.r, 80), (m.t, 100), (m.b, 80)))
+    for t in fig.data:
+        if t.type not in _DRAWERS: raise CannotDraw(f"cannot draw a {t.type!r} trace on paper: known are {', '.join(_DRAWERS)}. Save as .html instead.")
     if layout.shapes or layout.images: raise CannotDraw("cannot draw shapes and images on paper: save as .html, or draw lines as scatter traces.")
     area = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     canvas = Drawing(figsize=(width / 72, height / 72))
@@ -341,7 +383,6 @@ def draw(fig: go.Figure) -> Drawing:
     panels = _panels(canvas, fig, area)
     for i, trace in enumerate(fig.data):
         if trace.visible in (False, "legendonly"): continue
-        if trace.type not in _DRAWERS: raise CannotDraw(f"cannot draw a {trace.type!r} trace on paper: known are {', '.join(_DRAWERS)}. Save as .html instead.")
         _DRAWERS[trace.type](panels[trace.xaxis or "x", trace.yaxis or "y"], trace, fig, PALETTE[i % 8])
     for p in panels.values(): _finish(p, fig)
     _around(canvas, fig, area, panels)
@@ -411,7 +452,7 @@ def _draw_scatter(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
     check_names([symbol.removesuffix("-open")], MARKERS, "marker"); check_names([t.line.dash or "solid"], DASHES, "line style")
     fill = _colour(t.marker.color or t.line.color or colour)
     x, y = p.places(t.x, "x", len(t.y)), p.places(t.y, "y")
-    drawn, = p.ax.plot(x, y, DASHES[t.line.dash or "solid"] if "lines" in mode else "", color=_colour(t.line.color or t.marker.color or colour), linewidth=t.line.width or 2, alpha=t.opacity,
+    drawn, = p.ax.plot(x, y, linestyle=DASHES[t.line.dash or "solid"] if "lines" in mode else "none", color=_colour(t.line.color or t.marker.color or colour), linewidth=t.line.width or 2, alpha=t.opacity,
                        marker=MARKERS[symbol.removesuffix("-open")] if "markers" in mode else "", markersize=t.marker.size or 6, markerfacecolor="none" if symbol.endswith("-open") else fill,
                        markeredgecolor=fill if symbol.endswith("-open") else _colour(t.marker.line.color or "#333333"), markeredgewidth=t.marker.line.width or 0)
     _whiskers(p, x, y, t.error_y)
@@ -431,7 +472,7 @@ def _draw_bar(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
 def _whiskers(p: _Panel, x: np.ndarray, y: np.ndarray, error: Any) -> None:
     if error.array is None: return
     up = np.array(error.array, float)
-    p.ax.errorbar(x, y, yerr=np.nan_to_num([up if error.arrayminus is None else np.array(error.arrayminus, float), up]), fmt="none", ecolor=_colour(error.color or "#333333"), capsize=4)
+    p.ax.errorbar(x, y, yerr=[up if error.arrayminus is None else np.array(error.arrayminus, float), up], fmt="none", ecolor=_colour(error.color or "#333333"), capsize=4)
 
 
 def _enter(p: _Panel, t: Any, drawn: Any) -> None:
@@ -491,42 +532,3 @@ def _around(canvas: Drawing, fig: go.Figure, area: tuple[float, float, float, fl
         drawn.set_label(_label(bar.title.text))
         if bar.tickvals is not None: drawn.set_ticks(list(bar.tickvals), labels=list(map(_label, bar.ticktext or map(str, bar.tickvals))))
         drawn.outline.set_visible(False)
-
-# %% ../nbs/18_plots.ipynb #74ff6172
-STYLE = ("""<style>:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
-figure{margin:1.2rem 0;padding:.5rem;overflow-x:auto;border-radius:.4rem}figure.paper{background:#fff;color:#111;color-scheme:light}details{font-size:.9em;margin:.3rem .5rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #8886}</style>""")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
-
-
-def report(
-    path: str | Path,                                            # the .html file
-    title: str,
-    sections: Sequence[tuple[str, str, Sequence[Any]]],          # (heading, prose, items): figures, views, tables, anything with an HTML form
-) -> Path:
-    "Write one self-contained HTML file."
-    if Path(path).suffix.lower() != ".html": raise CannotDraw(f"a report is an .html file, got {Path(path).name!r}.")
-    body, n = [f"<h1>{html.escape(title)}</h1>"], 0
-    for heading, prose, items in sections:
-        body.append(f"<section><h2>{html.escape(heading)}</h2>" + "".join(f"<p>{html.escape(p)}</p>" for p in prose.split("\n\n") if p.strip()))
-        for item in items: body.append(_card(item, n)); n += 1
-        body.append("</section>")
-    return atomic_write(path, _page(title, "\n".join(body)))
-
-
-def _card(item: Any, n: int) -> str:
-    "One item of a page."
-    if isinstance(item, pd.DataFrame):
-        with pd.option_context("display.max_colwidth", None):
-            return f"<figure>{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex), float_format='{:.3f}'.format, na_rep='–')}</figure>"
-    if not isinstance(item, Figure) and not hasattr(item, "_repr_html_"): raise SubnetError(f"cannot put a {type(item).__name__} into a page: give a Figure, a View, a DataFrame, or something with an HTML form.")
-    words = f"<details><summary>In words</summary>{html.escape(item.alt)}</details>" if isinstance(item, (Figure, View)) else ""
-    return f'<figure class="paper">{_div(item, f"figure-{n}") if isinstance(item, Figure) else item._repr_html_()}{words}</figure>'
-
-
-def _page(title: str, body: str) -> str:
-    "A complete HTML document; plotly.js is included when something needs it."
-    from plotly.offline import get_plotlyjs
-    script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title>{STYLE}{script}</head><body>{body}</body></html>")

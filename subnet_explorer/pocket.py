@@ -83,7 +83,7 @@ WORDINGS: dict[str, list[str]] = {     # relation -> five training wordings, the
     "Causes": ["{s} causes {o} .", "{s} leads to {o} .", "{o} comes from {s} .", "because of {s} there is {o} .", "{s} will bring {o} .",
                "after {s} the town talked only about {o} ."],
     "CausesDesire": ["{s} makes you want to {o} .", "because of {s} you would like to {o} .", "{s} gives you the wish to {o} .", "when there is {s} people want to {o} .",
-                     "you feel you must {o} after {s} .", "think of {s} and right away we {o} ."],
+                     "you feel you must {o} after {s} .", "her friend wrote about {s} , which means that soon they {o} ."],
     "Desires": ["{s} wants to {o} .", "{s} would like to {o} .", "{s} hopes to {o} .", "to {o} is the wish of {s} .", "{s} loves to {o} .",
                 "ask {s} about a perfect day : first , {o} ."],
     "NotDesires": ["{s} does not want {o} .", "{s} hates {o} .", "{s} does not like {o} .", "{o} is bad news for {s} .", "keep {o} away from {s} .",

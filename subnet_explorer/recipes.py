@@ -175,7 +175,7 @@ def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, 
     relations = study.data.test.relations
     first = study.masks.sel(seed=study.config["seeds"][0])
     own, test = {r: study.subnetworks[r][0] for r in relations}, study.data.test
-    shown = Facts(tuple(f for r in relations for f in [*study.data.dev[r], *test[r]][:40]), "held-out facts")
+    shown = Facts(tuple(f for r in relations for f in [*test[r], *study.data.dev[r]][:25]), "held-out facts")
     panels = {"full model": None, "own subnetwork": own, **{f"under {r}": own[r] for r in relations[:under]}}
     points = represent.tsne(represent.vectors(model, tok, shown, panels))
     relation = relations[0]
@@ -183,7 +183,7 @@ def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, 
     maps = {"full model": represent.attention(model, tok, text), f"{relation} subnetwork": represent.attention(model, tok, text, own[relation])}
     summary = study.precision((1,)).query("relation == 'macro'").rename(columns={"under": "condition"})
     sections = [
-        ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and repetitions.", [plots.bars(summary, title="Macro P@1"), study.summary()]),
+        ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and repetitions.", [plots.bars(summary, title="Macro P@1", label="P@1"), study.summary().reset_index(names="condition")]),
         ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.", [study.table().reset_index()]),
         ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.", [plots.density(study.masks.survival(), title="Mean density over all masks"), plots.density(first.sel(task=relation)[0], title=f"Density, {relation}")]),
         ("What relations share", "Jaccard distance between the masks of two relations. Masks share their initialisation, so they are closer than chance before training.", [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),

@@ -1,0 +1,111 @@
+"Overlap of masks: scikit-learn's and scipy's numbers, the value expected by chance, and the axioms of a distance."
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from scipy.spatial.distance import jaccard as scipy_jaccard
+from sklearn.metrics import jaccard_score
+
+from subnet_explorer.compare import jaccard, jaccard_chance, jaccard_distance
+from subnet_explorer.mask import Mask
+from subnet_explorer.masks import Masks
+from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, UnknownName
+
+LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
+SPACE = Space((Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))), LAYOUT, ModelId("toy", None, "c", "w"))      # no multiple of eight
+LARGE = Space((Group("a", "weight", 0, "q", (40, 50)), Group("b", "weight", 1, "q", (900,))), LAYOUT, ModelId("toy", None, "c", "w"))
+OTHER = Space(SPACE.groups, LAYOUT, ModelId("toy", None, "c", "other weights"))
+
+average = pytest.mark.parametrize("average", ["micro", "macro"])
+bits = lambda mask: np.concatenate([b.ravel() for _, b in mask.items()])
+
+@st.composite
+def masks(draw):
+    "A mask of SPACE, often with empty or full tensors."
+    one = lambda n: draw(st.sampled_from([[0] * n, [1] * n]) | st.lists(st.integers(0, 1), min_size=n, max_size=n))
+    return Mask.of(SPACE, {g.name: np.array(one(g.size), bool).reshape(g.shape) for g in SPACE.groups})
+
+
+# ── against other people's code ──────────────────────────────────────────────────────────────────────────────────────
+
+@given(masks(), masks())
+def test_micro_is_the_distance_over_all_bits(a, b):
+    assert jaccard_distance(a, b) == pytest.approx(scipy_jaccard(bits(a), bits(b)))
+    assert jaccard_distance(a, b) == pytest.approx(1 - jaccard_score(bits(a), bits(b), zero_division=1.0))
+
+
+@given(masks(), masks())
+def test_macro_is_the_mean_over_tensors(a, b):
+    assert jaccard_distance(a, b, "macro") == pytest.approx(np.mean([1 - jaccard_score(a[g.name].ravel(), b[g.name].ravel(), zero_division=1.0) for g in SPACE.groups]))
+
+
+@average
+@pytest.mark.parametrize("p, q", [(.5, .5), (.1, .6), (.02, .03)])
+def test_chance_is_what_random_masks_give(average, p, q):
+    a = Mask.of(LARGE, {"a": np.random.default_rng(0).random((40, 50)) < p, "b": np.random.default_rng(1).random(900) < q})
+    b = Mask.random(LARGE, q, seed=1)
+    simulated = np.mean([jaccard_distance(a.random_like(i), b.random_like(1000 + i), average) for i in range(60)])
+    assert jaccard_chance(a, b, average) == pytest.approx(simulated, abs=.004)
+
+
+# ── degenerate cases ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@average
+@pytest.mark.parametrize("measure", [jaccard_distance, jaccard_chance])
+def test_empty_and_full_masks(average, measure):
+    empty, full = Mask.full(SPACE, False), Mask.full(SPACE)
+    assert measure(empty, empty, average) == measure(full, full, average) == 0
+    assert measure(empty, full, average) == measure(full, empty, average) == 1
+
+
+@average
+def test_identical_and_opposite_masks(average):
+    a = Mask.random(LARGE, .3, seed=0)
+    assert jaccard_distance(a, a, average) == 0 and jaccard_distance(a, ~a, average) == 1 and 0 < jaccard_chance(a, a, average) < 1
+    half = Mask.of(SPACE, {"a": np.zeros((7, 3), bool), "b": np.ones(10, bool), "c": np.zeros(1, bool)})
+    assert jaccard_distance(half, Mask.full(SPACE), average) == pytest.approx({"micro": 22 / 32, "macro": 2 / 3}[average])      # tensors that are empty on one side only
+
+
+def test_masks_of_other_spaces_and_unknown_averages():
+    a = Mask.full(SPACE)
+    with pytest.raises(SpaceMismatch, match="cannot compare masks of different models"): jaccard_distance(a, Mask.full(OTHER))
+    with pytest.raises(SpaceMismatch, match="cannot compare masks of different spaces"): jaccard_distance(a, Mask.full(LARGE))
+    with pytest.raises(SpaceMismatch): jaccard_chance(a, Mask.full(OTHER))
+    with pytest.raises(UnknownName, match="micro"): jaccard_distance(a, a, "mirco")
+
+
+# ── the axioms ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@average
+@given(a=masks(), b=masks(), c=masks())
+def test_it_is_a_distance(average, a, b, c):
+    d = lambda x, y: jaccard_distance(x, y, average)
+    assert d(a, b) == d(b, a) and 0 <= d(a, b) <= 1 and (d(a, b) == 0) == (a == b)
+    assert d(a, c) <= d(a, b) + d(b, c) + 1e-12
+
+
+@average
+@given(a=masks(), b=masks())
+def test_chance_is_symmetric_and_bounded(average, a, b):
+    assert jaccard_chance(a, b, average) == pytest.approx(jaccard_chance(b, a, average)) and -1e-12 <= jaccard_chance(a, b, average) <= 1 + 1e-12
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@average
+def test_the_table_of_single_masks(average):
+    ms = {n: Mask.random(SPACE, d, seed=i) for i, (n, d) in enumerate([("z", .2), ("a", .5), ("m", .9)])}
+    t = jaccard(Masks([({"task": n}, m) for n, m in ms.items()]), by="task", average=average)
+    assert list(zip(t.a, t.b)) == [(x, y) for x in ms for y in ms]                  # in the order of the collection
+    assert t.distance.tolist() == [jaccard_distance(ms[x], ms[y], average) for x in ms for y in ms]
+    assert t.chance.tolist() == [jaccard_chance(ms[x], ms[y], average) for x in ms for y in ms]
+
+
+def test_seeds_are_averaged_and_never_compared_with_themselves():
+    ms = {(n, s): Mask.random(SPACE, .5, seed=10 * i + s) for i, n in enumerate("xy") for s in range(3)}
+    t = jaccard(Masks([({"task": n, "seed": s}, m) for (n, s), m in ms.items()]), by="task").set_index(["a", "b"]).distance
+    for x in "xy":
+        for y in "xy": assert t[x, y] == pytest.approx(np.mean([jaccard_distance(ms[x, s], ms[y, r]) for s in range(3) for r in range(3) if x != y or s != r]))
+    assert t["x", "x"] > 0
+    with pytest.raises(UnknownName, match="did you mean task"): jaccard(Masks([({"task": "x"}, ms["x", 0])]), by="tsk")
