@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,8 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'object_id', 'answerable',
-           'encode', 'read_conllu']
+__all__ = ['TEMPLATES', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
+           'answerable', 'encode', 'read_conllu']
 
 # %% ../nbs/06_data.ipynb #f8a6b6ec
 class BadFacts(SubnetError):
@@ -250,6 +251,26 @@ def split(
         for part, piece in zip(parts, pieces): part.update(piece)
     return Split(*(replace(facts, items=tuple(f for f in facts if (f.relation, f.sub, f.obj) in part), name=f"{facts.name}/{n}")
                    for part, n in zip(parts, ("train", "dev", "test"))))
+
+# %% ../nbs/06_data.ipynb #841ed1e8
+def two_hop(
+    facts: Facts,
+    first: str = "IsA",
+    second: str = "HasProperty",
+) -> Facts:
+    "Join (s, first, m) and (m, second, o) into (s, second, o), leaving out what `facts` already say."
+    known, by_sub = {(f.relation, f.sub, f.obj) for f in facts}, {}
+    for f in facts[second]: by_sub.setdefault(f.sub, []).append(f)
+    found, lost = {}, 0
+    for f in facts[first]:
+        for g in by_sub.get(f.obj, []):
+            key = (second, f.sub, g.obj)
+            if key in known or key in found: continue
+            prompt = re.sub(rf"\b{re.escape(g.sub)}\b", lambda _: f.sub, g.prompt, count=1)
+            if f.sub not in prompt: lost += 1; continue
+            found[key] = _fact(second, f.sub, g.obj, prompt, None)
+    if not found: raise BadFacts(f"no {first} fact leads to a {second} fact: the objects of one and the subjects of the other do not meet.")
+    return Facts(tuple(found.values()), f"{facts.name}/two-hop", {second: {"subject not found in the prompt": lost}} if lost else {})
 
 # %% ../nbs/06_data.ipynb #b3039885
 def object_id(

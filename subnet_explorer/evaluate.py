@@ -23,7 +23,7 @@ from .objectives import Context, Prompts, Sequences
 from .space import SubnetError, check_model, check_names
 
 # %% auto #0
-__all__ = ['Condition', 'cloze', 'majority', 'precision', 'Precision', 'perplexity', 'accuracy']
+__all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'accuracy']
 
 # %% ../nbs/12_evaluate.ipynb #514a7210
 Condition = Any      # None | Mask | Scores | dict[relation, Condition] | list[Condition]
@@ -34,19 +34,20 @@ def cloze(
     facts: Facts,                              # questions
     under: Mapping[str, Condition],            # conditions by name
     known: Facts | None = None,                # all true facts, for filtered ranks; `facts` if not given
-) -> pd.DataFrame:                             # columns under, draw, relation, uuid, sub, obj, rank, filtered, logprob, answer
+    candidates: Facts | None = None,           # also rank among the objects of these facts only, as column `among`
+) -> pd.DataFrame:                             # columns under, draw, relation, uuid, sub, obj, rank, filtered, logprob, answer[, among]
     "Ask every question under every condition."
     spaces = {m.space.id: m.space for c in under.values() for m in _masks(c)}
     for s in spaces.values(): check_model(s, model)
     first = max(0, min((min(s.layers) for s in spaces.values()), default=0))
-    other = _other_answers(tok, known or facts)
-    rows = []
+    other, rows = _other_answers(tok, known or facts), []
+    among = torch.tensor(sorted({i for f in candidates if (i := object_id(tok, f)) is not None})) if candidates else None
     for relation in facts.relations:
         prompts = Prompts(model, tok, facts[relation], first)
         for name, condition in under.items():
             for draw, mask in enumerate(_draws(condition, relation)):
                 with torch.no_grad(), masked(model, mask, check=False): logits = _in_parts(prompts)
-                rows += [dict(under=name, draw=draw, **r) for r in _ranks(prompts, logits, tok, other)]
+                rows += [dict(under=name, draw=draw, **r) for r in _ranks(prompts, logits, tok, other, among)]
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_evaluate.ipynb #d8dfcaee
@@ -80,13 +81,14 @@ def _other_answers(tok: Any, known: Facts) -> dict[tuple[str, str], set[int]]:
     return out
 
 
-def _ranks(prompts: Prompts, logits: torch.Tensor, tok: Any, other: Mapping[tuple[str, str], set[int]]) -> list[dict[str, Any]]:
-    "Rank, filtered rank, log-probability and first answer of each prompt."
+def _ranks(prompts: Prompts, logits: torch.Tensor, tok: Any, other: Mapping[tuple[str, str], set[int]], among: torch.Tensor | None) -> list[dict[str, Any]]:
+    "Ranks, log-probability and first answer of each prompt."
     gold = prompts.gold[:, None]
     better = logits > logits.gather(1, gold)
     rank, logp, top = 1 + better.sum(1), logits.log_softmax(-1).gather(1, gold)[:, 0], logits.argmax(1)
+    extra = [{} if among is None else {"among": 1 + int(better[i, among].sum())} for i in range(len(better))]
     return [dict(relation=f.relation, uuid=f.uuid, sub=f.sub, obj=f.obj, rank=int(rank[i]),
-                 filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.sub), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip())
+                 filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.sub), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip(), **extra[i])
             for i, f in enumerate(prompts.facts)]
 
 # %% ../nbs/12_evaluate.ipynb #559c918d
@@ -105,11 +107,11 @@ def majority(train: Facts, test: Facts) -> pd.DataFrame:
 def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
     k: Sequence[int] = (1, 2, 3),
-    rank: str = "rank",                 # or "filtered"
+    rank: str = "rank",                 # or "filtered", "among"
     samples: int = 1000,
 ) -> pd.DataFrame:                      # columns under, relation ("macro", "micro" or a name), k, value, low, high, n
     "P@K by condition and relation, with intervals over facts and repetitions."
-    check_names([rank], ["rank", "filtered"], "kind of rank")
+    check_names([rank], [c for c in ("rank", "filtered", "among") if c in items], "kind of rank")
     rows = []
     for (name, top) in ((u, top) for u in items.under.unique() for top in k):
         of = items[items.under == name]
@@ -119,6 +121,41 @@ def precision(
             value, low, high = interval(groups, pooled=pooled, samples=samples)
             rows.append(dict(under=name, relation=relation, k=top, value=value, low=low, high=high, n=sum(g.shape[1] for g in groups)))
     return pd.DataFrame(rows)
+
+# %% ../nbs/12_evaluate.ipynb #f60d7642
+def mrr(items: pd.DataFrame, rank: str = "rank", truncate: int | None = None) -> pd.Series:
+    "Mean reciprocal rank per condition, over all questions; ranks beyond `truncate` count as zero."
+    check_names([rank], [c for c in ("rank", "filtered", "among") if c in items], "kind of rank")
+    value = 1 / items[rank]
+    if truncate is not None: value = value.where(items[rank] <= truncate, 0.0)
+    return value.groupby(items.under, sort=False).mean()
+
+# %% ../nbs/12_evaluate.ipynb #583f3afd
+@torch.no_grad()
+def plausibility(
+    model: nn.Module,
+    tok: Any,
+    questions: Sequence[Mapping[str, Any]],      # COPA rows: premise, choice1, choice2, question ("cause" or "effect"), label (0 or 1)
+    under: Mask | Scores | None = None,
+) -> pd.DataFrame:                               # columns score1, score2, choice, label, right
+    "Choose the sentence under which the premise is predicted better; ties go to the first."
+    ids, rows, owner = [], [], []
+    for n, q in enumerate(questions):
+        check_names([q["question"]], ["cause", "effect"], "kind of question")
+        premise = tok(q["premise"].strip().rstrip(".?! "), add_special_tokens=False).input_ids
+        for c in ("choice1", "choice2"):
+            full = tok(f"{q['premise'].strip().rstrip('.?! ')} {'so' if q['question'] == 'effect' else 'because'} {q[c]}").input_ids
+            start = next(i for i in range(len(full)) if full[i:i + len(premise)] == premise)
+            for p in range(start, start + len(premise)):
+                ids.append(full[:p] + [tok.mask_token_id] + full[p + 1:]); rows.append((p, full[p])); owner.append((n, c))
+    seqs, logp = Sequences(model, ids), []
+    with masked(model, under):
+        for part in np.array_split(np.arange(len(ids)), range(128, len(ids), 128)):
+            out = seqs.read(part, range(len(part)), [rows[i][0] for i in part]).float().log_softmax(-1)
+            logp += out.gather(1, torch.tensor([[rows[i][1]] for i in part], device=out.device))[:, 0].tolist()
+    scores = pd.DataFrame(owner, columns=["n", "choice"]).assign(logp=logp).pivot_table(index="n", columns="choice", values="logp", aggfunc="mean")
+    table = pd.DataFrame({"score1": scores.choice1, "score2": scores.choice2, "label": [q["label"] for q in questions]})
+    return table.assign(choice=(table.score2 > table.score1).astype(int), right=lambda t: t.choice == t.label)
 
 # %% ../nbs/12_evaluate.ipynb #1fd32e34
 @dataclass

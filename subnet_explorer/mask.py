@@ -157,7 +157,7 @@ def _spark(mask: Mask) -> str:
 def _heat(mask: Mask) -> str:
     "HTML miniature: a shaded table with numbers, readable without colour."
     grid, esc = _grid(mask), lambda s: html.escape(str(s))
-    shade = lambda v: "" if np.isnan(v) else f"background:rgba(0,90,160,{0.08 + 0.62 * v:.2f});color:{'#fff' if v > .6 else '#111'}"
+    shade = lambda v: "" if np.isnan(v) else f"background:rgba(0,90,160,{0.08 + 0.62 * v:.2f});color:{'#fff' if v > .85 else '#111'}"
     head = "".join(f"<th>{esc(c)}</th>" for c in grid.columns)
     rows = "".join(f"<tr><th>layer {i}</th>" + "".join(f'<td style="text-align:center;{shade(v)}">{"" if np.isnan(v) else f"{v:.2f}"}</td>' for v in row) + "</tr>"
                    for i, row in zip(grid.index, grid.to_numpy()))

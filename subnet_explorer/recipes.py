@@ -185,10 +185,10 @@ def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, 
     sections = [
         ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and repetitions.", [plots.bars(summary, title="Macro P@1", label="P@1"), study.summary().reset_index(names="condition")]),
         ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.", [study.table().reset_index()]),
-        ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.", [plots.density(study.masks.survival(), title="Mean density over all masks"), plots.density(first.sel(task=relation)[0], title=f"Density, {relation}")]),
-        ("What relations share", "Jaccard distance between the masks of two relations. Masks share their initialisation, so they are closer than chance before training.", [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),
+        ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.", [plots.density(study.masks.survival(), title="Mean density over all masks", label="share kept"), plots.density(first.sel(task=relation)[0], title=f"Density, {relation}")]),
+        ("What relations share", "Jaccard distance between the masks of two relations. " + ("All started from one initialisation, so without training every distance would be 0; the chance value is that of unrelated masks." if study.start else "Every mask started from its own initialisation."), [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),
         ("[CLS] under the full model and under subnetworks", "t-SNE of the last hidden state at the first token, computed per panel; distances between panels mean nothing.", [plots.tsne(points, colour="relation", facet="under")]),
-        ("Where [MASK] looks", text, [plots.mask_attention(maps), plots.attention_pair(maps)]),
+        ("Where [MASK] looks", text, [plots.mask_attention(maps), plots.attention_pair(maps, layers=[i + 1 for i in study.space.layers])]),
         ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
     ]
     return plots.report(path, f"Relation-specific subnetworks of {study.space.model.name}", [s for s in sections if s[2]])

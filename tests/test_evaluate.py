@@ -11,14 +11,14 @@ import pytest
 import torch
 from scipy import stats
 
+from subnet_explorer.apply import masked
 from subnet_explorer.compare import interval
-from subnet_explorer.data import Fact, Facts, answerable, read_facts, split
+from subnet_explorer.data import Fact, Facts, read_conllu, read_facts, split
 from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, precision
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Context
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.data import read_conllu
 from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
 
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(6, seed=3)]
@@ -140,9 +140,9 @@ def test_bad_conditions(pocket_bert, pocket_gpt2, facts, space):
 
 # ── averages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ITEMS = pd.DataFrame([("x", d, r, u, k, f) for r, rows in {
+ITEMS = pd.DataFrame([("x", d, r, u, f"subject {u}", "object", k, f) for r, rows in {
     "A": [(0, "a1", 1, 1), (0, "a2", 3, 2), (0, "a3", 9, 9), (0, "a4", 2, 1), (1, "a1", 1, 1), (1, "a2", 1, 1), (1, "a3", 2, 2), (1, "a4", 8, 1)],
-    "B": [(0, "b1", 2, 1)]}.items() for d, u, k, f in rows], columns=["under", "draw", "relation", "uuid", "rank", "filtered"])
+    "B": [(0, "b1", 2, 1)]}.items() for d, u, k, f in rows], columns=["under", "draw", "relation", "uuid", "sub", "obj", "rank", "filtered"])
 
 @pytest.mark.parametrize("rank, k, a, b", [("rank", 1, 3 / 8, 0), ("rank", 2, 5 / 8, 1), ("rank", 3, 6 / 8, 1), ("filtered", 1, 5 / 8, 1), ("filtered", 10, 1, 1)])
 def test_macro_is_the_mean_over_relations_and_micro_over_facts(rank, k, a, b):
@@ -183,7 +183,6 @@ def test_facts_may_share_an_identifier(pocket_bert, facts):
 def test_the_monitor_is_the_table(pocket_bert, space, k, first):
     model, tok = pocket_bert
     facts = read_facts("pocket", "MadeOf")
-    from subnet_explorer.apply import masked
     mask = Mask.random(space, .9, seed=0)
     score = Precision(facts, k).prepare(Context(model, tok, 1, 1, 0, first))
     for under in (None, mask):
@@ -294,3 +293,18 @@ def test_accuracy(request, name, kind):
             with torch.no_grad(): states = twin.base_model(input_ids=torch.tensor([ids]))[0][0]
             right += [head.out(states[p]).argmax().item() == t for p, t in zip(rows, targets)]
         assert accuracy(model, tok, examples, head, under) == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+
+
+@pytest.mark.parametrize("measure", ["cloze", "perplexity", "accuracy"])
+def test_numbers_do_not_depend_on_dropout(pocket_bert, facts, measure):
+    "A model that comes from training is measured without it, and stays in training mode."
+    model, tok = copy.deepcopy(pocket_bert[0]), pocket_bert[1]
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout): m.p = .5
+    trees = read_conllu(treebank(12))
+    head = Tagger(model, trees)
+    with torch.no_grad(): head.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    number = {"cloze": lambda: cloze(model, tok, facts, {"x": None}).logprob.sum(), "perplexity": lambda: perplexity(model, tok, TEXTS), "accuracy": lambda: accuracy(model, tok, trees, head)}[measure]
+    wanted = number()
+    model.train()
+    assert number() == pytest.approx(wanted, rel=1e-5) and model.training

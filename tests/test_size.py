@@ -17,5 +17,5 @@ def test_sixteen_masks_of_bert_base_take_90_mb(tmp_path):
     rng = np.random.default_rng(0)
     mask = Mask(space, tuple(rng.bytes(g.size // 8) for g in space.groups), {"method": "find", "task": "IsA", "seed": 0, "steps": 400})
     file = mask.save(tmp_path / "mask.safetensors")
-    assert 16 * file.stat().st_size <= 90e6 and file.stat().st_size < space.size / 8 + 10_000
+    assert 16 * file.stat().st_size <= 90e6 and file.stat().st_size < space.size / 8 + 20_000
     assert Mask.load(file) == mask
