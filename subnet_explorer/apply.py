@@ -16,8 +16,8 @@ from .mask import Mask, Scores, to
 from .space import FAMILIES, Group, Space, SubnetError, check_model, reach
 
 # %% auto #0
-__all__ = ['swapped', 'parameter', 'applied', 'masked', 'parameter_like', 'rows', 'blocks_of', 'entering', 'resuming',
-           'attending']
+__all__ = ['swapped', 'parameter', 'applied', 'masked', 'parameter_like', 'evaluating', 'rows', 'blocks_of', 'entering',
+           'resuming', 'attending']
 
 # %% ../nbs/03_apply.ipynb #3e4f2468
 @contextmanager
@@ -118,6 +118,16 @@ def _held(model: nn.Module, mask: Mask) -> Iterator[None]:
         yield
     finally:
         for h in handles: h.remove()
+
+# %% ../nbs/03_apply.ipynb #75f7ea91
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    "Put `model` into evaluation mode; restore the mode of every module on leaving."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for m, training in modes: m.training = training
 
 # %% ../nbs/03_apply.ipynb #17f779cd
 @contextmanager

@@ -48,7 +48,10 @@ def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
 def _device(name: str) -> str:
     "The device to use; `auto` takes a GPU if there is one."
     import torch
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e: raise SubnetError(f"the device {name!r} cannot be used ({str(e).splitlines()[0][:100]}): give cpu, cuda, or auto.") from None
+    return name
 
 
 def _numbers(text: str) -> list[int]:

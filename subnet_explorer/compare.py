@@ -26,6 +26,7 @@ def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
 
 def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance expected of random masks with the same counts per tensor."
+    same_space(a.space, b.space, "compare")
     ta, tb = table(a), table(b)
     p, q, n = ta.density.to_numpy(), tb.density.to_numpy(), ta["size"].to_numpy(float)
     return _jaccard(n * p * q, n * (p + q - p * q), average)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .apply import masked
+from .apply import evaluating, masked
 from .compare import interval
 from .data import Facts, object_id
 from .mask import Mask, Scores
@@ -43,10 +43,10 @@ def cloze(
     other, rows = _other_answers(tok, known or facts), []
     among = torch.tensor(sorted({i for f in candidates if (i := object_id(tok, f)) is not None})) if candidates else None
     for relation in facts.relations:
-        prompts = Prompts(model, tok, facts[relation], first)
+        with evaluating(model): prompts = Prompts(model, tok, facts[relation], first)
         for name, condition in under.items():
             for draw, mask in enumerate(_draws(condition, relation)):
-                with torch.no_grad(), masked(model, mask, check=False): logits = _in_parts(prompts)
+                with torch.no_grad(), evaluating(model), masked(model, mask, check=False): logits = _in_parts(prompts)
                 rows += [dict(under=name, draw=draw, **r) for r in _ranks(prompts, logits, tok, other, among)]
     return pd.DataFrame(rows)
 
@@ -115,7 +115,7 @@ def precision(
     rows = []
     for (name, top) in ((u, top) for u in items.under.unique() for top in k):
         of = items[items.under == name]
-        hits = {r: part.assign(hit=part[rank] <= top).pivot(index="draw", columns="uuid", values="hit").to_numpy(float) for r, part in of.groupby("relation", sort=False)}
+        hits = {r: part.assign(hit=part[rank] <= top).pivot(index="draw", columns=["uuid", "sub", "obj"], values="hit").to_numpy(float) for r, part in of.groupby("relation", sort=False)}
         pools = {"macro": (list(hits.values()), False), "micro": (list(hits.values()), True), **{r: ([h], False) for r, h in hits.items()}}
         for relation, (groups, pooled) in pools.items():
             value, low, high = interval(groups, pooled=pooled, samples=samples)
@@ -149,7 +149,7 @@ def plausibility(
             for p in range(start, start + len(premise)):
                 ids.append(full[:p] + [tok.mask_token_id] + full[p + 1:]); rows.append((p, full[p])); owner.append((n, c))
     seqs, logp = Sequences(model, ids), []
-    with masked(model, under):
+    with evaluating(model), masked(model, under):
         for part in np.array_split(np.arange(len(ids)), range(128, len(ids), 128)):
             out = seqs.read(part, range(len(part)), [rows[i][0] for i in part]).float().log_softmax(-1)
             logp += out.gather(1, torch.tensor([[rows[i][1]] for i in part], device=out.device))[:, 0].tolist()
@@ -186,12 +186,12 @@ def perplexity(
     for t in texts:
         i = tok(t, truncation=True).input_ids
         if causal:
-            i = [tok.bos_token_id, *i] if tok.bos_token_id is not None else i
+            i = ([tok.bos_token_id, *i] if tok.bos_token_id is not None else i)[:tok.model_max_length]
             rows.append((list(range(len(i) - 1)), i[1:])); ids.append(i); continue
         for p, gold in enumerate(i):
             if gold not in tok.all_special_ids: rows.append(([p], [gold])); ids.append(i[:p] + [tok.mask_token_id] + i[p + 1:])
     seqs, total, n = Sequences(model, ids), 0.0, 0
-    with masked(model, under):
+    with evaluating(model), masked(model, under):
         for part in np.array_split(np.arange(len(ids)), range(128, len(ids), 128)):
             b, p, gold = [j for j, i in enumerate(part) for _ in rows[i][0]], [q for i in part for q in rows[i][0]], [g for i in part for g in rows[i][1]]
             logp = seqs.read(part, b, p).float().log_softmax(-1)
@@ -210,7 +210,7 @@ def accuracy(
     "Share of rows (words, texts) whose label is right."
     coded = [head.encode(tok, e) for e in examples]
     seqs, hits, n = Sequences(model, [c[0] for c in coded]), 0, 0
-    with masked(model, under):
+    with evaluating(model), masked(model, under):
         for part in np.array_split(np.arange(len(coded)), range(128, len(coded), 128)):
             b, p = [j for j, i in enumerate(part) for _ in coded[i][1]], [q for i in part for q in coded[i][1]]
             y = torch.tensor([y for i in part for y in coded[i][2]])

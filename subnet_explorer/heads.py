@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .search import Diverged, Monitor, lr_at
+from .apply import evaluating
+from .search import Diverged, Monitor, check_settings, frozen, lr_at
 from .objectives import Context, Objective
 from .space import SubnetError, check_names
 
@@ -44,9 +45,11 @@ class Tagger(Head):
 
     def encode(self, tok: Any, example: tuple[list[str], list[str]]) -> tuple[list[int], list[int], list[int]]:
         words, tags = example
-        coded = tok(words, is_split_into_words=True, truncation=True)
+        coded = tok(words, is_split_into_words=True)
         last = {w: i for i, w in enumerate(coded.word_ids()) if w is not None}
-        if len(last) < len(words): raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer ({tok.model_max_length} tokens): {' '.join(words)[:60]!r}.")
+        if len(coded.input_ids) > tok.model_max_length:
+            raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer: {len(coded.input_ids)} tokens, {tok.model_max_length} allowed: {' '.join(words)[:60]!r}.")
+        if bare := [w for i, w in enumerate(words) if i not in last]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer.")
         return coded.input_ids, [last[w] for w in range(len(words))], [self.target(t) for t in tags]
 
 
@@ -87,8 +90,14 @@ def fit(
     "Fine-tune `model` on `goal` with AdamW; raise `Diverged` when the loss is not finite."
     body, heads = list(model.parameters()) if train_model else [], [p for m in goal.modules() for p in m.parameters()]
     if not body and not heads: raise SubnetError("nothing to train: the objective has no head and train_model is False.")
-    context, rows, best, kept = Context(model, tok, steps, batch, seed), [], -float("inf"), None
-    model.eval()                       # no dropout: the objectives compare with cached states
+    check_settings(steps, lr, batch, every)
+    with evaluating(model) if train_model else frozen(model):          # no dropout: objectives compare with cached states
+        return _fit(goal, monitor, Context(model, tok, steps, batch, seed), body, heads, lr, head_lr, weight_decay, every)
+
+
+def _fit(goal: Objective, monitor: Monitor | None, context: Context, body: list, heads: list, lr: float, head_lr: float, weight_decay: float, every: int) -> pd.DataFrame:
+    "The steps of `fit`."
+    steps, rows, best, kept = context.steps, [], -float("inf"), None
     loss_at, score = goal.prepare(context), monitor.prepare(context) if monitor else None
     opt = torch.optim.AdamW([dict(params=body, lr=lr), dict(params=heads, lr=head_lr)], weight_decay=weight_decay)
     for step in range(steps):

@@ -187,7 +187,7 @@ class MLM(Objective):
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         tok, causal, size = context.tok, "Masked" not in type(context.model).__name__, self.batch or context.batch
         ids = [tok(t, truncation=True).input_ids for t in self.texts]
-        if causal and tok.bos_token_id is not None: ids = [[tok.bos_token_id, *i] for i in ids]
+        if causal and tok.bos_token_id is not None: ids = [[tok.bos_token_id, *i][:tok.model_max_length] for i in ids]
         seqs, special = Sequences(context.model, ids, context.first if causal else 0), torch.tensor(tok.all_special_ids)
         def loss(step: int) -> torch.Tensor:
             index = batch_at(step, seqs.lengths, size, context.seed)

@@ -19,7 +19,7 @@ from torch import nn
 
 from .data import Facts, Split, answerable, read_facts, split
 from .evaluate import Precision, accuracy, cloze, majority, perplexity, precision
-from .search import find
+from .search import check_settings, find
 from .gates import Concrete, HardConcrete, Threshold, TopK
 from .heads import Head, fit, preserved
 from .mask import Mask, atomic_write
@@ -67,7 +67,8 @@ class LampStudy:
 
     def flips(self) -> pd.DataFrame:
         "Share of mask bits that training changed, and sparsity, per relation, seed and matrix."
-        parts = [m.table().assign(flips=(m ^ self.start[labels["seed"]]).table().density, **labels) for labels, m in self.masks if self.start]
+        if not self.start: raise SubnetError("there is no common start to count flips from: they need shared_init=True and method=\"deterministic\".")
+        parts = [m.table().assign(flips=(m ^ self.start[labels["seed"]]).table().density, **labels) for labels, m in self.masks]
         return pd.concat(parts).assign(sparsity=lambda t: 1 - t.density)[["task", "seed", "layer", "role", "size", "sparsity", "flips"]].reset_index(drop=True)
 
 # %% ../nbs/13_recipes.ipynb #58cbfee8
@@ -94,15 +95,16 @@ def lamp(
 ) -> LampStudy:
     "Find and measure relation-specific subnetworks (LAMP)."
     began = time.monotonic()
-    check_names([method], ["deterministic", "stochastic"], "method")
+    check_names([method], ["deterministic", "stochastic"], "method"); check_settings(steps, lr, batch)
     usable = answerable(facts, tok)
     data, space, relations = split(usable, split_seed), Space.of(model, "weight", layers=layers), usable.relations
     config = dict(recipe="lamp", model=str(space.model), space=space.id, layers=layer_text(space.layers), split=data.hash, method=method, sparsity=sparsity, steps=steps, lr=lr, batch=batch,
                   clip=clip, seeds=list(seeds), shared_init=shared_init, random=random, mismatched=mismatched, fine_tuned=fine_tuned)
-    store = _study_folder(to, config)
     def gate(relation: str, seed: int) -> Any:
         start = seed if shared_init else 1000 * (seed + 1) + relations.index(relation)
         return Threshold(space, sparsity, seed=start) if method == "deterministic" else Concrete(space, density=1 - sparsity, temperature=0.1, seed=start)
+    gate(relations[0], seeds[0])                                           # anything wrong with the settings shows before a folder is made
+    store = _study_folder(to, config)
     runs = {(r, s): find(model, tok, gate(r, s), Cloze(data.train[r]), steps=steps, lr=lr, batch=batch, clip=clip, seed=s, monitor=Precision(data.dev[r]), every=max(1, steps // 8),
                          to=store, labels={"task": r, "seed": s}, progress=progress) for s in seeds for r in relations}
     found = {r: [runs[r, s].subnetwork for s in seeds] for r in relations}
@@ -122,6 +124,7 @@ def _study_folder(to: str | Path | None, config: dict[str, Any]) -> Store | None
     "The store of a study, after checking that the folder is not another's."
     if to is None: return None
     file = Path(to) / "study.json"
+    if Path(to).is_file(): raise OtherRun(f"{to} is a file: give a folder.")
     if file.exists():
         if (found := json.loads(file.read_text())["config"]) != json.loads(json.dumps(config)):
             differs = [k for k in {**found, **config} if found.get(k) != json.loads(json.dumps(config)).get(k)]

@@ -42,7 +42,7 @@ def vectors(
 ) -> Vectors:
     "Last-layer hidden state of every fact under every condition."
     import torch
-    from subnet_explorer.apply import masked
+    from subnet_explorer.apply import evaluating, masked
     from subnet_explorer.objectives import Prompts
     check_names([at], ["cls", "mask"], "position")
     under = {"full model": None} if under is None else under
@@ -51,12 +51,12 @@ def vectors(
     for s in spaces.values(): check_model(s, model)
     first = max(0, min((min(s.layers) for s in spaces.values()), default=0))
     where = at if "Masked" in type(model).__name__ else "last"
-    prompts = {r: Prompts(model, tok, facts[r], first) for r in facts.relations}
+    with evaluating(model): prompts = {r: Prompts(model, tok, facts[r], first) for r in facts.relations}
     rows, arrays = [], []
     for name, by in masks.items():
         for r, p in prompts.items():
             position = np.zeros_like(p.position) if where == "cls" else p.position
-            with torch.no_grad(), masked(model, by[r], check=False):
+            with torch.no_grad(), evaluating(model), masked(model, by[r], check=False):
                 for index in np.array_split(np.arange(len(p.facts)), range(256, len(p.facts), 256)):
                     arrays.append(p.sequences.read(index, range(len(index)), position[index], head=torch.nn.Identity()).float().cpu().numpy())
             rows += [dict(relation=r, sub=f.sub, obj=f.obj, under=name, at=where) for f in p.facts]
@@ -101,7 +101,7 @@ def attention(
 ) -> tuple[np.ndarray, list[str]]:            # maps (layer, head, from, to), tokens
     "Attention maps of one text; raise `SubnetError` when it is longer than the model can read."
     import torch
-    from subnet_explorer.apply import attending, masked
+    from subnet_explorer.apply import attending, evaluating, masked
     if "Masked" not in type(model).__name__:
         ids = tok(text.split("[MASK]")[0].rstrip()).input_ids
         if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
@@ -111,7 +111,7 @@ def attention(
     device = next(model.parameters()).device
     training = model.training
     try:
-        with torch.no_grad(), attending(model.eval()), masked(model, under):
+        with torch.no_grad(), evaluating(model), attending(model), masked(model, under):
             out = model(input_ids=torch.tensor([ids], device=device), output_attentions=True)
     finally: model.train(training)
     maps = np.stack([a[0].float().cpu().numpy() for a in out.attentions])

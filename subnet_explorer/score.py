@@ -55,12 +55,15 @@ def importance(
         loss_at, like = goal.prepare(Context(model, tok, batches, batch, seed)), parameter_like(model)
         for step in range(batches):
             gates: dict[str, list[torch.Tensor]] = {g.name: [] for g in space.groups}
-            def fresh(name: str, n: int) -> Any:
+            calls = {g.name: 0 for g in space.groups}
+            def fresh(name: str, n: int, sites: int) -> Any:
                 def make(x: torch.Tensor) -> torch.Tensor:
+                    calls[name] += 1
+                    if sites == 2 and calls[name] % 2 == 0: return gates[name][-1]      # attention and MLP of a layer share its gate
                     gates[name].append(torch.ones(len(x), n, dtype=like.dtype, device=like.device, requires_grad=True))
                     return gates[name][-1]
                 return make
-            with applied(model, space, {g.name: fresh(g.name, g.size) for g in space.groups}): loss = loss_at(step)
+            with applied(model, space, {g.name: fresh(g.name, g.size, 2 if g.kind == "layer" else 1) for g in space.groups}): loss = loss_at(step)
             flat = [(n, t) for n, ts in gates.items() for t in ts]
             n = len(flat[0][1])
             for (name, _), grad in zip(flat, torch.autograd.grad(loss * n, [t for _, t in flat])): total[name] += grad.abs().sum(0).cpu().numpy()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .apply import applied, masked, parameter_like
+from .apply import applied, evaluating, masked, parameter_like
 from .gates import Gate
 from .mask import atomic_write
 from .objectives import Context, Objective
@@ -23,7 +23,7 @@ from .space import SubnetError, check_model, check_names
 from .store import Run, Store, load_state, save_state
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'lr_at', 'Diverged', 'Monitor', 'frozen', 'find']
+__all__ = ['SCHEDULES', 'lr_at', 'Diverged', 'Monitor', 'frozen', 'check_settings', 'find']
 
 # %% ../nbs/09_search.ipynb #cbf0106a
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -53,13 +53,19 @@ class Monitor(Protocol):
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     "Evaluation mode without weight gradients; both are restored."
-    modes, grads = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
+    grads = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in grads: p.requires_grad_(False)
-    try: yield
+    try:
+        with evaluating(model): yield
     finally:
-        for m, training in modes: m.training = training
         for p, g in grads: p.requires_grad_(g)
+
+
+def check_settings(steps: int, lr: float, batch: int, every: int = 1) -> None:
+    "Raise `SubnetError` for numbers with which nothing could be trained."
+    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("every", every, 1)):
+        if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
+    if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
 
 # %% ../nbs/09_search.ipynb #a737b554
 def find(
@@ -88,7 +94,7 @@ def find(
 ) -> Run:
     "Train `gate` towards `goal` and return the run; continue or return it if it is already in `to`."
     check_names([optimizer], ["adam", "adamw"], "optimizer"); check_names([precision], ["float32", "bfloat16"], "precision")
-    check_model(gate.space, model); lr_at(0, steps, schedule, warmup)
+    check_settings(steps, lr, batch, every); check_names([schedule], SCHEDULES, "schedule"); check_model(gate.space, model)
     config = dict(model=str(gate.space.model), gate=gate.recipe(), goal=goal.recipe(), steps=steps, lr=lr, schedule=schedule, warmup=warmup, optimizer=optimizer, clip=clip,
                   head_lr=head_lr, batch=batch, seed=seed, complement=complement, monitor=monitor.recipe() if monitor else None, every=every, precision=precision)
     run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
