@@ -1,32 +1,29 @@
-"Write README.md from nbs/index.ipynb: hidden cells out, the rest through nbconvert."
+"README.md from nbs/index.ipynb: hidden cells out, the rest through nbconvert."
 import re
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def main() -> None:
-    root = Path(__file__).resolve().parent.parent
-    nb = nbformat.read(root / "nbs" / "index.ipynb", 4)
-    kept = []
+
+def readme() -> str:
+    "The text of the README."
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
+    nb.cells = [c for c in nb.cells if c.cell_type != "code" or not re.search(r"^#\|\s*hide\s*$", c.source, re.M)]
     for c in nb.cells:
-        if c.cell_type == "code":
-            if re.search(r"^#\|\s*hide\s*$", c.source, re.M): continue
-            if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.source = ""
-            c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
-            for o in c.get("outputs", []):                     # text only: README viewers strip styles
-                data = o.get("data", {})
-                if "text/markdown" in data: data.pop("text/plain", None)
-                data.pop("text/html", None)
-        kept.append(c)
-    nb.cells = kept
+        if c.cell_type != "code": continue
+        if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.source = ""
+        c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
+        for o in c.outputs:                                     # text only: viewers of a README strip styles
+            data = o.get("data", {})
+            data.pop("text/html", None)
+            if "text/markdown" in data: data.pop("text/plain", None)
     body, _ = MarkdownExporter().from_notebook_node(nb)
-    body = re.sub(r"```\w*\n\n```\n", "", body).replace("](images/", "](nbs/images/")
-    body = body.replace("\n```\nfrom subnet_explorer", "\n```python\nfrom subnet_explorer")
-    body = re.sub(r"\]\((?!http|nbs/)([\w/]+\.ipynb)\)", r"](nbs/\1)", body)
-    body = "<!-- made from nbs/index.ipynb by make readme: edit that -->\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
-    (root / "README.md").write_text(body, encoding="utf-8")
+    body = re.sub(r"```\w*\n\n```\n", "", body).replace("\n```\nfrom subnet_explorer", "\n```python\nfrom subnet_explorer")
+    body = re.sub(r"\]\((?!http)([\w/]+\.(?:ipynb|png))\)", r"](nbs/\1)", body)
+    return "<!-- made from nbs/index.ipynb by make readme: edit that -->\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": (ROOT / "README.md").write_text(readme(), encoding="utf-8")
