@@ -61,7 +61,7 @@ def applied(
             v = values[g.name]
             if g.kind in ("weight", "bias", "block"):
                 w = parameter(model, g)
-                tensors[g.name] = w * (v if g.block is None else v.repeat_interleave(g.block[0], 0).repeat_interleave(g.block[1], 1)[:w.shape[0], :w.shape[1]])
+                tensors[g.name] = w * (v.to(w.dtype) if g.block is None else v.repeat_interleave(g.block[0], 0).repeat_interleave(g.block[1], 1)[:w.shape[0], :w.shape[1]].to(w.dtype))
                 continue
             o, down = (reach(model.base_model, layout.module(g.layer, role)) for role in ("o", "down"))
             if g.kind == "head": hook(o.register_forward_pre_hook(_gate_input(v, layout.head_dim)))

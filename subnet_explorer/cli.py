@@ -26,6 +26,7 @@ __all__ = ['lamp_command', 'show_command', 'doctor_command', 'parser', 'main']
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run LAMP as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.data import read_facts
+    from subnet_explorer.mask import atomic_write
     from subnet_explorer.pocket import load
     from subnet_explorer.recipes import lamp, lamp_json, lamp_report
     model, tok = load(args.model, device=_device(args.device))
@@ -33,15 +34,17 @@ def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
     study = lamp(model, tok, facts, layers=args.layers, method=args.method, sparsity=args.sparsity, steps=args.steps, lr=args.lr, batch=args.batch,
                  seeds=_numbers(args.seeds), split_seed=args.split_seed, fine_tuned=args.fine_tuned, to=args.out, progress=not args.quiet)
     out = lamp_json(study, args.out)
-    _say("writing tables and the report …", args)
-    Path(args.out, "results.json").write_text(json.dumps(out, indent=1))
-    report = lamp_report(study, model, tok, Path(args.out, "report.html")) if args.report else None
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
     if not args.json:
         print(f"{facts!r}\n{study.space!r}\n")
         print(study.table().to_string(float_format="{:.3f}".format, na_rep=""), "\n")
         print(study.summary().to_string())
         if left := {r: s for r, s in study.skipped.items() if s}: print(f"\nleft out: {left}")
-        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}" + (f"; open {report}" if report else "") + ".")
+        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+    if args.report:
+        _say("writing the report …", args)
+        report = lamp_report(study, model, tok, Path(args.out, "report.html"))
+        if not args.json: print(f"Open {report}.")
     return out
 
 

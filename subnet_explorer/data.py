@@ -22,7 +22,7 @@ from .space import SubnetError, check_names
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
-           'answerable', 'encode', 'read_conllu']
+           'too_long', 'answerable', 'with_start', 'encode', 'read_conllu']
 
 # %% ../nbs/06_data.ipynb #f8a6b6ec
 class BadFacts(SubnetError):
@@ -110,15 +110,15 @@ def read_facts(
             except BadPrompt as e:
                 if strict: raise BadFacts(f"{path}, line {n}: {e} Use strict=False to leave such lines out.") from None
                 fact = e.relation, "not exactly one [MASK]"
-            except BadFacts as e: raise BadFacts(f"{path}, line {n}: {e}") from None
+            except SubnetError as e: raise BadFacts(f"{path}, line {n}: {e}") from None
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
                 raise BadFacts(f"{path}, line {n}: not a {'tab-separated triple' if triples else 'JSON object in LAMA format'} ({type(e).__name__}: {e}).") from None
             if isinstance(fact, tuple): _count(skipped, *fact)
             else: found.append(fact)
-    unique = {(f.relation, f.sub, f.obj): f for f in reversed(found)}       # the first of equals stays
-    kept = tuple(f for f in found if unique[f.relation, f.sub, f.obj] is f)
+    said, asked = {(f.relation, f.sub, f.obj): f for f in reversed(found)}, {(f.relation, f.prompt.lower(), f.obj): f for f in reversed(found)}
+    kept = tuple(f for f in found if said[f.relation, f.sub, f.obj] is f and asked[f.relation, f.prompt.lower(), f.obj] is f)      # the first of equals stays
     for r, k in (Counter(f.relation for f in found) - Counter(f.relation for f in kept)).items(): _count(skipped, r, "repeated fact", k)
-    if not kept: raise BadFacts(f"no facts in {source}.")
+    if not kept: raise BadFacts(f"no facts in {source}" + (f"; left out: {skipped}." if skipped else "."))
     out = Facts(kept, name, skipped)
     if relations is None: return out
     return out[[r.strip() for r in relations.split(",")] if isinstance(relations, str) else list(relations)]
@@ -170,7 +170,7 @@ def _templates(source: Mapping[str, str] | str | Path | None) -> dict[str, str]:
         if t.count("{head}") != 1 or t.count("{tail}") != 1: raise BadFacts(f"the template of {r} must contain {{head}} and {{tail}} once each: {t!r}.")
     return out
 
-
+# %% ../nbs/06_data.ipynb #50cc6f7a
 def _check_prompt(prompt: str, relation: str = "") -> str:
     n = prompt.count("[MASK]")
     if n == 1: return prompt
@@ -190,7 +190,7 @@ def _lama(d: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact |
     relation = d.get("pred") or d["predicate_id"]
     sub, obj = d.get("sub_label") or d["sub"], d.get("obj_label") or d["obj"]
     if templates:
-        check_names([relation], templates, "relation among the templates")
+        if relation not in templates: return relation, "no template for the relation"
         prompt = templates[relation].format(head=sub, tail="[MASK]")
     elif "evidences" in d and "masked_sentences" not in d:
         fit = [e["masked_sentence"] for e in d["evidences"] if e["masked_sentence"].count("[MASK]") == 1]
@@ -226,11 +226,11 @@ class Split:
     def __getitem__(self, relation: str | Iterable[str]) -> Split: return Split(self.train[relation], self.dev[relation], self.test[relation])
 
     def overlap(self) -> pd.DataFrame:
-        "Per relation: share of test facts whose (subject, object) pair, subject, or object occurs in training."
+        "Per relation: share of test facts whose prompt with its object, prompt, subject, or object occurs in training."
         def shares(r: str) -> dict[str, Any]:
             train, test = self.train[r].items, self.test[r].items
             of = lambda key: (lambda known: sum(key(f) in known for f in test) / len(test))({key(f) for f in train})
-            return dict(relation=r, pair=of(lambda f: (f.sub, f.obj)), subject=of(lambda f: f.sub), object=of(lambda f: f.obj))
+            return dict(relation=r, pair=of(lambda f: (f.prompt.lower(), f.obj)), prompt=of(lambda f: f.prompt.lower()), subject=of(lambda f: f.sub), object=of(lambda f: f.obj))
         return pd.DataFrame([shares(r) for r in self.test.relations])
 
 
@@ -283,16 +283,28 @@ def object_id(
     return ids[0] if len(ids) == 1 and ids[0] != tok.unk_token_id else None
 
 
+def too_long(tok: Any, fact: Fact) -> bool:
+    "Whether a prompt has more tokens than the model can read."
+    return len(fact.prompt) > tok.model_max_length and len(tok(fact.prompt.replace("[MASK]", tok.mask_token or "")).input_ids) > tok.model_max_length
+
+
 def answerable(facts: Facts, tok: Any) -> Facts:
-    "The facts whose object is one token of `tok`; the others are counted in `.skipped`."
+    "The facts whose object is one token of `tok` and whose prompt is not too long; the others are counted in `.skipped`."
     kept, skipped = [], {r: dict(s) for r, s in facts.skipped.items()}
     for f in facts:
         if object_id(tok, f) is None: _count(skipped, f.relation, "object is not one token")
+        elif too_long(tok, f): _count(skipped, f.relation, "prompt too long")
         else: kept.append(f)
     if not kept: raise BadFacts(f"none of the {len(facts)} objects of {facts.name} is one token of this tokenizer.")
     return replace(facts, items=tuple(kept), skipped=skipped)
 
-# %% ../nbs/06_data.ipynb #d34ca442
+# %% ../nbs/06_data.ipynb #8a72e2e4
+def with_start(tok: Any, ids: list[int]) -> list[int]:
+    "Token ids that begin with the beginning-of-text token once, if the tokenizer has one, cut to the longest allowed."
+    if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
+    return ids[:tok.model_max_length]
+
+
 def encode(
     tok: Any,
     fact: Fact,
@@ -300,14 +312,14 @@ def encode(
 ) -> tuple[list[int], int, int]:      # token ids, position that predicts the object, object id
     "Token ids of a prompt and where its answer is read."
     gold = object_id(tok, fact)
+    if too_long(tok, fact): raise BadFacts(f"a prompt of {fact.relation} is longer than the {tok.model_max_length} tokens this model can read: filter with answerable(facts, tok) first.")
     if gold is None: raise BadFacts(f"the object {fact.obj!r} is not one token: filter with answerable(facts, tok) first.")
     before, after = _check_prompt(fact.prompt).split("[MASK]")
     if causal:
         if any(c.isalnum() for c in after): raise BadFacts(f"a causal model cannot see what follows the mask in {fact.prompt!r}: use prompts that end with [MASK].")
         ids = tok(before.rstrip()).input_ids
-        if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
         if tok.eos_token_id is not None and len(ids) > 1 and ids[-1] == tok.eos_token_id: ids = ids[:-1]
-        return ids, len(ids) - 1, gold
+        return (ids := with_start(tok, ids)), len(ids) - 1, gold
     if tok.mask_token is None: raise BadFacts(f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model.")
     ids = tok(fact.prompt.replace("[MASK]", tok.mask_token)).input_ids
     return ids, ids.index(tok.mask_token_id), gold

@@ -17,10 +17,10 @@ from torch import nn
 
 from .apply import evaluating, masked
 from .compare import interval
-from .data import Facts, object_id
+from .data import Facts, object_id, with_start
 from .mask import Mask, Scores
 from .objectives import Context, Prompts, Sequences
-from .space import SubnetError, check_model, check_names
+from .space import SubnetError, check_model, check_names, is_causal
 
 # %% auto #0
 __all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'accuracy']
@@ -70,7 +70,9 @@ def _draws(condition: Condition, relation: str) -> list[Mask | Scores | None]:
 def _in_parts(prompts: Prompts, size: int = 256) -> torch.Tensor:
     "Logits of all prompts."
     n = len(prompts.facts)
-    return torch.cat([prompts.logits(np.arange(i, min(n, i + size))).float() for i in range(0, n, size)])
+    logits = torch.cat([prompts.logits(np.arange(i, min(n, i + size))).float() for i in range(0, n, size)])
+    if not logits.isfinite().all(): raise SubnetError("the model gives NaN or infinite logits: it cannot be ranked. Was it trained to divergence, or is its precision too low?")
+    return logits
 
 
 def _other_answers(tok: Any, known: Facts) -> dict[tuple[str, str], set[int]]:
@@ -91,16 +93,18 @@ def _ranks(prompts: Prompts, logits: torch.Tensor, tok: Any, other: Mapping[tupl
                  filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.sub), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip(), **extra[i])
             for i, f in enumerate(prompts.facts)]
 
-# %% ../nbs/12_evaluate.ipynb #559c918d
-def majority(train: Facts, test: Facts) -> pd.DataFrame:
-    "Ranks of the test objects among the training objects of their relation by frequency (ties alphabetically); an unseen object ranks last."
-    rows = []
+# %% ../nbs/12_evaluate.ipynb #2802a1c9
+def majority(train: Facts, test: Facts, known: Facts | None = None) -> pd.DataFrame:
+    "Ranks of the test objects among the training objects of their relation by frequency (ties alphabetically); an unseen object is never found (rank 10⁹)."
+    rows, right = [], {}
+    for f in known or test: right.setdefault((f.relation, f.sub), set()).add(f.obj)
     for relation in test.relations:
         counts = Counter(f.obj for f in train[relation])
         order = {o: i for i, (o, _) in enumerate(sorted(counts.items(), key=lambda c: (-c[1], c[0])), 1)}
         for f in test[relation]:
-            rank = order.get(f.obj, len(order) + 1)
-            rows.append(dict(under="majority", draw=0, relation=relation, uuid=f.uuid, sub=f.sub, obj=f.obj, rank=rank, filtered=rank, answer=next(iter(order))))
+            rank = order.get(f.obj, 10**9)
+            above = sum(order.get(o, rank) < rank for o in right.get((relation, f.sub), ()))
+            rows.append(dict(under="majority", draw=0, relation=relation, uuid=f.uuid, sub=f.sub, obj=f.obj, rank=rank, filtered=rank - above, answer=next(iter(order))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_evaluate.ipynb #a2adff2c
@@ -165,7 +169,7 @@ class Precision:
     k: int = 1
 
     def prepare(self, context: Context) -> Callable[[], float]:
-        prompts = Prompts(context.model, context.tok, self.facts, context.first)
+        prompts = context.prompts(self.facts)
         def score() -> float:
             logits = _in_parts(prompts)
             return float((1 + (logits > logits.gather(1, prompts.gold[:, None])).sum(1) <= self.k).float().mean())
@@ -182,11 +186,11 @@ def perplexity(
     under: Mask | Scores | None = None,
 ) -> float:
     "exp of the mean negative log-probability of a token (pseudo-perplexity for a masked model)."
-    causal, ids, rows = "Masked" not in type(model).__name__, [], []
+    causal, ids, rows = is_causal(model), [], []
     for t in texts:
         i = tok(t, truncation=True).input_ids
         if causal:
-            i = ([tok.bos_token_id, *i] if tok.bos_token_id is not None else i)[:tok.model_max_length]
+            i = with_start(tok, i)
             rows.append((list(range(len(i) - 1)), i[1:])); ids.append(i); continue
         for p, gold in enumerate(i):
             if gold not in tok.all_special_ids: rows.append(([p], [gold])); ids.append(i[:p] + [tok.mask_token_id] + i[p + 1:])

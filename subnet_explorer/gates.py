@@ -74,7 +74,7 @@ class Gate(nn.Module):
         return torch.sigmoid(logit)
 
     def harden(self) -> Mask:
-        "The binary mask: what is more likely kept than not."
+        "The binary mask: where the logit is positive."
         return self.scores().above(0.0)
 
     def final(self) -> Mask | Scores:
@@ -117,6 +117,7 @@ class Threshold(Gate):
     def __init__(self, space: Space, sparsity: float = 0.5, *, init: float | str | Scores | Mask = "normal",   # distribution, constant, or values to start from
                  seed: int = 0, inclusive: bool = False) -> None:                                              # inclusive: keep a logit of exactly 0 too
         _fraction(sparsity, "sparsity")
+        if init != "normal" and sparsity != 0.5: raise SubnetError("sparsity belongs to the normal initialisation: with another init, what is kept at the start follows from init.")
         if init == "normal" and not 0 < sparsity < 1: raise SubnetError(f"a normal initialisation needs a sparsity strictly between 0 and 1, got {sparsity}.")
         super().__init__(space, init, seed, mean=-NormalDist().inv_cdf(sparsity) if 0 < sparsity < 1 else 0.0)
         self.inclusive = inclusive
@@ -181,14 +182,14 @@ def _best(flat: torch.Tensor, density: float) -> torch.Tensor:
 class Concrete(Gate):
     "Binary concrete (Gumbel-sigmoid) gate; `density` is the initial probability of being kept."
 
-    def __init__(self, space: Space, density: float | None = None, *, init: float | str | Scores | Mask = "normal", temperature: float = 0.1,
+    def __init__(self, space: Space, density: float | None = None, *, init: float | str | Scores | Mask = "normal", mean: float = 0.0, temperature: float = 0.1,
                  straight_through: bool = False, seed: int = 0) -> None:
         if density is not None:
             _fraction(density, "density")
             if init != "normal": raise SubnetError("give a density or an init, not both: density sets every logit to the same value.")
             if not 0 < density < 1: raise SubnetError(f"the initial density must lie strictly between 0 and 1, got {density}.")
             init = math.log(density / (1 - density))
-        super().__init__(space, init, seed)
+        super().__init__(space, init, seed, mean)
         self.temperature, self.straight_through = temperature, straight_through
         self._recipe |= dict(temperature=temperature, straight_through=straight_through)
 

@@ -16,7 +16,7 @@ from torch import nn
 from .apply import evaluating
 from .search import Diverged, Monitor, check_settings, frozen, lr_at
 from .objectives import Context, Objective
-from .space import SubnetError, check_names
+from .space import SubnetError, check_names, is_causal
 
 # %% auto #0
 __all__ = ['Head', 'Tagger', 'Classifier', 'preserved', 'fit']
@@ -57,7 +57,7 @@ class Classifier(Head):
     "Label a text; examples are dictionaries with `sentence` and `label`."
     def __init__(self, model: nn.Module, examples: Sequence[dict[str, Any]], seed: int = 0) -> None:
         super().__init__(model, [e["label"] for e in examples], seed)
-        self.causal = "Masked" not in type(model).__name__
+        self.causal = is_causal(model)
 
     def encode(self, tok: Any, example: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
         ids = tok(example["sentence"], truncation=True).input_ids

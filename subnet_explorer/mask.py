@@ -178,7 +178,9 @@ def to(
     how: str = "minimal",               # map for coarse to fine: "minimal" or "full"
 ) -> Mask:
     "The mask in coordinates of another kind."
-    if kind == mask.space.kind: return mask
+    if kind == mask.space.kind or kind == "weight" and all(g.kind in ("weight", "bias") for g in mask.space.groups): return mask
+    if len({g.kind in ("weight", "block", "bias") for g in mask.space.groups}) == 2: raise SubnetError(f"a mask of {mask.space.kind} mixes weights with whole units: translate its parts one by one.")
+    if "block" in kind: raise SubnetError("a mask cannot be translated to blocks: make a mask over Space.of(model, \"block\", block=(rows, columns)).")
     structured = all(g.kind not in ("weight", "block", "bias") for g in mask.space.groups)
     meta = {**mask.meta, "parents": [mask.id], "operation": f"to({kind})"}
     if kind == "weight": return Mask.of(space_to(mask.space, kind, how), _spread(mask, how) if structured else _unblock(mask), **meta)

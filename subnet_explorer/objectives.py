@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .apply import entering, resuming, rows
-from .data import Facts, encode
-from .space import SubnetError, family_of
+from .data import Facts, encode, with_start
+from .space import SubnetError, family_of, is_causal
 
 # %% auto #0
 __all__ = ['Sequences', 'Prompts', 'batch_at', 'Context', 'Objective', 'Ramp', 'Sum', 'Cloze', 'MLM', 'Task', 'Suppress',
@@ -36,7 +36,7 @@ class Sequences:
         device = next(model.parameters()).device
         self.ids = [torch.tensor(i, device=device) for i in ids]
         self.lengths = np.array([len(i) for i in ids])
-        self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") and "Masked" not in type(model).__name__ else {}
+        self.extra = {"use_cache": False} if is_causal(model) else {}
         self.states: list[torch.Tensor] | None = None
         if first:
             cached: list[torch.Tensor | None] = [None] * len(ids)
@@ -77,7 +77,7 @@ class Prompts:
     "Encoded cloze facts."
 
     def __init__(self, model: nn.Module, tok: Any, facts: Facts, first: int = 0) -> None:
-        causal = "Masked" not in type(model).__name__
+        causal = is_causal(model)
         coded = [encode(tok, f, causal) for f in facts]
         self.facts, self.sequences = facts, Sequences(model, [c[0] for c in coded], first)
         self.position, self.gold = np.array([c[1] for c in coded]), torch.tensor([c[2] for c in coded], device=next(model.parameters()).device)
@@ -114,6 +114,13 @@ class Context:
     seed: int
     first: int = 0              # zero-based first block that can change; what lies below may be cached
     gate: Any = None
+    cache: dict[Any, Prompts] = field(default_factory=dict)      # prompts already read by this model, shared between searches
+
+    def prompts(self, facts: Facts) -> Prompts:
+        "The encoded facts, with the output of the frozen blocks computed once."
+        key = facts.fingerprint, self.first
+        if key not in self.cache: self.cache[key] = Prompts(self.model, self.tok, facts, self.first)
+        return self.cache[key]
 
 
 class Objective:
@@ -168,7 +175,7 @@ class Cloze(Objective):
     batch: int | None = None
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        prompts, size = Prompts(context.model, context.tok, self.facts, context.first), self.batch or context.batch
+        prompts, size = context.prompts(self.facts), self.batch or context.batch
         def loss(step: int) -> torch.Tensor:
             index = batch_at(step, prompts.sequences.lengths, size, context.seed)
             return F.cross_entropy(prompts.logits(index).float(), prompts.gold[index])
@@ -185,9 +192,8 @@ class MLM(Objective):
     share: float = 0.15
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        tok, causal, size = context.tok, "Masked" not in type(context.model).__name__, self.batch or context.batch
-        ids = [tok(t, truncation=True).input_ids for t in self.texts]
-        if causal and tok.bos_token_id is not None: ids = [[tok.bos_token_id, *i][:tok.model_max_length] for i in ids]
+        tok, causal, size = context.tok, is_causal(context.model), self.batch or context.batch
+        ids = [with_start(tok, tok(t, truncation=True).input_ids) if causal else tok(t, truncation=True).input_ids for t in self.texts]
         seqs, special = Sequences(context.model, ids, context.first if causal else 0), torch.tensor(tok.all_special_ids)
         def loss(step: int) -> torch.Tensor:
             index = batch_at(step, seqs.lengths, size, context.seed)
@@ -223,6 +229,7 @@ class Task(Objective):
     batch: int | None = None
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
+        self.head.to(next(context.model.parameters()).device)
         coded = [self.head.encode(context.tok, e) for e in self.examples]
         seqs, size = Sequences(context.model, [c[0] for c in coded], context.first), self.batch or context.batch
         def loss(step: int) -> torch.Tensor:
@@ -244,7 +251,7 @@ class Suppress(Objective):
     batch: int | None = None
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        prompts, size = Prompts(context.model, context.tok, self.facts, context.first), self.batch or context.batch
+        prompts, size = context.prompts(self.facts), self.batch or context.batch
         def loss(step: int) -> torch.Tensor:
             logp = prompts.logits(batch_at(step, prompts.sequences.lengths, size, context.seed)).float().log_softmax(-1)
             return (-logp.mean(-1) - np.log(logp.shape[-1])).mean()
@@ -261,7 +268,7 @@ class Maintain(Objective):
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         if isinstance(self.what, Facts):
-            p = Prompts(context.model, context.tok, self.what, context.first)
+            p = context.prompts(self.what)
             seqs, spots = p.sequences, [[int(q)] for q in p.position]
         else:
             ids = [context.tok(t, truncation=True).input_ids for t in self.what]

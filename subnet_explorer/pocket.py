@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import subnet_explorer
-from .space import FAMILIES, SubnetError, check_names
+from .space import FAMILIES, SubnetError, check_names, is_causal
 
 # %% auto #0
-__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'UnknownModel', 'pocket_path', 'load', 'is_causal', 'pocket_rows', 'sentences',
-           'treebank', 'entities', 'plausible', 'choices', 'questions', 'corpus', 'vocabulary', 'write_models', 'tiny']
+__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'UnknownModel', 'pocket_path', 'load', 'pocket_rows', 'sentences', 'treebank',
+           'entities', 'plausible', 'choices', 'questions', 'corpus', 'vocabulary', 'write_models', 'tiny']
 
 # %% ../nbs/07_pocket.ipynb #69cbbeaf
 class UnknownModel(SubnetError):
@@ -47,18 +47,17 @@ def load(
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         masked = any("MaskedLM" in a for a in config.architectures or []) or config.model_type in ("bert", "roberta", "electra", "distilbert", "mpnet")
         auto = AutoModelForMaskedLM if masked and not getattr(config, "is_decoder", False) else AutoModelForCausalLM
-        model = auto.from_pretrained(source, revision=revision, trust_remote_code=False, dtype=dtype or torch.float32)
+        model, info = auto.from_pretrained(source, revision=revision, trust_remote_code=False, dtype=dtype or torch.float32, output_loading_info=True)
         tok = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:                         # whatever the libraries below raise, the name of the model must be in the message
+        if Path(source).is_dir() and Path(source, "config.json").exists():
+            raise UnknownModel(f"the model in {str(name)!r} cannot be used ({type(e).__name__}: {str(e).splitlines()[0][:160]}): a complete language model and its tokenizer are needed.") from e
         raise UnknownModel(f"cannot load a model from {str(name)!r}: it is neither a pocket model (pocket-bert, pocket-gpt2), nor a folder with a "
                            f"transformers model, nor a hub name that can be reached ({str(e).splitlines()[0][:160]}).") from e
+    if missing := sorted(k for k in info["missing_keys"] if "position_ids" not in k):
+        raise UnknownModel(f"{str(name)!r} has no trained language-modelling head: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} would be random. Give a checkpoint saved with its head.")
     if pocket: model.config._name_or_path = str(name)
     return model.eval().to(device), tok
-
-
-def is_causal(model: Any) -> bool:
-    "Whether `model` predicts the next token (GPT-2, Llama) instead of a masked one."
-    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
 
 # %% ../nbs/07_pocket.ipynb #0be740c2
 WORDINGS: dict[str, list[str]] = {     # relation -> five training wordings, then the probe

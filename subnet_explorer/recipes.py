@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,13 @@ class LampStudy:
         return t.pivot(index="under", columns="column", values="text").reindex(self.items.under.unique()).rename_axis(index=None, columns=None)
 
     def table(self, k: int = 1) -> pd.DataFrame:
-        "P@K by relation and condition, with sparsity and flips."
+        "P@K by relation and condition, with sparsity (of soft gates: one minus their mean) and flips."
         p = self.precision((k,)).pivot(index="relation", columns="under", values="value")[self.items.under.unique()]
         by = {r: self.masks.sel(task=r) for r in self.data.test.relations}
         mean = lambda f: {r: float(np.mean([f(m, labels) for labels, m in ms])) for r, ms in by.items()}
         flips = mean(lambda m, labels: (m ^ self.start[labels["seed"]]).density) if self.start else {}
-        out = p.reindex([*by, "macro", "micro"]).assign(sparsity=pd.Series(mean(lambda m, _: m.sparsity)), flips=pd.Series(flips, dtype=float))
+        soft = {r: float(np.mean([1 - np.concatenate([v.ravel() for v in s.values.values()]).mean() for s in found])) for r, found in self.subnetworks.items() if not isinstance(found[0], Mask)}
+        out = p.reindex([*by, "macro", "micro"]).assign(sparsity=pd.Series(soft or mean(lambda m, _: m.sparsity)), flips=pd.Series(flips, dtype=float))
         return out.rename_axis(index="relation", columns=None)
 
     def flips(self) -> pd.DataFrame:
@@ -102,16 +104,17 @@ def lamp(
                   clip=clip, seeds=list(seeds), shared_init=shared_init, random=random, mismatched=mismatched, fine_tuned=fine_tuned)
     def gate(relation: str, seed: int) -> Any:
         start = seed if shared_init else 1000 * (seed + 1) + relations.index(relation)
-        return Threshold(space, sparsity, seed=start) if method == "deterministic" else Concrete(space, density=1 - sparsity, temperature=0.1, seed=start)
+        return Threshold(space, sparsity, seed=start) if method == "deterministic" else Concrete(space, mean=-NormalDist().inv_cdf(sparsity), temperature=0.1, seed=start)
     gate(relations[0], seeds[0])                                           # anything wrong with the settings shows before a folder is made
-    store = _study_folder(to, config)
+    store, cache = _study_folder(to, config), {}
     runs = {(r, s): find(model, tok, gate(r, s), Cloze(data.train[r]), steps=steps, lr=lr, batch=batch, clip=clip, seed=s, monitor=Precision(data.dev[r]), every=max(1, steps // 8),
-                         to=store, labels={"task": r, "seed": s}, progress=progress) for s in seeds for r in relations}
+                         to=store, labels={"task": r, "seed": s}, cache=cache, progress=progress) for s in seeds for r in relations}
     found = {r: [runs[r, s].subnetwork for s in seeds] for r in relations}
     under: dict[str, Any] = {"full": None, "subnetwork": found}
+    if method == "stochastic": under["subnetwork (binary)"] = {r: [runs[r, s].mask for s in seeds] for r in relations}
     if random: under["random"] = {r: [runs[r, seeds[0]].mask.random_like(seed=i) for i in range(random)] for r in relations}
     if mismatched and len(relations) > 1: under["mismatched"] = {r: [m for other in _shifted(relations, r) for m in found[other]] for r in relations}
-    tables = [cloze(model, tok, data.test, under, known=usable), majority(data.train, data.test)]
+    tables = [cloze(model, tok, data.test, under, known=usable), majority(data.train, data.test, usable)]
     if fine_tuned: tables += [_cached(to, f"fine-tuned-{r}", lambda r=r: _fine_tuned(model, tok, data, r, usable, batch)) for r in relations]
     masks = Masks([({"task": r, "seed": s}, run.mask) for (r, s), run in runs.items()])
     start = {s: gate(relations[0], s).harden() for s in seeds} if shared_init and method == "deterministic" else {}
@@ -129,7 +132,7 @@ def _study_folder(to: str | Path | None, config: dict[str, Any]) -> Store | None
         if (found := json.loads(file.read_text())["config"]) != json.loads(json.dumps(config)):
             differs = [k for k in {**found, **config} if found.get(k) != json.loads(json.dumps(config)).get(k)]
             raise OtherRun(f"{to} holds another study (it differs in {', '.join(differs)}). Choose another folder, or delete that one.")
-    elif Path(to).exists() and any(Path(to).iterdir()): raise OtherRun(f"{to} is not empty and holds no study. Choose an empty or new folder.")
+    elif Path(to).exists() and any(not p.name.startswith(".") for p in Path(to).iterdir()): raise OtherRun(f"{to} is not empty and holds no study. Choose an empty or new folder.")
     else: atomic_write(file, json.dumps({"config": config, "environment": environment()}, indent=1))
     return Store(Path(to) / "runs")
 
@@ -162,25 +165,26 @@ def lamp_json(study: LampStudy, to: str | Path | None = None) -> dict[str, Any]:
     paths = {(r.labels["task"], r.labels["seed"]): str(r.folder / "mask.safetensors") for r in Store(Path(to) / "runs")} if to else {}
     def at(relation: str) -> dict[str, Any]:
         pick = lambda rank, k: [r for r in p[rank].itertuples() if r.relation == relation and r.k == k]
-        values = {f"p_at_{k}": {r.under: round(r.value, 6) for r in pick("rank", k)} for k in (1, 2, 3)}
+        values = {f"p_at_{k}": {"mismatched": None, **{r.under: round(r.value, 6) for r in pick("rank", k)}} for k in (1, 2, 3)}
         extra = {"p_at_1_interval": {r.under: [round(r.low, 6), round(r.high, 6)] for r in pick("rank", 1)}} if relation in ("macro", "micro") else {}
         return {**values, "filtered_p_at_1": {r.under: round(r.value, 6) for r in pick("filtered", 1)}, **extra}
     relations = {r: {"n_train": len(study.data.train[r]), "n_dev": len(study.data.dev[r]), "n_test": len(study.data.test[r]), "skipped": study.skipped.get(r, {}),
                      "sparsity": round(float(table.sparsity[r]), 6), "flips": None if pd.isna(table.flips[r]) else round(float(table.flips[r]), 6), **at(r),
                      "masks": [paths[r, s] for s in study.config["seeds"]] if paths else []} for r in study.data.test.relations}
-    return {"model": study.space.model.name, "relations": relations, "macro": at("macro"), "micro": at("micro"), "split_hash": study.data.hash,
+    return {"model": study.space.model.name, "relations": relations, "macro": at("macro"), "micro": at("micro"), "left_out": {r: s for r, s in study.skipped.items() if r not in relations}, "split_hash": study.data.hash,
             "config": study.config, "seconds": round(study.seconds, 1)}
 
 # %% ../nbs/13_recipes.ipynb #1632d8d5
-def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, under: int = 4) -> Path:
-    "Write the report of a study; `under` relations are drawn under their own subnetwork in the t-SNE panels."
+def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path) -> Path:
+    "Write the report of a study."
     from subnet_explorer import compare, plots, represent
     relations = study.data.test.relations
     first = study.masks.sel(seed=study.config["seeds"][0])
     own, test = {r: study.subnetworks[r][0] for r in relations}, study.data.test
-    shown = Facts(tuple(f for r in relations for f in [*test[r], *study.data.dev[r]][:25]), "held-out facts")
-    panels = {"full model": None, "own subnetwork": own, **{f"under {r}": own[r] for r in relations[:under]}}
-    points = represent.tsne(represent.vectors(model, tok, shown, panels))
+    shown = Facts(tuple(f for r in relations for f in [*test[r], *study.data.dev[r]][:15]), "held-out facts")
+    panels = {"full model": None, "own subnetwork": own, **{f"under {r}": own[r] for r in relations}}
+    try: cls, why = [plots.tsne(represent.tsne(represent.vectors(model, tok, shown, panels)), colour="relation", facet="under")], "t-SNE of the last hidden state at the first token, computed per panel; distances between panels mean nothing."
+    except SubnetError as e: cls, why = [pd.DataFrame({"not drawn": [str(e)]})], ""
     relation = relations[0]
     text = test[relation].items[0].prompt
     maps = {"full model": represent.attention(model, tok, text), f"{relation} subnetwork": represent.attention(model, tok, text, own[relation])}
@@ -188,9 +192,10 @@ def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path, 
     sections = [
         ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and repetitions.", [plots.bars(summary, title="Macro P@1", label="P@1"), study.summary().reset_index(names="condition")]),
         ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.", [study.table().reset_index()]),
+        ("Held out, but how far", "Share of test facts whose prompt with its object, prompt, subject or object also occurs in the training facts of the relation.", [study.data.overlap()]),
         ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.", [plots.density(study.masks.survival(), title="Mean density over all masks", label="share kept"), plots.density(first.sel(task=relation)[0], title=f"Density, {relation}")]),
         ("What relations share", "Jaccard distance between the masks of two relations. " + ("All started from one initialisation, so without training every distance would be 0; the chance value is that of unrelated masks." if study.start else "Every mask started from its own initialisation."), [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),
-        ("[CLS] under the full model and under subnetworks", "t-SNE of the last hidden state at the first token, computed per panel; distances between panels mean nothing.", [plots.tsne(points, colour="relation", facet="under")]),
+        ("[CLS] under the full model and under subnetworks", why, cls),
         ("Where [MASK] looks", text, [plots.mask_attention(maps), plots.attention_pair(maps, layers=[i + 1 for i in study.space.layers])]),
         ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
     ]
@@ -218,7 +223,7 @@ def lamp_ablation(
 def tickets(model: nn.Module, tok: Any, train: Sequence[Any], dev: Sequence[Any], head: Head, *, drop: float = 0.1, floor: float = 0.9,
             steps: int = 60, seed: int = 0) -> tuple[Masks, pd.DataFrame]:
     "Sketch of structured lottery tickets: fine-tune, prune by importance to a score floor, compare good, random and bad. Weights are restored."
-    space, rows = Space.of(model, "head+mlp"), []
+    before = Space.of(model, "head+mlp")                                   # of the pretrained weights, to which the masks belong in the end
     with preserved(model):
         fit(model, tok, Task(train, head), steps=steps, seed=seed)
         space = Space.of(model, "head+mlp")                                # of the fine-tuned weights
@@ -230,7 +235,7 @@ def tickets(model: nn.Module, tok: Any, train: Sequence[Any], dev: Sequence[Any]
             good = fewer
         kinds = {"good": good, "random": good.random_like(seed), "bad": scores.bottom(like=good)}
         rows = [dict(kind=k, density=m.density, accuracy=accuracy(model, tok, dev, head, m)) for k, m in kinds.items()]
-    return Masks([({"method": "tickets", "kind": k, "seed": seed}, m) for k, m in kinds.items()]), pd.DataFrame([dict(kind="full", density=1.0, accuracy=full), *rows])
+    return Masks([({"method": "tickets", "kind": k, "seed": seed}, m.rebase(before)) for k, m in kinds.items()]), pd.DataFrame([dict(kind="full", density=1.0, accuracy=full), *rows])
 
 # %% ../nbs/13_recipes.ipynb #d90b68ba
 def tamt(model: nn.Module, tok: Any, train: Sequence[str], dev: Sequence[str], *, density: float = 0.5, steps: int = 60, lr: float = 1e-3,

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .data import Facts
 from .mask import Mask, Scores
-from .space import SubnetError, check_model, check_names
+from .space import SubnetError, check_model, check_names, is_causal
 
 if TYPE_CHECKING: from torch import nn
 
@@ -50,7 +50,7 @@ def vectors(
     spaces = {m.space.id: m.space for by in masks.values() for m in by.values() if m is not None}
     for s in spaces.values(): check_model(s, model)
     first = max(0, min((min(s.layers) for s in spaces.values()), default=0))
-    where = at if "Masked" in type(model).__name__ else "last"
+    where = "last" if is_causal(model) else at
     with evaluating(model): prompts = {r: Prompts(model, tok, facts[r], first) for r in facts.relations}
     rows, arrays = [], []
     for name, by in masks.items():
@@ -102,7 +102,7 @@ def attention(
     "Attention maps of one text; raise `SubnetError` when it is longer than the model can read."
     import torch
     from subnet_explorer.apply import attending, evaluating, masked
-    if "Masked" not in type(model).__name__:
+    if is_causal(model):
         ids = tok(text.split("[MASK]")[0].rstrip()).input_ids
         if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
     else: ids = tok(text.replace("[MASK]", tok.mask_token)).input_ids

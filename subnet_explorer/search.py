@@ -90,20 +90,21 @@ def find(
     precision: str = "float32",          # or "bfloat16" (matrix products only; logits stay float32)
     to: str | Path | Store | None = None,    # folder or store; None keeps the run in memory
     labels: Mapping[str, Any] | None = None, # e.g. {"task": "IsA", "seed": 0}
+    cache: dict | None = None,           # pass one dictionary to several searches with one model: prompts are read once
     progress: bool = True,
 ) -> Run:
-    "Train `gate` towards `goal` and return the run; continue or return it if it is already in `to`."
+    "Train `gate` towards `goal` and return the run; continue or return it if it is already in `to`. Results live in the run, not in the gate."
     check_names([optimizer], ["adam", "adamw"], "optimizer"); check_names([precision], ["float32", "bfloat16"], "precision")
     check_settings(steps, lr, batch, every); check_names([schedule], SCHEDULES, "schedule"); check_model(gate.space, model)
     config = dict(model=str(gate.space.model), gate=gate.recipe(), goal=goal.recipe(), steps=steps, lr=lr, schedule=schedule, warmup=warmup, optimizer=optimizer, clip=clip,
                   head_lr=head_lr, batch=batch, seed=seed, complement=complement, monitor=monitor.recipe() if monitor else None, every=every, precision=precision)
     run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
-    if run.done: _load_heads(run, goal); return run
     device = parameter_like(model).device
-    gate.to(device).reset()
     for m in goal.modules(): m.to(device)
+    gate.to(device).reset()
+    if run.done: _load_heads(run, goal); return run
     with frozen(model):
-        context = Context(model, tok, steps, batch, seed, max(0, min(gate.space.layers)), gate)
+        context = Context(model, tok, steps, batch, seed, max(0, min(gate.space.layers)), gate, {} if cache is None else cache)
         loop = _Loop(run, context, goal, monitor)
         loop.go(checkpoint, progress)
     final = gate.final()
@@ -157,11 +158,13 @@ class _Loop:
         device = gate.logits[0].device.type
         with applied(self.c.model, gate.space, values), torch.autocast(device, torch.bfloat16, enabled=c["precision"] == "bfloat16"): loss = self.loss(self.step)
         value = float(loss.detach())
-        if not math.isfinite(value):
+        self.opt.zero_grad(set_to_none=True)
+        if math.isfinite(value): loss.backward()
+        if not math.isfinite(value) or not all(p.grad is None or p.grad.isfinite().all() for p in self.trained):
             gate.restore(before); self._save()
             where = f"the last good state is kept in {self.run.folder}" if self.run.folder else "nothing was kept, because the run has no folder"
-            raise Diverged(f"the loss became {value} at step {self.step + 1}; {where}. Lower lr (now {c['lr']}) or set clip=5.0.")
-        self.opt.zero_grad(set_to_none=True); loss.backward()
+            what = "a gradient is not finite" if math.isfinite(value) else f"the loss became {value}"
+            raise Diverged(f"{what} at step {self.step + 1}; {where}. Lower lr (now {c['lr']}) or set clip=5.0, and give that search a folder of its own.")
         if c["clip"]: nn.utils.clip_grad_norm_(list(gate.logits), c["clip"])
         for group, peak in zip(self.opt.param_groups, self.peaks): group["lr"] = peak * lr_at(self.step, c["steps"], c["schedule"], c["warmup"])
         self.opt.step()

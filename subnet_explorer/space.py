@@ -19,9 +19,9 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange',
-           'check_names', 'reach', 'family_of', 'layer_indices', 'layer_text', 'Layout', 'layout_of', 'ModelId',
-           'fingerprint', 'model_id', 'Group', 'Space', 'same_space', 'check_model', 'Footprint', 'footprints',
-           'space_to', 'family_table']
+           'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout', 'layout_of',
+           'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'same_space', 'check_model', 'Footprint',
+           'footprints', 'space_to', 'family_table']
 
 # %% ../nbs/00_space.ipynb #b4117556
 class SubnetError(ValueError):
@@ -102,6 +102,11 @@ def family_of(model: Any) -> str:
                         f"but {', '.join(missing[near])} is not there. Known: {', '.join(FAMILIES)}. "
                         "Add the paths of its matrices to subnet_explorer.space.FAMILIES.")
 
+
+def is_causal(model: Any) -> bool:
+    "Whether `model` predicts the next token (GPT-2, Llama) instead of a masked one."
+    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+
 # %% ../nbs/00_space.ipynb #ede97244
 def layer_indices(
     layers: str | int | Iterable[int] | None,   # "4-6", "3,5-6", "top-half", "bottom-half", "all", 4, [4, 5] or None for all; one-based, inclusive
@@ -111,12 +116,12 @@ def layer_indices(
     hint = f'Give one-based layers between 1 and {n}, e.g. "{max(1, n // 2 + 1)}-{n}", "top-half" or [1, {n}].'
     if layers is None: return list(range(n))
     if isinstance(layers, str):
-        word = layers.strip().lower().replace(" ", "-").replace("–", "-").replace("_", "-")
+        word = re.sub(r"\s*([-–,_])\s*|\s+", lambda m: "," if m[1] == "," else "-", layers.strip().lower())
         named = {"all": range(n), "top-half": range(n // 2, n), "bottom-half": range(n // 2)}
         if word in named: return list(named[word])
         wanted: list[int] = []
         for part in word.split(","):
-            m = re.fullmatch(r"-?(\d+)(?:-(\d+))?-?", part)
+            m = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
             if not m: raise LayerRange(f"cannot read the layer specification {layers!r}. {hint}")
             lo, hi = int(m[1]), int(m[2] or m[1])
             if hi < lo: raise LayerRange(f"the layer range {layers!r} runs backwards. {hint}")

@@ -47,9 +47,9 @@ class Run:
                 raise OtherRun(f"{self.folder} holds another run ({found['id']}, this would be {self.id}; they differ in {', '.join(differs)}). Choose another folder, or delete that one.")
             self._rows = _read_rows(self.folder / "metrics.jsonl")
         else:
-            if self.folder.exists() and any(self.folder.iterdir()): raise OtherRun(f"{self.folder} is not empty and holds no run. Choose an empty or new folder.")
-            atomic_write(self.folder / "env.json", json.dumps(environment(), indent=1))
+            if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()): raise OtherRun(f"{self.folder} is not empty and holds no run. Choose an empty or new folder.")
             atomic_write(self.folder / "config.json", json.dumps({"id": self.id, "labels": self.labels, "config": self.config}, indent=1))
+            atomic_write(self.folder / "env.json", json.dumps(environment(), indent=1))
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:

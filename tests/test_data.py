@@ -234,3 +234,20 @@ def test_google_re_can_be_read(real, name):
     "Some of its lines have no or several masks: they are left out and counted, like evidences of T-REx."
     facts = read_facts(real / "datasets" / "lama" / "Google_RE" / name, strict=False)
     assert len(facts) > 100 and sum(n for of in facts.skipped.values() for n in of.values()) > 0
+
+
+def test_prompts_that_are_too_long_are_set_aside():
+    from subnet_explorer.pocket import load
+    _, tok = load("pocket-bert")
+    good = Fact("IsA", "robin", "bird", "a robin is a kind of [MASK] .", "0")
+    long = Fact("IsA", "robin", "bird", "a robin " * 60 + "is a [MASK] .", "1")
+    kept = answerable(Facts((good, long)), tok)
+    assert [f.uuid for f in kept] == ["0"] and kept.skipped == {"IsA": {"prompt too long": 1}}
+    with pytest.raises(BadFacts, match="longer than the 64 tokens"): encode(tok, long, causal=False)
+
+
+def test_one_sentence_is_one_fact(tmp_path):
+    line = lambda sub: json.dumps(dict(pred="IsA", sub_label=sub, obj_label="bird", masked_sentences=["it is a [MASK] ."])) + "\n"
+    (tmp_path / "a.jsonl").write_text(line("robin") + line("the robin"))
+    facts = read_facts(tmp_path / "a.jsonl")
+    assert len(facts) == 1 and facts.skipped == {"IsA": {"repeated fact": 1}}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections import Counter
 
@@ -201,8 +202,10 @@ def test_majority_by_hand():
     train = Facts(tuple(fact("R", o, i) for i, o in enumerate("cup cup dog dog ant bee".split())) + (fact("S", "zoo", 0),))
     test = Facts(tuple(fact("R", o, 10 + i) for i, o in enumerate("cup dog ant bee new".split())) + (fact("S", "cup", 1),))
     m = majority(train, test).set_index("uuid")
-    assert m["rank"].to_dict() == {"R10": 1, "R11": 2, "R12": 3, "R13": 4, "R14": 5, "S1": 2}           # ties go by the alphabet; unseen objects last
+    assert m["rank"].to_dict() == {"R10": 1, "R11": 2, "R12": 3, "R13": 4, "R14": 10**9, "S1": 10**9}           # ties go by the alphabet; unseen objects are never found
     assert m.answer.to_dict() == dict.fromkeys(["R10", "R11", "R12", "R13", "R14"], "cup") | {"S1": "zoo"} and (m.filtered == m["rank"]).all()
+    two = Facts((fact("R", "dog", 20), dataclasses.replace(fact("R", "cup", 21), sub=fact("R", "dog", 20).sub)))             # a subject with two right objects
+    assert majority(train, two).set_index("obj").filtered.to_dict() == {"dog": 1, "cup": 1}
 
 
 def test_majority_of_the_pocket_facts():

@@ -161,9 +161,14 @@ def test_other_starts_are_other_gates(make):
 START = Mask.random(SPACE, .3, seed=8)
 
 @pytest.mark.parametrize("make", [
-    lambda: Threshold(SPACE, init=START), lambda: Threshold(SPACE, .9, init=START), lambda: Threshold(SPACE, .1, init=START), lambda: TopK(SPACE, .3, init=START),
-    lambda: Concrete(SPACE, init=START), lambda: HardConcrete(SPACE, init=START)], ids=["threshold", "threshold .9", "threshold .1", "topk", "concrete", "hard-concrete"])
+    lambda: Threshold(SPACE, init=START), lambda: TopK(SPACE, .3, init=START),
+    lambda: Concrete(SPACE, init=START), lambda: HardConcrete(SPACE, init=START)], ids=["threshold", "topk", "concrete", "hard-concrete"])
 def test_a_gate_started_from_a_mask_is_that_mask(make): assert make().harden() == START
+
+
+def test_a_start_leaves_no_room_for_a_sparsity():
+    for init in (START, "uniform", .85):
+        with pytest.raises(SubnetError, match="sparsity belongs to the normal initialisation"): Threshold(SPACE, .9, init=init)
 
 
 def test_starts_of_other_spaces_are_refused():

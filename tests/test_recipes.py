@@ -12,10 +12,11 @@ import torch
 
 from subnet_explorer import recipes
 from subnet_explorer.data import Facts, answerable, read_conllu, read_facts, split
+from subnet_explorer.evaluate import cloze
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.recipes import critical, lamp, lamp_ablation, lamp_json, probe, tamt, tickets
+from subnet_explorer.recipes import critical, lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt, tickets
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
@@ -199,7 +200,7 @@ def test_the_dictionary(study):
     j = lamp_json(study)
     assert json.loads(json.dumps(j, allow_nan=False)) == j
     at_k = {"p_at_1", "p_at_2", "p_at_3", "filtered_p_at_1"}
-    assert set(j) == {"model", "relations", "macro", "micro", "split_hash", "config", "seconds"}
+    assert set(j) == {"model", "relations", "macro", "micro", "left_out", "split_hash", "config", "seconds"}
     assert set(j["macro"]) == set(j["micro"]) == at_k | {"p_at_1_interval"} and j["model"] == "pocket-bert" and j["seconds"] > 0
     assert list(j["relations"]) == study.data.test.relations and set(j["relations"]) == set(RELATIONS) and j["config"]["steps"] == 24
     for r, d in j["relations"].items():
@@ -295,3 +296,23 @@ def test_critical(name):
     assert mask.space.kind == "weight" and mask.space.layers == [2, 3] and 0 < mask.density < .5
     t = t.set_index("kind")
     assert list(t.index) == ["full model", "without critical", "without random"] and t.target["without critical"] < t.target["full model"] and same(model, before)
+
+
+def test_soft_gates_are_reported_as_what_they_are():
+    model, tok = load("pocket-bert")
+    study = lamp(model, tok, read_facts("pocket", "MadeOf,HasA"), method="stochastic", steps=40, random=1, progress=False)
+    t = study.table()
+    assert {"subnetwork", "subnetwork (binary)"} <= set(t.columns)
+    for r, found in study.subnetworks.items():
+        values = np.concatenate([v.ravel() for v in found[0].values.values()])
+        assert t.sparsity[r] == pytest.approx(1 - values.mean(), abs=1e-6) and np.unique(values).size > 1000       # logits start from N(mean, 1), not from one value
+    hits = cloze(model, tok, study.data.test, {"x": study.masks.by("task")})["rank"] == 1
+    assert study.items.query("under == 'subnetwork (binary)'")["rank"].eq(1).tolist() == hits.tolist()             # the saved masks are what was measured
+
+
+def test_few_facts_still_give_a_report(tmp_path):
+    model, tok = load("pocket-bert")
+    facts = read_facts("pocket", "MadeOf")
+    study = lamp(model, tok, Facts(facts.items[:10]), steps=5, random=1, progress=False)
+    assert "t-SNE needs" in lamp_report(study, model, tok, tmp_path / "r.html").read_text()
+    assert lamp_json(study)["macro"]["p_at_1"]["mismatched"] is None
