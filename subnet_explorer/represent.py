@@ -109,11 +109,8 @@ def attention(
     most = min(getattr(model.config, "max_position_embeddings", len(ids)), tok.model_max_length)
     if len(ids) > most: raise SubnetError(f"the text has {len(ids)} tokens, but {type(model).__name__} reads at most {most}: shorten it.")
     device = next(model.parameters()).device
-    training = model.training
-    try:
-        with torch.no_grad(), evaluating(model), attending(model), masked(model, under):
-            out = model(input_ids=torch.tensor([ids], device=device), output_attentions=True)
-    finally: model.train(training)
+    with torch.no_grad(), evaluating(model), attending(model), masked(model, under):
+        out = model(input_ids=torch.tensor([ids], device=device), output_attentions=True)
     maps = np.stack([a[0].float().cpu().numpy() for a in out.attentions])
     for g in under.space.groups if under is not None else ():
         if g.kind in ("head", "layer"): maps[g.layer] *= under[g.name].reshape(-1, 1, 1)
