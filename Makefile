@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test docs clean export python
+.PHONY: demo test docs clean export python bench bench-quick
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
@@ -13,6 +13,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+
+# measure against plain fine-tuning, parametrize and the limits of the machine; bench-quick: a small model, under three minutes
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py --wait 60 --json benchmarks/results.json --figure benchmarks/growth.svg
+
+bench-quick: $(STAMP)
+	$(BIN)/python benchmarks/run.py --quick
 
 # notebooks -> library
 export: $(STAMP)

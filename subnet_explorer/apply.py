@@ -16,8 +16,8 @@ from .mask import Mask, Scores, to
 from .space import FAMILIES, Group, Space, SubnetError, check_model, reach
 
 # %% auto #0
-__all__ = ['swapped', 'parameter', 'applied', 'masked', 'parameter_like', 'evaluating', 'rows', 'blocks_of', 'entering',
-           'resuming', 'attending']
+__all__ = ['swapped', 'parameter', 'applied', 'masked', 'parameter_like', 'evaluating', 'blocks_of', 'entering', 'resuming',
+           'attending']
 
 # %% ../nbs/03_apply.ipynb #3e4f2468
 @contextmanager
@@ -46,7 +46,7 @@ def parameter(model: nn.Module, group: Group) -> nn.Parameter:
     path, _, attr = group.name.rpartition(".")
     return reach(model.base_model, path)._parameters[attr]
 
-# %% ../nbs/03_apply.ipynb #35d9179d
+# %% ../nbs/03_apply.ipynb #fbcb328c
 @contextmanager
 def applied(
     model: nn.Module,
@@ -59,6 +59,9 @@ def applied(
         hook = lambda handle: stack.callback(handle.remove)
         for g in space.groups:
             v = values[g.name]
+            if g.kind == "block" and 1 in g.shape:
+                hook(_scale_features(reach(model.base_model, g.name.rpartition(".")[0]), g, v, layout.transposed))
+                continue
             if g.kind in ("weight", "bias", "block"):
                 w = parameter(model, g)
                 tensors[g.name] = w * (v.to(w.dtype) if g.block is None else v.repeat_interleave(g.block[0], 0).repeat_interleave(g.block[1], 1)[:w.shape[0], :w.shape[1]].to(w.dtype))
@@ -77,6 +80,15 @@ def _line(v: Any, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
     return v[:, None] if v.dim() == 2 else v                               # (batch, n) -> (batch, 1, n)
 def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (args[0] * _line(v, args[0], repeat), *args[1:])
 def _gate_output(v: Any) -> Any: return lambda module, args, out: out * _line(v, out)
+
+
+def _scale_features(module: nn.Module, group: Group, v: torch.Tensor, transposed: bool) -> Any:
+    "Hook a matrix whose blocks are whole columns or rows: values scale input features, or output features before the bias."
+    columns = group.shape[0] == 1                                          # one value for all rows, that is: values along the stored columns
+    size, repeat = module.weight.shape[int(columns)], group.block[int(columns)]
+    line = v.reshape(-1).repeat_interleave(min(repeat, size))[:size]
+    if columns != transposed: return module.register_forward_pre_hook(lambda m, args: (args[0] * line, *args[1:]))
+    return module.register_forward_hook(lambda m, args, out: out * line + (0 if m.bias is None else m.bias * (1 - line)))
 
 # %% ../nbs/03_apply.ipynb #52094443
 @contextmanager
@@ -128,22 +140,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try: yield
     finally:
         for m, training in modes: m.training = training
-
-# %% ../nbs/03_apply.ipynb #17f779cd
-@contextmanager
-def rows(
-    model: nn.Module,
-    batch: torch.Tensor,      # (n,) example of each wanted row
-    position: torch.Tensor,   # (n,) token position of each wanted row
-) -> Iterator[None]:
-    "Let the model's head see only the given rows: logits come out as (n, 1, vocabulary)."
-    def keep(module: nn.Module, args: Any, out: Any) -> Any:
-        if isinstance(out, tuple): return (out[0][batch, position][:, None], *out[1:])
-        out["last_hidden_state"] = out["last_hidden_state"][batch, position][:, None]
-        return out
-    handle = model.base_model.register_forward_hook(keep)
-    try: yield
-    finally: handle.remove()
 
 # %% ../nbs/03_apply.ipynb #0b9a3291
 def blocks_of(model: nn.Module, space_or_family: Any) -> tuple[nn.Module, str, nn.ModuleList]:

@@ -315,7 +315,7 @@ class Space:
         where = f"layers {layer_text(layers)} of {self.layout.n_layers}" + (" + embeddings" if -1 in self.layers else "")
         return f"Space({self.kind} of {self.model}, {where}: {self.size:,} coordinates in {len(self.groups)} tensors)"
 
-# %% ../nbs/00_space.ipynb #f9f829af
+# %% ../nbs/00_space.ipynb #3a10f9dd
 def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tuple[int, int] | None) -> Iterator[Group]:
     "Groups of `kind` in one layer."
     if kind in ("weight", "block", "bias"):
@@ -325,7 +325,7 @@ def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tupl
             if kind == "bias":
                 if role in layout.biases: yield Group(name + ".bias", kind, layer, role, (layout.widths(role)[0],))
             elif block is None: yield Group(name + ".weight", kind, layer, role, shape)
-            else: yield Group(name + ".weight", kind, layer, role, (ceil(shape[0] / block[0]), ceil(shape[1] / block[1])), tuple(block))
+            else: yield Group(name + ".weight", kind, layer, role, (ceil(shape[0] / block[0]), ceil(shape[1] / block[1])), (min(block[0], shape[0]), min(block[1], shape[1])))
     else:
         n = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)[kind]
         yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (n,))

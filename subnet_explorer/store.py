@@ -24,7 +24,7 @@ from .masks import Masks
 from .space import Space, SubnetError
 
 # %% auto #0
-__all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'load_state', 'Store']
+__all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_state', 'Store']
 
 # %% ../nbs/08_store.ipynb #ce419607
 class OtherRun(SubnetError):
@@ -110,7 +110,7 @@ class Run:
         state = f"done, density {self.mask.density:.3f}" if self.done else f"{len(self._rows)} log entries, not finished"
         return f"Run({self.id}, {', '.join(f'{k}={v}' for k, v in self.labels.items()) or self.folder or 'in memory'}: {state})"
 
-# %% ../nbs/08_store.ipynb #5b33d006
+# %% ../nbs/08_store.ipynb #ee5de061
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     "Metrics so far."
     rows = []
@@ -136,16 +136,20 @@ def save_state(run: Run, tensors: Mapping[str, Any], step: int, **info: Any) -> 
     atomic_write(run.folder / "state.safetensors", save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"state": json.dumps({"step": step, **info})}))
 
 
+def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    "Tensors and information of the last state in a run's folder; None if there is none."
+    from safetensors import safe_open
+    if not (file := folder / "state.safetensors").exists(): return None
+    with safe_open(str(file), "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
+
+
 def load_state(run: Run) -> tuple[dict[str, Any], dict[str, Any]] | None:
     "Tensors and information of the last state, with the metrics cut back to it; None if there is none."
     file = run.folder / "state.safetensors" if run.folder else None
     if file is None or not file.exists():
         if run.folder and run._rows: run._rows = []; atomic_write(run.folder / "metrics.jsonl", "")
         return None
-    from safetensors import safe_open
-    with safe_open(str(file), "pt") as f:
-        info = json.loads(f.metadata()["state"])
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    tensors, info = read_state(run.folder)
     run._rows = [r for r in run._rows if r["step"] <= info["step"]]
     atomic_write(run.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in run._rows))
     return tensors, info

@@ -17,7 +17,7 @@ MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith(
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 WITHOUT_TORCH = ("space", "mask", "masks", "compare", "plots", "widgets")
-WITH_TRANSFORMERS = {"space", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
+WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
 modules, notebooks = pytest.mark.parametrize("name", MODULES), pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

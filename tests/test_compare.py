@@ -9,8 +9,8 @@ from sklearn.metrics import jaccard_score
 
 from subnet_explorer.compare import jaccard, jaccard_chance, jaccard_distance
 from subnet_explorer.mask import Mask
-from subnet_explorer.masks import Masks
-from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, UnknownName
+from subnet_explorer.masks import Masks, overlaps, survival, votes
+from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownName
 
 LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
 SPACE = Space((Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))), LAYOUT, ModelId("toy", None, "c", "w"))      # no multiple of eight
@@ -109,3 +109,51 @@ def test_seeds_are_averaged_and_never_compared_with_themselves():
         for y in "xy": assert t[x, y] == pytest.approx(np.mean([jaccard_distance(ms[x, s], ms[y, r]) for s in range(3) for r in range(3) if x != y or s != r]))
     assert t["x", "x"] > 0
     with pytest.raises(UnknownName, match="did you mean task"): jaccard(Masks([({"task": "x"}, ms["x", 0])]), by="tsk")
+
+
+# ── counts from packed bits ──────────────────────────────────────────────────────────────────────────────────────────
+
+@st.composite
+def collections(draw):
+    "Several masks of one space whose tensors are smaller and larger than a word and a block."
+    sizes = draw(st.lists(st.sampled_from([1, 7, 8, 63, 64, 65, 200, 5000]), min_size=1, max_size=3))
+    space = Space(tuple(Group(f"g{i}", "weight", i, "q", (n,)) for i, n in enumerate(sizes)), LAYOUT, ModelId("toy", None, "c", "w"))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    density = draw(st.sampled_from([0, .01, .5, 1]))
+    return Masks([({"seed": s}, Mask.of(space, {g.name: rng.random(g.shape) < density for g in space.groups})) for s in range(draw(st.integers(1, 20)))])
+
+
+@given(collections())
+def test_counts_are_those_of_unpacked_bits(many):
+    both, histogram, share = overlaps(many), votes(many), survival(many)
+    for t, g in enumerate(many[0].space.groups):
+        stack = np.stack([m[g.name] for _, m in many])
+        assert np.array_equal(both[:, :, t], stack.astype(int) @ stack.T)
+        assert np.array_equal(histogram[t], np.bincount(stack.sum(0), minlength=len(many) + 1))
+        assert np.array_equal(share[g.name], stack.sum(0) / len(many))
+
+
+@pytest.mark.parametrize("n", [2, 3, 255, 256, 300])
+def test_many_masks_and_many_blocks(n):
+    size = 70_001 if n > 3 else 64 * (1 << 16) + 9000                         # more than a block of votes; of overlaps
+    space, rng = Space((Group("g", "weight", 0, "q", (size,)),), LAYOUT, ModelId("toy", None, "c", "w")), np.random.default_rng(0)
+    many = Masks([({"seed": s}, Mask.of(space, {"g": np.append(rng.random(size - 1) < .5, True)})) for s in range(n)])
+    stack = np.stack([m["g"] for _, m in many])
+    total = stack.sum(0)
+    assert np.array_equal(votes(many)[0], np.bincount(total, minlength=n + 1)) and np.array_equal(survival(many)["g"], total / n)
+    if n < 10: assert np.array_equal(overlaps(many)[:, :, 0], [[(a & b).sum() for a in stack] for b in stack])
+
+
+def test_counting_leaves_masks_packed(tmp_path):
+    "Nothing but the packed bits of masks stays in memory, and files are read on first use."
+    import tracemalloc
+    space = Space((Group("g", "weight", 0, "q", (1000, 8000)),), LAYOUT, ModelId("toy", None, "c", "w"))
+    files = [Mask.random(space, .5, s).save(tmp_path / f"{s}.mask") for s in range(4)]
+    tracemalloc.start()
+    many = Masks([({"seed": s}, f) for s, f in enumerate(files)])
+    assert tracemalloc.get_traced_memory()[0] < 1e5
+    overlaps(many); votes(many)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 4.2e6 and most < 8e6                                          # four masks of 1 MB; unpacked they have 32 MB
+    with pytest.raises(SubnetError, match="no mask to compare"): overlaps(Masks([]))

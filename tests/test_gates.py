@@ -133,10 +133,10 @@ def test_a_seed_is_a_gate(make):
 def test_noise_continues_from_its_state(make):
     gate = make(SPACE, seed=1)
     gate.sample()
-    state = gate.noise.get_state()
+    state = gate.state()
     wanted = [flat(gate.sample()) for _ in range(2)]
     other = make(SPACE, seed=1)
-    other.noise.set_state(state)
+    other.restore(state)
     assert all(torch.equal(flat(other.sample()), w) for w in wanted)
 
 

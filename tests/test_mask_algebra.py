@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from subnet_explorer.mask import Mask, MaskFileError, Scores
+from subnet_explorer.mask import Mask, MaskFileError, Scores, from_gaps, kth, to_gaps, top_k
 from subnet_explorer.masks import Masks
 from subnet_explorer.space import FAMILIES, Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownName
 
@@ -147,6 +148,87 @@ def test_a_damaged_file_is_never_another_mask(ms, data):
         except MaskFileError: pass
 
 
+@st.composite
+def rare(draw):
+    "A mask of tensors of any density, most of them large enough to be worth compressing."
+    space = space_with([(n,) for n in draw(st.lists(st.sampled_from([1, 9, 800, 4095, 4096, 30_011]), min_size=1, max_size=3))])
+    rng, bits = np.random.default_rng(draw(st.integers(0, 999))), {}
+    for g in space.groups:
+        bits[g.name] = rng.random(g.shape) < draw(st.sampled_from([0, 1e-4, .001, .014, .05, .1, .12, .13, .3, .5]))
+        if draw(st.booleans()): bits[g.name] = ~bits[g.name]
+    return Mask.of(space, bits, method="test")
+
+
+def head_of(file: Path) -> dict:
+    from safetensors import safe_open
+    with safe_open(str(file), "np") as f: return json.loads(f.metadata()["subnet_explorer"])
+
+
+@given(rare())
+def test_files_of_any_density(m):
+    with tempfile.TemporaryDirectory() as d:
+        file = m.save(Path(d) / "m")
+        again, head = Mask.load(file), head_of(file)
+        same = Mask(m.space, tuple(bytes(p) for p in m.packed), m.meta).save(Path(d) / "same")
+        assert again == m and again.packed == m.packed and dict(again.meta) == dict(m.meta) and same.read_bytes() == file.read_bytes()
+        for g, b in m.items():
+            share = min(b.mean(), 1 - b.mean())
+            if g.size < 700 or share > .125: assert g.name not in head.get("gaps", {})        # packed bits are no longer
+            elif g.size > 4000 and share < .1: assert head["gaps"][g.name] == (b.mean() <= .5)
+        assert head["format"] == f"subnet_explorer.mask/{2 if 'gaps' in head else 1}"
+
+
+@given(rare(), st.data())
+def test_a_damaged_file_of_gaps_is_never_another_mask(m, data):
+    with tempfile.TemporaryDirectory() as d:
+        file = m.save(Path(d) / "m")
+        good = bytearray(file.read_bytes())
+        file.write_bytes(good[:data.draw(st.integers(0, len(good) - 1), label="cut")])
+        with pytest.raises(MaskFileError): Mask.load(file)
+        bits_from = 8 + int.from_bytes(good[:8], "little")
+        at = data.draw(st.integers(0, len(good) - 1) | st.integers(min(bits_from, len(good) - 1), len(good) - 1), label="byte")
+        good[at] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+        file.write_bytes(good)
+        try: assert Mask.load(file) == m
+        except MaskFileError: pass
+
+
+def test_files_of_the_first_format(tmp_path):
+    "Sparse tensors were packed bits then, and still are where they are read from such a file."
+    from safetensors.numpy import save as encode
+    m = Mask.random(space_with([(5000,), (3, 5)]), .01, seed=0)
+    head = {"format": "subnet_explorer.mask/1", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {"seed": 0}}
+    (tmp_path / "old").write_bytes(encode({g.name: np.frombuffer(p, np.uint8).copy() for g, p in zip(m.space.groups, m.packed)}, {"subnet_explorer": json.dumps(head)}))
+    assert Mask.load(tmp_path / "old") == m
+    head["format"] = "subnet_explorer.mask/3"
+    (tmp_path / "new").write_bytes(encode({g.name: np.frombuffer(p, np.uint8).copy() for g, p in zip(m.space.groups, m.packed)}, {"subnet_explorer": json.dumps(head)}))
+    with pytest.raises(MaskFileError, match="a newer subnet_explorer"): Mask.load(tmp_path / "new")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, None])
+def test_gaps_that_are_none(tmp_path, content):
+    "No zstd frame, nothing, or a frame that would fill the memory."
+    import zstandard
+    from safetensors.numpy import save as encode
+    m = Mask.random(space_with([(5000,)]), .01, seed=0)
+    content = zstandard.ZstdCompressor().compress(b"\0" * 10_000_000) if content is None else content
+    head = {"format": "subnet_explorer.mask/2", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {}, "gaps": {"g0": 1}}
+    (tmp_path / "m").write_bytes(encode({"g0": np.frombuffer(content, np.uint8)}, {"subnet_explorer": json.dumps(head)}))
+    with pytest.raises(MaskFileError): Mask.load(tmp_path / "m")
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 253, 254, 255, 256, 509, 510, 511, 100_000]), max_size=6), st.integers(0, 600))
+def test_gaps(gaps, tail):
+    at = np.cumsum(np.array(gaps, int) + 1) - 1
+    bits = np.zeros(at[-1] + 1 + tail if gaps else tail, bool); bits[at] = True
+    code = to_gaps(bits)
+    assert np.array_equal(from_gaps(code, len(bits)), bits) and len(code) == sum(g // 255 + 1 for g in gaps)
+    assert code.tolist() == [b for g in gaps for b in [255] * (g // 255) + [g % 255]]
+    if gaps:
+        with pytest.raises(ValueError): from_gaps(code, int(at[-1]))
+        with pytest.raises(ValueError): from_gaps(np.append(code, np.uint8(255)), len(bits) + 255)       # a gap without an end
+
+
 # ── random controls ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 @given(masks(1), st.integers(0, 2**32))
@@ -202,6 +284,38 @@ def test_bottom_is_a_plain_sort_of_the_same_size(s, density, seed, scope):
 def test_more_density_only_adds(s, d1, d2, threshold):
     assert s.top(min(d1, d2)) <= s.top(max(d1, d2))
     assert np.array_equal(flat(s.above(threshold)), np.concatenate([v.reshape(-1) > threshold for v in s.values.values()]))
+
+
+narrow = st.sampled_from([float(np.float32(v)) for v in (-0.0, 0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38)]) | st.floats(-1, 1, width=32)
+values = narrow | st.sampled_from([5e-324, -1e-310, 1e300]) | st.floats(-1, 1)
+
+@given(st.sampled_from([np.float32, np.float64, np.float16, np.int64]).flatmap(lambda t: hnp.arrays(t, st.integers(1, 120), elements={np.float64: values, np.float32: narrow, np.float16: st.floats(-8, 8, width=16), np.int64: st.integers(-4, 4)}[t])),
+       st.integers(1, 5), st.data())
+def test_the_kth_value_is_that_of_a_sort(flat, sample, data):
+    "With samples so small that the bracket misses, meets ties, or is everything."
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(flat)), max_size=2)))
+    for k in {1, len(flat), data.draw(st.integers(1, len(flat)))}:
+        assert kth(np.split(flat, cuts), k, sample) == kth([flat], k) == np.sort(flat)[len(flat) - k]
+
+
+@pytest.mark.parametrize("kind", ["normal", "zeros", "shares", "sorted", "rows", "equal", "denormal", "float64", "mixed"])
+def test_large_scores(kind):
+    "Above the size from which the cut is bracketed: the cut, and which of equal values are kept."
+    rng, n = np.random.default_rng(0), 600_011
+    x = rng.standard_normal(n, dtype=np.float32)
+    x = {"normal": x, "zeros": np.where(rng.random(n) < .9, np.float32(0) * np.sign(x), x), "shares": np.round(x) / 5, "sorted": np.sort(x), "rows": np.tile(x[:1000], 601)[:n], "equal": np.full(n, np.float32(.3)),
+         "denormal": x * np.float32(1e-42), "float64": x + rng.random(n) * 1e-12, "mixed": x}[kind]
+    space = space_with([(n - 20,), (20,)])
+    parts = [x[:n - 20], x[n - 20:].astype(np.float64) + 1e-9 if kind == "mixed" else x[n - 20:]]
+    s = Scores(space, {"g0": parts[0], "g1": parts[1]})
+    flat_, order = np.concatenate(parts), None
+    for sign, pick in ((1, s.top), (-1, lambda d: s.bottom(Mask.random(space, d, 0)))):
+        order = np.argsort(-sign * flat_, kind="stable")
+        for density in (1e-5, .3, .5, .9, 1.0):
+            found = pick(density)
+            wanted = np.zeros(n, bool); wanted[order[:found.count]] = True
+            assert found.count in (round(density * n), sum(round(density * g.size) for g in space.groups)) and np.array_equal(flat(found), wanted)
+    assert np.array_equal(top_k(flat_, 1000), np.isin(np.arange(n), np.argsort(-flat_, kind="stable")[:1000]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -1,0 +1,161 @@
+"What is timed: BERT-base with random weights and random token ids, in four kinds of work."
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+
+MASK, SPECIAL = 103, 1000                       # id of [MASK]; ids below are never drawn
+Batch = dict[str, torch.Tensor]
+MATRICES = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
+SIZES = {"tiny": dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=5000),
+         "mini": dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024),
+         "small": dict(num_hidden_layers=6, hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+         "medium": dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, intermediate_size=2048),
+         "base": {}}
+
+
+@dataclass
+class Workload:
+    "One kind of work: a frozen model, batches to cycle through, what is masked, and the plain loss."
+    name: str
+    model: nn.Module                            # frozen, evaluation mode; variants take `copy()`
+    batches: list[Batch]
+    layers: list[int]                           # zero-based layers whose matrices are masked
+    granularity: str = "weight"                 # "weight"; "neuron": one gate per input column; "head": heads and MLPs
+    embeddings: bool = False                    # the word embedding (and the decoder tied to it) is masked too
+    alone: bool = False                         # only variant in its process: training may change the model's own weights
+    lr: float = 3e-4
+    steps: int = 246                            # length of the schedule that these batches belong to (for bounds on movement)
+    warmup: float = 0.1
+    seed: int = 0
+    penalty: float = 0.0                        # factor on the expected density
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def masked(self) -> list[str]:
+        "Paths of the masked matrices' modules."
+        return [f"bert.encoder.layer.{i}.{m}" for i in self.layers for m in MATRICES]
+
+    @property
+    def trained(self) -> list[str]:
+        "Names of the parameters that the masks cover."
+        return ["bert.embeddings.word_embeddings.weight"] * self.embeddings + [f"{m}.weight" for m in self.masked]
+
+    @property
+    def head(self) -> list[str]:
+        "Names of the task head's parameters, trained along with the masks."
+        return [n for n, _ in self.model.named_parameters() if n.startswith("classifier.")] if self.name.startswith("probe") else []
+
+    @property
+    def size(self) -> int:
+        "Number of masked weights."
+        return sum(self.model.get_parameter(n).numel() for n in self.trained)
+
+    def copy(self, train: Iterable[str] = (), clone: bool = True) -> nn.Module:
+        "A model of its own that shares the frozen parameters; those in `train` are cloned (unless nothing else needs them) and want gradients."
+        train, memo, clone = set(train), {id(b): b for b in self.model.buffers()}, clone and not (self.alone and self.name != "text")      # the teacher of `text` needs them
+        for n, p in self.model.named_parameters():
+            memo[id(p)] = nn.Parameter(p.detach().clone() if clone else p.detach()) if n in train else p
+        return copy.deepcopy(self.model, memo)
+
+    def space(self, model: nn.Module | None = None) -> Any:
+        "The library's `Space` of what is masked."
+        from subnet_explorer.space import Space
+        kind = {"weight": "weight", "head": "head+mlp"}.get(self.granularity)
+        if kind is None: raise ValueError("input columns of every matrix are no kind of `Space`")
+        return Space.of(model or self.model, kind, layers=[i + 1 for i in self.layers], **({"embeddings": True} if self.embeddings else {}))
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        "Plain Hugging Face loss."
+        return model(**batch).loss
+
+
+class Text(Workload):
+    "Masked language modelling and distillation of every layer's hidden states from the full model."
+
+    def teacher(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        "Hidden states of the full model after each layer."
+        with torch.no_grad(): return self.model.bert(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[1:]
+
+    def loss(self, model: nn.Module, batch: Batch, teacher: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        teacher = self.teacher(batch) if teacher is None else teacher
+        out = model(**batch, output_hidden_states=True)
+        far = [(1 - F.cosine_similarity(s.float(), t.float(), dim=-1)).mean() for s, t in zip(out.hidden_states[1:], teacher)]
+        return out.loss + torch.stack(far).mean()
+
+
+def _model(cls: type, size: str, device: str, seed: int = 0, **config: Any) -> nn.Module:
+    "A frozen model with random weights."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cls(BertConfig(**SIZES[size], **config)).eval().requires_grad_(False).to(device)
+
+
+def _lengths(rng: torch.Generator, n: int, longest: int, total: int) -> torch.Tensor:
+    "Random lengths with a given sum, at least one of them `longest`."
+    out = torch.randint(max(3, 2 * total // n - longest), longest + 1, (n,), generator=rng)
+    out[0] = longest
+    while gap := total - int(out.sum()):
+        i = int(torch.randint(1, n, (), generator=rng))
+        out[i] = min(longest, max(3, int(out[i]) + (1 if gap > 0 else -1)))
+    return out
+
+
+def cloze(quick: bool = False, device: str = "cpu", size: str | None = None, batch: int = 32, longest: int = 14, first: int | None = None, count: int = 8) -> Workload:
+    "Prompts with one [MASK] each; the upper half of the layers is masked. Default: 366 real tokens, 448 with padding."
+    model = _model(BertForMaskedLM, size or ("tiny" if quick else "base"), device)
+    vocab, n, rng, batches = model.config.vocab_size, model.config.num_hidden_layers, torch.Generator().manual_seed(1), []
+    for _ in range(count):
+        lengths = _lengths(rng, batch, longest, round(batch * longest * 366 / 448))
+        ids = torch.randint(SPECIAL, vocab, (batch, longest), generator=rng)
+        real = torch.arange(longest) < lengths[:, None]
+        at = (torch.rand(batch, generator=rng) * (lengths - 2)).long() + 1
+        labels = torch.full_like(ids, -100)
+        labels[torch.arange(batch), at] = ids[torch.arange(batch), at]
+        ids[torch.arange(batch), at] = MASK
+        batches.append({"input_ids": ids.where(real, 0).to(device), "attention_mask": real.long().to(device), "labels": labels.to(device)})
+    return Workload("cloze", model, batches, list(range(n // 2 if first is None else first, n)))
+
+
+def text(quick: bool = False, device: str = "cpu", batch: int = 4, length: int = 128, count: int = 8) -> Text:
+    "Blocks of text with 15 % of the positions masked; every layer and the word embedding is masked."
+    model = _model(BertForMaskedLM, "tiny" if quick else "base", device)
+    rng, batches = torch.Generator().manual_seed(2), []
+    for _ in range(count):
+        ids = torch.randint(SPECIAL, model.config.vocab_size, (batch, length), generator=rng)
+        chosen = torch.zeros(batch * length, dtype=torch.bool)
+        chosen[torch.randperm(batch * length, generator=rng)[:round(0.15 * batch * length)]] = True
+        chosen = chosen.view_as(ids)
+        batches.append({"input_ids": ids.masked_fill(chosen, MASK).to(device), "labels": ids.where(chosen, -100).to(device)})
+    return Text("text", model, batches, list(range(model.config.num_hidden_layers)), embeddings=True, lr=5e-5)
+
+
+def probe(granularity: str = "weight", quick: bool = False, device: str = "cpu", batch: int = 8, length: int = 32, count: int = 8) -> Workload:
+    "Token classification under hard-concrete gates on every matrix: per weight, or per neuron (input column)."
+    model = _model(BertForTokenClassification, "tiny" if quick else "base", device, num_labels=17)
+    rng = torch.Generator().manual_seed(3)
+    batches = [{"input_ids": torch.randint(SPECIAL, model.config.vocab_size, (batch, length), generator=rng).to(device),
+                "labels": torch.randint(17, (batch, length), generator=rng).to(device)} for _ in range(count)]
+    return Workload(f"probe-{granularity}s", model, batches, list(range(model.config.num_hidden_layers)), granularity, penalty=1.0, lr=1e-3,
+                    settings=dict(value=0.9, beta=2 / 3, gamma=-0.1, zeta=1.1, eps=1e-4))
+
+
+def importance(quick: bool = False, device: str = "cpu", batch: int = 32, length: int = 64, count: int = 8) -> Workload:
+    "Sequence classification; the gradient of the loss with respect to a gate on every head and every MLP."
+    model = _model(BertForSequenceClassification, "tiny" if quick else "base", device, num_labels=2)
+    rng = torch.Generator().manual_seed(4)
+    batches = [{"input_ids": torch.randint(SPECIAL, model.config.vocab_size, (batch, length), generator=rng).to(device),
+                "labels": torch.randint(2, (batch,), generator=rng).to(device)} for _ in range(count)]
+    return Workload("importance", model, batches, list(range(model.config.num_hidden_layers)), "head")
+
+
+WORKLOADS: dict[str, Callable[..., Workload]] = {
+    "cloze": cloze, "text": text, "importance": importance,
+    "probe-weights": lambda **kw: probe("weight", **kw), "probe-neurons": lambda **kw: probe("neuron", **kw)}

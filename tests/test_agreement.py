@@ -1,0 +1,212 @@
+"Statistics of agreement: statsmodels' and krippendorff's numbers, small matrices by hand, and what is undefined."
+from __future__ import annotations
+
+import warnings
+
+import krippendorff
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import spearmanr
+from statsmodels.stats.contingency_tables import cochrans_q, mcnemar as sm_mcnemar
+from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
+from statsmodels.stats.multitest import multipletests
+
+from subnet_explorer.compare import agreement, cochran, fleiss_kappa, holm, krippendorff_alpha, mcnemar, overlap, stability, survival_table
+from subnet_explorer.mask import Mask, Scores
+from subnet_explorer.masks import Masks, votes
+from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownName
+
+LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
+MODEL = ModelId("toy", None, "c", "w")
+HEADS = Space((Group("h0", "head", 0, "head", (4,)), Group("h1", "head", 1, "head", (4,))), LAYOUT, MODEL)
+UNITS = Space((Group("h0", "head", 0, "head", (4,)), Group("m0", "mlp", 0, "mlp", (1,)), Group("h1", "head", 1, "head", (4,)), Group("m1", "mlp", 1, "mlp", (1,))), LAYOUT, MODEL)
+
+
+def raters(bits: np.ndarray, space: Space = HEADS, **labels) -> Masks:
+    "A mask for each row (raters, units), labelled with a seed."
+    ends = np.cumsum([0, *(g.size for g in space.groups)])
+    return Masks([({**labels, "seed": s}, Mask.of(space, {g.name: row[a:b].reshape(g.shape).astype(bool) for g, a, b in zip(space.groups, ends, ends[1:])})) for s, row in enumerate(bits)])
+
+
+matrices = st.integers(2, 6).flatmap(lambda n: hnp.arrays(np.int64, (n, 8), elements=st.integers(0, 1)) | hnp.arrays(np.int64, (n, 1), elements=st.integers(0, 1)).map(lambda a: a.repeat(8, 1)))
+counts = lambda bits: np.stack([(1 - bits).sum(0), bits.sum(0)], 1)            # (unit, category), as statsmodels wants it
+
+
+# ── against other people's code ──────────────────────────────────────────────────────────────────────────────────────
+
+@given(matrices)
+def test_kappa_and_alpha(bits):
+    row = agreement(raters(bits), samples=10).iloc[0]
+    assert row["items"] == 8 and row.raters == len(bits) and row.prevalence == pytest.approx(bits.mean())
+    if bits.all() or not bits.any():
+        assert np.isnan([row.kappa, row.alpha, row.low, row.high]).all() and row.agreement == 1
+        assert row.note == f"undefined: all masks agree on one category ({'kept' if bits.all() else 'removed'})"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert np.isnan(sm_fleiss(counts(bits)))
+        with pytest.raises(ValueError): krippendorff.alpha(bits, level_of_measurement="nominal")
+        return
+    assert row.kappa == pytest.approx(sm_fleiss(counts(bits)))
+    for level in ("nominal", "interval"): assert row.alpha == pytest.approx(krippendorff.alpha(bits, level_of_measurement=level))      # the same for two categories
+    assert "all masks" not in row.note
+
+
+@given(matrices)
+def test_cochran(bits):
+    row = cochran(raters(bits)).iloc[0]
+    if (bits == bits[0]).all():
+        assert np.isnan([row.q, row.p]).all() and row.note == "undefined: the masks are equal"
+        return
+    found = cochrans_q(bits.T)
+    assert (row.q, row.p, row.df) == (pytest.approx(found.statistic, abs=1e-9), pytest.approx(found.pvalue), found.df) and row.note == ""
+
+
+@given(matrices, st.booleans())
+def test_pairs(bits, exact):
+    t = mcnemar(raters(bits), exact=exact)
+    assert len(t) == len(bits) * (len(bits) - 1) // 2
+    for r in t.itertuples():
+        a, b = bits[r.a], bits[r.b]
+        assert (r.only_a, r.only_b) == ((a > b).sum(), (b > a).sum())
+        if (a == b).all(): assert np.isnan([r.statistic, r.p, r.holm]).all() and r.note == "undefined: the masks are equal"; continue
+        found = sm_mcnemar([[(a & b).sum(), r.only_a], [r.only_b, ((1 - a) & (1 - b)).sum()]], exact=exact, correction=False)
+        assert r.p == pytest.approx(found.pvalue)
+        if not exact: assert r.statistic == pytest.approx(found.statistic) == pytest.approx(cochrans_q(np.stack([a, b], 1)).statistic)
+    defined = t.p.notna()
+    if defined.any(): assert t.holm[defined].tolist() == pytest.approx(multipletests(t.p[defined], method="holm")[1].tolist())
+
+
+@given(st.lists(st.floats(0, 1) | st.just(np.nan), max_size=12))
+def test_holm(p):
+    p = np.array(p, float)
+    defined = np.isfinite(p)
+    assert np.isnan(holm(p)[~defined]).all()
+    if defined.any(): assert holm(p)[defined] == pytest.approx(multipletests(p[defined], method="holm")[1])
+
+
+@given(hnp.arrays(float, (2, 8), elements=st.integers(0, 5).map(float)))
+def test_rank_correlation(values):
+    few, many = (Scores(HEADS, {"h0": v[:4], "h1": v[4:]}) for v in values)
+    t = stability({10: few, 200: many})
+    if len(set(values[0])) == 1 or len(set(values[1])) == 1: assert np.isnan(t["rank"][0]); return
+    assert t["rank"][0] == pytest.approx(spearmanr(*values).statistic)
+    assert t.distance[1] == 0 and t["rank"][1] == pytest.approx(1)
+
+
+# ── by hand ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("bits, kappa, alpha, q", [
+    ([[1, 0, 1, 0, 1, 0, 1, 0]] * 3, 1, 1, np.nan),                                       # all raters equal, both categories used
+    ([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]], -1, 1 - 15 * 8 / 64, 0),       # opposite: rates are equal, so Q is 0
+    ([[1] * 8, [1] * 8, [0] * 8], -.5, 1 - 23 * 8 / 128, 16),                             # one dissenting seed: P = 1/3, Pe = 5/9
+])
+def test_small_matrices(bits, kappa, alpha, q):
+    row = agreement(raters(np.array(bits)), samples=20).iloc[0]
+    assert (row.kappa, row.alpha) == pytest.approx((kappa, alpha))
+    assert cochran(raters(np.array(bits))).q[0] == pytest.approx(q, nan_ok=True)
+
+
+def test_equal_rates_are_not_agreement():
+    apart = raters(np.eye(8)[:5])
+    assert cochran(apart).p[0] == 1 and agreement(apart).kappa[0] < 0
+    assert "not agreement" in cochran.__doc__ and "not agreement" in mcnemar.__doc__
+
+
+def test_empty_and_full_masks():
+    for value in (0, 1):
+        t = agreement(raters(np.full((3, 10), value), UNITS))
+        assert t.kind.tolist() == ["head", "mlp"] and t.kappa.isna().all() and t.note.str.startswith("undefined: all masks agree on one category").all()
+        assert cochran(raters(np.full((3, 10), value), UNITS)).q.isna().all() and mcnemar(raters(np.full((3, 10), value), UNITS)).holm.isna().all()
+
+
+def test_kinds_are_counted_apart():
+    bits = np.random.default_rng(0).integers(0, 2, (4, 10))
+    heads = bits[:, [0, 1, 2, 3, 5, 6, 7, 8]]
+    both, alone = agreement(raters(bits, UNITS)).set_index("kind"), agreement(raters(heads)).set_index("kind")
+    assert both.loc["head", "kappa"] == alone.loc["head", "kappa"] and both.loc["mlp", "items"] == 2
+    assert cochran(raters(bits, UNITS)).q[0] == cochran(raters(heads)).q[0]
+
+
+# ── the bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_interval_is_that_of_resampled_units():
+    rng = np.random.default_rng(0)
+    large = Space((Group("h", "head", 0, "head", (144,)),), LAYOUT, MODEL)
+    bits = np.where(rng.random((5, 144)) < .3, rng.integers(0, 2, (5, 144)), rng.integers(0, 2, 144))
+    slow = [sm_fleiss(counts(bits[:, rng.integers(0, 144, 144)])) for _ in range(1500)]
+    row = agreement(raters(bits, large), samples=4000).iloc[0]
+    assert (row.low, row.high) == pytest.approx(np.quantile(slow, [.025, .975]), abs=.015)
+    assert row.low < row.kappa < row.high
+    again = agreement(raters(bits, large), samples=4000, seed=1).iloc[0]
+    assert again.low != row.low and agreement(raters(bits, large), samples=4000).iloc[0].low == row.low
+
+
+def test_samples_without_kappa_are_reported():
+    t = agreement(raters(np.array([[1] + [0] * 7, [1] + [0] * 7])))
+    assert t.kappa[0] == 1 and t.low[0] == t.high[0] == 1 and t.note[0].startswith("undefined in 3")        # (7/8)^8 = 34 % of the samples miss the only kept unit
+
+
+# ── matrices over seeds and tasks ────────────────────────────────────────────────────────────────────────────────────
+
+TASKS = np.random.default_rng(1).integers(0, 2, (3, 5, 10))                    # (task, seed, unit)
+MANY = raters(TASKS[0], UNITS, task="a") | raters(TASKS[1], UNITS, task="b") | raters(TASKS[2], UNITS, task="c")
+
+
+def test_survival_over_seeds():
+    one, all_ = survival_table(MANY.sel(task="b")), survival_table(MANY)
+    assert np.allclose(one["mean"], TASKS[1].mean(0)) and np.allclose(one["std"], TASKS[1].std(0, ddof=1))
+    assert np.allclose(all_["mean"], TASKS.sum(0).mean(0)) and np.allclose(all_["std"], TASKS.sum(0).std(0, ddof=1))
+    assert all_[["kind", "layer", "unit"]].values.tolist()[3:7] == [["head", 1, 4], ["mlp", 1, 1], ["head", 2, 1], ["head", 2, 2]]
+    assert survival_table(MANY.sel(task="b", seed=0))["std"].isna().all()
+    weights = Space((Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,))), LAYOUT, MODEL)
+    ms = [Mask.random(weights, .3 + .1 * s, seed=s) for s in range(3)]
+    t = survival_table(Masks([({"seed": s}, m) for s, m in enumerate(ms)]))
+    assert t.unit.tolist() == [0, 0] and np.allclose(t["mean"], np.mean([m.table().density for m in ms], 0))
+
+
+def test_overlap_over_seeds():
+    t = overlap(MANY, by="task").set_index(["kind", "a", "b"])
+    heads = np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    for i, a in enumerate("abc"):
+        for j, b in enumerate("abc"):
+            shared = (TASKS[i] & TASKS[j])[:, heads].sum(1)
+            assert t.loc[("head", a, b), "mean"] == shared.mean() and t.loc[("head", a, b), "std"] == pytest.approx(shared.std(ddof=1))
+    x, y = TASKS[0], TASKS[1]
+    chance = np.mean([x[s, heads].sum() * y[s, heads].sum() / 8 for s in range(5)])
+    assert t.loc[("head", "a", "b"), "chance"] == pytest.approx(chance)
+
+
+def test_tables_by_task():
+    t = agreement(MANY, by="task", samples=10)
+    assert t[["task", "kind"]].values.tolist() == [[a, k] for a in "abc" for k in ("head", "mlp")]
+    assert t.kappa[0] == agreement(MANY.sel(task="a"), samples=10).kappa[0]
+    assert len(mcnemar(MANY, by="task")) == 3 * 2 * 10 and len(cochran(MANY, by="task")) == 6
+    assert agreement(MANY.sel(seed=0), over="task", samples=10).raters.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (lambda: agreement(MANY), "several masks have the same 'seed'"),
+    (lambda: agreement(MANY.sel(task="a", seed=0)), "at least two masks"),
+    (lambda: cochran(MANY.sel(task="a") | MANY.sel(task="b", seed=0), by="task"), "task='b' has one"),
+    (lambda: fleiss_kappa(np.array([3, 4])), "at least two masks"),
+    (lambda: krippendorff_alpha(np.array([0, 0, 0])), "one unit"),
+    (lambda: overlap(MANY.sel(task="a", seed=0) | MANY.sel(task="b", seed=1), by="task"), "cannot be paired"),
+    (lambda: survival_table(MANY.sel(task="a") | MANY.sel(task="b", seed=0)), "equally many masks"),
+    (lambda: stability({}), "no scores"),
+])
+def test_refusals(wrong, says):
+    with pytest.raises(SubnetError, match=says): wrong()
+
+
+def test_masks_of_other_spaces_and_unknown_labels():
+    other = raters(np.ones((2, 8)), HEADS)
+    with pytest.raises(SpaceMismatch): agreement(Masks([({"seed": 0}, MANY[0]), ({"seed": 1}, other[0])]))
+    with pytest.raises(UnknownName, match="did you mean seed"): agreement(MANY, over="sed")
+    with pytest.raises(UnknownName, match="did you mean task"): overlap(MANY, by="tsk")
+
+
+def test_large_counts_do_not_overflow():
+    v = np.array([10 ** 11, 10 ** 9, 10 ** 9, 10 ** 10])
+    assert fleiss_kappa(v) == pytest.approx(fleiss_kappa(v / 10 ** 9)) and krippendorff_alpha(v) == pytest.approx(fleiss_kappa(v), abs=1e-9)

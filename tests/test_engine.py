@@ -1,0 +1,382 @@
+"The engine against plain autograd: same losses, same scores, same bits; in every mode also after an interruption."
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import subnet_explorer.engine as engine_module
+from subnet_explorer.data import Facts, read_facts
+from subnet_explorer.engine import MaskOptimizer, PlainOptimizer, farthest
+from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
+from subnet_explorer.mask import Mask
+from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Suppress
+from subnet_explorer.pocket import load, sentences, tiny
+from subnet_explorer.search import Diverged, WrongProcesses, find, frozen
+from subnet_explorer.space import Space, SubnetError
+
+FACTS = Facts(read_facts("pocket")["MadeOf"].items[:60])
+TEXTS = [" ".join(t["form"] for t in s) for s in sentences(24)]
+GATES = {"threshold": Threshold, "topk": lambda s, **k: TopK(s, .6, every=2, **k), "concrete": lambda s, **k: Concrete(s, .6, temperature=.5, **k),
+         "straight-through": lambda s, **k: Concrete(s, straight_through=True, **k), "hard-concrete": HardConcrete}
+
+
+@pytest.fixture(scope="module", params=["pocket-bert", "pocket-gpt2"])
+def world(request):
+    return load(request.param)
+
+
+def search(world, engine, gate=Threshold, kind="weight", layers="top-half", goal=None, embeddings=False, **options):
+    model, tok = world
+    made = gate(Space.of(model, kind, layers=layers, embeddings=embeddings), seed=1)
+    settings = dict(steps=12, lr=.01, every=1, batch=16, progress=False) | options
+    return find(model, tok, made, goal or Cloze(FACTS), engine=engine, **settings), made
+
+
+def agree(a, b, eps=1e-5):
+    """Same losses, logits and bits. Adam divides by the size of the gradient: where that is rounding noise, as for a weight on which nothing depends,
+    packed and padded sums differ in it, and the score wanders (by at most the learning rate a step); so a thousandth of the scores may."""
+    (run, gate), (other, twin) = a, b
+    assert np.abs(run.metrics.loss - other.metrics.loss).max() < eps
+    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(gate.logits, twin.logits)])
+    assert (apart > eps).float().mean() < 1e-3 and apart.max() < run.config["lr"] * run.config["steps"]
+    assert run.mask == other.mask
+
+
+# ── parity with the plain way ────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("name", GATES)
+def test_every_gate_trains_as_by_autograd(world, name):
+    agree(search(world, "plain", GATES[name]), search(world, "all", GATES[name]))
+
+
+@pytest.mark.parametrize("options", [dict(clip=.5), dict(optimizer="adamw"), dict(complement=True), dict(accumulate=3), dict(accumulate=2, clip=.1, complement=True)], ids=str)
+def test_every_setting_trains_as_by_autograd(world, options):
+    agree(search(world, "plain", HardConcrete, **options), search(world, "all", HardConcrete, **options))
+
+
+@pytest.mark.parametrize("goal", [Cloze(FACTS) + .5 * Density(), Cloze(FACTS) + 2 * Density(.3), 1.5 * Suppress(FACTS) + Maintain(TEXTS), MLM(TEXTS), MLM(TEXTS, distil=1.0),
+                                  MLM(TEXTS, static=True, distil=.5), Hidden(TEXTS), Cloze(FACTS) + MLM(TEXTS) + Hidden(TEXTS)], ids=lambda g: str(g.recipe())[:40])
+def test_every_objective_trains_as_by_autograd(world, goal):
+    "Sums use a matrix several times in one step; its gradient is used once, when all of it is there."
+    agree(search(world, "plain", HardConcrete, goal=goal, steps=6), search(world, "all", HardConcrete, goal=goal, steps=6))
+
+
+@pytest.mark.parametrize("kind", ["weight", "head+mlp", "weight+neuron", "layer+weight"])
+def test_every_kind_trains_as_by_autograd(world, kind):
+    agree(search(world, "plain", Threshold, kind), search(world, "all", Threshold, kind))
+
+
+def test_biases_train_as_by_autograd(world):
+    "But for those of the keys, on which nothing depends: softmax does not see them."
+    (run, gate), (other, twin) = search(world, "plain", Threshold, "bias"), search(world, "all", Threshold, "bias")
+    assert np.abs(run.metrics.loss - other.metrics.loss).max() < 1e-5
+    for g, a, b in zip(gate.space.groups, gate.logits, twin.logits):
+        if g.role not in ("k", "qkv"): assert torch.allclose(a, b, atol=1e-5), g.name
+
+
+def test_the_model_still_tells_all_its_states(world):
+    "transformers decides at the first call which blocks report their states; a call with fewer blocks must not be the first."
+    model, tok = world
+    search(world, "plain", goal=MLM(TEXTS, static=True, distil=1.0), steps=1)
+    with torch.no_grad(): assert len(model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states) == model.config.num_hidden_layers + 1
+
+
+def test_tied_embeddings_are_one_coordinate(world):
+    "The embedding is looked up, and multiplied by in the head; both gradients arrive before its scores move."
+    options = dict(layers=None, embeddings=True, goal=MLM(TEXTS, distil=1.0), steps=5)
+    agree(search(world, "plain", **options), search(world, "all", **options))
+
+
+@pytest.mark.parametrize("block", [(10**6, 1), (1, 10**6), (5, 3)])
+def test_blocks_train_as_by_autograd(block):
+    model = tiny("gpt2").requires_grad_(False)
+    traces = []
+    for kind in (PlainOptimizer, MaskOptimizer):
+        gate = HardConcrete(Space.of(model, "block", block=block))
+        opt = kind(model, gate, [.05] * 4)
+        for step in range(4):
+            with opt.applied():
+                loss = model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean() + opt.penalty()
+                opt.backward(loss)
+            opt.step()
+        traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
+    assert torch.allclose(*traces, atol=1e-5)
+
+
+# ── scores that can still flip ───────────────────────────────────────────────────────────────────────────────────────
+
+SHORT = dict(steps=30, lr=.002)      # a score can move by about .04: few are in reach
+
+def test_reachable_gives_the_same_bits(world):
+    everything, _ = search(world, "all", **SHORT)
+    some, gate = search(world, "reachable", **SHORT)
+    start = Threshold(gate.space, seed=1).harden()
+    assert everything.mask == some.mask and (everything.mask ^ start).count > 20
+    assert np.abs(everything.metrics.loss - some.metrics.loss).max() < 1e-6
+    assert list(everything.metrics.density) == list(some.metrics.density)        # at every step, not only at the end
+
+
+def test_only_reachable_scores_have_moments(world):
+    model, tok = world
+    gate = Threshold(Space.of(model, "weight", layers="top-half"), seed=1)
+    rates = [.002] * 20
+    opt = MaskOptimizer(model, gate, rates, scores="reachable")
+    held = sum(len(a.m) for a in opt.active.values())
+    near = sum(int((l.abs() <= farthest(rates)[0]).sum()) for l in gate.logits)
+    assert held == near < .15 * gate.space.size and not opt.moments
+
+
+def test_the_set_narrows_along_the_way(world):
+    "A search that begins with everything in reach ends with little of it, and with the same mask."
+    long = dict(steps=60, lr=.01)
+    everything, _ = search(world, "all", **long)
+    sizes = []
+    original = engine_module.narrow
+    def spy(opt, *args):
+        original(opt, *args)
+        sizes.append(sum(len(a.index) for a in opt.active.values()))
+    engine_module.narrow = spy
+    try: some, _ = search(world, "reachable", **long)
+    finally: engine_module.narrow = original
+    assert sizes[0] == 0 and sizes[-1] > 0 and sorted(s for s in sizes if s) == [s for s in sizes if s][::-1]
+    assert everything.mask == some.mask
+
+
+@pytest.mark.parametrize("options", [dict(clip=1.0), dict(optimizer="adamw"), dict(complement=True), dict(gate=HardConcrete), dict(gate=GATES["topk"])], ids=str)
+def test_reachable_falls_back_where_the_bound_does_not_hold(world, options):
+    agree(search(world, "all", **SHORT, **options), search(world, "reachable", **SHORT, **options), eps=1e-9)
+
+
+def test_the_default_is_exact(world):
+    assert search(world, "auto", **SHORT)[0].mask == search(world, "plain", **SHORT)[0].mask
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("growth", [1.0, 1.05, 3.0])
+def test_no_gradients_move_a_score_farther_than_the_bound(schedule, growth):
+    from subnet_explorer.search import lr_at
+    rates = [.01 * lr_at(t, 80, schedule) for t in range(80)]
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    adam, moved = torch.optim.Adam([p]), 0.0
+    bound = farthest(rates)
+    for t, rate in enumerate(rates):
+        adam.param_groups[0]["lr"], p.grad = rate, torch.tensor([growth**t], dtype=torch.float64)
+        adam.step()
+        assert abs(p.item()) <= bound[0] - (bound[t + 1] if t + 1 < len(bound) else 0) + 1e-9
+    assert abs(p.item()) > .3 * sum(rates)
+
+
+# ── interruption ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Stop(Exception): pass
+
+class Fuse:
+    "A monitor that stops the search once."
+    def __init__(self, calls: int) -> None: self.left = calls
+    def recipe(self): return {"monitor": "fuse"}
+    def prepare(self, context):
+        def score():
+            self.left -= 1
+            if self.left == 0: raise Stop
+            return 0.0
+        return score
+
+
+@pytest.mark.parametrize("mode", ["plain", "all", "reachable", "auto"])
+@pytest.mark.parametrize("name", GATES)
+def test_stopped_and_continued_is_the_same(world, mode, name, tmp_path):
+    options = dict(gate=GATES[name], every=5, checkpoint=0, **{**SHORT, "lr": .002 if name == "threshold" else .02})
+    straight, _ = search(world, mode, monitor=Fuse(100), **options)
+    fuse = Fuse(4)
+    with pytest.raises(Stop): search(world, mode, monitor=fuse, to=tmp_path / "run", **options)
+    resumed, _ = search(world, mode, monitor=fuse, to=tmp_path / "run", **options)
+    assert resumed.mask == straight.mask and list(resumed.metrics.loss) == list(straight.metrics.loss)
+
+
+@pytest.mark.parametrize("before,after", [("plain", "all"), ("all", "plain"), ("plain", "reachable"), ("all", "reachable"), ("reachable", "all")])
+def test_a_search_may_change_its_engine(world, before, after, tmp_path):
+    straight, _ = search(world, "all", monitor=Fuse(100), every=5, **SHORT)
+    fuse = Fuse(4)
+    with pytest.raises(Stop): search(world, before, monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+    assert search(world, after, monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)[0].mask == straight.mask
+
+
+def test_dropped_moments_cannot_be_had_back(world, tmp_path):
+    fuse = Fuse(4)
+    with pytest.raises(Stop): search(world, "reachable", monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+    with pytest.raises(SubnetError, match="dropped the moments"): search(world, "plain", monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+
+
+@pytest.mark.parametrize("mode", ["plain", "all", "reachable"])
+def test_a_gradient_that_is_not_finite_stops_the_search(world, mode):
+    from subnet_explorer.objectives import Objective
+    class Root(Objective):
+        "The square root of zero has an infinite slope."
+        def prepare(self, context):
+            model = context.model
+            return lambda step: (model(input_ids=torch.tensor([[5, 6, 7]])).logits.mean() * (step == 2)).abs().sqrt()
+    with pytest.raises(Diverged, match="gradient is not finite at step|loss became nan"): search(world, mode, goal=Root(), **SHORT)
+
+
+# ── compiled or not ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+def _optimizer_trace(fast, gate=HardConcrete, scores="all", dtype=torch.float32, steps=5, rate=.02):
+    model = tiny("bert").requires_grad_(False)
+    made = gate(Space.of(model, "weight"))
+    opt = MaskOptimizer(model, made, [rate] * steps, fast=fast, scores=scores, dtype=dtype)
+    for step in range(steps):
+        with opt.applied():
+            opt.backward(model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean() + (opt.penalty() if gate is not Threshold else 0))
+        opt.step()
+    if opt.active: engine_module.sync(opt)
+    return torch.cat([l.detach().flatten() for l in made.logits]), made.harden(), opt
+
+
+def test_compiled_and_plain_updates_agree():
+    "Where there is no compiler both are plain, and a warning says so."
+    for gate in (Threshold, HardConcrete, lambda s: Concrete(s, straight_through=True)):
+        (a, m, _), (b, n, _) = (_optimizer_trace(fast, gate) for fast in (False, True))
+        assert torch.allclose(a, b, atol=1e-5) and m == n
+
+
+def test_a_sampled_gradient_is_the_gradient():
+    (a, m, opt), (b, n, _), (c, o, _) = (_optimizer_trace(True, Threshold, scores, rate=.004) for scores in ("reachable", "sampled", "all"))
+    assert opt.active and torch.allclose(a, b, atol=1e-4) and m == o and (m ^ n).count <= 2
+
+
+def test_without_a_compiler_it_is_slower_and_the_same(monkeypatch):
+    monkeypatch.setattr(engine_module, "_FAST", {})
+    def broken(*args, **kwargs): raise RuntimeError("no compiler here")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="could not be compiled"): a, m, _ = _optimizer_trace(True, Threshold)
+    b, n, _ = _optimizer_trace(False, Threshold)
+    assert torch.equal(a, b) and m == n
+
+
+def test_small_searches_do_not_wait_for_a_compiler(world):
+    model, tok = world
+    gate = Threshold(Space.of(model, "weight"), seed=1)
+    assert not MaskOptimizer(model, gate, [.01] * 400).fast and MaskOptimizer(model, gate, [.01] * 400_000).fast
+
+
+def test_lower_precision_trains_nearly_the_same(world):
+    exact, _ = search(world, "all", steps=30)
+    rough, gate = search(world, "all", steps=30, precision="bfloat16")
+    start = Threshold(gate.space, seed=1).harden()
+    assert 0 < (exact.mask ^ rough.mask).count < .25 * (exact.mask ^ start).count
+    assert all(l.dtype == torch.float32 for l in gate.logits)
+
+
+# ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def draw(n, *key): return uniform(n, torch.tensor(noise_key(*key), dtype=torch.int32)).numpy()
+
+def test_noise_is_uniform_and_independent():
+    u = draw(1 << 20, 0, 0, 0)
+    assert 0 < u.min() and u.max() < 1 and stats.kstest(u, "uniform").pvalue > 1e-3
+    assert stats.chisquare(np.bincount((u * 4096).astype(int), minlength=4096)).pvalue > 1e-3
+    for other in (draw(1 << 20, 0, 1, 0), draw(1 << 20, 0, 0, 1), draw(1 << 20, 1, 0, 0), np.roll(u, 1), np.roll(u, 768)):
+        pairs = np.histogram2d(u, other, bins=32)[0]
+        assert stats.chisquare(pairs.ravel()).pvalue > 1e-4
+
+
+def test_noise_depends_on_place_only():
+    assert np.array_equal(draw(1000, 3, 5, 7)[400:], uniform(600, torch.tensor(noise_key(3, 5, 7), dtype=torch.int32), 400).numpy())
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_no_gradient_is_stored(world):
+    model, tok = world
+    gate = Threshold(Space.of(model, "weight", layers="top-half"), seed=1)
+    opt = MaskOptimizer(model, gate, [.01] * 3)
+    with frozen(model), opt.applied(): opt.backward(model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).mean())
+    opt.step()
+    assert all(l.grad is None for l in gate.logits) and all(p.grad is None for p in model.parameters())
+    assert opt.scratch.numel() == max(s.w.numel() for s in opt.sites.values())
+
+
+def test_the_model_is_given_back(world):
+    model, tok = world
+    before = {n: (p, p.clone()) for n, p in model.named_parameters()}
+    with pytest.raises(Stop): search(world, "all", HardConcrete, monitor=Fuse(2), embeddings=True, layers=None)
+    assert all(p is before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+# ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROGRAM = """
+import sys
+from subnet_explorer.data import Facts, read_facts
+from subnet_explorer.gates import Threshold, HardConcrete
+from subnet_explorer.objectives import MLM, Cloze, Density
+from subnet_explorer.pocket import load, sentences
+from subnet_explorer.search import find
+from subnet_explorer.space import Space
+model, tok = load("pocket-bert")
+facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
+space = Space.of(model, "weight+head", layers="top-half")
+for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable"))):
+    run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
+    print(name, run.mask.id, run.mask.count)
+"""
+
+
+def launch(folder: Path, n: int, asked: int) -> subprocess.CompletedProcess:
+    (folder / "program.py").write_text(PROGRAM)
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1", "--master_port", str(port)] if n > 1 else [sys.executable]
+    return subprocess.run([*start, str(folder / "program.py"), str(folder / f"runs-{n}"), str(asked)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180)
+
+
+def test_two_processes_find_the_mask_of_one(tmp_path):
+    "The same global batch, in two parts, of which some are uneven and some are empty."
+    pytest.importorskip("accelerate")
+    one, two = launch(tmp_path, 1, 1), launch(tmp_path, 2, 2)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-4000:]
+    lines = one.stdout.split("\n")[:3]
+    assert all(two.stdout.count(line) == 2 for line in lines), (one.stdout, two.stdout)
+    for name in ("hard", "soft", "few"):
+        a, b = (Mask.load(tmp_path / f"runs-{n}" / name / "mask.safetensors") for n in (1, 2))
+        assert a == b
+
+
+def test_the_number_of_processes_is_checked(world):
+    with pytest.raises(WrongProcesses, match="2 processes were asked for, but 1 runs.*torchrun"): search(world, "auto", processes=2)
+
+
+# ── GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("mode", ["plain", "all", "reachable", "sampled"])
+def test_gpu_trains_as_cpu(name, mode):
+    "Noise is a function, so the same seed gives the same search on every device, up to the order of sums."
+    model, tok = load("pocket-bert")
+    here, _ = search((model, tok), "plain", GATES[name], **SHORT)
+    there, gate = search((model.cuda(), tok), mode, GATES[name], **SHORT)
+    assert (here.mask ^ there.mask).count <= .001 * gate.space.size and np.abs(here.metrics.loss - there.metrics.loss).max() < 1e-2
+
+
+@pytest.mark.gpu
+def test_gpu_compiled_update_agrees():
+    model = tiny("bert").cuda().requires_grad_(False)
+    traces = []
+    for fast in (False, True):
+        gate = HardConcrete(Space.of(model, "weight")).cuda()
+        opt = MaskOptimizer(model, gate, [.02] * 4, fast=fast)
+        for step in range(4):
+            with opt.applied(): opt.backward(model(input_ids=torch.arange(7, device="cuda")[None] + step).logits.logsumexp(-1).mean() + opt.penalty())
+            opt.step()
+        traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
+    assert torch.allclose(*traces, atol=1e-4)
