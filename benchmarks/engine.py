@@ -92,10 +92,15 @@ def probe(w: Workload) -> Step:
 
 
 def importance(w: Workload) -> Step:
-    "Gates of their own for every example; no weight gradient."
-    model, it = w.copy(), cycle(w.batches)
+    "Gates of their own for every example; no weight gradient; the last block only where the classifier reads."
+    model = w.copy()
     space = w.space(model)
-    return lambda: example_gradients(model, space, lambda: w.loss(model, next(it)))
+    seqs = Sequences(model, [x.tolist() for b in w.batches for x in b["input_ids"]])
+    batches = cycle([(np.arange(k * len(b["labels"]), (k + 1) * len(b["labels"])), b["labels"]) for k, b in enumerate(w.batches)])
+    def loss() -> torch.Tensor:
+        index, gold = next(batches)
+        return F.cross_entropy(seqs.read(index, range(len(index)), [0] * len(index)), gold)
+    return lambda: sum(g.abs().sum() for g in example_gradients(model, space, loss).values())
 
 
 BF16 = torch.bfloat16

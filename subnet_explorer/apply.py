@@ -46,7 +46,7 @@ def parameter(model: nn.Module, group: Group) -> nn.Parameter:
     path, _, attr = group.name.rpartition(".")
     return reach(model.base_model, path)._parameters[attr]
 
-# %% ../nbs/03_apply.ipynb #fbcb328c
+# %% ../nbs/03_apply.ipynb #93657749
 @contextmanager
 def applied(
     model: nn.Module,
@@ -77,7 +77,7 @@ def applied(
 
 def _line(v: Any, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
     v = (v(x) if callable(v) else v).repeat_interleave(repeat, -1)
-    return v[:, None] if v.dim() == 2 else v                               # (batch, n) -> (batch, 1, n)
+    return v[:, None] if v.dim() == 2 and x.dim() == 3 else v              # (batch, n) -> (batch, 1, n); packed rows have no token axis
 def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (args[0] * _line(v, args[0], repeat), *args[1:])
 def _gate_output(v: Any) -> Any: return lambda module, args, out: out * _line(v, out)
 

@@ -23,8 +23,8 @@ from .gates import Gate, Threshold, uniform
 from .space import SubnetError, reach
 
 # %% auto #0
-__all__ = ['BETAS', 'EPS', 'PIECE', 'step_numbers', 'adam', 'farthest', 'Reachable', 'narrow', 'sync', 'MaskOptimizer',
-           'PlainOptimizer']
+__all__ = ['BETAS', 'EPS', 'PIECE', 'step_numbers', 'adam', 'farthest', 'Reachable', 'narrow', 'sync', 'MaskOptimizer', 'stacked',
+           'Replay', 'PlainOptimizer']
 
 # %% ../nbs/09_engine.ipynb #79f8c0ee
 BETAS = 0.9, 0.999
@@ -77,7 +77,7 @@ def _few(gather: bool) -> Callable:
         return flipped
     return advance
 
-# %% ../nbs/09_engine.ipynb #b33743cc
+# %% ../nbs/09_engine.ipynb #bbb2f09e
 _FAST: dict[Any, Callable | None] = {}      # compiled updates of this process, by rule
 PIECE = 1 << 16                             # scores whose gates are applied at a time without a compiler
 
@@ -98,12 +98,13 @@ def _advance(opt: MaskOptimizer, i: int, g: torch.Tensor) -> torch.Tensor:
     "Pass over the matrix at `i`; the sum of probabilities of being kept, if it is asked for."
     gate, site, device = opt.gate, opt.sites[i], opt.anchor.device
     tensors = [t.view(-1) for t in (gate.logits[i].data, *opt.moments[i], site.w, site.masked, g)]
-    keys = gate.key(i, gate.step), gate.key(i, gate.step + 1)
+    keys = tuple(opt.keys[i]) if gate.noisy else (opt.h, opt.h)
     if opt.fast:
         example = lambda: [*(torch.rand(4096, device=device, dtype=t.dtype) for t in tensors), opt.h, *keys]
         bare = gate.bare()
         f = _compiled(("pass", bare.rule(), opt.complement, opt.pressed, site.masked.dtype, device.type), lambda: _pass(bare, opt.complement, opt.pressed), example)
         if f: return f(*tensors, opt.h, *keys)
+        opt.fast = False
     return _by_hand(opt, tensors, keys)
 
 
@@ -304,7 +305,7 @@ def _clip(opt: MaskOptimizer, small: Mapping[int, torch.Tensor]) -> None:
     for g in [*opt.held.values(), *(l.grad for l in small.values())]: g *= factor
     opt.h[7] *= factor
 
-# %% ../nbs/09_engine.ipynb #e8c54016
+# %% ../nbs/09_engine.ipynb #3a159f31
 class MaskOptimizer:
     "Adam on the logits of a gate, fed from inside backward."
 
@@ -337,6 +338,8 @@ class MaskOptimizer:
         self.fast = size * len(self.rates) > 1e9 if fast is None else fast
         self.scores, self.reach = scores if self._narrows() else "all", farthest(rates)
         self.active, self.total, self.pressed, self.done, self.healthy = {}, {}, False, set(), torch.tensor(True, device=self.anchor.device)
+        self.h = torch.zeros(8, device=self.anchor.device)                              # these two stay where they are: a captured step reads them
+        self.keys = {i: torch.zeros(2, 2, dtype=torch.int32, device=self.anchor.device) for i in self.sites if gate.noisy}
         self.refresh(); self.begin(0)
 
     def _narrows(self) -> bool:
@@ -350,7 +353,7 @@ class MaskOptimizer:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        "Let the model compute under the gate."
+        "Let the model compute under the gate, forward and backward."
         for s in self.sites.values(): s.forget()
         values = {self.gate.space.groups[i].name: self.gate.values(i) for i in self.small}
         if self.complement: values = {n: 1 - v for n, v in values.items()}
@@ -419,7 +422,8 @@ class MaskOptimizer:
     def begin(self, index: int) -> None:
         "Prepare the step at `index`."
         self.step_index, t = index, min(index, len(self.rates) - 1)
-        self.h = torch.tensor(step_numbers(t, self.rates[t], self.decay), device=self.anchor.device)
+        self.h.copy_(torch.tensor(step_numbers(t, self.rates[t], self.decay)))
+        for i, k in self.keys.items(): k.copy_(torch.stack([self.gate.key(i, s).to(k.device) for s in (self.gate.step, self.gate.step + 1)]))
         if not self.gate.elementwise and self.gate.step % self.gate.every == 0 or self.gate.noisy and self.done != self.sites.keys(): self.refresh()
         self.leaf, self.done, self.turns = None, set(), []
         if self.scores != "all" and index % max(1, len(self.rates) // 20) == 0: narrow(self)
@@ -449,6 +453,53 @@ class MaskOptimizer:
         self.total, self.pressed = {i: tensors[f"total.{i}"].to(self.anchor.device) for i in self.sites if f"total.{i}" in tensors}, False
         if self.total: self.pressed, self.scores = True, "all"
         self.begin(index); self.refresh()
+
+# %% ../nbs/09_engine.ipynb #688c4d4b
+@contextmanager
+def stacked(
+    opts: Sequence[MaskOptimizer],         # over the same coordinates of one model
+    parts: Mapping[int, Sequence[int]],    # rows of a module's input → how they are shared out among the optimizers
+) -> Iterator[None]:
+    "Let every masked matrix be that of the optimizer to whose part a row belongs."
+    def forward(sites: Sequence[_Site], module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_multiply(s, module, o.anchor, part) for s, o, part in zip(sites, opts, x.split(list(parts[len(x)])))])
+    modules = []
+    for sites in zip(*(o.sites.values() for o in opts)):
+        for s in sites: s.forget()
+        m = sites[0].modules[0]
+        m.forward = partial(forward, sites, m)
+        modules.append(m)
+    try: yield
+    finally:
+        for m in modules: del m.forward
+
+# %% ../nbs/09_engine.ipynb #c17ac6ee
+class Replay:
+    "A function of tensors with effects, captured per shape on a GPU."
+
+    def __init__(self, f: Callable[..., torch.Tensor], warm: int = 3) -> None:
+        self.f, self.warm, self.calls, self.graphs = f, warm, {}, {}
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        if not tensors[0].is_cuda: return self.f(*tensors)
+        key = tuple((tuple(t.shape), t.dtype) for t in tensors)
+        if self.calls.setdefault(key, 0) < self.warm: self.calls[key] += 1; return self._aside(tensors)
+        if key not in self.graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
+            with torch.cuda.graph(graph): out = self.f(*inputs)          # recorded, not run
+            self.graphs[key] = graph, inputs, out
+        graph, inputs, out = self.graphs[key]
+        for i, t in zip(inputs, tensors): i.copy_(t)
+        graph.replay()
+        return out.clone()
+
+    def _aside(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        "Run on a side stream, as capturing asks for."
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream): out = self.f(*tensors)
+        torch.cuda.current_stream().wait_stream(stream)
+        return out
 
 # %% ../nbs/09_engine.ipynb #329f6c01
 class PlainOptimizer:

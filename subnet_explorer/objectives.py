@@ -39,7 +39,7 @@ def room(*shape: int, device: Any = "cpu") -> torch.Tensor:      # float32
     if 4 * size <= IN_MEMORY: return torch.empty(shape, device=device)
     with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f: return torch.from_file(f.name, shared=True, size=size).view(shape)
 
-# %% ../nbs/05_objectives.ipynb #9fc7840c
+# %% ../nbs/05_objectives.ipynb #2df1d613
 class Sequences:
     "Token sequences ready to be read by a model from block `first` on."
 
@@ -88,10 +88,13 @@ class Sequences:
         batch, position = np.asarray(batch), np.asarray(position)
         if not self.packed or self.model.training: return _plainly(self, index, batch, position, ids, every)
         tokens, rows = Packing.of_lengths(self.lengths[index], self.device), Packing(batch, position, len(index), self.device)
-        if self.first and ids is None: return run(self.model, self.layout, self._cached(index), tokens, self.first, rows, every)
+        return run(self.model, self.layout, self.entered(index, ids), tokens, self.first if ids is None else 0, rows, every)
+
+    def entered(self, index: np.ndarray, ids: torch.Tensor | None = None) -> torch.Tensor:      # (token, hidden)
+        "Packed states at the entrance of block `first`, or of the first block for other token ids."
+        if self.first and ids is None: return self._cached(index)
         inputs = self.inputs(index) if ids is None else {**self.inputs(index), "input_ids": ids}
-        start = entering(self.model, self.layout.family, 0, **inputs)[self.real(index).to(self.device)]
-        return run(self.model, self.layout, start, tokens, 0, rows, every)
+        return entering(self.model, self.layout.family, 0, **inputs)[self.real(index).to(self.device)]
 
     def _cached(self, index: np.ndarray) -> torch.Tensor:         # (token, hidden)
         return self.states[self.tokens(index).to(self.states.device)].to(self.device)
@@ -99,7 +102,9 @@ class Sequences:
     def predict(self, states: torch.Tensor) -> torch.Tensor:      # (n, hidden) -> (n, vocabulary)
         "The model's own head on final hidden states, never in lower precision than the head has."
         states = states.to(self.model.get_input_embeddings().weight.dtype)
-        with answering(self.model, states[:, None]), torch.autocast(self.device.type, enabled=False): return self.model(input_ids=self.ids[0].new_zeros(len(states), 1), **self.extra).logits[:, 0]
+        with answering(self.model, states[:, None]), torch.autocast(self.device.type, enabled=False):
+            logits = self.model(input_ids=self.ids[0].new_zeros(len(states), 1), **self.extra).logits
+        return logits if logits.dim() == 2 else logits[:, 0]      # a classifier of sequences reads the one row it is given
 
     def mean(self, states: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int = 512) -> torch.Tensor:      # loss: (logits, which rows) -> (rows,)
         "Per-row losses of the model's predictions, made for `rows` rows at a time so that logits of a large vocabulary never exist together."

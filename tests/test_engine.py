@@ -14,14 +14,16 @@ import torch
 from scipy import stats
 
 import subnet_explorer.engine as engine_module
+import subnet_explorer.search as search_module
 from subnet_explorer.data import Facts, read_facts
 from subnet_explorer.engine import MaskOptimizer, PlainOptimizer, farthest
 from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Suppress
 from subnet_explorer.pocket import load, sentences, tiny
-from subnet_explorer.search import Diverged, WrongProcesses, find, frozen
+from subnet_explorer.search import Diverged, WrongProcesses, find, find_all, frozen
 from subnet_explorer.space import Space, SubnetError
+from subnet_explorer.store import Store, read_state
 
 FACTS = Facts(read_facts("pocket")["MadeOf"].items[:60])
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(24)]
@@ -313,6 +315,65 @@ def test_the_model_is_given_back(world):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+# ── several searches in one pass ─────────────────────────────────────────────────────────────────────────────────────
+
+RELATIONS = ("MadeOf", "IsA", "PartOf")
+GOALS = [Cloze(Facts(read_facts("pocket")[r].items[:n])) for r, n in zip(RELATIONS, (40, 23, 60))]
+
+def together(world, gates=None, to=None, engine="auto", **options):
+    model, tok = world
+    space = Space.of(model, "weight", layers="top-half")
+    return find_all(model, tok, gates or [Threshold(space, seed=s) for s in range(3)], GOALS, labels=[{"task": r} for r in RELATIONS], to=to, engine=engine,
+                    **(dict(steps=10, lr=.01, every=2, batch=16, progress=False) | options))
+
+
+@pytest.mark.parametrize("fillers", [1, 64])
+@pytest.mark.parametrize("options", [dict(), dict(engine="all"), dict(lr=.002), dict(clip=.5), dict(optimizer="adamw")], ids=str)
+def test_side_by_side_is_one_by_one(world, options, fillers, monkeypatch):
+    "Also when tokens are filled up to sizes that can be captured."
+    monkeypatch.setitem(search_module.ROUND, "cpu", fillers)
+    model, tok = world
+    space = Space.of(model, "weight", layers="top-half")
+    for s, (run, goal) in enumerate(zip(together(world, **options), GOALS)):
+        alone = find(model, tok, Threshold(space, seed=s), goal, **(dict(steps=10, lr=.01, every=2, batch=16, progress=False) | options))
+        assert run.mask == alone.mask and np.abs(run.metrics.loss - alone.metrics.loss).max() < 1e-5 and run.id == alone.id
+
+
+def test_token_counts_are_few(world, monkeypatch):
+    monkeypatch.setitem(search_module.ROUND, "cpu", 64)
+    shapes = set()
+    original = search_module._Pass._step
+    def spy(self, states, gold, *packing):
+        shapes.add((len(states), len(gold), self.tokens.width, self.tokens.n))
+        return original(self, states, gold, *packing)
+    monkeypatch.setattr(search_module._Pass, "_step", spy)
+    together(world, steps=30)
+    assert len(shapes) <= 8 and all(n % 64 == 0 and w % 8 == 0 for n, _, w, _ in shapes)
+
+
+def test_side_by_side_continues(world, tmp_path):
+    "One of three stops with a state older than the others', is caught up, and all end as if nothing had happened."
+    straight = together(world, monitor=Fuse(10_000))
+    fuse = Fuse(11)
+    with pytest.raises(Stop): together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)
+    assert len({safe_step(r) for r in Store(tmp_path)}) > 1
+    resumed = together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)
+    assert [r.mask for r in resumed] == [r.mask for r in straight] and [list(r.metrics.loss) for r in resumed] == [list(r.metrics.loss) for r in straight]
+    assert [r.mask for r in together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)] == [r.mask for r in straight]      # done: read back
+
+
+def safe_step(run): return read_state(run.folder)[1]["step"]
+
+
+@pytest.mark.parametrize("change,message", [(dict(goals=[MLM(TEXTS)] * 3), "only cloze"), (dict(goals=GOALS[:2]), "one goal"), (dict(kind="head"), "one space of weights"),
+                                            (dict(accumulate=2), "one batch a step"), (dict(engine="plain"), "one batch a step"), (dict(stepps=3), "did you mean steps")], ids=str)
+def test_what_cannot_share_a_pass_says_so(world, change, message):
+    model, tok = world
+    change = dict(change)
+    space, goals = Space.of(model, change.pop("kind", "weight"), layers="top-half"), change.pop("goals", GOALS)
+    with pytest.raises(SubnetError, match=message): find_all(model, tok, [Threshold(space, seed=s) for s in range(3)], goals, progress=False, **change)
+
+
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 PROGRAM = """
@@ -380,3 +441,26 @@ def test_gpu_compiled_update_agrees():
             opt.step()
         traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
     assert torch.allclose(*traces, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpu_steps_are_captured_and_the_same(tmp_path):
+    "Captured steps of one and of several searches find what steps that run as they are find."
+    from subnet_explorer.search import _Pass
+    model, tok = load("pocket-bert")
+    model = model.cuda()
+    space = Space.of(model, "weight", layers="top-half")
+    options = dict(steps=60, lr=.01, every=10, batch=16, progress=False, engine="all")
+    seen = []
+    original = _Pass.__init__
+    def spy(self, *args): original(self, *args); seen.append(self)
+    rule = MaskOptimizer.__init__
+    try:
+        _Pass.__init__ = spy
+        MaskOptimizer.__init__ = lambda self, *args, **kw: rule(self, *args, **{**kw, "fast": True})
+        captured = find_all(model, tok, [Threshold(space, seed=s) for s in range(3)], GOALS, **options)
+    finally: _Pass.__init__, MaskOptimizer.__init__ = original, rule
+    assert seen and any(p.replay.graphs for p in seen)
+    for s, (run, goal) in enumerate(zip(captured, GOALS)):
+        plain, _ = find(model, tok, Threshold(space, seed=s), goal, **{**options, "engine": "plain"}), None
+        assert (run.mask ^ plain.mask).count <= .002 * space.size
