@@ -92,7 +92,7 @@ def show_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
     return {"kind": "store", "runs": rows}
 
-# %% ../nbs/20_cli.ipynb #c94f1b2c
+# %% ../nbs/20_cli.ipynb #71007f0b
 def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     "Versions, devices, notebook front end, optional parts."
     import platform
@@ -101,9 +101,9 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     def have(name: str) -> str | None:
         try: return version(name)
         except PackageNotFoundError: return None
-    needed = {n: have(n) for n in ("torch", "transformers", "datasets", "safetensors", "numpy", "pandas", "scikit-learn", "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget")}
+    needed = {n: have(n) for n in ("torch", "transformers", "datasets", "safetensors", "zstandard", "numpy", "pandas", "scikit-learn", "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget")}
     optional = {"jupyterlab (notebooks)": have("jupyterlab"), "nbdev (working on the library)": have("nbdev"), "quarto (documentation site)": shutil.which("quarto"),
-                "C++ compiler (compiled kernels)": shutil.which("c++"), "SUBNET_EXPLORER_DATA (real data)": os.environ.get("SUBNET_EXPLORER_DATA")}
+                "C++ compiler (compiled kernels)": shutil.which("c++"), "accelerate (several processes)": have("accelerate"), "SUBNET_EXPLORER_DATA (real data)": os.environ.get("SUBNET_EXPLORER_DATA")}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     from subnet_explorer.pocket import pocket_path
     problems = [f"{n} is not installed: pip install {n}" for n, v in needed.items() if v is None]

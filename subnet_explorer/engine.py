@@ -48,12 +48,12 @@ def adam(s: torch.Tensor, m: torch.Tensor, v: torch.Tensor, g: torch.Tensor, h: 
     v = v * h[1] + g * g * h[2]
     return s * h[6] - h[3] * m / (v.sqrt() * h[4] + h[5]), m, v
 
-# %% ../nbs/09_engine.ipynb #f3db007d
+# %% ../nbs/09_engine.ipynb #67aaaca6
 def _pass(gate: Gate, complement: bool, pressed: bool) -> Callable:
     "The update of one weight tensor by the rule of `gate`, to be compiled."
     def advance(s: torch.Tensor, m: torch.Tensor, v: torch.Tensor, w: torch.Tensor, masked: torch.Tensor, g: torch.Tensor,      # all (n,); s, m, v, masked change
                 h: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
-        noise = lambda key: uniform(len(s), key) if gate.noisy else None
+        noise = lambda key: uniform(torch.arange(len(s), dtype=torch.int32, device=s.device), key) if gate.noisy else None
         slope = gate.transform(s, noise(now))[1] if gate.elementwise else 1.0
         g = g.to(s.dtype) * w * (-slope if complement else slope)
         if pressed: g = g + h[7] * gate.pull(s)
@@ -77,7 +77,7 @@ def _few(gather: bool) -> Callable:
         return flipped
     return advance
 
-# %% ../nbs/09_engine.ipynb #bbb2f09e
+# %% ../nbs/09_engine.ipynb #ae0d2606
 _FAST: dict[Any, Callable | None] = {}      # compiled updates of this process, by rule
 PIECE = 1 << 16                             # scores whose gates are applied at a time without a compiler
 
@@ -108,18 +108,25 @@ def _advance(opt: MaskOptimizer, i: int, g: torch.Tensor) -> torch.Tensor:
     return _by_hand(opt, tensors, keys)
 
 
+def _fused(opt: MaskOptimizer, s: Sequence[torch.Tensor], g: Sequence[torch.Tensor], m: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
+    "A step of Adam by the fused kernel of `torch.optim`."
+    t = opt.step_index
+    adamw(list(s), list(g), list(m), list(v), [], [torch.tensor(float(t), device=x.device) for x in s], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+          lr=opt.rates[t], weight_decay=opt.decay, eps=EPS, maximize=False)
+
+
 def _by_hand(opt: MaskOptimizer, tensors: Sequence[torch.Tensor], keys: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     "What the compiled pass does, with the fused kernel of `torch.optim`."
-    gate, (s, m, v, w, masked, g), t, total = opt.gate, tensors, opt.step_index, opt.h[0]
+    gate, (s, m, v, w, masked, g), total = opt.gate, tensors, opt.h[0]
     g = g.float()
     pieces = [slice(k, k + PIECE) for k in range(0, len(s), PIECE)] if gate.noisy or opt.pressed else [slice(None)]
-    noise = lambda key, p: uniform(len(s[p]), key, p.start or 0) if gate.noisy else None
+    noise = lambda key, p: uniform(torch.arange(p.start, p.start + len(s[p]), dtype=torch.int32, device=s.device), key) if gate.noisy else None
     for p in pieces:
         slope = gate.transform(s[p], noise(keys[0], p))[1] if gate.noisy else 1.0
         g[p].mul_(w[p])
         if opt.complement or gate.noisy: g[p].mul_(-slope if opt.complement else slope)
         if opt.pressed: g[p].add_(opt.h[7] * gate.pull(s[p]))
-    adamw([s], [g], [m], [v], [], [torch.tensor(float(t), device=s.device)], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=opt.rates[t], weight_decay=opt.decay, eps=EPS, maximize=False)
+    _fused(opt, [s], [g], [m], [v])
     for p in pieces:
         if gate.elementwise: masked[p] = _times(w[p], gate.transform(s[p], noise(keys[1], p))[0], opt.complement)
         if opt.pressed: total = total + gate.kept(s[p]).sum()
@@ -305,7 +312,7 @@ def _clip(opt: MaskOptimizer, small: Mapping[int, torch.Tensor]) -> None:
     for g in [*opt.held.values(), *(l.grad for l in small.values())]: g *= factor
     opt.h[7] *= factor
 
-# %% ../nbs/09_engine.ipynb #3a159f31
+# %% ../nbs/09_engine.ipynb #64fc74a8
 class MaskOptimizer:
     "Adam on the logits of a gate, fed from inside backward."
 
@@ -344,7 +351,7 @@ class MaskOptimizer:
 
     def _narrows(self) -> bool:
         "Whether the bound on a score's movement holds: hard thresholds, and plain Adam steps."
-        return isinstance(self.gate, Threshold) and not (self.decay or self.clip or self.complement)
+        return isinstance(self.gate, Threshold) and not (self.gate.inclusive or self.decay or self.clip or self.complement)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -355,7 +362,7 @@ class MaskOptimizer:
     def applied(self) -> Iterator[None]:
         "Let the model compute under the gate, forward and backward."
         for s in self.sites.values(): s.forget()
-        values = {self.gate.space.groups[i].name: self.gate.values(i) for i in self.small}
+        values = self.gate.values(self.small)
         if self.complement: values = {n: 1 - v for n, v in values.items()}
         with ExitStack() as stack:
             for s in self.sites.values(): stack.enter_context(s.applied(self.anchor))
@@ -365,13 +372,14 @@ class MaskOptimizer:
     def penalty(self) -> torch.Tensor:
         "Expected density of the gate, as `Gate.penalty`, whose gradient joins the one pass."
         kept = lambda i: self.gate.kept(self.gate.logits[i]).sum()
+        few = torch.cat([self.gate.logits[i].reshape(-1) for i in self.small]) if self.small else self.anchor[None][:0]
         if not self.pressed:
             if self.active and self.step_index: raise SubnetError("a penalty must be part of the loss from the first step on: the moments it needs have been dropped. Give scores=\"all\".")
             for i in self.active: self.moments[i] = tuple(torch.zeros_like(self.gate.logits[i].data) for _ in "mv")
             self.pressed, self.scores, self.active = True, "all", {}      # every score is pushed, and what it adds to the penalty must be known
             with torch.no_grad(): self.total = self.total or {i: kept(i) for i in self.sites}
         self.leaf = torch.stack([torch.as_tensor(t, device=self.anchor.device) for t in self.total.values()]).sum().requires_grad_() if self.sites else None
-        return ((self.leaf if self.sites else 0) + sum(kept(i) for i in self.small)) / self.gate.space.size
+        return ((self.leaf if self.sites else 0) + self.gate.kept(few).sum()) / self.gate.space.size
 
     def backward(self, loss: torch.Tensor) -> None:
         "Run backward; unless gradients are held, scores and masked weights are new when it returns."
@@ -388,12 +396,15 @@ class MaskOptimizer:
         i, scratch, narrow = site.index, self.scratch[:site.w.numel()].view(site.w.shape), self.active.get(site.index)
         g = narrow.gradient(self, site, scratch) if narrow and self.held is None else site.gradient(scratch)
         if narrow and self.share and g.dim() == 2: g = g.view(-1)[narrow.index]      # only what is trained travels
-        if i in self.lowest: self.healthy &= g.sum().isfinite()
         if self.held is None:
             if self.share: self.share(g)
+            self._look(i, g)
             self._advance(i, g)
         elif i in self.held: self.held[i] += g
         else: self.held[i] = g.to(torch.float32, copy=True)
+
+    def _look(self, i: int, g: torch.Tensor) -> None:
+        if i in self.lowest: self.healthy &= g.sum().isfinite()
 
     def _advance(self, i: int, g: torch.Tensor) -> None:
         "Pass over one matrix."
@@ -408,12 +419,14 @@ class MaskOptimizer:
         for g in ([*self.held.values()] if self.held else []) + [l.grad for l in small.values()]:
             if self.share: self.share(g)
         for l in small.values(): self.healthy &= l.grad.isfinite().all()
+        for i, g in (self.held or {}).items(): self._look(i, g)
         if self.clip: _clip(self, small)
         if self.healthy:
             for i, g in (self.held or {}).items(): self._advance(i, g)
-            for i, l in small.items():
-                s, *moments = adam(l.data, *self.moments[i], l.grad, self.h)
-                l.data.copy_(s); self.moments[i] = tuple(moments); l.grad = None
+            if small:
+                m, v = zip(*(self.moments[i] for i in small))
+                _fused(self, [l.data for l in small.values()], [l.grad for l in small.values()], m, v)
+                for l in small.values(): l.grad = None
             for i in self.sites.keys() - self.done - self.active.keys():      # no gradient came, but the noise and the pressure go on
                 if self.pressed: self._advance(i, self.scratch[:self.sites[i].w.numel()].zero_())
         if self.held: self.held.clear()
@@ -446,7 +459,8 @@ class MaskOptimizer:
     def restore(self, tensors: Mapping[str, torch.Tensor], index: int) -> None:
         "Inverse of `tensors`, with the gate already restored."
         here = {k: t.to(self.anchor.device) for k, t in tensors.items() if k[:2] in ("m.", "v.") or k.startswith("active.")}
-        self.moments = {i: (here[f"m.{i}"], here[f"v.{i}"]) for i in range(len(self.gate.logits)) if f"active.{i}" not in here}
+        none = lambda i: torch.zeros_like(self.gate.logits[i].data)                                   # a group that has had no gradient yet
+        self.moments = {i: (here.get(f"m.{i}", none(i)), here.get(f"v.{i}", none(i))) for i in range(len(self.gate.logits)) if f"active.{i}" not in here}
         flat = lambda i: (self.gate.logits[i].data.view(-1), self.sites[i].w.view(-1))
         self.active = {i: Reachable(k, flat(i)[0][k], here[f"m.{i}"], here[f"v.{i}"], flat(i)[1][k]) for i in self.sites if (k := here.get(f"active.{i}")) is not None}
         if self.active and self.scores == "all": self.scores = "reachable"
@@ -501,7 +515,7 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         return out
 
-# %% ../nbs/09_engine.ipynb #329f6c01
+# %% ../nbs/09_engine.ipynb #88480f51
 class PlainOptimizer:
     "What `MaskOptimizer` computes, by autograd and `torch.optim`."
 
@@ -514,7 +528,7 @@ class PlainOptimizer:
     @contextmanager
     def applied(self) -> Iterator[None]:
         "Let the model compute under the gate."
-        values = {g.name: self.gate.values(i) for i, g in enumerate(self.gate.space.groups)}
+        values = self.gate.values(range(len(self.gate.logits)))
         if self.complement: values = {n: 1 - v for n, v in values.items()}
         with applied(self.model, self.gate.space, values): yield
 

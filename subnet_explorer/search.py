@@ -200,7 +200,7 @@ class Team:
         "Until all processes are here."
         if self.world > 1: torch.distributed.barrier()
 
-# %% ../nbs/09_search.ipynb #c26a5d23
+# %% ../nbs/09_search.ipynb #c87b53d7
 class Search:
     "The steps of one search."
 
@@ -249,12 +249,17 @@ class Search:
                 for look in self.c.ahead: look(part)
             with self.opt.applied():
                 with bf16(): loss = self.loss(part)
-                value = float(loss.detach())
+                value = self._everywhere(loss.detach())
                 if not math.isfinite(value): self._stop(f"the loss became {value}", good=True)
                 self.opt.backward(loss / parts)
             total += value / parts
         self.advance()
         return total
+
+    def _everywhere(self, loss: torch.Tensor) -> float:
+        "The loss over all processes."
+        if self.share: loss = loss.clone(); self.share(loss)
+        return float(loss)
 
     def advance(self) -> None:
         "Use the gradients of a step."

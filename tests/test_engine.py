@@ -280,7 +280,7 @@ def test_lower_precision_trains_nearly_the_same(world):
 
 # ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def draw(n, *key): return uniform(n, torch.tensor(noise_key(*key), dtype=torch.int32)).numpy()
+def draw(n, *key): return uniform(torch.arange(n, dtype=torch.int32), torch.tensor(noise_key(*key), dtype=torch.int32)).numpy()
 
 def test_noise_is_uniform_and_independent():
     u = draw(1 << 20, 0, 0, 0)
@@ -292,7 +292,11 @@ def test_noise_is_uniform_and_independent():
 
 
 def test_noise_depends_on_place_only():
-    assert np.array_equal(draw(1000, 3, 5, 7)[400:], uniform(600, torch.tensor(noise_key(3, 5, 7), dtype=torch.int32), 400).numpy())
+    assert np.array_equal(draw(1000, 3, 5, 7)[400:], uniform(torch.arange(400, 1000, dtype=torch.int32), torch.tensor(noise_key(3, 5, 7), dtype=torch.int32)).numpy())
+    model = tiny("bert")
+    gate = HardConcrete(Space.of(model, "weight+head"), seed=2)
+    alone = {g.name: gate.multiplier(i)[0] for i, g in enumerate(gate.space.groups)}
+    assert all(torch.equal(v, alone[n]) for n, v in gate.sample().items())      # groups drawn together or one by one
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -389,7 +393,7 @@ facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
 space = Space.of(model, "weight+head", layers="top-half")
 for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable"))):
     run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
-    print(name, run.mask.id, run.mask.count)
+    print(name, run.mask.id, run.mask.count, [round(x, 3) for x in run.metrics.loss])
 """
 
 

@@ -1,0 +1,45 @@
+"Write the figures of one or several result files as the tables of RESULTS.md: `python benchmarks/results.py a.json b.json`."
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    "A Markdown table."
+    return "\n".join(f"| {' | '.join(r)} |" for r in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def workload(name: str, part: dict[str, Any]) -> str:
+    "Seconds, speed against each anchor (median and quartiles over rounds), memory."
+    anchors = list(next(r["speed"] for r in part["rows"].values() if "speed" in r))
+    rows = []
+    for variant, r in part["rows"].items():
+        if "error" in r: rows.append([variant, r["error"], *[""] * (len(anchors) + 1)]); continue
+        speed = [f"{(s := r['speed'][a])['median']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for a in anchors]
+        mb = part["memory"].get(variant)
+        rows.append([variant, f"{r['seconds']['median']:.3f}", *speed, f"{mb['peak']:.0f}" if mb else ""])
+    load = max(part["others_cores"], default=0.0)
+    return f"## {name}\n\n" + table(["variant", "s per step", *(f"times faster than {a}" for a in anchors), "MB over the model"], rows) + f"\nCores used by other programs meanwhile: at most {load:.2f}.\n"
+
+
+def main(files: list[str]) -> None:
+    "Merge and print."
+    results: dict[str, Any] = {"targets": []}
+    for f in files:
+        part = json.loads(Path(f).read_text())
+        results |= {k: v for k, v in part.items() if k != "targets"}
+        results["targets"] += part.get("targets", [])
+    print(", ".join(f"{k} {v}" for k, v in results["info"].items()) + "\n")
+    verdict = lambda t: "not measured" if t["measured"] is None else f"{t['measured']:.2f}", lambda t: "" if t["met"] is None else "met" if t["met"] else "**missed**"
+    print("## Targets\n\n" + table(["workload", "variant", "measure", "against", "target", "measured", ""], [
+        [t["workload"], t["variant"], t["measure"], t["anchor"], f"{'≥' if t['measure'] == 'speed' else '≤'} {t['value']:g}", *(v(t) for v in verdict)] for t in results["targets"]]))
+    for name, part in results.items():
+        if isinstance(part, dict) and "rows" in part: print(workload(name, part))
+        elif name == "masks":
+            for what, rows in part.items(): print(f"## masks: {what}\n\n" + table(["", "ms", "times faster", "MB"], [[r["name"], f"{1e3 * r['seconds']:.2f}", f"{r['ratio']:.1f}", f"{r['memory'] / 1e6:.1f}"] for r in rows]))
+
+
+if __name__ == "__main__": main(sys.argv[1:])
