@@ -77,7 +77,7 @@ def _few(gather: bool) -> Callable:
         return flipped
     return advance
 
-# %% ../nbs/09_engine.ipynb #ae0d2606
+# %% ../nbs/09_engine.ipynb #16619c5a
 _FAST: dict[Any, Callable | None] = {}      # compiled updates of this process, by rule
 PIECE = 1 << 16                             # scores whose gates are applied at a time without a compiler
 
@@ -97,7 +97,7 @@ def _compiled(key: Any, make: Callable[[], Callable], example: Callable[[], Sequ
 def _advance(opt: MaskOptimizer, i: int, g: torch.Tensor) -> torch.Tensor:
     "Pass over the matrix at `i`; the sum of probabilities of being kept, if it is asked for."
     gate, site, device = opt.gate, opt.sites[i], opt.anchor.device
-    tensors = [t.view(-1) for t in (gate.logits[i].data, *opt.moments[i], site.w, site.masked, g)]
+    tensors = [t.view(-1) for t in (gate.logits[i].data, *opt.moments_of(i), site.w, site.masked, g)]
     keys = tuple(opt.keys[i]) if gate.noisy else (opt.h, opt.h)
     if opt.fast:
         example = lambda: [*(torch.rand(4096, device=device, dtype=t.dtype) for t in tensors), opt.h, *keys]
@@ -240,7 +240,7 @@ def farthest(rates: Sequence[float]) -> list[float]:      # for every step, the 
         out.append(total)
     return out[::-1]
 
-# %% ../nbs/09_engine.ipynb #dfe9a151
+# %% ../nbs/09_engine.ipynb #18501628
 class Reachable:
     "The scores of one matrix that can still flip."
 
@@ -250,7 +250,7 @@ class Reachable:
     def gradient(self, opt: MaskOptimizer, site: _Site, scratch: torch.Tensor) -> torch.Tensor:
         "The weight gradient, of all places (a matrix) or of these places, from what backward handed over."
         if opt.scores != "sampled" or not opt.fast or site.looked_up or len(site.factors) > 1: return site.gradient(scratch)
-        a, b = (opt.turned(x) for x in site.factors[0])          # (row of the matrix, token), (column, token)
+        a, b = (_turned(opt, x) for x in site.factors[0])          # (row of the matrix, token), (column, token)
         example = lambda: [torch.rand(n, 128, dtype=a.dtype, device=a.device) for n in (40, 50)] + [torch.arange(100, dtype=torch.int32, device=a.device)]
         dots = _compiled(("dots", a.dtype, a.device.type), lambda: _sampled, example, assert_indirect_indexing=False)
         if dots is None: return site.gradient(scratch)
@@ -268,6 +268,15 @@ class Reachable:
         where, w = self.index[flipped], self.w[flipped]
         opt.gate.logits[site.index].data.view(-1)[where] = self.s[flipped]
         site.masked.view(-1)[where] = (w * opt.gate.transform(self.s[flipped], None)[0]).to(site.masked.dtype)
+
+
+def _turned(opt: MaskOptimizer, x: torch.Tensor) -> torch.Tensor:      # (token, n) -> (n, token), padded with zeros
+    "Transpose of a factor; the last ones are remembered, since queries, keys and values share theirs."
+    if (known := next((t for y, t in opt.turns if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)) is not None: return known
+    t = x.new_empty(x.shape[1], len(x) + -len(x) % 64)
+    t[:, :len(x)] = x.T; t[:, len(x):] = 0
+    opt.turns = [*opt.turns[-1:], (x, t)]
+    return t
 
 
 def _sampled(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -291,7 +300,8 @@ def narrow(opt: MaskOptimizer, worth: float = 0.15) -> None:      # worth: large
     if sum(int(n.sum()) for n in near.values()) > worth * sum(map(len, scores.values())): return
     for i, n in near.items():
         index = n.nonzero().squeeze(1)
-        opt.active[i] = Reachable(index.int(), *(x.view(-1)[index] for x in (scores[i], *opt.moments.pop(i), opt.sites[i].w)))
+        m, v = (x.view(-1)[index] for x in opt.moments.pop(i)) if i in opt.moments else torch.zeros(2, len(index), device=index.device)
+        opt.active[i] = Reachable(index.int(), scores[i][index], m, v, opt.sites[i].w.view(-1)[index])
 
 
 @torch.no_grad()
@@ -312,7 +322,7 @@ def _clip(opt: MaskOptimizer, small: Mapping[int, torch.Tensor]) -> None:
     for g in [*opt.held.values(), *(l.grad for l in small.values())]: g *= factor
     opt.h[7] *= factor
 
-# %% ../nbs/09_engine.ipynb #64fc74a8
+# %% ../nbs/09_engine.ipynb #3c45f765
 class MaskOptimizer:
     "Adam on the logits of a gate, fed from inside backward."
 
@@ -338,7 +348,7 @@ class MaskOptimizer:
         self.sites = {i: _Site(model, i, gate.space.groups[i], dtype, self._take) for i in weights}
         self.small = [i for i in range(len(gate.space.groups)) if i not in self.sites]
         self.few = replace(gate.space, groups=tuple(gate.space.groups[i] for i in self.small))
-        self.moments = {i: (torch.zeros_like(l.data), torch.zeros_like(l.data)) for i, l in enumerate(gate.logits)}
+        self.moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}                 # made when first needed: what is out of reach never has any
         self.scratch = torch.empty(max((s.w.numel() for s in self.sites.values()), default=0), dtype=dtype, device=self.anchor.device)
         size, layers = sum(s.w.numel() for s in self.sites.values()), [gate.space.groups[i].layer for i in self.sites]
         self.lowest = {i for i, l in zip(self.sites, layers) if l == min(layers)}      # what is not finite anywhere above is not finite here
@@ -369,17 +379,9 @@ class MaskOptimizer:
             stack.enter_context(applied(self.model, self.few, values))
             yield
 
-    def penalty(self) -> torch.Tensor:
-        "Expected density of the gate, as `Gate.penalty`, whose gradient joins the one pass."
-        kept = lambda i: self.gate.kept(self.gate.logits[i]).sum()
-        few = torch.cat([self.gate.logits[i].reshape(-1) for i in self.small]) if self.small else self.anchor[None][:0]
-        if not self.pressed:
-            if self.active and self.step_index: raise SubnetError("a penalty must be part of the loss from the first step on: the moments it needs have been dropped. Give scores=\"all\".")
-            for i in self.active: self.moments[i] = tuple(torch.zeros_like(self.gate.logits[i].data) for _ in "mv")
-            self.pressed, self.scores, self.active = True, "all", {}      # every score is pushed, and what it adds to the penalty must be known
-            with torch.no_grad(): self.total = self.total or {i: kept(i) for i in self.sites}
-        self.leaf = torch.stack([torch.as_tensor(t, device=self.anchor.device) for t in self.total.values()]).sum().requires_grad_() if self.sites else None
-        return ((self.leaf if self.sites else 0) + self.gate.kept(few).sum()) / self.gate.space.size
+    def penalty(self) -> torch.Tensor: return _penalty(self)
+    def tensors(self) -> dict[str, torch.Tensor]: return _saved(self)
+    def restore(self, tensors: Mapping[str, torch.Tensor], index: int) -> None: _restored(self, tensors, index)
 
     def backward(self, loss: torch.Tensor) -> None:
         "Run backward; unless gradients are held, scores and masked weights are new when it returns."
@@ -403,6 +405,11 @@ class MaskOptimizer:
         elif i in self.held: self.held[i] += g
         else: self.held[i] = g.to(torch.float32, copy=True)
 
+    def moments_of(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "First and second moment of a group."
+        if i not in self.moments: self.moments[i] = torch.zeros_like(self.gate.logits[i].data), torch.zeros_like(self.gate.logits[i].data)
+        return self.moments[i]
+
     def _look(self, i: int, g: torch.Tensor) -> None:
         if i in self.lowest: self.healthy &= g.sum().isfinite()
 
@@ -424,7 +431,7 @@ class MaskOptimizer:
         if self.healthy:
             for i, g in (self.held or {}).items(): self._advance(i, g)
             if small:
-                m, v = zip(*(self.moments[i] for i in small))
+                m, v = zip(*(self.moments_of(i) for i in small))
                 _fused(self, [l.data for l in small.values()], [l.grad for l in small.values()], m, v)
                 for l in small.values(): l.grad = None
             for i in self.sites.keys() - self.done - self.active.keys():      # no gradient came, but the noise and the pressure go on
@@ -441,32 +448,37 @@ class MaskOptimizer:
         self.leaf, self.done, self.turns = None, set(), []
         if self.scores != "all" and index % max(1, len(self.rates) // 20) == 0: narrow(self)
 
-    def turned(self, x: torch.Tensor) -> torch.Tensor:      # (token, n) -> (n, token), padded with zeros
-        "Transpose of a factor; the last ones are remembered, since queries, keys and values share theirs."
-        if (known := next((t for y, t in self.turns if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)) is not None: return known
-        t = x.new_empty(x.shape[1], len(x) + -len(x) % 64)
-        t[:, :len(x)] = x.T; t[:, len(x):] = 0
-        self.turns = [*self.turns[-1:], (x, t)]
-        return t
+# %% ../nbs/09_engine.ipynb #818d416a
+def _penalty(opt: MaskOptimizer) -> torch.Tensor:
+    "Expected density of the gate, as `Gate.penalty`, whose gradient joins the one pass."
+    kept = lambda i: opt.gate.kept(opt.gate.logits[i]).sum()
+    few = torch.cat([opt.gate.logits[i].reshape(-1) for i in opt.small]) if opt.small else opt.anchor[None][:0]
+    if not opt.pressed:
+        if opt.active and opt.step_index: raise SubnetError("a penalty must be part of the loss from the first step on: the moments it needs have been dropped. Give scores=\"all\".")
+        opt.pressed, opt.scores, opt.active = True, "all", {}      # every score is pushed, and what it adds to the penalty must be known
+        with torch.no_grad(): opt.total = opt.total or {i: kept(i) for i in opt.sites}
+    opt.leaf = torch.stack([torch.as_tensor(t, device=opt.anchor.device) for t in opt.total.values()]).sum().requires_grad_() if opt.sites else None
+    return ((opt.leaf if opt.sites else 0) + opt.gate.kept(few).sum()) / opt.gate.space.size
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        "What must be saved besides the gate to go on exactly, whose logits are brought up to date."
-        sync(self)
-        out = {f"{k}.{i}": t for i, mv in self.moments.items() for k, t in zip("mv", mv)} | ({f"total.{i}": torch.as_tensor(t) for i, t in self.total.items()} if self.pressed else {})
-        return out | {f"{k}.{i}": t for i, a in self.active.items() for k, t in zip(("m", "v", "active"), (a.m, a.v, a.index))}
+# %% ../nbs/09_engine.ipynb #2aba6818
+def _saved(opt: MaskOptimizer) -> dict[str, torch.Tensor]:
+    "What must be saved besides the gate to go on exactly, whose logits are brought up to date."
+    sync(opt)
+    out = {f"{k}.{i}": t for i, mv in opt.moments.items() for k, t in zip("mv", mv)} | ({f"total.{i}": torch.as_tensor(t) for i, t in opt.total.items()} if opt.pressed else {})
+    return out | {f"{k}.{i}": t for i, a in opt.active.items() for k, t in zip(("m", "v", "active"), (a.m, a.v, a.index))}
 
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, torch.Tensor], index: int) -> None:
-        "Inverse of `tensors`, with the gate already restored."
-        here = {k: t.to(self.anchor.device) for k, t in tensors.items() if k[:2] in ("m.", "v.") or k.startswith("active.")}
-        none = lambda i: torch.zeros_like(self.gate.logits[i].data)                                   # a group that has had no gradient yet
-        self.moments = {i: (here.get(f"m.{i}", none(i)), here.get(f"v.{i}", none(i))) for i in range(len(self.gate.logits)) if f"active.{i}" not in here}
-        flat = lambda i: (self.gate.logits[i].data.view(-1), self.sites[i].w.view(-1))
-        self.active = {i: Reachable(k, flat(i)[0][k], here[f"m.{i}"], here[f"v.{i}"], flat(i)[1][k]) for i in self.sites if (k := here.get(f"active.{i}")) is not None}
-        if self.active and self.scores == "all": self.scores = "reachable"
-        self.total, self.pressed = {i: tensors[f"total.{i}"].to(self.anchor.device) for i in self.sites if f"total.{i}" in tensors}, False
-        if self.total: self.pressed, self.scores = True, "all"
-        self.begin(index); self.refresh()
+
+@torch.no_grad()
+def _restored(opt: MaskOptimizer, tensors: Mapping[str, torch.Tensor], index: int) -> None:
+    "Inverse of `tensors`, with the gate already restored."
+    here = {k: t.to(opt.anchor.device) for k, t in tensors.items() if k[:2] in ("m.", "v.") or k.startswith("active.")}
+    opt.moments = {i: (here[f"m.{i}"], here[f"v.{i}"]) for i in range(len(opt.gate.logits)) if f"m.{i}" in here and f"active.{i}" not in here}
+    flat = lambda i: (opt.gate.logits[i].data.view(-1), opt.sites[i].w.view(-1))
+    opt.active = {i: Reachable(k, flat(i)[0][k], here[f"m.{i}"], here[f"v.{i}"], flat(i)[1][k]) for i in opt.sites if (k := here.get(f"active.{i}")) is not None}
+    if opt.active and opt.scores == "all": opt.scores = "reachable"
+    opt.total, opt.pressed = {i: tensors[f"total.{i}"].to(opt.anchor.device) for i in opt.sites if f"total.{i}" in tensors}, False
+    if opt.total: opt.pressed, opt.scores = True, "all"
+    opt.begin(index); opt.refresh()
 
 # %% ../nbs/09_engine.ipynb #688c4d4b
 @contextmanager

@@ -37,7 +37,7 @@ def uniform(place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:      # plac
         x = x ^ ((x >> 16) & 0xFFFF) ^ k
     return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
-# %% ../nbs/04_gates.ipynb #eb7f7e73
+# %% ../nbs/04_gates.ipynb #29b3aae1
 class Gate(nn.Module):
     "Trainable logits over a `Space`; subclasses say how they become multipliers."
     seed: int
@@ -145,7 +145,7 @@ class Gate(nn.Module):
     def _scores(self, tensors: Mapping[str, torch.Tensor]) -> Scores:
         return Scores(self.space, {n: t.detach().float().cpu().numpy().copy() for n, t in tensors.items()}, {"gate": type(self).__name__, "seed": self.seed})
 
-
+# %% ../nbs/04_gates.ipynb #b9f2a808
 class _Transformed(torch.autograd.Function):
     "The multiplier forward; the slope backward."
     @staticmethod

@@ -170,7 +170,7 @@ def batch_at(
     batches = [b for w in windows for b in np.array_split(w, range(size, len(w), size))]
     return batches[rng.permutation(len(batches))[at]]
 
-# %% ../nbs/05_objectives.ipynb #cc0b2f7a
+# %% ../nbs/05_objectives.ipynb #f111257e
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -211,7 +211,7 @@ class Context:
         torch.distributed.all_reduce(count)
         return losses.sum() * (0.0 if self.idle else self.world / count)
 
-
+# %% ../nbs/05_objectives.ipynb #024681e1
 class Objective:
     "Something a subnetwork should do; supports `+` and multiplication by a number or schedule."
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]: raise TypeError("use one of the objectives, e.g. Cloze")

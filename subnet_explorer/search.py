@@ -331,7 +331,7 @@ def _load_heads(run: Run, goal: Objective) -> None:
         saved = load_file(file)
         for i, m in enumerate(goal.modules()): m.load_state_dict({k.split(".", 1)[1]: v for k, v in saved.items() if k.startswith(f"{i}.")})
 
-# %% ../nbs/09_search.ipynb #564337fc
+# %% ../nbs/09_search.ipynb #8255b379
 def find_all(
     model: nn.Module,
     tok: Any,
@@ -362,7 +362,7 @@ def find_all(
     for s in searches: _close(s.run, s.gate, s.goal)
     return runs
 
-
+# %% ../nbs/09_search.ipynb #ed2ab579
 ROUND = {"cuda": 64}      # token counts of a captured step are multiples of this
 
 
