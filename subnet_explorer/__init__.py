@@ -13,11 +13,12 @@ _HOMES = {
     "apply": ("masked",),
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
     "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
     "search": ("find",),
-    "heads": ("Tagger", "Classifier", "fit", "preserved"),
+    "heads": ("Tagger", "Classifier", "Regressor", "head_for", "fit", "preserved"),
+    "score": ("iterate",),
 }
 _MODULES = ("compare", "evaluate", "plots", "recipes", "represent", "score")
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
@@ -39,13 +40,14 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 if TYPE_CHECKING:
     from subnet_explorer import compare, evaluate, plots, recipes, represent, score
     from subnet_explorer.apply import masked
-    from subnet_explorer.data import Fact, Facts, answerable, read_facts, split
+    from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_facts, read_glue, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
-    from subnet_explorer.heads import Classifier, Tagger, fit, preserved
+    from subnet_explorer.heads import Classifier, Regressor, Tagger, fit, head_for, preserved
     from subnet_explorer.mask import Mask, Scores
     from subnet_explorer.masks import Masks
     from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Ramp, Suppress, Task
     from subnet_explorer.pocket import load
+    from subnet_explorer.score import iterate
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError
     from subnet_explorer.store import Run, Store

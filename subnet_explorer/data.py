@@ -21,8 +21,9 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
-           'too_long', 'answerable', 'with_start', 'encode', 'read_conllu']
+__all__ = ['TEMPLATES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
+           'too_long', 'answerable', 'with_start', 'encode', 'read_conllu', 'BadTable', 'LabelTask', 'Labelled',
+           'read_glue']
 
 # %% ../nbs/06_data.ipynb #f8a6b6ec
 class BadFacts(SubnetError):
@@ -335,3 +336,156 @@ def read_conllu(text: str) -> list[tuple[list[str], list[str]]]:      # (words, 
         if len(cols) != 10: raise SubnetError(f"CoNLL-U line {n} has {len(cols)} columns, expected 10: {line[:60]!r}.")
         if cols[0].isdigit(): out[-1][0].append(cols[1]); out[-1][1].append(cols[3])
     return [s for s in out if s[0]]
+
+# %% ../nbs/06_data.ipynb #369533a4
+class BadTable(SubnetError):
+    "A table of labelled sentences is broken, or is not the table of this task."
+
+@dataclass(frozen=True)
+class LabelTask:
+    "How a task is laid out and scored."
+    name: str
+    text: tuple[str, ...] = ("sentence", "sentence1", "text")      # possible names of the column of the first sentence …
+    pair: tuple[str, ...] = ("sentence2",)                         # … of the second; none: single sentences
+    label: tuple[str, ...] = ("label",)
+    labels: tuple[str, ...] = ()                                   # in the order of their numbers; empty: real values
+    metrics: tuple[str, ...] = ("accuracy",)                       # the first one counts
+    dev: str = "dev"                                               # name of the development file
+    bare: tuple[str, ...] = ()                                     # columns of a file without header
+
+
+GLUE: dict[str, LabelTask] = {t.name: t for t in (
+    LabelTask("CoLA", ("sentence",), (), labels=("0", "1"), metrics=("matthews", "accuracy"), bare=("source", "label", "mark", "sentence")),
+    LabelTask("SST-2", ("sentence",), (), labels=("0", "1")),
+    LabelTask("MRPC", ("#1 String", "sentence1"), ("#2 String", "sentence2"), ("Quality", "label"), ("0", "1"), ("accuracy", "f1")),
+    LabelTask("STS-B", ("sentence1",), ("sentence2",), ("score", "label"), metrics=("correlation", "pearson", "spearman")),
+    LabelTask("QQP", ("question1",), ("question2",), ("is_duplicate", "label"), ("0", "1"), ("accuracy", "f1")),
+    LabelTask("MNLI", ("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label"), ("entailment", "neutral", "contradiction"), dev="dev_matched"),
+    LabelTask("QNLI", ("question",), ("sentence",), labels=("entailment", "not_entailment")),
+    LabelTask("RTE", ("sentence1",), ("sentence2",), labels=("entailment", "not_entailment")),
+    LabelTask("WNLI", ("sentence1",), ("sentence2",), labels=("0", "1")),
+)}
+"The tasks of GLUE by name."
+
+# %% ../nbs/06_data.ipynb #a6e4b882
+@dataclass(frozen=True)
+class Labelled:
+    "Sentences or pairs of sentences with labels."
+    items: tuple[dict[str, Any], ...]      # sentence, label[, pair]
+    task: LabelTask
+    name: str = "table"
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def real(self) -> bool:
+        "Whether labels are numbers to be predicted, not classes."
+        return not self.task.labels
+
+    @property
+    def fingerprint(self) -> str:
+        "Hash of all rows, in order (16 hex digits)."
+        return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:16]
+
+    def take(self, n: int, seed: int = 0) -> Labelled:
+        "`n` random rows, in order (all, if there are no more)."
+        picked = sorted(random.Random(f"take-{seed}").sample(range(len(self)), min(n, len(self))))
+        return replace(self, items=tuple(self.items[i] for i in picked), name=f"{self.name}[{len(picked)}]")
+
+    def __len__(self) -> int: return len(self.items)
+    def __iter__(self) -> Iterator[dict[str, Any]]: return iter(self.items)
+    def __getitem__(self, i: int) -> dict[str, Any]: return self.items[i]
+    def table(self) -> pd.DataFrame: return pd.DataFrame(list(self.items))
+    def _repr_html_(self) -> str: return f"<b>{self!r}</b>" + self.table().head().to_html()
+    def __repr__(self) -> str:
+        kinds = "real values" if self.real else ", ".join(f"{k}: {n:,}" for k, n in sorted(Counter(r["label"] for r in self).items()))
+        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {kinds})"
+
+# %% ../nbs/06_data.ipynb #3fc8c21c
+def read_glue(
+    source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv, or "datasets:NAME[/CONFIG]"
+    part: str = "train",             # "train" or "dev" (not for a file)
+    task: str | LabelTask | None = None,    # a GLUE task by name; None: as the file or folder is called, else any table with sentence[1], sentence2, label
+    strict: bool = True,             # False: count broken lines instead of stopping
+) -> Labelled:
+    "Read a table of labelled sentences; raise `BadTable` with file and line where it is broken."
+    check_names([part], ["train", "dev", "dev_mismatched"], "part")
+    found = task if isinstance(task, LabelTask) else _task(task or str(source), asked=task is not None)
+    columns, rows, where, found = _table(str(source), part, found)
+    places = [next((columns.index(n) for n in names if n in columns), None) for names in (found.text, found.pair, found.label)]
+    for place, names in zip(places, (found.text, found.pair, found.label)):
+        if place is None and names and not (names is found.pair and found.name == "table"):
+            raise BadTable(f"{where} has no column {' or '.join(names)}: found {', '.join(columns) or 'nothing'}. Is it a {found.name} table?")
+    items, skipped = [], Counter()
+    for n, cells in rows:
+        try: items.append(_row(cells, columns, places, found))
+        except _Unlabelled as e: skipped[str(e)] += 1
+        except BadTable as e:
+            if strict: raise BadTable(f"{where}, line {n}: {e}") from None
+            skipped["broken line"] += 1
+    if not items: raise BadTable(f"no labelled sentence in {where}" + (f": left out {dict(skipped)}." if skipped else "."))
+    if found.name == "table": items, found = _classes(items, found, where)
+    return Labelled(tuple(items), found, f"{Path(str(source)).name}/{part}" if not Path(str(source)).is_file() else Path(str(source)).name, dict(skipped))
+
+# %% ../nbs/06_data.ipynb #64ea37ba
+class _Unlabelled(Exception):
+    "A row without gold label."
+
+
+def _task(name: str, asked: bool) -> LabelTask:
+    "The GLUE task that a name or path speaks of; a plain table if it speaks of none."
+    flat = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
+    known = {flat(n): t for n, t in GLUE.items()}
+    for piece in reversed(re.split(r"[/:\\]", name)):
+        if (t := known.get(flat(piece.split(".tsv")[0]))): return t
+    if asked: check_names([name], GLUE, "task")
+    return LabelTask("table")
+
+
+def _table(source: str, part: str, task: LabelTask) -> tuple[list[str], Iterator[tuple[int, list[Any]]], str, LabelTask]:
+    "Column names, numbered rows, where they come from, and the task."
+    if source.startswith("pocket:"):
+        from subnet_explorer.pocket import POCKET_TASKS, labelled
+        name = check_names([source.removeprefix("pocket:")], POCKET_TASKS, "pocket task")[0]
+        rows = labelled(name, part=part)
+        return list(rows[0]), ((n, list(r.values())) for n, r in enumerate(rows, 1)), source, replace(GLUE[POCKET_TASKS[name]], name=name, text=("sentence", "sentence1"), pair=("sentence2",) if "sentence2" in rows[0] else (), label=("label",))
+    if source.startswith("datasets:"):
+        wanted = {"train": "train", "dev": "validation" + task.dev.removeprefix("dev"), "dev_mismatched": "validation_mismatched"}[part]
+        files = [(p, rows) for p, rows in _sources(source) if p.name == wanted]
+        if not files: raise BadTable(f"the data set {source.removeprefix('datasets:')!r} has no part {wanted!r}.")
+        rows = [(n, json.loads(line)) for n, line in files[0][1]]
+        return list(rows[0][1]) if rows else [], ((n, list(r.values())) for n, r in rows), f"{source}/{wanted}", task
+    path = Path(source)
+    if path.is_dir():
+        names = [f"{n}{end}" for n in dict.fromkeys((task.dev if part == "dev" else part, part)) for end in (".tsv", ".tsv.gz")]
+        path = next((path / n for n in names if (path / n).exists()), path / names[0])
+    if not path.exists(): raise BadTable(f'there is no table {path}: give "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv, or "datasets:NAME/CONFIG".')
+    lines = ((n, line.removeprefix("\ufeff").split("\t")) for n, line in _lines(path))
+    head = list(task.bare) or next(lines, (0, []))[1]
+    return head, lines, str(path), task
+
+# %% ../nbs/06_data.ipynb #3ab8be4d
+def _row(cells: list[Any], columns: list[str], places: list[int | None], task: LabelTask) -> dict[str, Any]:
+    "One row as sentence, pair and label."
+    if len(cells) != len(columns): raise BadTable(f"{len(cells)} columns where {len(columns)} were expected ({', '.join(columns[:6])}).")
+    text, pair, label = (None if p is None else cells[p] for p in places)
+    texts = {"sentence": str(text).strip()} | ({} if pair is None else {"pair": str(pair).strip()})
+    if empty := [k for k, v in texts.items() if not v]: raise BadTable(f"the {empty[0]} is empty.")
+    if label in ("-", "", None, -1, "-1"): raise _Unlabelled("no gold label")
+    if task.name == "table": return {**texts, "label": str(label)}
+    if task.labels:
+        name = task.labels[label] if isinstance(label, int) and 0 <= label < len(task.labels) else str(label).strip()
+        if name not in task.labels: raise BadTable(f"the label {label!r} is none of {', '.join(task.labels)}.")
+        return {**texts, "label": name}
+    try: value = float(label)
+    except (TypeError, ValueError): raise BadTable(f"the label {label!r} is no number, but {task.name} has real values.") from None
+    if value != value or abs(value) == float("inf"): raise BadTable(f"the label {label!r} is no finite number.")
+    return {**texts, "label": value}
+
+
+def _classes(items: list[dict[str, Any]], task: LabelTask, where: str) -> tuple[list[dict[str, Any]], LabelTask]:
+    "Labels of a table without known task: numbers with a fraction are real values, everything else are classes."
+    seen = sorted({r["label"] for r in items})
+    numbers = all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", s) for s in seen)
+    if numbers and any(not float(s).is_integer() for s in seen): return [{**r, "label": float(r["label"])} for r in items], replace(task, metrics=GLUE["STS-B"].metrics)
+    if len(seen) > 100: raise BadTable(f"{where} has {len(seen)} different labels: is {task.label[0]!r} the right column?")
+    return items, replace(task, labels=tuple(seen))

@@ -39,16 +39,17 @@ def room(*shape: int, device: Any = "cpu") -> torch.Tensor:      # float32
     if 4 * size <= IN_MEMORY: return torch.empty(shape, device=device)
     with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f: return torch.from_file(f.name, shared=True, size=size).view(shape)
 
-# %% ../nbs/05_objectives.ipynb #2df1d613
+# %% ../nbs/05_objectives.ipynb #ad7c4679
 class Sequences:
     "Token sequences ready to be read by a model from block `first` on."
 
-    def __init__(self, model: nn.Module, ids: Sequence[Sequence[int]], first: int = 0, path: str = "auto") -> None:      # path: "auto" or "plain"
+    def __init__(self, model: nn.Module, ids: Sequence[Sequence[int]], first: int = 0, path: str = "auto", types: Sequence[Sequence[int]] | None = None) -> None:      # path: "auto" or "plain"; types: token types of pairs
         if not len(ids): raise SubnetError("there is nothing to read: no sequence was given.")
         check_names([path], ["auto", "plain"], "path")
         self.model, self.first, self.layout = model, first, layout_of(model)
         self.device = next(model.parameters()).device
         self.ids = [torch.tensor(i, device=self.device) for i in ids]
+        self.types = None if types is None else [torch.tensor(t, device=self.device) for t in types]
         self.lengths = np.array([len(i) for i in ids])
         self.extra = {"use_cache": False} if is_causal(model) else {}
         self.packed = path == "auto" and not model.training and fits(model, self.layout, [self.ids[i] for i in np.argsort(self.lengths)[:2]])
@@ -58,7 +59,7 @@ class Sequences:
     def inputs(self, index: np.ndarray) -> dict[str, Any]:
         "Padded model inputs of some sequences; no attention mask when nothing is padded."
         ids = pad_sequence([self.ids[i] for i in index], batch_first=True)
-        out = {"input_ids": ids, **self.extra}
+        out = {"input_ids": ids, **self.extra} | ({} if self.types is None else {"token_type_ids": pad_sequence([self.types[i] for i in index], batch_first=True)})
         if (lengths := self.lengths[index]).min() < ids.shape[1]: out["attention_mask"] = self.real(index).long().to(ids.device)
         return out
 
@@ -170,7 +171,7 @@ def batch_at(
     batches = [b for w in windows for b in np.array_split(w, range(size, len(w), size))]
     return batches[rng.permutation(len(batches))[at]]
 
-# %% ../nbs/05_objectives.ipynb #f111257e
+# %% ../nbs/05_objectives.ipynb #673ed4bb
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -194,9 +195,9 @@ class Context:
         if key not in self.cache: self.cache[key] = Prompts(self.model, self.tok, facts, self.first, self.path)
         return self.cache[key]
 
-    def sequences(self, ids: Sequence[Sequence[int]], first: int | None = None) -> Sequences:
+    def sequences(self, ids: Sequence[Sequence[int]], first: int | None = None, types: Sequence[Sequence[int]] | None = None) -> Sequences:
         "Token sequences, read as this context says."
-        return Sequences(self.model, ids, self.first if first is None else first, self.path)
+        return Sequences(self.model, ids, self.first if first is None else first, self.path, types)
 
     def part(self, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
         "The examples of a step that this process sees; never none, see `mean`."
@@ -340,24 +341,25 @@ def _digest(items: Iterable[Any]) -> str:
     "Hash of any printable items (16 hex digits)."
     return hashlib.sha256(json.dumps(list(items), default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/05_objectives.ipynb #9e868911
+# %% ../nbs/05_objectives.ipynb #7c9674fb
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
     examples: Sequence[Any]         # whatever `head.encode` understands
-    head: Any                       # nn.Module with `encode(tok, example) -> (ids, positions, targets)`
+    head: Any                       # nn.Module with `encode(tok, example) -> (ids, positions, targets[, types])` and, if not cross-entropy, `losses(logits, targets)`
     batch: int | None = None
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         self.head.to(next(context.model.parameters()).device)
         coded = [self.head.encode(context.tok, e) for e in self.examples]
-        seqs = context.sequences([c[0] for c in coded])
+        seqs = context.sequences([c[0] for c in coded], types=[c[3] for c in coded] if len(coded[0]) > 3 else None)
+        losses = getattr(self.head, "losses", lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
         def loss(step: int) -> torch.Tensor:
             index = context.part(step, seqs.lengths, self.batch)
             b = [j for j, i in enumerate(index) for _ in coded[i][1]]
             p = [q for i in index for q in coded[i][1]]
             logits = seqs.read(index, b, p, head=self.head)
-            return context.mean(F.cross_entropy(logits.float(), torch.tensor([y for i in index for y in coded[i][2]], device=logits.device), reduction="none"))
+            return context.mean(losses(logits.float(), torch.tensor([y for i in index for y in coded[i][2]], device=logits.device)))
         return loss
 
     def recipe(self) -> dict[str, Any]: return {"objective": "Task", "examples": _digest(self.examples), "n": len(self.examples), "head": repr(self.head), "batch": self.batch}

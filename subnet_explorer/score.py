@@ -27,7 +27,7 @@ from .store import Run, Store
 
 # %% auto #0
 __all__ = ['MODES', 'PHASES', 'magnitude', 'random', 'normalised', 'importance', 'example_gradients', 'lowered', 'Pruned',
-           'iterate']
+           'iterate', 'matched', 'controls', 'super_survivors']
 
 # %% ../nbs/10_score.ipynb #01ff62fa
 @torch.no_grad()
@@ -245,7 +245,7 @@ def iterate(
     finally: memory.bar.close()
     return _pruned(run, rows, memory, full, below)
 
-# %% ../nbs/10_score.ipynb #6dbcaf63
+# %% ../nbs/10_score.ipynb #13711c7b
 def _floor(full: float, share: float, least: float | None) -> float:
     "The least score that passes."
     if not np.isfinite(full): raise SubnetError(f"the full model scores {full}: its predictions are constant, or it has diverged. Nothing can be pruned against that.")
@@ -256,7 +256,7 @@ def _floor(full: float, share: float, least: float | None) -> float:
     if full <= 0: raise SubnetError(f"the full model scores {full:.4f}: a share of that is no floor. Train the model better, or give least.")
     return share * full
 
-
+# %% ../nbs/10_score.ipynb #5b893dc6
 class _Memory:
     "Score of every mask and scores within it, computed once per run folder."
 
@@ -310,3 +310,37 @@ def _pruned(run: Run, rows: Sequence[tuple[dict[str, Any], str, Mask, float, boo
     kept = Mask(last.space, last.packed, {**last.meta, "method": "iterate", "schedule": run.config["schedule"], "floor": floor, "run": run.id, "hardening": "lowest removed step by step", **run.labels})
     if not run.done: run.finish(kept)
     return Pruned(kept, masks, table, memory.ranks, full, floor)
+
+# %% ../nbs/10_score.ipynb #e5629a1b
+def matched(like: Mask, pools: Sequence[Mask], seed: int, **meta: Any) -> Mask:
+    "As many random coordinates of each kind as `like` keeps: of the first pool, then of the next, then of all."
+    for p in pools: same_space(like.space, p.space)
+    rng, bits = np.random.default_rng(seed), {}
+    for kind in like.space.kind.split("+"):
+        groups = [g for g in like.space.groups if g.kind == kind]
+        flat = lambda m: np.concatenate([m[g.name].reshape(-1) for g in groups])
+        need, out = int(flat(like).sum()), np.zeros(sum(g.size for g in groups), bool)
+        for pool in [*map(flat, pools), np.ones_like(out)]:
+            free = np.flatnonzero(pool & ~out)
+            out[rng.permutation(free)[:need - int(out.sum())]] = True
+        bits |= {g.name: part.reshape(g.shape) for g, part in zip(groups, np.split(out, np.cumsum([g.size for g in groups])[:-1]))}
+    return Mask.of(like.space, bits, **{"method": "matched", "seed": seed, "parents": [like.id], **meta})
+
+
+def controls(good: Mask, seed: int, published: bool = False) -> dict[str, Mask]:      # published: the size of the random mask is itself drawn
+    "The mask with a random and a bad one of its size."
+    random_ = _bernoulli(good, seed) if published else matched(good, [], seed, kind="random")
+    return {"good": good, "random": random_, "bad": matched(good, [~good], seed, kind="bad")}
+
+
+def super_survivors(masks: Masks, seed: int = 1337) -> dict[str, Mask]:
+    "What all masks keep, with its random and bad counterparts."
+    good, dead = masks.intersection(), ~masks.union()
+    rest = ~(good | dead)
+    return {"good": good, "random": matched(good, [rest], seed, kind="super-random"), "bad": matched(good, [dead, rest], seed, kind="super-bad")}
+
+
+def _bernoulli(like: Mask, seed: int) -> Mask:
+    "Every coordinate kept with the density that its kind has in `like`, as published: sizes agree on average only."
+    rng, t = np.random.default_rng(seed), like.table().groupby("kind")[["size", "kept"]].sum()
+    return Mask.of(like.space, {g.name: rng.random(g.shape) < t.kept[g.kind] / t["size"][g.kind] for g in like.space.groups}, method="bernoulli", seed=seed, parents=[like.id])

@@ -233,3 +233,36 @@ def test_iterate_refuses(bert, facts):
     with pytest.raises(SubnetError, match="drop is a share"): iterate(model, tok, Cloze(facts), Fixed(1.), space, drop=10, **args)
     with pytest.raises(SubnetError, match="needs an objective"): iterate(model, tok, None, Fixed(1.), space, **args)
     with pytest.raises(UnknownName): iterate(model, tok, Cloze(facts), Fixed(1.), space, schedule="two-phase", **args)
+
+
+# ── controls ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_matched_sizes_and_pools(base):
+    space = Space.of(base, "head+mlp")
+    kinds = lambda m: tuple(int(m.table().query("kind == @k").kept.sum()) for k in ("head", "mlp"))
+    for density in (0, .2, .5, .8, 1):
+        for seed in range(3):
+            good = score.random(space, seed).top(density)
+            got = score.controls(good, seed)
+            assert got["good"] is good and kinds(got["random"]) == kinds(got["bad"]) == kinds(good) and got == score.controls(good, seed)
+            for kind, n, size in zip(("head", "mlp"), kinds(good), (144, 12)):
+                shared = int((good & got["bad"]).table().query("kind == @kind").kept.sum())
+                assert shared == max(0, 2 * n - size)                       # no more than must be
+    sizes = {kinds(score.controls(score.random(space, 0).top(.5), s, published=True)["random"]) for s in range(9)}
+    assert len(sizes) > 1
+
+
+def test_super_survivors(base):
+    space = Space.of(base, "head+mlp")
+    for density in (.3, .6, .9):
+        masks = score.Masks([({"seed": s}, score.random(space, s).top(density)) for s in range(5)])
+        got, rows = score.super_survivors(masks), np.stack([np.concatenate([m[g.name] for g in space.groups]) for _, m in masks])
+        flat = {k: np.concatenate([m[g.name] for g in space.groups]) for k, m in got.items()}
+        heads = np.concatenate([[g.kind == "head"] * g.size for g in space.groups])
+        alive, dead = rows.all(0), ~rows.any(0)
+        assert (flat["good"] == alive).all()
+        for of in (heads, ~heads):
+            n = int(alive[of].sum())
+            assert flat["bad"][of].sum() == flat["random"][of].sum() == n
+            assert (flat["bad"] & dead)[of].sum() == min(n, dead[of].sum())
+            assert (flat["random"] & ~alive & ~dead)[of].sum() == min(n, (~alive & ~dead)[of].sum())
