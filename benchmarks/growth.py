@@ -14,9 +14,9 @@ from workloads import cloze
 
 AXES: dict[str, tuple[str, list[tuple[Any, dict[str, Any]]]]] = {     # axis -> label, points as (value, settings of `cloze`)
     "batch": ("prompts per step", [(n, {"batch": n}) for n in (8, 32, 128)]),
-    "length": ("longest prompt, tokens", [(n, {"longest": n}) for n in (8, 14, 32, 64)]),
-    "layers": ("masked layers (the top ones)", [(n, {"first": 12 - n}) for n in (2, 4, 6, 12)]),
-    "size": ("model, million weights in the masked half", [(s, {"size": s}) for s in ("mini", "small", "medium", "base")]),
+    "length": ("longest prompt, tokens", [(n, {"longest": n}) for n in (8, 14, 32)]),
+    "layers": ("masked layers (the top ones)", [(n, {"first": 12 - n}) for n in (2, 6, 12)]),
+    "size": ("model, million weights in the masked half", [(s, {"size": s}) for s in ("small", "base")]),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 

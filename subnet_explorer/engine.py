@@ -527,7 +527,7 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         return out
 
-# %% ../nbs/09_engine.ipynb #88480f51
+# %% ../nbs/09_engine.ipynb #ea0cd6e9
 class PlainOptimizer:
     "What `MaskOptimizer` computes, by autograd and `torch.optim`."
 
@@ -535,7 +535,7 @@ class PlainOptimizer:
                  accumulate: int = 1, share: Callable[[torch.Tensor], None] | None = None) -> None:
         self.model, self.gate, self.rates, self.clip, self.complement, self.share = model, gate, list(rates), clip, complement, share
         self.opt = torch.optim.AdamW(gate.logits, lr=1.0, betas=BETAS, eps=EPS, weight_decay=decay, fused=True)
-        self.step_index, self.healthy, self.drawn = 0, True, None
+        self.step_index, self.healthy = 0, True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -563,9 +563,6 @@ class PlainOptimizer:
         if self.healthy: self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         self.gate.step += 1; self.step_index += 1
-
-    def refresh(self) -> None:
-        "Nothing is kept between steps."
 
     def tensors(self) -> dict[str, torch.Tensor]:
         "What must be saved besides the gate to go on exactly."

@@ -184,7 +184,7 @@ class Threshold(Gate):
     def harden(self) -> Mask:
         return self.scores().above(-1e-45 if self.inclusive else 0.0)
 
-# %% ../nbs/04_gates.ipynb #5e14b126
+# %% ../nbs/04_gates.ipynb #51633fc4
 class TopK(Gate):
     "Keep the highest share of logits, per tensor or globally; straight-through gradient."
     elementwise = False
@@ -198,19 +198,21 @@ class TopK(Gate):
     def reset(self) -> None:
         super().reset()
         self._chosen: list[torch.Tensor] = []
+        self._chosen_at = -1                                             # the step whose logits were chosen from
 
     def state(self) -> dict[str, torch.Tensor]:
         return {**super().state(), **{f"chosen.{i}": c for i, c in enumerate(self._chosen)}}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         super().restore(state)
+        self._chosen_at = -1
         self._chosen = [state[f"chosen.{i}"].to(l.device) for i, l in enumerate(self.logits) if f"chosen.{i}" in state]
 
     def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         raise TypeError("which coordinates are kept depends on all of them: use sample(), soft() or harden()")
 
     def multiplier(self, i: int) -> tuple[torch.Tensor, float]:
-        if i == 0 and self.step % self.every == 0 or not self._chosen: self._chosen = self._choose()
+        if self.step % self.every == 0 and self._chosen_at != self.step or not self._chosen: self._chosen, self._chosen_at = self._choose(), self.step
         return self._chosen[i], 1.0
 
     def soft(self) -> Scores: return self._scores({g.name: c for g, c in zip(self.space.groups, self._choose())})

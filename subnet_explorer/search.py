@@ -331,7 +331,7 @@ def _load_heads(run: Run, goal: Objective) -> None:
         saved = load_file(file)
         for i, m in enumerate(goal.modules()): m.load_state_dict({k.split(".", 1)[1]: v for k, v in saved.items() if k.startswith(f"{i}.")})
 
-# %% ../nbs/09_search.ipynb #8255b379
+# %% ../nbs/09_search.ipynb #f430c3b3
 def find_all(
     model: nn.Module,
     tok: Any,
@@ -348,8 +348,8 @@ def find_all(
     if odd := [g for g in goals if type(g) is not Cloze]: raise SubnetError(f"only cloze objectives can share a pass, not {type(odd[0]).__name__}: use find for the others.")
     if not gates: return []
     if len({g.space.id for g in gates}) != 1 or gates[0].space.kind != "weight" or -1 in gates[0].space.layers: raise SubnetError("searches that share a pass need one space of weights, without embeddings: use find for the others.")
-    cache: dict = settings.pop("cache", None) or {}
-    settings = {**find.__kwdefaults__, **settings, "to": to, "cache": cache}
+    settings = {**find.__kwdefaults__, **settings, "to": to}
+    if settings["cache"] is None: settings["cache"] = {}
     if settings["accumulate"] > 1 or settings["engine"] == "plain": raise SubnetError("searches that share a pass take one batch a step, by the engine: use find for accumulate or engine=\"plain\".")
     runs, searches = [], []
     with frozen(model):
@@ -358,11 +358,12 @@ def find_all(
             if team.world > 1: raise SubnetError("searches that share a pass run in one process: use find to share batches among several.")
             runs.append(run)
             if not run.done: searches.append(_start(run, team, model, tok, gate, goal, mine))
+        if not all(s.c.prompts(s.goal.facts).sequences.packed for s in searches): raise SubnetError(f"the blocks of {type(model).__name__} cannot be run on packed tokens, so that searches cannot share a pass: use find.")
         _Pass.run_all(searches)
     for s in searches: _close(s.run, s.gate, s.goal)
     return runs
 
-# %% ../nbs/09_search.ipynb #ed2ab579
+# %% ../nbs/09_search.ipynb #90397c2b
 ROUND = {"cuda": 64}      # token counts of a captured step are multiples of this
 
 
@@ -381,9 +382,9 @@ class _Pass:
         passes: dict[tuple[int, ...], _Pass] = {}
         while left := [s for s in searches if s.step < s.run.config["steps"]]:
             now = [s for s in left if s.step == min(x.step for x in left)]
-            p = passes.setdefault(tuple(map(id, now)), None) or cls(now)
-            passes[tuple(map(id, now))] = p
-            for s, loss in zip(now, p.one()): s.look(loss, bars[id(s)])
+            key = tuple(map(id, now))
+            if key not in passes: passes[key] = cls(now)
+            for s, loss in zip(now, passes[key].one()): s.look(loss, bars[id(s)])
         for s in searches: bars[id(s)].close(); s.best_again()
 
     def one(self) -> list[float]:

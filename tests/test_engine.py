@@ -77,6 +77,13 @@ def test_every_kind_trains_as_by_autograd(world, kind):
     agree(search(world, "plain", Threshold, kind), search(world, "all", Threshold, kind))
 
 
+@pytest.mark.parametrize("scope,every", [("tensor", 1), ("global", 3)])
+def test_the_best_are_chosen_anew_whatever_comes_first(world, scope, every):
+    "Also where the first group is no matrix."
+    make = lambda s, **k: TopK(s, .6, scope=scope, every=every, **k)
+    agree(search(world, "plain", make, "layer+weight"), search(world, "all", make, "layer+weight"))
+
+
 def test_biases_train_as_by_autograd(world):
     "But for those of the keys, on which nothing depends: softmax does not see them."
     (run, gate), (other, twin) = search(world, "plain", Threshold, "bias"), search(world, "all", Threshold, "bias")
@@ -369,6 +376,11 @@ def test_side_by_side_continues(world, tmp_path):
 def safe_step(run): return read_state(run.folder)[1]["step"]
 
 
+def test_an_unknown_block_cannot_share_a_pass(world):
+    model, tok = tiny("mpnet"), world[1]
+    with pytest.raises(SubnetError, match="use find"): find_all(model, tok, [Threshold(Space.of(model, "weight", layers=2))], [_SmallCloze(FACTS)], progress=False)
+
+
 @pytest.mark.parametrize("change,message", [(dict(goals=[MLM(TEXTS)] * 3), "only cloze"), (dict(goals=GOALS[:2]), "one goal"), (dict(kind="head"), "one space of weights"),
                                             (dict(accumulate=2), "one batch a step"), (dict(engine="plain"), "one batch a step"), (dict(stepps=3), "did you mean steps")], ids=str)
 def test_what_cannot_share_a_pass_says_so(world, change, message):
@@ -391,7 +403,8 @@ from subnet_explorer.space import Space
 model, tok = load("pocket-bert")
 facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
 space = Space.of(model, "weight+head", layers="top-half")
-for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable"))):
+for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable")),
+                                  ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {})):
     run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
     print(name, run.mask.id, run.mask.count, [round(x, 3) for x in run.metrics.loss])
 """
@@ -409,9 +422,9 @@ def test_two_processes_find_the_mask_of_one(tmp_path):
     pytest.importorskip("accelerate")
     one, two = launch(tmp_path, 1, 1), launch(tmp_path, 2, 2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-4000:]
-    lines = one.stdout.split("\n")[:3]
+    lines = one.stdout.split("\n")[:4]
     assert all(two.stdout.count(line) == 2 for line in lines), (one.stdout, two.stdout)
-    for name in ("hard", "soft", "few"):
+    for name in ("hard", "soft", "few", "text"):
         a, b = (Mask.load(tmp_path / f"runs-{n}" / name / "mask.safetensors") for n in (1, 2))
         assert a == b
 
@@ -466,5 +479,5 @@ def test_gpu_steps_are_captured_and_the_same(tmp_path):
     finally: _Pass.__init__, MaskOptimizer.__init__ = original, rule
     assert seen and any(p.replay.graphs for p in seen)
     for s, (run, goal) in enumerate(zip(captured, GOALS)):
-        plain, _ = find(model, tok, Threshold(space, seed=s), goal, **{**options, "engine": "plain"}), None
+        plain = find(model, tok, Threshold(space, seed=s), goal, **{**options, "engine": "plain"})
         assert (run.mask ^ plain.mask).count <= .002 * space.size
