@@ -24,7 +24,7 @@ from .masks import Masks
 from .space import Space, SubnetError
 
 # %% auto #0
-__all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_state', 'Store']
+__all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_state', 'Store', 'open_study']
 
 # %% ../nbs/08_store.ipynb #ce419607
 class OtherRun(SubnetError):
@@ -179,3 +179,17 @@ class Store:
         return Masks(found)
 
     def __repr__(self) -> str: return f"Store({self.folder}: {sum(1 for _ in self.folder.glob('*/config.json'))} runs)"
+
+# %% ../nbs/08_store.ipynb #cc31f8b9
+def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None:
+    "The store of the study in folder `to`, new or to be continued; raise `OtherRun` if the folder holds anything else."
+    if to is None: return None
+    file, wanted = Path(to) / "study.json", json.loads(json.dumps(dict(config)))
+    if Path(to).is_file(): raise OtherRun(f"{to} is a file: give a folder.")
+    if file.exists():
+        if (found := json.loads(file.read_text())["config"]) != wanted:
+            differs = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+            raise OtherRun(f"{to} holds another study (it differs in {', '.join(differs)}). Choose another folder, or delete that one.")
+    elif Path(to).exists() and any(not p.name.startswith(".") for p in Path(to).iterdir()): raise OtherRun(f"{to} is not empty and holds no study. Choose an empty or new folder.")
+    else: atomic_write(file, json.dumps({"config": wanted, "environment": environment()}, indent=1))
+    return Store(Path(to) / "runs")
