@@ -27,7 +27,7 @@ from .store import Run, Store
 
 # %% auto #0
 __all__ = ['MODES', 'PHASES', 'magnitude', 'random', 'normalised', 'importance', 'example_gradients', 'lowered', 'Pruned',
-           'iterate', 'matched', 'controls', 'super_survivors']
+           'iterate', 'NoFloor', 'matched', 'controls', 'super_survivors']
 
 # %% ../nbs/10_score.ipynb #01ff62fa
 @torch.no_grad()
@@ -245,15 +245,19 @@ def iterate(
     finally: memory.bar.close()
     return _pruned(run, rows, memory, full, below)
 
-# %% ../nbs/10_score.ipynb #13711c7b
+# %% ../nbs/10_score.ipynb #6f7c3682
+class NoFloor(SubnetError):
+    "The full model scores too low to prune against."
+
+
 def _floor(full: float, share: float, least: float | None) -> float:
     "The least score that passes."
-    if not np.isfinite(full): raise SubnetError(f"the full model scores {full}: its predictions are constant, or it has diverged. Nothing can be pruned against that.")
+    if not np.isfinite(full): raise NoFloor(f"the full model scores {full}: its predictions are constant, or it has diverged. Nothing can be pruned against that.")
     if least is not None:
-        if full < least: raise SubnetError(f"the full model scores {full:.4f}, below the floor {least:g}: lower it, or train the model better.")
+        if full < least: raise NoFloor(f"the full model scores {full:.4f}, below the floor {least:g}: lower it, or train the model better.")
         return least
     if not 0 < share <= 1: raise SubnetError(f"floor is a share of the full model's score between 0 and 1, got {share}; for a score as such give least.")
-    if full <= 0: raise SubnetError(f"the full model scores {full:.4f}: a share of that is no floor. Train the model better, or give least.")
+    if full <= 0: raise NoFloor(f"the full model scores {full:.4f}: a share of that is no floor. Train the model better, or give least.")
     return share * full
 
 # %% ../nbs/10_score.ipynb #5b893dc6

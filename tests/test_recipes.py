@@ -16,7 +16,7 @@ from subnet_explorer.evaluate import cloze
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.recipes import critical, lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt, tickets
+from subnet_explorer.recipes import critical, lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
@@ -252,18 +252,6 @@ def test_the_ablation(pocket_bert):
 
 
 # ── sketches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-@pytest.mark.parametrize("name, kind", [("pocket-bert", Tagger), ("pocket-gpt2", Classifier)])
-def test_tickets(name, kind):
-    model, tok = load(name)
-    before, data = weights(model), TREES if kind is Tagger else plausible(40)
-    masks, t = tickets(model, tok, data[:30], data[30:], kind(model, data), steps=20, drop=.2)
-    by, t = masks.by("kind"), t.set_index("kind")
-    assert list(t.index) == ["full", "good", "random", "bad"] and {m.space.kind for m in by.values()} == {"head+mlp"} and by["good"].space.size == 20
-    assert len({m.count for m in by.values()}) == 1 and by["random"].table().kept.tolist() == by["good"].table().kept.tolist()
-    assert t.accuracy["good"] >= .9 * t.accuracy["full"] and t.density["good"] == by["good"].density and t.density["full"] == 1
-    assert same(model, before)
-
 
 @pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
 def test_tamt(name):
