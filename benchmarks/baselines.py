@@ -149,12 +149,20 @@ def _importance(w: Workload, weights: bool = False, eager: bool = False, single:
     return step
 
 
+def forward(w: Workload) -> Step:
+    "One plain forward pass of the same batches: the model's own, padded, no gradients."
+    model, batches = w.copy(), itertools.cycle(w.batches)
+    def step() -> torch.Tensor:
+        with torch.no_grad(): return w.loss(model, next(batches))
+    return step
+
+
 _MASKING: dict[str, Variant] = {"fine-tune": fine_tune, "parametrize": parametrized, "activations": activations}
 BASELINES: dict[str, dict[str, Variant]] = {
     "cloze": {**_MASKING, "fine-tune, tuned": fine_tune_tuned, "fine-tune, bf16": lambda w: fine_tune(w, bf16=True)},
     "text": {**_MASKING, "fine-tune, cached teacher": fine_tune_cached, "fine-tune, bf16": lambda w: fine_tune(w, bf16=True)},
     "probe-weights": _MASKING,
     "probe-neurons": _MASKING,
-    "importance": {"loop": lambda w: _importance(w, weights=True, eager=True), "loop, batch 1": lambda w: _importance(w, single=True), "activations": _importance},
+    **dict.fromkeys(("importance", "importance-pocket"), {"loop": lambda w: _importance(w, weights=True, eager=True), "loop, batch 1": lambda w: _importance(w, single=True), "activations": _importance, "forward": forward}),
 }
-ANCHORS = {"importance": ("loop", "activations")} | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))
+ANCHORS = dict.fromkeys(("importance", "importance-pocket"), ("loop", "activations", "forward")) | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))

@@ -91,16 +91,18 @@ def probe(w: Workload) -> Step:
     return _stepping(opt, reads, lambda r: F.cross_entropy(seqs.read(r[0], r[1], r[2], head=model.classifier), r[3]) + w.penalty * opt.penalty(), head)
 
 
-def importance(w: Workload) -> Step:
-    "Gates of their own for every example; no weight gradient; the last block only where the classifier reads."
+def importance(w: Workload, gates: bool = True) -> Step:
+    "Gates of their own for every example; no weight gradient; the last block only where the classifier reads. Without gates: the forward pass of the same code."
     model = w.copy()
     space = w.space(model)
-    seqs = Sequences(model, [x.tolist() for b in w.batches for x in b["input_ids"]])
-    batches = cycle([(np.arange(k * len(b["labels"]), (k + 1) * len(b["labels"])), b["labels"]) for k, b in enumerate(w.batches)])
+    part = lambda key, b: [x[:n].tolist() for x, n in zip(b[key], b.get("attention_mask", torch.ones_like(b["input_ids"])).sum(1).tolist())]
+    types = [t for b in w.batches for t in part("token_type_ids", b)] if "token_type_ids" in w.batches[0] else None
+    seqs, starts = Sequences(model, [x for b in w.batches for x in part("input_ids", b)], types=types), np.cumsum([0] + [len(b["labels"]) for b in w.batches])
+    batches = cycle([(np.arange(s, s + len(b["labels"])), b["labels"]) for s, b in zip(starts, w.batches)])
     def loss() -> torch.Tensor:
         index, gold = next(batches)
         return F.cross_entropy(seqs.read(index, range(len(index)), [0] * len(index)), gold)
-    return lambda: sum(g.abs().sum() for g in example_gradients(model, space, loss).values())
+    return (lambda: sum(g.abs().sum() for g in example_gradients(model, space, loss).values())) if gates else torch.no_grad()(loss)
 
 
 BF16 = torch.bfloat16
@@ -110,5 +112,5 @@ ENGINE: dict[str, dict[str, Variant]] = {
     "text": {"engine": text(), "engine, bf16": text(BF16)},
     "probe-weights": {"engine": probe},
     "probe-neurons": {"engine": probe},
-    "importance": {"engine": importance},
+    **dict.fromkeys(("importance", "importance-pocket"), {"engine": importance, "engine, forward only": lambda w: importance(w, gates=False)}),
 }

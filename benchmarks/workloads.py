@@ -156,6 +156,21 @@ def importance(quick: bool = False, device: str = "cpu", batch: int = 32, length
     return Workload("importance", model, batches, list(range(model.config.num_hidden_layers)), "head")
 
 
+def importance_pocket(quick: bool = False, device: str = "cpu", batch: int = 64) -> Workload:
+    "The same on a real, small model and real lengths: pocket-bert and the 400 development pairs of a pocket task, in batches sorted by length."
+    from subnet_explorer.data import read_glue
+    from subnet_explorer.pocket import load
+    bert, tok = load("pocket-bert")
+    model = BertForSequenceClassification(bert.config)
+    model.bert.load_state_dict(bert.bert.state_dict(), strict=False)
+    rows = sorted(read_glue("pocket:entails", "dev"), key=lambda r: len(tok(r["sentence"], r["pair"]).input_ids))
+    batches = []
+    for part in (rows[i:i + batch] for i in range(0, len(rows), batch)):
+        coded = tok([r["sentence"] for r in part], [r["pair"] for r in part], padding=True, return_tensors="pt")
+        batches.append({**coded, "labels": torch.tensor([int(r["label"] == "entailment") for r in part])})
+    return Workload("importance-pocket", model.eval().requires_grad_(False).to(device), [{k: v.to(device) for k, v in b.items()} for b in batches], list(range(4)), "head")
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-    "cloze": cloze, "text": text, "importance": importance,
+    "cloze": cloze, "text": text, "importance": importance, "importance-pocket": importance_pocket,
     "probe-weights": lambda **kw: probe("weight", **kw), "probe-neurons": lambda **kw: probe("neuron", **kw)}

@@ -46,12 +46,12 @@ def parameter(model: nn.Module, group: Group) -> nn.Parameter:
     path, _, attr = group.name.rpartition(".")
     return reach(model.base_model, path)._parameters[attr]
 
-# %% ../nbs/03_apply.ipynb #93657749
+# %% ../nbs/03_apply.ipynb #3ad9358b
 @contextmanager
 def applied(
     model: nn.Module,
     space: Space,
-    values: Mapping[str, Any],                # per group: tensor of the group's shape; for structured groups also (batch, n) or a function of the input
+    values: Mapping[str, Any],                # per group: tensor of the group's shape; for structured groups also (batch, n) or a function from features to gated features
 ) -> Iterator[None]:
     "Let `model` compute with its coordinates multiplied by `values`."
     layout, tensors = space.layout, {}
@@ -75,11 +75,12 @@ def applied(
         yield
 
 
-def _line(v: Any, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
-    v = (v(x) if callable(v) else v).repeat_interleave(repeat, -1)
-    return v[:, None] if v.dim() == 2 and x.dim() == 3 else v              # (batch, n) -> (batch, 1, n); packed rows have no token axis
-def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (args[0] * _line(v, args[0], repeat), *args[1:])
-def _gate_output(v: Any) -> Any: return lambda module, args, out: out * _line(v, out)
+def _times(x: torch.Tensor, v: Any, repeat: int = 1) -> torch.Tensor:
+    if callable(v): return v(x)
+    v = v.repeat_interleave(repeat, -1)
+    return x * (v[:, None] if v.dim() == 2 and x.dim() == 3 else v)          # (batch, n) -> (batch, 1, n); packed rows have no token axis
+def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (_times(args[0], v, repeat), *args[1:])
+def _gate_output(v: Any) -> Any: return lambda module, args, out: _times(out, v)
 
 
 def _scale_features(module: nn.Module, group: Group, v: torch.Tensor, transposed: bool) -> Any:

@@ -1,13 +1,15 @@
 "Importance in its published readings, and pruning step by step, against plain loops."
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from subnet_explorer import score
-from subnet_explorer.apply import masked
+from subnet_explorer.apply import applied, masked
 from subnet_explorer.data import Facts, encode, read_facts
 from subnet_explorer.evaluate import Precision
 from subnet_explorer.mask import Mask, Scores
@@ -56,6 +58,55 @@ def test_example_importance_does_not_depend_on_the_batch_and_the_others_do(bert,
     assert np.allclose(at("example", 24), at("example", 5), rtol=1e-3, atol=1e-7)
     for mode in ("batch", "cumulative"): assert not np.allclose(at(mode, 24), at(mode, 5), rtol=.05)
     assert (at("batch", 24) <= at("example", 24) + 1e-7).all()                      # |mean| ≤ mean of |.|
+
+
+def test_example_importance_does_not_depend_on_the_order(bert, facts):
+    space = Space.of(bert[0], "head+mlp")
+    turned = Facts(facts.items[::-1])
+    for batch in (24, 7):
+        one, two = (importance(*bert, Cloze(f), space, None, batch, seed=seed) for f, seed in ((facts, 0), (turned, 3)))
+        assert all(np.allclose(one[g.name], two[g.name], rtol=1e-3, atol=1e-7) for g in space.groups)
+
+
+@pytest.mark.parametrize("kind", ["head+mlp", "neuron", "layer"])
+def test_gates_that_are_removed_have_the_gradient_of_a_product(bert, kind):
+    "Padded, with token axis: against gates that are multiplied in."
+    model, tok = bert
+    x = tok(["the cat slept .", "anna walked in the garden ."], padding=True, return_tensors="pt")
+    space = Space.of(model, kind)
+    under = Mask.random(space, .6, seed=1)
+    loss = lambda: F.cross_entropy(model(**x).logits[:, 2], torch.tensor([7, 90]))
+    values = {g.name: torch.as_tensor(under[g.name]).float().repeat(2, 1).requires_grad_() for g in space.groups}
+    with applied(model, space, values): wanted = torch.autograd.grad(2 * loss(), list(values.values()))
+    got = example_gradients(model, space, loss, under)
+    for g, w in zip(space.groups, wanted): assert got[g.name].shape == (2, g.size) and torch.allclose(got[g.name], w, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_with_batches_of_different_sizes_count_by_their_own(bert, facts):
+    space = Space.of(bert[0], "head")
+    few, many = Cloze(Facts(facts.items[:4])), Cloze(facts)
+    both, one, two = (importance(*bert, goal, space, 1, 24) for goal in (few + many, few, many))
+    assert both.meta["examples"] == 28
+    assert all(np.allclose(28 * both[g.name], 4 * one[g.name] + 24 * two[g.name], rtol=1e-3, atol=1e-6) for g in space.groups)
+
+
+def test_examples_are_encoded_once_for_all_masks(bert, facts):
+    class Counting(Cloze):
+        prepared = 0
+        def prepare(self, context): Counting.prepared += 1; return super().prepare(context)
+    found = iterate(*bert, Counting(facts), Precision(facts), Space.of(bert[0], "head"), progress=False)
+    assert len(found.scores) > 1 and Counting.prepared == 1
+
+
+@pytest.mark.parametrize("settings", [dict(batches=0), dict(batch=0), dict(batches=-3)])
+def test_importance_of_nothing_is_refused(bert, facts, settings):
+    with pytest.raises(SubnetError, match="at least one batch"): importance(*bert, Cloze(facts), Space.of(bert[0], "head"), **settings)
+
+
+def test_a_diverged_model_ranks_nothing(bert, facts):
+    model = copy.deepcopy(bert[0])
+    with torch.no_grad(): model.bert.encoder.layer[3].output.dense.bias[0] = float("nan")
+    with pytest.raises(SubnetError, match="gradient of a gate is NaN"): importance(model, bert[1], Cloze(facts), Space.of(model, "head"))
 
 
 def test_importance_within_a_subnetwork(bert, facts):
@@ -215,7 +266,7 @@ def test_a_magnitude_ladder(bert, facts):
     space = Space.of(model, "weight", layers="3-4")
     found = iterate(model, tok, None, Precision(facts), space, least=0, progress=False)
     n, sizes = space.size, []
-    while len(sizes) < 9: n -= int(.1 * n); sizes.append(n)
+    while len(sizes) < 9: n -= round(.1 * n); sizes.append(n)      # torch.nn.utils.prune rounds
     assert found.table.weight.tolist() == [space.size, *sizes] and found.mask == score.magnitude(model, space).top(sizes[-1] / space.size)
     assert found.mask.density == pytest.approx(.9 ** 9, abs=1e-4)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from subnet_explorer.evaluate import TaskScore, task_metrics, task_scores
 from subnet_explorer.heads import Classifier, Fitted, fit, head_for, preserved
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Context, Task, batch_at
-from subnet_explorer.pocket import POCKET_TASKS, labelled, load, vocabulary
+from subnet_explorer.pocket import PARTS, POCKET_TASKS, TUNING, WORDINGS, labelled, load, pocket_rows, vocabulary
 from subnet_explorer.search import lr_at
 from subnet_explorer.score import importance, iterate
 from subnet_explorer.space import Space, SubnetError, UnknownName
@@ -107,13 +108,49 @@ def test_a_table_of_ones_own(tmp_path):
 @pytest.mark.parametrize("task", POCKET_TASKS)
 def test_pocket_tasks(task):
     train, dev = read_glue(f"pocket:{task}"), read_glue(f"pocket:{task}", "dev")
-    assert len(train) == 1500 and len(dev) == 400
-    key = lambda r: (r["sentence"], r.get("pair"))
-    assert not {key(r) for r in train} & {key(r) for r in dev}
+    assert len(train) == PARTS["train"] and len(dev) == PARTS["dev"]
     assert {w for r in dev for k in ("sentence", "pair") for w in r.get(k, "").split()} <= set(vocabulary())
     if dev.real: assert 0 <= min(r["label"] for r in dev) and max(r["label"] for r in dev) <= 5 and np.std([r["label"] for r in dev]) > 1
-    else: assert sum(r["label"] == dev.task.labels[0] for r in dev) in range(180, 221)
+    for part in (train, dev) if not dev.real else (): assert 2 * sum(r["label"] == dev.task.labels[0] for r in part) == len(part)
     assert labelled(task, 9, seed=1) == labelled(task, 9, seed=1) != labelled(task, 9, seed=2)
+    assert labelled(task, 9, part="test") != labelled(task, 9, part="dev")
+    with pytest.raises(SubnetError, match="0 .the usual one. or more"): labelled(task, -1)
+
+
+@pytest.mark.parametrize("task", POCKET_TASKS)
+def test_pocket_parts_share_no_example_no_sentence_and_no_subject(task):
+    rows = {part: labelled(task, 4000, part=part) for part in PARTS}
+    examples = {part: {tuple(v for k, v in r.items() if k != "label") for r in rs} for part, rs in rows.items()}
+    firsts = {part: {e[0] for e in es} for part, es in examples.items()}
+    seconds = {part: {e[-1] for e in es} for part, es in examples.items()}
+    for one, two in itertools.combinations(PARTS, 2):
+        assert not examples[one] & examples[two]
+        if task != "entails": assert not firsts[one] & firsts[two]            # there are few sentences about an eagle, so there the subject counts
+        if task in ("paraphrase", "similar"): assert not (firsts[one] | seconds[one]) & (firsts[two] | seconds[two])
+    if task == "entails":
+        subjects = {r["sub_phrase"] for r in pocket_rows() if r["pred"] == "IsA"}
+        told = {part: {max((p for p in subjects if f" {p} " in r["sentence1"]), key=len) for r in rs if "kind of" in r["sentence2"]} for part, rs in rows.items()}
+        assert len(told["dev"]) > 15 and not told["train"] & (told["dev"] | told["test"]) and not told["dev"] & told["test"]
+
+
+@pytest.mark.parametrize("task", ["acceptable", "paraphrase", "entails"])
+def test_no_pocket_example_has_two_labels(task):
+    labels = {}
+    for part in PARTS:
+        for r in labelled(task, 4000, part=part): labels.setdefault(tuple(v for k, v in r.items() if k != "label"), set()).add(r["label"])
+    assert all(len(v) == 1 for v in labels.values())
+
+
+def test_negatives_are_true_negatives():
+    "A fact with a misplaced word is no other fact, two wordings that differ say different things, and an animal is of one kind."
+    facts = {w.format(s=r["sub_phrase"], o=r["obj_label"]) for r in pocket_rows() for w in WORDINGS[r["pred"]]}
+    assert not facts & {r["sentence"] for r in labelled("acceptable", 3000) if r["label"] == "0"}
+    kinds = {r["sub_phrase"]: r["obj_label"] for r in pocket_rows() if r["pred"] == "IsA"}
+    for r in labelled("entails", 3000):
+        claim = r["sentence2"].removeprefix("there is a ").removesuffix(" .")
+        if not claim.startswith("kind of "): continue
+        told = max((s for s in kinds if f" {s} " in r["sentence1"]), key=len)
+        assert (kinds[told] == claim.removeprefix("kind of ")) == (r["label"] == "entailment")
 
 
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -275,10 +312,10 @@ def test_fine_tuned_heads_are_pruned_to_the_floor(bert):
     model, tok = bert
     data, dev = read_glue("pocket:entails"), read_glue("pocket:entails", "dev").take(200)
     with preserved(model):
-        done = fit(model, tok, data, epochs=2)
+        done = fit(model, tok, data, **TUNING)
         space, goal = Space.of(model, "head+mlp"), Task(dev, done.head)
         found = iterate(model, tok, goal, TaskScore(dev, done.head), space, progress=False)
-        assert found.full == task_scores(model, tok, done.head, dev)["score"] > .9
+        assert found.full == task_scores(model, tok, done.head, dev)["score"] > .75
         assert found.score == task_scores(model, tok, done.head, dev, found.mask)["score"] >= .9 * found.full
         one, other = (importance(model, tok, goal, space, None, batch) for batch in (64, 9))
         assert all(np.allclose(one[n], other[n], rtol=1e-3, atol=1e-6) for n in one.values)
