@@ -20,7 +20,7 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'show_command', 'doctor_command', 'parser', 'main']
+__all__ = ['lamp_command', 'show_command', 'agreement_command', 'doctor_command', 'parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #95f8686f
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +92,67 @@ def show_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
     return {"kind": "store", "runs": rows}
 
+# %% ../nbs/20_cli.ipynb #de53b574
+def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
+    import pandas as pd
+
+    from subnet_explorer.compare import consensus, overlap
+    masks, notes = _labelled_masks(Path(args.folder), args.where or [])
+    tasks, t = consensus(masks, args.kind), overlap(masks, "task", lenient=True)
+    names, shared = tasks.task.tolist(), t[t.kind == args.kind].set_index(["a", "b"])
+    square = lambda column: [[shared.at[(a, b), column] for b in names] for a in names]
+    many = {n: len(s) for n, s in zip(names, tasks.seeds)}
+    if len(set(map(tuple, tasks.seeds))) > 1: notes.append("tasks have different seeds: off the diagonal, overlap uses the seeds that both tasks have.")
+    for i, a in enumerate(names):
+        for b in names[i:]:
+            if (pairs := shared.at[(a, b), "pairs"]) < 2: notes.append(f"overlap of {a} and {b}: " + ("they have no seed in common." if not pairs else "one seed in common, so no standard deviation."))
+    keys = ["seeds", "kappa", "alpha", "raw_agreement", "prevalence", "q", "q_p", "survivors", "super_survivors", "mean_jaccard_distance"]
+    out = {"tasks": {str(r.task): {k: getattr(r, k) for k in keys} | ({"notes": r.notes} if r.notes else {}) for r in tasks.itertuples()},
+           "overlap": {"tasks": list(map(str, names)), "mean": square("mean"), "std": square("std")}} | ({"notes": notes} if notes else {})
+    if not args.json:
+        shown = tasks.drop(columns=["votes", "notes", "jaccard_chance"]).rename(columns={"low": "kappa low", "high": "kappa high", "mean_jaccard_distance": "Jaccard distance", "raw_agreement": "raw agreement", "super_survivors": "in all seeds", "q": "Q", "q_p": "p of Q"})
+        print(f"{args.kind} masks of {len(names)} task{'s' * (len(names) > 1)}\n\n{shown.assign(seeds=[many[n] for n in names]).to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
+        print(f"units kept by both tasks under one seed, mean ± standard deviation (chance):\n\n{_overlap_text(names, shared)}\n")
+        print("\n".join([f"{r.task}: {', '.join(k for k in r.notes if r.notes[k] == why)} {why}" for r in tasks.itertuples() for why in dict.fromkeys(r.notes.values())] + notes
+                        + ["Q tests whether all seeds keep equally many units, not whether they agree on which."]))
+    return _plain(out)
+
+
+def _labelled_masks(folder: Path, where: Sequence[str]) -> tuple[Any, list[str]]:
+    "Masks with the labels task and seed from published arrays or a store of runs, on one space; and what to say about them."
+    from subnet_explorer.store import Store, read_masks
+    store = Store(folder / "runs" if (folder / "runs").is_dir() else folder)
+    runs = list(store)
+    masks, notes = store.masks() if runs else read_masks(folder), []
+    if waiting := sum(not r.done for r in runs): notes.append(f"{waiting} of {len(runs)} runs are not finished and left out.")
+    for text in where:
+        label, _, value = text.partition("=")
+        known = {str(v): v for v in masks.index[label].unique()} if label in masks.index else {}
+        masks = masks.sel(**{label: known.get(value, value)})
+    weights = {m.space.model.weights for _, m in masks}
+    if len(weights) > 1 and len({m.space.layout for _, m in masks}) == 1:
+        masks = masks.rebase(masks[0].space)
+        notes.append(f"the masks were found on {len(weights)} models with different weights (fine-tuned copies); units are compared by their place.")
+    return masks, notes
+
+
+def _overlap_text(names: Sequence[Any], shared: Any) -> str:
+    "The overlap matrix as text."
+    import numpy as np
+    import pandas as pd
+    plus = lambda r: "–" if np.isnan(r["mean"]) else f"{r['mean']:.1f}" + ("" if np.isnan(r["std"]) else f" ± {r['std']:.1f}")
+    cell = lambda a, b: plus(r := shared.loc[(a, b)]) + ("" if a == b or np.isnan(r.chance) else f" ({r.chance:.1f})")
+    return pd.DataFrame([[cell(a, b) for b in names] for a in names], names, names).to_string()
+
+
+def _plain(value: Any) -> Any:
+    "NumPy's numbers as Python's, and NaN as None."
+    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and value != value else value
+
 # %% ../nbs/20_cli.ipynb #71007f0b
 def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     "Versions, devices, notebook front end, optional parts."
@@ -118,7 +179,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #35b1cd1c
+# %% ../nbs/20_cli.ipynb #1e56333e
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -151,6 +212,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--quiet", action="store_true", help="no progress")
     lamp.add_argument("--templates", help="a LAMA relations.jsonl whose templates replace the prompts")
     demo.set_defaults(model="pocket-bert", facts="pocket", templates=None)
+    agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
+    agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
+    agree.add_argument("--kind", default="head", help="unit to count: head or mlp")
+    agree.add_argument("--where", action="append", metavar="LABEL=VALUE", help="only the masks with this label, e.g. kind=good (may be given again)")
     command("show", show_command, "say what a mask file, run or store holds").add_argument("path")
     command("doctor", doctor_command, "versions, devices, and what is missing")
     return top

@@ -16,10 +16,11 @@ from .masks import Masks, overlaps, votes
 from .space import Space, SubnetError, check_names, same_space
 
 # %% auto #0
-__all__ = ['jaccard_distance', 'jaccard_chance', 'jaccard', 'overlap', 'survival_table', 'fleiss_kappa', 'krippendorff_alpha',
-           'agreement', 'cochran', 'holm', 'mcnemar', 'stability', 'interval']
+__all__ = ['PAIRWISE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'overlap', 'survival_table', 'fleiss_kappa',
+           'krippendorff_alpha', 'agreement', 'cochran', 'holm', 'mcnemar', 'consensus', 'correlation', 'stability',
+           'interval']
 
-# %% ../nbs/15_compare.ipynb #f0f86179
+# %% ../nbs/15_compare.ipynb #64e112ff
 def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance of two masks, 0 (equal) … 1 (disjoint); two empty masks have distance 0."
     both = overlaps(Masks([({}, a), ({}, b)])).astype(float)                         # (mask, mask, tensor)
@@ -27,15 +28,24 @@ def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
 
 
 def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
-    "Jaccard distance expected of random masks with the same counts per tensor."
+    "Jaccard distance expected of random masks with the same counts per tensor (heads, MLPs, layers: per kind)."
     same_space(a.space, b.space, "compare")
-    return _expected(table(a)["size"].to_numpy(float), table(a).kept.to_numpy(), table(b).kept.to_numpy(), average)
+    return _expected(a.space, *_shares(a.space, np.array([table(a).kept, table(b).kept], float)), average)
 
 
-def _expected(size: np.ndarray, a: np.ndarray, b: np.ndarray, average: str) -> float:
-    "Distance of random masks that keep `a` and `b` coordinates of tensors of `size`."
-    p, q = a / size, b / size
-    return _jaccard(size * p * q, size * (p + q - p * q), average)
+def _shares(space: Space, kept: np.ndarray) -> np.ndarray:      # (…, tensor)
+    "Share of kept coordinates in what a random mask is matched on: a tensor, or all heads, MLPs or layers."
+    pool = np.array([g.kind if g.kind in ("head", "mlp", "layer") else g.name for g in space.groups])
+    together = (pool[:, None] == pool).astype(float)
+    return kept @ together / (_sizes(space) @ together)
+
+
+def _sizes(space: Space) -> np.ndarray: return np.array([g.size for g in space.groups], float)
+
+
+def _expected(space: Space, p: np.ndarray, q: np.ndarray, average: str) -> float:      # p, q: (tensor,)
+    "Distance of random masks that keep shares `p` and `q` of every tensor."
+    return _jaccard(_sizes(space) * p * q, _sizes(space) * (p + q - p * q), average)
 
 
 def _jaccard(both: np.ndarray, either: np.ndarray, average: str) -> float:
@@ -43,7 +53,7 @@ def _jaccard(both: np.ndarray, either: np.ndarray, average: str) -> float:
     if average == "micro": both, either = both.sum(keepdims=True), either.sum(keepdims=True)
     return float(1 - np.mean(np.divide(both, either, out=np.ones_like(both), where=either > 0)))
 
-# %% ../nbs/15_compare.ipynb #da8ae025
+# %% ../nbs/15_compare.ipynb #3a34663e
 def jaccard(
     masks: Masks,
     by: str,                       # label that names the masks
@@ -52,14 +62,15 @@ def jaccard(
     "Jaccard distance of every pair of masks, with its chance value; several masks with one name (seeds) are averaged."
     check_names([by], masks.index.columns, "label")
     names, both = masks.index[by].tolist(), overlaps(masks).astype(float)
-    size, kept = np.array([g.size for g in masks[0].space.groups], float), np.einsum("iit->it", both)
+    kept = np.einsum("iit->it", both)
+    space, shares = masks[0].space, _shares(masks[0].space, kept)
     order = list(dict.fromkeys(names))
-    rows = [dict(a=x, b=y, distance=_jaccard(both[i, j], kept[i] + kept[j] - both[i, j], average), chance=_expected(size, kept[i], kept[j], average))
+    rows = [dict(a=x, b=y, distance=_jaccard(both[i, j], kept[i] + kept[j] - both[i, j], average), chance=_expected(space, shares[i], shares[j], average))
             for i, x in enumerate(names) for j, y in enumerate(names) if i != j or len(order) == len(names)]
     out = pd.DataFrame(rows).groupby(["a", "b"], sort=False).mean().reset_index()
     return out.sort_values(["a", "b"], key=lambda c: c.map(order.index), ignore_index=True)
 
-# %% ../nbs/15_compare.ipynb #514b2c6c
+# %% ../nbs/15_compare.ipynb #fb287839
 def _kinds(space: Space) -> dict[str, list[int]]:
     "Numbers of the tensors of each kind."
     found: dict[str, list[int]] = {}
@@ -71,8 +82,9 @@ def overlap(
     masks: Masks,
     by: str,                       # label to compare, e.g. the task
     over: str = "seed",            # label that pairs masks
-) -> pd.DataFrame:                 # columns kind, a, b, mean, std, chance
-    "Number of coordinates that masks share, mean and standard deviation over seeds (Prasanna et al. 2020)."
+    lenient: bool = False,         # list two tasks without a common seed as `nan` with no pairs, instead of refusing them
+) -> pd.DataFrame:                 # columns kind, a, b, mean, std, chance, pairs
+    "Number of coordinates that masks share, mean and standard deviation over seeds (Prasanna et al. 2020); of one seed the deviation is `nan`."
     check_names([by, over], masks.index.columns, "label")
     if masks.index.duplicated([by, over]).any(): raise SubnetError(f"several masks have the same {by!r} and {over!r}: select with .sel(…) first.")
     both, pairs, rows = overlaps(masks), masks.index[[by, over]].to_numpy().tolist(), []
@@ -81,14 +93,19 @@ def overlap(
         rows += [dict(kind=kind, a=x, b=y, shared=shared[i, j], chance=float(shared[i, i]) * shared[j, j] / size)
                  for i, (x, s) in enumerate(pairs) for j, (y, r) in enumerate(pairs) if s == r]
     groups = pd.DataFrame(rows).groupby(["kind", "a", "b"], sort=False)
-    out = groups.agg(mean=("shared", "mean"), std=("shared", "std"), chance=("chance", "mean")).reset_index()
-    alone = {(x, y) for x, _ in pairs for y, _ in pairs} - set(zip(out.a, out.b))
-    if alone: raise SubnetError("{!r} and {!r} have no {} in common: their masks cannot be paired.".format(*min(alone, key=str), over))
-    return out
+    out = groups.agg(mean=("shared", "mean"), std=("shared", "std"), chance=("chance", "mean"), pairs=("shared", "size")).reset_index()
+    alone = [(x, y) for x in masks.index[by].unique() for y in masks.index[by].unique() if not ((out.a == x) & (out.b == y)).any()]
+    if not alone: return out
+    if not lenient: raise SubnetError("{!r} and {!r} have no {} in common: their masks cannot be paired.".format(*alone[0], over))
+    return pd.concat([out, pd.DataFrame([dict(kind=k, a=x, b=y, mean=np.nan, std=np.nan, chance=np.nan, pairs=0) for k in out.kind.unique() for x, y in alone])], ignore_index=True)
 
-# %% ../nbs/15_compare.ipynb #24d1b782
-def survival_table(masks: Masks, over: str = "seed") -> pd.DataFrame:      # columns kind, layer, role, unit, mean, std
-    "Masks of a seed that keep each unit, mean and standard deviation over seeds; layers and units count from 1, unit 0 is a whole matrix."
+# %% ../nbs/15_compare.ipynb #886987bc
+def survival_table(
+    masks: Masks,
+    over: str = "seed",
+    more_than: float = 0.5,        # the share of a seed's masks (the tasks) that must keep a stable unit, on average
+) -> pd.DataFrame:                 # columns kind, layer, role, unit, mean, std, of, stable
+    "Masks of a seed that keep each unit, mean and standard deviation over seeds, `of` how many; layers and units count from 1, unit 0 is a whole matrix."
     check_names([over], masks.index.columns, "label")
     counts = masks.index[over].value_counts(sort=False)
     if counts.nunique() != 1: raise SubnetError(f"every {over} needs equally many masks, found {counts.to_dict()}: select with .sel(…) first.")
@@ -96,7 +113,8 @@ def survival_table(masks: Masks, over: str = "seed") -> pd.DataFrame:      # col
     cells = lambda m: np.concatenate([[d] if whole(g) else m[g.name].reshape(-1) for g, d in zip(m.space.groups, table(m).density)])
     per = np.array([np.sum([cells(m) for _, m in masks.sel(**{over: v})], 0, dtype=float) for v in counts.index])     # (seed, cell)
     where = [dict(kind=g.kind, layer=g.layer + 1, role=g.role, unit=u) for g in masks[0].space.groups for u in ([0] if whole(g) else range(1, g.size + 1))]
-    return pd.DataFrame(where).assign(mean=per.mean(0), std=per.std(0, ddof=1) if len(per) > 1 else np.nan)
+    of = int(counts.iloc[0])
+    return pd.DataFrame(where).assign(mean=per.mean(0), std=per.std(0, ddof=1) if len(per) > 1 else np.nan, of=of, stable=per.mean(0) > more_than * of + 1e-9)
 
 # %% ../nbs/15_compare.ipynb #b0d3c102
 def fleiss_kappa(votes: np.ndarray) -> np.ndarray:      # votes: (…, n + 1), items kept by 0 … n of n raters; result: (…)
@@ -201,6 +219,54 @@ def mcnemar(
             tables.append(pd.DataFrame(rows))
             tables[-1].insert(len(rows[0]) - 1, "holm", holm(tables[-1].p))
     return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/15_compare.ipynb #83e01dbe
+def consensus(
+    masks: Masks,
+    kind: str = "head",
+    by: str = "task",
+    over: str = "seed",
+    level: float = 0.95,           # of the bootstrap interval of kappa
+    samples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:                 # [by], seeds, items, kappa, low, high, alpha, raw_agreement, prevalence, q, q_p, survivors, super_survivors, mean_jaccard_distance, jaccard_chance, votes, notes
+    "What the masks of each task have in common, for one kind of unit; undefined numbers are `nan` with a reason in `notes`."
+    check_names([by, over], masks.index.columns, "label")
+    if not len(masks): raise SubnetError("there is no mask to compare.")
+    if masks.index[[by, over]].isna().any(axis=None): raise SubnetError(f"some masks have no label {by!r} or {over!r}: select with .sel(…) first.")
+    for _, m in masks: same_space(masks[0].space, m.space, "compare")
+    check_names([kind], _kinds(masks[0].space), "kind of unit")
+    tensors, rows = _kinds(masks[0].space)[kind], []
+    for value in masks.index[by].unique():
+        part = masks.sel(**{by: value})
+        if part.index[over].duplicated().any(): raise SubnetError(f"several masks of {by} {value!r} have the same {over!r}: select with .sel(…) first.")
+        n, v, both = len(part), votes(part)[tensors].sum(0), overlaps(part)[:, :, tensors].sum(2).astype(float)
+        kept, items = both.diagonal(), int(v.sum())
+        found = dict(seeds=sorted(part.index[over].tolist()), items=items, prevalence=kept.sum() / (n * items), survivors=kept.mean(), super_survivors=int(v[-1]), votes=v.tolist(), notes={})
+        rows.append({by: value, **dict.fromkeys(("seeds", "items")), **dict.fromkeys(PAIRWISE, np.nan), **found})
+        if n < 2: rows[-1]["notes"] = dict.fromkeys(PAIRWISE[:1] + PAIRWISE[3:-1], f"undefined: there is one {over} only"); continue
+        a, q = (t[t.kind == kind].iloc[0] for t in (agreement(part, over, level=level, samples=samples, seed=seed), cochran(part, over)))
+        pairs, share = list(zip(*np.triu_indices(n, 1))), kept / items
+        distance = lambda both, either: 1 - both / either if either else 0.
+        rows[-1] |= dict(kappa=a.kappa, low=a.low, high=a.high, alpha=a.alpha, raw_agreement=a.agreement, q=q.q, q_p=q.p, mean_jaccard_distance=np.mean([distance(both[i, j], kept[i] + kept[j] - both[i, j]) for i, j in pairs]),
+                         jaccard_chance=np.mean([distance(share[i] * share[j], share[i] + share[j] - share[i] * share[j]) for i, j in pairs]))
+        rows[-1]["notes"] = {**(dict(kappa=a.note, alpha=a.note) if np.isnan(a.kappa) else {}), **(dict(q=q.note, q_p=q.note) if np.isnan(q.q) else {})}
+    return pd.DataFrame(rows)
+
+
+PAIRWISE = ("kappa", "low", "high", "alpha", "raw_agreement", "q", "q_p", "mean_jaccard_distance", "jaccard_chance")
+"What needs at least two masks."
+
+# %% ../nbs/15_compare.ipynb #b5a15f33
+def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:      # r, p, n, note
+    "Pearson's correlation of two columns; `nan` with a note where one of them is constant."
+    from scipy.stats import pearsonr
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 3: raise SubnetError(f"a correlation needs two columns of at least three numbers, got shapes {x.shape} and {y.shape}.")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()): raise SubnetError("some values are NaN or infinite: leave those rows out first.")
+    note = " and ".join(f"all values of {name} are equal" for name, v in (("the first column", x), ("the second column", y)) if np.ptp(v) == 0)
+    r, p = (np.nan, np.nan) if note else pearsonr(x, y)
+    return dict(r=float(r), p=float(p), n=len(x), note=f"undefined: {note}" if note else "")
 
 # %% ../nbs/15_compare.ipynb #c3568eec
 def stability(

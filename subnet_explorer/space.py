@@ -20,8 +20,8 @@ import numpy as np
 # %% auto #0
 __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange',
            'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout', 'layout_of',
-           'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'same_space', 'check_model', 'Footprint',
-           'footprints', 'space_to', 'family_table']
+           'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'unit_space', 'same_space', 'check_model',
+           'Footprint', 'footprints', 'space_to', 'family_table']
 
 # %% ../nbs/00_space.ipynb #b4117556
 class SubnetError(ValueError):
@@ -142,7 +142,7 @@ def layer_text(indices: Iterable[int]) -> str:
         else: runs.append([i + 1, i + 1]) if not runs or i + 1 != runs[-1][1] + 1 else runs[-1].__setitem__(1, i + 1)
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
-# %% ../nbs/00_space.ipynb #8418ac04
+# %% ../nbs/00_space.ipynb #aac39580
 @dataclass(frozen=True)
 class Layout:
     "Names and shapes of the block matrices of one transformer."
@@ -161,11 +161,17 @@ class Layout:
     @property
     def roles(self) -> tuple[str, ...]:
         "Roles of this family, in canonical order."
-        return tuple(r for r in ROLES if r in FAMILIES[self.family])
+        return tuple(r for r in ROLES if r in self.paths)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        "Where the matrices are; raise `UnknownFamily` where nobody knows."
+        if self.family not in FAMILIES: raise UnknownFamily(f"where the matrices are is not known of {self.family!r}: use mask.rebase(Space.of(model, …)) to say which model a mask belongs to, or add the paths to subnet_explorer.space.FAMILIES.")
+        return FAMILIES[self.family]
 
     def module(self, layer: int, role: str) -> str:
         "Path of a matrix's module, relative to the base model."
-        paths = FAMILIES[self.family]
+        paths = self.paths
         return f"{paths['blocks']}.{layer}.{paths[role if role in paths else 'qkv']}"
 
     def widths(self, role: str) -> tuple[int, int]:
@@ -200,17 +206,17 @@ def layout_of(model: Any) -> Layout:
                                 f"{tuple(mods[r].weight.shape)} where {out.shape(r)} was expected.")
     return out
 
-# %% ../nbs/00_space.ipynb #a0d2e01a
+# %% ../nbs/00_space.ipynb #46b3978d
 @dataclass(frozen=True)
 class ModelId:
     "Identity of a base model."
     name: str
     revision: str | None
     config: str            # hash of the configuration (16 hex digits)
-    weights: str           # hash of the block and embedding weights (16 hex digits)
+    weights: str           # hash of the block and embedding weights (16 hex digits); empty if nobody knows
 
     def __str__(self) -> str:
-        return f"{self.name}{'@' + self.revision[:7] if self.revision else ''} (weights {self.weights[:6]}…)"
+        return f"{self.name}{'@' + self.revision[:7] if self.revision else ''}" + (f" (weights {self.weights[:6]}…)" if self.weights else "")
 
 
 def fingerprint(model: Any, layout: Layout) -> str:
@@ -329,6 +335,18 @@ def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tupl
     else:
         n = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)[kind]
         yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (n,))
+
+# %% ../nbs/00_space.ipynb #b99c0243
+def unit_space(
+    layers: int,
+    heads: int | None = None,      # per layer; None: the space has no heads
+    mlps: bool = False,
+) -> Space:
+    "Heads and MLPs of a model that is not known."
+    if layers < 1 or heads is not None and heads < 1 or not (heads or mlps): raise SubnetError(f"a space needs at least one unit, got {layers} layers of {heads} heads{'' if mlps else ' without MLPs'}.")
+    layout = Layout("unknown", layers, heads or 0, heads or 0, 0, 0, 0, False, (), "", 0)
+    kinds = ["head"] * bool(heads) + ["mlp"] * mlps
+    return Space(tuple(g for i in range(layers) for k in kinds for g in _groups(layout, k, i, [], None)), layout, ModelId("an unknown model", None, "", ""))
 
 # %% ../nbs/00_space.ipynb #fffff5c2
 def same_space(left: Space, right: Space, verb: str = "combine") -> None:
