@@ -20,7 +20,7 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'show_command', 'agreement_command', 'doctor_command', 'parser', 'main']
+__all__ = ['lamp_command', 'tickets_command', 'show_command', 'agreement_command', 'doctor_command', 'parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #95f8686f
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,6 +66,41 @@ def _numbers(text: str) -> list[int]:
 def _say(text: str, args: argparse.Namespace) -> None:
     if not getattr(args, "quiet", False): print(text, file=sys.stderr)
 
+# %% ../nbs/20_cli.ipynb #480717ee
+def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Run the study of lottery tickets as asked, print its table, write masks, tables and the report; return the JSON form."
+    from subnet_explorer.lottery import gains, task_data, table, tickets_json, tickets_report
+    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.pocket import TUNING, load
+    from subnet_explorer.recipes import tickets
+    model, tok = load(args.model, device=_device(args.device))
+    sources = dict(_named(t) for t in args.task)
+    if len(sources) < len(args.task): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in args.task)}. Name them, e.g. mine=path/to/folder.")
+    tasks = {n: task_data(s, search=args.search, on_dev=args.on_dev, train=args.train, test=args.test, strict=not args.lenient) for n, s in sources.items()}
+    usual = TUNING if args.model.startswith("pocket-") else {}
+    training = {k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, k) if getattr(args, k) is not None else usual.get(k)) is not None}
+    study = tickets(model, tok, tasks, kind=args.kind, seeds=_numbers(args.seeds), length=args.length, drop=args.drop, floor=args.floor, supers=args.supers, longer=[float(n) for n in _numbers(args.longer)] if args.longer else (),
+                    random_init=args.random_init, processes=args.processes, to=args.out, progress=not args.quiet, **training, **(dict(published=True, mode="cumulative", normalise="published") if args.published else {}))
+    out = tickets_json(study)
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
+    if not args.json:
+        print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.plan.space!r}\n")
+        print(table(study).to_string(na_rep=""), "\n")
+        print(gains(study).to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
+        for (t, s), why in study.skipped.items(): print(f"not pruned: {t}, seed {s}: {why}")
+        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+    if args.report:
+        _say("writing the report …", args)
+        report = tickets_report(study, Path(args.out, "report.html"))
+        if not args.json: print(f"Open {report}.")
+    return out
+
+
+def _named(text: str) -> tuple[str, str]:
+    "Name and source of a task."
+    name, sign, source = text.partition("=")
+    return (name, source) if sign else (Path(text.removesuffix("/").rpartition(":")[2]).name.removesuffix(".gz").removesuffix(".tsv"), text)
+
 # %% ../nbs/20_cli.ipynb #a032417f
 def show_command(args: argparse.Namespace) -> dict[str, Any]:
     "Describe a mask, run, or store."
@@ -92,7 +127,7 @@ def show_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
     return {"kind": "store", "runs": rows}
 
-# %% ../nbs/20_cli.ipynb #de53b574
+# %% ../nbs/20_cli.ipynb #23a5102f
 def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
     "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
     import pandas as pd
@@ -126,6 +161,7 @@ def _labelled_masks(folder: Path, where: Sequence[str]) -> tuple[Any, list[str]]
     runs = list(store)
     masks, notes = store.masks() if runs else read_masks(folder), []
     if waiting := sum(not r.done for r in runs): notes.append(f"{waiting} of {len(runs)} runs are not finished and left out.")
+    if "kind" in masks.index and not any(w.startswith("kind=") for w in where) and "good" in set(masks.index.kind): where = [*where, "kind=good"]      # a study of lottery tickets
     for text in where:
         label, _, value = text.partition("=")
         known = {str(v): v for v in masks.index[label].unique()} if label in masks.index else {}
@@ -179,7 +215,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #1e56333e
+# %% ../nbs/20_cli.ipynb #8d5892b8
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -212,6 +248,28 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--quiet", action="store_true", help="no progress")
     lamp.add_argument("--templates", help="a LAMA relations.jsonl whose templates replace the prompts")
     demo.set_defaults(model="pocket-bert", facts="pocket", templates=None)
+    cards = command("tickets", tickets_command, "lottery tickets: fine-tune, prune and retrain good, random and bad subnetworks of any model on labelled sentences")
+    cards.add_argument("--model", required=True, help="pocket-bert, a folder, or a hub name")
+    cards.add_argument("--task", required=True, nargs="+", metavar="[NAME=]SOURCE", help="pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG")
+    cards.add_argument("--seeds", default="0,1,2,3,4", help="with commas")
+    cards.add_argument("--out", required=True, help="folder for masks, models, tables and the report; the same command continues there")
+    cards.add_argument("--kind", default="head+mlp", choices=["head+mlp", "head", "mlp", "weight"], help="what is pruned: by importance, or weights by magnitude")
+    for name, of, text in (("epochs", float, "of fine-tuning; 3 if nothing is said"), ("lr", float, "peak learning rate; 2e-5 if nothing is said"), ("batch", int, "sentences per step; 32 if nothing is said"), ("train", int, "at most so many sentences to train on"), ("test", int, "at most so many sentences to report on")):
+        cards.add_argument(f"--{name}", type=of, help=text)
+    cards.add_argument("--length", type=int, default=128, help="tokens that are read at most")
+    cards.add_argument("--search", type=float, default=0.2, help="share of the training sentences that is set aside for the search")
+    cards.add_argument("--on-dev", action="store_true", help="search on the sentences that are reported on, as published")
+    cards.add_argument("--drop", type=float, default=0.1, help="share of units removed in one step")
+    cards.add_argument("--floor", type=float, default=0.9, help="share of the full model's score that must be kept")
+    cards.add_argument("--supers", action=argparse.BooleanOptionalAction, default=True, help="also what the masks of all seeds have in common")
+    cards.add_argument("--longer", help="numbers of epochs for which bad masks are also retrained, e.g. 4,5,6")
+    cards.add_argument("--random-init", action="store_true", help="also a model that was never pretrained")
+    cards.add_argument("--published", action="store_true", help="importance as in the published code, random masks of drawn size")
+    cards.add_argument("--processes", type=int, default=1, help="cells (task, seed) at once")
+    cards.add_argument("--lenient", action="store_true", help="leave out, and count, broken lines")
+    cards.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write report.html")
+    cards.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    cards.add_argument("--quiet", action="store_true", help="no progress")
     agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
     agree.add_argument("--kind", default="head", help="unit to count: head or mlp")

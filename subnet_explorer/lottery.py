@@ -35,7 +35,7 @@ from .store import Run, Store, open_study
 
 # %% auto #0
 __all__ = ['SUPER', 'TaskData', 'task_data', 'majority_label', 'Plan', 'fine_tuned', 'tickets', 'Tickets', 'summary', 'gains',
-           'table']
+           'table', 'tickets_json', 'tickets_report']
 
 # %% ../nbs/13_lottery.ipynb #82e2e225
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class TaskData:
     def recipe(self) -> dict[str, Any]: return {k: {"data": d.fingerprint, "n": len(d)} for k, d in self.parts.items()}
     def __repr__(self) -> str: return f"TaskData({self.train.name}: " + ", ".join(f"{len(d):,} to {k}" for k, d in zip(("train", "search", "test"), self.parts.values())) + f"; {self.metric})"
 
-# %% ../nbs/13_lottery.ipynb #314fb99e
+# %% ../nbs/13_lottery.ipynb #a264e505
 def task_data(
-    source: str | Path,              # as in `read_glue`
+    source: str | Path,              # as in `read_glue`; of a single file a share is set aside for the report too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
     search: float = 0.2,             # share of the training sentences on which masks are searched
@@ -70,18 +70,20 @@ def task_data(
     strict: bool = True,             # False: count broken lines instead of stopping
 ) -> TaskData:
     "Read the three parts of a task."
-    both = [read_glue(source, part, task, strict) for part in ("train", "dev")]
-    learn, report = (d if n is None else d.take(n, seed) for d, n in zip(both, (None, test)))
-    if not on_dev:
-        if not 0 < search < 1: raise SubnetError(f"search is a share of the training sentences between 0 and 1, got {search}.")
-        texts = sorted({_text(r) for r in learn})
-        aside = set(np.random.default_rng(seed).choice(texts, max(1, round(search * len(texts))), replace=False).tolist())
-        learn, held = (replace(learn, items=tuple(r for r in learn if (_text(r) in aside) == there)) for there in (False, True))
-    if train is not None: learn = learn.take(train, seed)
-    return TaskData(learn, report if on_dev else held, report)
+    if not 0 < search < 0.5: raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
+    learn = read_glue(source, "train", task, strict)
+    learn, report = _set_aside(learn, search, seed) if Path(str(source)).is_file() else (learn, read_glue(source, "dev", task, strict))
+    learn, held = (learn, report) if on_dev else _set_aside(learn, search, seed + 1)
+    few = lambda d, n: d if n is None else d.take(n, seed)
+    return TaskData(few(learn, train), few(report, test) if on_dev else held, few(report, test))
 
 
-def _text(row: Mapping[str, Any]) -> str: return "\t".join(str(row[k]) for k in ("sentence", "pair") if k in row)
+def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
+    "All rows but those of a share of the texts, and these."
+    text = lambda r: "\t".join(str(r[k]) for k in ("sentence", "pair") if k in r)
+    texts = sorted({text(r) for r in data})
+    aside = set(np.random.default_rng(seed).choice(texts, max(1, round(share * len(texts))), replace=False).tolist())
+    return tuple(replace(data, items=tuple(r for r in data if (text(r) in aside) == there)) for there in (False, True))
 
 # %% ../nbs/13_lottery.ipynb #2a2884ed
 def majority_label(data: TaskData) -> dict[str, Any]:      # score, each metric by name, note
@@ -336,3 +338,40 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) Ã— task: "mean Â
     out = t.set_index(["kind", "stage", "task"]).text.unstack().reindex(columns=list(study.plan.tasks)).reindex(pd.MultiIndex.from_frame(t[["kind", "stage"]].drop_duplicates()))
     first = {n: m["score"] for n, d in study.plan.tasks.items() for m in [majority_label(d)]}
     return pd.concat([pd.DataFrame([{n: "undefined" if np.isnan(v) else f"{v:.3f}" for n, v in first.items()}], pd.MultiIndex.from_tuples([("majority", "")], names=["kind", "stage"])), out]).rename_axis(columns=None)
+
+# %% ../nbs/13_lottery.ipynb #62c9606e
+def tickets_json(study: Tickets) -> dict[str, Any]:
+    "The study as plain data: scores over seeds, sizes, gains, mask files."
+    t, base = summary(study), study.config["training"]["epochs"]
+    plain = lambda row: {k: None if isinstance(v, float) and np.isnan(v) else round(float(v), 6) if isinstance(v, (float, np.floating)) else v for k, v in row.items()}
+    path = lambda kind, task: [str(m) for (_, m) in study.masks.sel(task=task, kind=kind)._rows() if isinstance(m, Path)]
+    def of(task: str) -> dict[str, Any]:
+        data, mine = study.plan.tasks[task], t[t.task == task]
+        each = lambda r: {str(k): plain({"score": v})["score"] for k, v in study.scores.query("task == @r.task and kind == @r.kind and stage == @r.stage and epochs == @r.epochs").set_index("seed").score.items()}
+        scores: dict[str, Any] = {}
+        for r in mine.itertuples(): scores.setdefault(r.kind, {})[r.stage if r.epochs == base else f"{r.stage} ({r.epochs:g} epochs)"] = plain({k: getattr(r, k) for k in ("mean", "std", "low", "high")}) | {"scores": each(r)} | ({"note": r.note} if r.note else {})
+        good = [m for _, m in study.masks.sel(task=task, kind="good")] if task in set(study.good.index.task) else []
+        return {"metric": data.metric, "n": {k: len(d) for k, d in data.parts.items()}, "majority": plain({"score": majority_label(data)["score"]})["score"], "scores": scores,
+                "survivors": [{k: int(v) for k, v in m.table().groupby("kind").kept.sum().items()} for m in good], "masks": {k: path(k, task) for k in mine.kind.unique() if k in set(study.masks.sel(task=task).index.kind)}}
+    return {"model": study.plan.space.model.name, "kind": study.config["kind"], "tasks": {n: of(n) for n in study.plan.tasks}, "gains": [plain(r) for r in gains(study).to_dict("records")],
+            "skipped": {f"{t}, seed {s}": why for (t, s), why in study.skipped.items()}, "config": study.config, "seconds": round(study.seconds, 1)}
+
+# %% ../nbs/13_lottery.ipynb #7f269fd9
+def tickets_report(study: Tickets, path: str | Path) -> Path:
+    "Write the report of a study."
+    from subnet_explorer import compare, plots
+    good, base = study.good, study.scores[study.scores.epochs == study.config["training"]["epochs"]]
+    several, units = good.index.seed.nunique() > 1, [k for k in study.config["kind"].split("+") if k != "weight"]
+    per_task = {t: good.sel(task=t) for t in study.plan.tasks if t in set(good.index.task)}
+    sections = [
+        ("Scores", "On sentences by which nothing was chosen" + (" but the masks themselves" if any(d.search is d.test for d in study.plan.tasks.values()) else "") + "; mean and standard deviation over seeds. " + "; ".join(f"{n}: {d.metric}" for n, d in study.plan.tasks.items()) + ".",
+         [plots.tickets(base.assign(score=base.score.fillna(0.0))), table(study).reset_index()]),
+        ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % Student intervals.", [gains(study).round(3)]),
+        ("What survives", "How often each unit is kept over seeds.", [plots.survival(ms, title=f"{t}: kept over seeds") for t, ms in per_task.items() if several and units]),
+        ("Do seeds agree?", "Fleiss' kappa depends on how much is kept: read it with prevalence and raw agreement. Q tests equal numbers of survivors, not agreement.", [plots.consensus(compare.consensus(good, k), units={"head": "heads", "mlp": "MLPs"}[k]) for k in units if several]),
+        ("Do tasks share units?", "Units kept by both tasks under the same seed, beside chance.", [plots.overlap(compare.overlap(good, "task"), k) for k in units if len(per_task) > 1 and several]),
+        ("Importance", "Of the units of the fine-tuned models; marked are those that go first.", [plots.importance(study.importance[t, s], title=f"{t}, seed {s}") for t in per_task for s in [good.sel(task=t).index.seed.iloc[0]] if study.importance]),
+        ("How masks were searched", "Scores on the sentences of the search.", [study.steps.round(3)]),
+        ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
+    ]
+    return plots.report(path, f"Lottery tickets of {study.plan.space.model.name}", [s for s in sections if s[2]])

@@ -63,7 +63,7 @@ def test_one_class_is_refused(tasks):
     one = replace(d.test, items=tuple(r for r in d.test if r["label"] == "entailment"))
     with pytest.raises(SubnetError, match="all test sentences of .* have the label 'entailment'"): TaskData(d.train, d.search, one)
     with pytest.raises(SubnetError, match="there is no search sentence"): TaskData(d.train, replace(d.test, items=()), d.test)
-    with pytest.raises(SubnetError, match="between 0 and 1"): task_data("pocket:entails", search=2)
+    with pytest.raises(SubnetError, match="between 0 and 0.5"): task_data("pocket:entails", search=2)
 
 
 def test_majority_is_the_dummy_of_scikit_learn(tasks):
