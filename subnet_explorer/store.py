@@ -254,7 +254,7 @@ def _check_alike(before: Any, after: Any) -> None:
         who = "tasks" if before[0]["task"] != after[0]["task"] else "seeds"
         raise SpaceMismatch(f"{who} with different spaces: {before[1]} has {shapes[0]}; {after[1]} has {shapes[1]}. Put masks of differently shaped models, and masks without MLPs, into folders of their own.")
 
-# %% ../nbs/08_store.ipynb #8f6e8652
+# %% ../nbs/08_store.ipynb #ef56df33
 def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None:
     "The store of the study in folder `to`, new or to be continued; raise `OtherRun` if the folder holds anything else."
     if to is None: return None
