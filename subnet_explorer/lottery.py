@@ -57,7 +57,7 @@ class TaskData:
     def recipe(self) -> dict[str, Any]: return {k: {"data": d.fingerprint, "n": len(d)} for k, d in self.parts.items()}
     def __repr__(self) -> str: return f"TaskData({self.train.name}: " + ", ".join(f"{len(d):,} to {k}" for k, d in zip(("train", "search", "test"), self.parts.values())) + f"; {self.metric})"
 
-# %% ../nbs/13_lottery.ipynb #a264e505
+# %% ../nbs/13_lottery.ipynb #746037a8
 def task_data(
     source: str | Path,              # as in `read_glue`; of a single file a share is set aside for the report too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
@@ -73,9 +73,10 @@ def task_data(
     if not 0 < search < 0.5: raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
     learn = read_glue(source, "train", task, strict)
     learn, report = _set_aside(learn, search, seed) if Path(str(source)).is_file() else (learn, read_glue(source, "dev", task, strict))
-    learn, held = (learn, report) if on_dev else _set_aside(learn, search, seed + 1)
     few = lambda d, n: d if n is None else d.take(n, seed)
-    return TaskData(few(learn, train), few(report, test) if on_dev else held, few(report, test))
+    report = few(report, test)
+    learn, held = (learn, report) if on_dev else _set_aside(learn, search, seed + 1)
+    return TaskData(few(learn, train), held, report)
 
 
 def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:

@@ -39,6 +39,22 @@ def study(bert, tasks, tmp_path_factory):
     return tickets(*bert, tasks, seeds=(0, 1), floor=.9, random_init=True, longer=(4,), to=tmp_path_factory.mktemp("study") / "s", **QUICK)
 
 
+def untrained():
+    "A tiny encoder that was never trained, for what does not need a good one."
+    from transformers import BertConfig, BertForMaskedLM
+    torch.manual_seed(0)
+    tok = load("pocket-bert")[1]
+    return BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)).eval(), tok
+
+def one_task(): return {"entails": task_data("pocket:entails", search=.05, train=128, test=60)}
+
+@pytest.fixture(scope="module")
+def small(): return untrained()
+
+@pytest.fixture(scope="module")
+def entails(): return one_task()
+
+
 def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -147,18 +163,18 @@ def test_tables(study):
     assert shown.loc[("bad", "retrained"), "entails"] == f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
 
 
-def test_the_model_comes_back(bert, tasks, monkeypatch):
-    model, before = bert[0], weights(bert[0])
-    tickets(*bert, {"entails": tasks["entails"]}, seeds=(0,), floor=.95, **QUICK)
+def test_the_model_comes_back(small, entails, monkeypatch):
+    model, before = small[0], weights(small[0])
+    tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     monkeypatch.setattr(lottery, "controls", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError): tickets(*bert, {"entails": tasks["entails"]}, seeds=(0,), floor=.95, **QUICK)
+    with pytest.raises(ZeroDivisionError): tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_weights_by_magnitude(bert, tasks, tmp_path):
+def test_weights_by_magnitude(bert, entails, tmp_path):
     model = bert[0]
-    found = tickets(*bert, {"entails": tasks["entails"]}, kind="weight", seeds=(0,), floor=.9, to=tmp_path / "w", **QUICK)
+    found = tickets(*bert, entails, kind="weight", seeds=(0,), floor=.95, to=tmp_path / "w", **QUICK)
     by = found.masks.by("kind")
     n = len(found.steps[found.steps.passed]) - 1
     assert 0 < n <= 9 and abs(by["good"].density - .9 ** n) < 1e-4 and by["good"].count == by["random"].count == by["bad"].count and not found.importance
@@ -171,21 +187,21 @@ def test_weights_by_magnitude(bert, tasks, tmp_path):
     assert abs((by["good"] & by["random"]).count - chance) < 5 * np.sqrt(chance)
 
 
-def test_as_published(bert, tasks):
+def test_as_published(small, entails):
     "Sizes of random masks are drawn; so they differ from the good ones in some seed."
-    found = tickets(*bert, {"entails": tasks["entails"]}, seeds=range(3), published=True, mode="cumulative", normalise="published", supers=False, **QUICK)
+    found = tickets(*small, entails, seeds=range(3), floor=1.0, published=True, mode="cumulative", normalise="published", supers=False, **QUICK)
     assert [m.count for _, m in found.masks.sel(kind="random")] != [m.count for _, m in found.good] == [m.count for _, m in found.masks.sel(kind="bad")]
 
 
 @pytest.mark.parametrize("kind", ["head", "mlp"])
-def test_one_kind_of_unit(bert, tasks, kind):
-    found = tickets(*bert, {"entails": tasks["entails"]}, kind=kind, seeds=(0,), floor=.95, supers=False, **QUICK)
+def test_one_kind_of_unit(small, entails, kind):
+    found = tickets(*small, entails, kind=kind, seeds=(0,), floor=1.0, supers=False, **QUICK)
     assert {m.space.kind for _, m in found.masks} == {kind} and found.good[0].density < 1
 
 
-def test_other_families(tasks):
+def test_other_families(entails):
     model, tok = load("pocket-gpt2")
-    found = tickets(model, tok, {"entails": tasks["entails"]}, seeds=(0,), floor=.95, random_init=True, **QUICK)
+    found = tickets(model, tok, entails, seeds=(0,), floor=1.0, random_init=True, **QUICK)
     assert {"full", "good", "random", "bad", "random-init"} == set(found.scores.kind) and found.good[0].density < 1
 
 
@@ -193,22 +209,20 @@ def test_other_families(tasks):
 
 PROGRAM = """
 import sys
-from subnet_explorer.lottery import task_data, tickets
-from subnet_explorer.pocket import load
-tickets(*load("pocket-bert"), {"entails": task_data("pocket:entails", search=.05, train=256, test=60)}, seeds=(0, 1), floor=.9, epochs=3, lr=1e-3, length=32, progress=False, to=sys.argv[1])
+from test_lottery import QUICK, one_task, tickets, untrained
+tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUICK)
 """
 
 
-def test_killed_and_continued(bert, tasks, tmp_path):
-    tasks = {"entails": tasks["entails"]}
-    whole = tickets(*bert, tasks, seeds=(0, 1), floor=.9, to=tmp_path / "whole", **QUICK)
+def test_killed_and_continued(small, entails, tmp_path):
+    whole = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "whole", **QUICK)
     for wanted in (1, 6):                                                             # killed after so many masks were finished
-        child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "cut")], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < wanted:
             assert child.poll() is None, child.stderr.read().decode()[-2000:]
             time.sleep(.02)
         child.kill(); child.wait()
-    cut = tickets(*bert, tasks, seeds=(0, 1), floor=.9, to=tmp_path / "cut", **QUICK)
+    cut = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "cut", **QUICK)
     pd.testing.assert_frame_equal(whole.scores, cut.scores)
     assert [m for _, m in whole.masks] == [m for _, m in cut.masks]
     assert not list(tmp_path.glob("cut/**/state.safetensors")) and len(list((tmp_path / "cut" / "models").iterdir())) == 2
@@ -222,34 +236,33 @@ def test_from_the_folder_nothing_is_done_again(study, bert, tasks, monkeypatch):
     assert all(np.array_equal(v, again.importance[c].values[g]) for c, s in study.importance.items() for g, v in s.values.items())
 
 
-def test_a_study_grows(bert, tasks, tmp_path):
-    small = {"entails": tasks["entails"]}
-    tickets(*bert, small, seeds=(0,), floor=.9, to=tmp_path / "s", **QUICK)
+def test_a_study_grows(small, entails, tmp_path):
+    tickets(*small, entails, seeds=(0,), floor=1.0, to=tmp_path / "s", **QUICK)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("s/runs/*/metrics.jsonl")}
-    grown = tickets(*bert, small, seeds=(0, 1), floor=.9, to=tmp_path / "s", **QUICK)
+    grown = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "s", **QUICK)
     assert len(before) == 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert set(grown.scores.seed) == {0, 1} and set(SUPER) <= set(grown.scores.kind)
-    with pytest.raises(OtherRun, match="differs in pruning"): tickets(*bert, small, seeds=(0,), floor=.7, to=tmp_path / "s", **QUICK)
+    with pytest.raises(OtherRun, match="differs in pruning"): tickets(*small, entails, seeds=(0,), floor=.7, to=tmp_path / "s", **QUICK)
 
 
-def test_processes_share_the_cells(bert, tasks, tmp_path):
-    tasks = {"entails": tasks["entails"]}
+def test_processes_share_the_cells(small, entails, tmp_path):
     torch.set_num_threads(1)
-    try: one = tickets(*bert, tasks, seeds=(0, 1), floor=.9, **QUICK)
+    try: one = tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
     finally: torch.set_num_threads(2)
-    two = tickets(*bert, tasks, seeds=(0, 1), floor=.9, processes=2, to=tmp_path / "two", **QUICK)
+    two = tickets(*small, entails, seeds=(0, 1), floor=1.0, processes=2, to=tmp_path / "two", **QUICK)
     pd.testing.assert_frame_equal(one.scores, two.scores)
     assert [m for _, m in one.masks] == [m for _, m in two.masks]
 
 
 # ── refused, by name ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-def test_a_model_that_has_learned_nothing(bert, tasks):
+def test_a_model_that_has_learned_nothing(small):
+    data = task_data("pocket:acceptable", search=.05, train=64, test=60)
     with pytest.raises(SubnetError, match="no cell could be pruned: acceptable, seed 0: the full model scores .*: a share of that is no floor"):
-        tickets(*bert, {"acceptable": tasks["acceptable"]}, seeds=(0,), **{**QUICK, "lr": 1e-9})
+        tickets(*small, {"acceptable": data}, seeds=(0,), **{**QUICK, "lr": 1e-9})
 
 
-def test_a_cell_without_floor_does_not_stop_the_others(bert, tasks, tmp_path, monkeypatch):
+def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path, monkeypatch):
     "It stays in the table with its reason; also when read from the folder."
     real = lottery.iterate
     def pruned(*a, labels, **k):
@@ -257,7 +270,7 @@ def test_a_cell_without_floor_does_not_stop_the_others(bert, tasks, tmp_path, mo
         return real(*a, labels=labels, **k)
     monkeypatch.setattr(lottery, "iterate", pruned)
     for _ in range(2):
-        found = tickets(*bert, {"entails": tasks["entails"]}, seeds=(0, 1, 2), to=tmp_path / "s", **QUICK)
+        found = tickets(*small, entails, seeds=(0, 1, 2), to=tmp_path / "s", **QUICK)
         assert found.skipped == {("entails", 1): "the full model scores -0.1"} and set(found.good.index.seed) == {0, 2}
         one = found.scores.query("seed == 1")
         assert list(one.kind) == ["full"] and one.note.item() == "not pruned: the full model scores -0.1"
@@ -265,26 +278,26 @@ def test_a_cell_without_floor_does_not_stop_the_others(bert, tasks, tmp_path, mo
         monkeypatch.setattr(lottery, "iterate", lambda *a, **k: pytest.fail("pruned again"))
 
 
-def test_constant_predictions_are_named(bert, tmp_path):
+def test_constant_predictions_are_named(small, tmp_path):
     "Not a silent NaN, neither in the table nor in the file."
     task = task_data("pocket:similar", search=.05, train=256, test=60)
-    found = tickets(*bert, {"similar": task}, seeds=(0, 1), floor=.1, to=tmp_path / "s", **QUICK)
+    found = tickets(*small, {"similar": task}, seeds=(0,), floor=.1, to=tmp_path / "s", **QUICK)
     assert np.isfinite(summary(found)["mean"]).all()
     assert "undefined" in table(found).loc[("majority", ""), "similar"]
     for f in tmp_path.glob("s/runs/*/metrics.jsonl"):
         for line in f.read_text().splitlines(): json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in {f}"))
 
 
-def test_settings_are_checked_at_the_door(bert, tasks, tmp_path):
+def test_settings_are_checked_at_the_door(small, entails, tmp_path):
     for change, error, message in ((dict(kind="neuron"), UnknownName, "kind of unit"), (dict(seeds=(1, 1)), SubnetError, "different numbers"), (dict(seeds=()), SubnetError, "at least one"),
                                    (dict(processes=0), SubnetError, "counts from 1"), (dict(lr=-1), SubnetError, "lr")):
-        with pytest.raises(error, match=message): tickets(*bert, tasks, to=tmp_path / "never", **{**QUICK, **change})
-    with pytest.raises(SubnetError, match="there is no task"): tickets(*bert, {}, to=tmp_path / "never", **QUICK)
+        with pytest.raises(error, match=message): tickets(*small, entails, to=tmp_path / "never", **{**QUICK, **change})
+    with pytest.raises(SubnetError, match="there is no task"): tickets(*small, {}, to=tmp_path / "never", **QUICK)
     assert not (tmp_path / "never").exists()
 
 
-def test_without_a_folder_the_models_are_gone(bert, tasks):
-    found = tickets(*bert, {"entails": tasks["entails"]}, seeds=(0,), floor=.95, **QUICK)
+def test_without_a_folder_the_models_are_gone(small, entails):
+    found = tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     with pytest.raises(SubnetError, match="made without a folder"):
         with found.fine_tuned("entails", 0): pass
     with pytest.raises(UnknownName):
