@@ -15,11 +15,11 @@ from scipy import stats
 from subnet_explorer.apply import masked
 from subnet_explorer.compare import interval
 from subnet_explorer.data import Fact, Facts, read_conllu, read_facts, split
-from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, precision
+from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, plausibility, precision
 from subnet_explorer.heads import Classifier, Tagger, fit
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Context, Task
-from subnet_explorer.pocket import load, plausible, sentences, treebank
+from subnet_explorer.pocket import choices, load, plausible, sentences, treebank
 from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
 
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(6, seed=3)]
@@ -312,3 +312,22 @@ def test_numbers_do_not_depend_on_dropout(pocket_bert, facts, measure):
     wanted = number()
     model.train()
     assert number() == pytest.approx(wanted, rel=1e-5) and model.training
+
+
+# ── what is refused by name ──────────────────────────────────────────────────────────────────────────────────────────
+
+def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
+    model, tok = pocket_bert
+    with pytest.raises(SubnetError, match="nothing to ask: 0 facts"): cloze(model, tok, Facts(()), {"full": None})
+    with pytest.raises(SubnetError, match="under 0 conditions"): cloze(model, tok, facts, {})
+    for texts in ([], [""]):
+        with pytest.raises(SubnetError, match="no token to predict|nothing to read"): perplexity(model, tok, texts)
+    with pytest.raises(SubnetError, match="no question"): plausibility(model, tok, [])
+    with pytest.raises(SubnetError, match="needs a masked model"): plausibility(*pocket_gpt2, choices(1))
+    with pytest.raises(SubnetError, match="is empty"): plausibility(model, tok, [{**choices(1)[0], "premise": " . "}])
+    with pytest.raises(UnknownName, match="relation of the training facts"): majority(facts["IsA"], facts)
+
+
+def test_a_fact_asked_twice_is_no_repetition(pocket_bert, facts):
+    items = cloze(*pocket_bert, Facts(facts.items[:3] + facts.items[:1]), {"full": None})
+    with pytest.raises(SubnetError, match="1 facts were asked twice"): precision(items)

@@ -14,7 +14,8 @@ from subnet_explorer.data import Facts, encode, read_facts
 from subnet_explorer.evaluate import Precision
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Cloze, batch_at
-from subnet_explorer.score import _ladder, example_gradients, importance, iterate, lowered, normalised
+from subnet_explorer.masks import Masks
+from subnet_explorer.score import _ladder, controls, example_gradients, importance, iterate, lowered, normalised, super_survivors
 from subnet_explorer.space import Space, SubnetError, UnknownName
 from subnet_explorer.store import OtherRun, Store
 
@@ -317,3 +318,20 @@ def test_super_survivors(base):
             assert flat["bad"][of].sum() == flat["random"][of].sum() == n
             assert (flat["bad"] & dead)[of].sum() == min(n, dead[of].sum())
             assert (flat["random"] & ~alive & ~dead)[of].sum() == min(n, (~alive & ~dead)[of].sum())
+
+
+def test_iterate_refuses(bert, facts):
+    head, goal = Space.of(bert[0], "head"), Cloze(facts)
+    for settings, match in ((dict(schedule="three-phase"), "'head' has no mlp"), (dict(limit=0), "at least 1, got 0"), (dict(least=float("nan")), "must be a number"), (dict(floor=90), "between 0 and 1"), (dict(drop=10), "between 0 and 1")):
+        with pytest.raises(SubnetError, match=match): iterate(*bert, goal, Precision(facts), head, progress=False, **settings)
+    with pytest.raises(SubnetError, match="below the floor"): iterate(*bert, goal, Precision(facts), head, least=1.5, progress=False)      # the full model itself misses it
+
+
+def test_super_survivors_need_seeds_and_controls_say_what_they_share(bert):
+    space = Space.of(bert[0], "head")
+    with pytest.raises(SubnetError, match="several seeds; 1 mask given"): super_survivors(Masks([({"seed": 0}, Mask.full(space))]))
+    whole = controls(Mask.full(space), 0)                               # nothing removed: its counterparts can only be itself, and say so
+    assert whole["bad"] == whole["good"] and whole["bad"].meta["shared"] == space.size
+    few = Mask.random(space, .25, 0)
+    assert controls(few, 0)["bad"].meta["shared"] == 0 and controls(few, 0)["random"].meta["shared"] == (controls(few, 0)["random"] & few).count
+    assert controls(Mask.full(space, False), 0)["random"].count == 0

@@ -1,9 +1,12 @@
 "Tables of labelled sentences, task metrics and fine-tuning on them."
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,14 +15,14 @@ from torch.nn import functional as F
 
 from subnet_explorer.apply import masked, parameter
 from subnet_explorer.data import GLUE, BadTable, Labelled, read_glue
-from subnet_explorer.evaluate import TaskScore, task_metrics, task_scores
+from subnet_explorer.evaluate import TaskScore, accuracy, task_metrics, task_scores
 from subnet_explorer.heads import Classifier, Fitted, fit, head_for, preserved
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Context, Task, batch_at
-from subnet_explorer.pocket import PARTS, POCKET_TASKS, TUNING, WORDINGS, labelled, load, pocket_rows, vocabulary
+from subnet_explorer.pocket import PARTS, POCKET_TASKS, TUNING, WORDINGS, labelled, load, pocket_rows, tiny, vocabulary
 from subnet_explorer.search import lr_at
 from subnet_explorer.score import importance, iterate
-from subnet_explorer.space import Space, SubnetError, UnknownName
+from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.store import OtherRun
 
 # one row of every task in the files of the download script
@@ -143,6 +146,17 @@ def test_no_pocket_example_has_two_labels(task):
 
 def test_negatives_are_true_negatives():
     "A fact with a misplaced word is no other fact, two wordings that differ say different things, and an animal is of one kind."
+    objects = {rel: {r["obj_label"] for r in pocket_rows() if r["pred"] == rel} for rel in WORDINGS}
+    frames = [(rel, *w.format(s="\1", o="\2").split("\2")) for rel, ws in WORDINGS.items() for w in ws]
+    subjects = {(r["pred"], r["sub_phrase"]) for r in pocket_rows()}
+    for r in labelled("acceptable", 1000, part="dev"):                    # the misplaced word is no object of that relation, in any part
+        if r["label"] == "1": continue
+        for rel, s in subjects:
+            if s not in r["sentence"]: continue
+            for frame, before, after in frames:
+                if frame != rel: continue
+                before, after = before.replace("\1", s), after.replace("\1", s)
+                if r["sentence"].startswith(before) and r["sentence"].endswith(after): assert r["sentence"][len(before):len(r["sentence"]) - len(after)] not in objects[rel]
     facts = {w.format(s=r["sub_phrase"], o=r["obj_label"]) for r in pocket_rows() for w in WORDINGS[r["pred"]]}
     assert not facts & {r["sentence"] for r in labelled("acceptable", 3000) if r["label"] == "0"}
     kinds = {r["sub_phrase"]: r["obj_label"] for r in pocket_rows() if r["pred"] == "IsA"}
@@ -319,6 +333,100 @@ def test_fine_tuned_heads_are_pruned_to_the_floor(bert):
         assert found.score == task_scores(model, tok, done.head, dev, found.mask)["score"] >= .9 * found.full
         one, other = (importance(model, tok, goal, space, None, batch) for batch in (64, 9))
         assert all(np.allclose(one[n], other[n], rtol=1e-3, atol=1e-6) for n in one.values)
+
+
+@pytest.mark.parametrize("kind", ["weight", "head+mlp"])
+def test_what_a_mask_removes_stays_as_it_is_in_training(bert, kind):
+    "Bit for bit, with weight decay, dropout and clipping."
+    model, tok = bert
+    data = read_glue("pocket:acceptable").take(48)
+    mask = Mask.random(Space.of(model, kind), .5, seed=2)
+    with preserved(model), masked(model, mask, train=True):
+        before = {g: parameter(model, g).detach().clone() for g in mask.to("weight").space.groups}
+        fit(model, tok, data, steps=6, lr=1e-3, weight_decay=.1, clip=1., dropout=True)
+        moved = 0
+        for g, bits in mask.to("weight").items():
+            now, off = parameter(model, g).detach(), torch.as_tensor(~bits)
+            assert torch.equal(now[off], before[g if g in before else next(b for b in before if b.name == g.name)][off]) and (now[off] == 0).all()
+            moved += int((now != before[next(b for b in before if b.name == g.name)]).sum())
+        assert moved > 1000
+
+
+def test_a_run_remembers_whose_head_it_was(bert, tmp_path):
+    "Probes on the same frozen model differ in their heads only."
+    model, tok = bert
+    dev = read_glue("pocket:acceptable", "dev").take(40)
+    def pruned(lr):
+        head = head_for(model, dev)
+        fit(model, tok, Task(dev, head), steps=20, head_lr=lr, train_model=False)
+        return iterate(model, tok, Task(dev, head), TaskScore(dev, head), Space.of(model, "mlp"), least=-1., to=tmp_path, progress=False)
+    first = pruned(.05)
+    assert pruned(.05).table.equals(first.table)
+    with pytest.raises(OtherRun, match="heads"): pruned(.01)
+
+
+# ── what is refused by name ──────────────────────────────────────────────────────────────────────────────────────────
+
+def test_fit_refuses(bert):
+    model, tok = bert
+    data, dev = read_glue("pocket:acceptable").take(16), read_glue("pocket:acceptable", "dev").take(8)
+    goal = Task(data, Classifier(model, data))
+    for settings, match in ((dict(epochs=0), "positive number"), (dict(epochs=float("nan")), "positive number"), (dict(dev=dev, monitor=TaskScore(dev, goal.head)), "one thing to watch")):
+        with pytest.raises(SubnetError, match=match): fit(model, tok, data, **settings)
+    for settings in (dict(epochs=1), dict(dev=dev), dict(length=8)):
+        with pytest.raises(SubnetError, match=f"{next(iter(settings))} goes with a table"): fit(model, tok, goal, **settings)
+    with pytest.raises(SubnetError, match="all labels of [0-9]+ sentences are equal"): fit(model, tok, Labelled(tuple(r for r in data if r["label"] == "1"), data.task))
+    with pytest.raises(UnknownName, match="label"): fit(model, tok, data, steps=1, dev=read_glue("pocket:entails", "dev").take(8))      # labels of another task
+    with pytest.raises(UnknownName, match="label"): fit(model, tok, data, steps=1, dev=read_glue("pocket:similar", "dev").take(8))
+    with pytest.raises(SubnetError, match="is no number"): fit(model, tok, read_glue("pocket:similar").take(40), steps=1, dev=dev)
+
+
+def test_a_regressor_takes_any_finite_number(bert):
+    head = head_for(bert[0], read_glue("pocket:similar").take(4))
+    assert head.target(np.float32(2.5)) == head.target(np.float64(2.5)) == 2.5 and head.target(np.int64(3)) == 3.
+    with pytest.raises(SubnetError, match="no finite number"): head.target(float("nan"))
+
+
+def test_metrics_refuse_what_they_cannot_compare():
+    for gold, said in (([], []), (["1"], [])):
+        with pytest.raises(SubnetError, match="predictions for"): task_metrics(GLUE["CoLA"], gold, said)
+    with pytest.raises(UnknownName, match="label of CoLA"): task_metrics(GLUE["CoLA"], ["0", "yes"], ["0", "1"])
+    for gold in ([1., float("nan")], [1., "high"]):
+        with pytest.raises(SubnetError, match="numbers as labels"): task_metrics(GLUE["STS-B"], gold, [1., 2.])
+
+
+@pytest.mark.parametrize("task", ["CoLA", "MRPC", "RTE", "STS-B"])
+def test_one_class_and_constant_predictions_have_named_results(task):
+    "Never a bare NaN, never an exception from elsewhere."
+    one, two = GLUE[task].labels or (1., 2.)
+    for gold, said, note in (([one] * 4, [one, two] * 2, "all labels"), ([one, two] * 2, [two] * 4, "all predictions"), ([one] * 4, [one] * 4, "all labels .* and all predictions")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = task_metrics(GLUE[task], gold, said)
+        assert re.search(note, out["note"]) and (np.isnan(out["score"]) == (task == "STS-B"))
+
+
+def test_accuracy_reads_pairs_as_they_were_trained(bert):
+    model, tok = bert
+    data, dev = read_glue("pocket:entails").take(200), read_glue("pocket:entails", "dev").take(60)
+    with preserved(model):
+        head = fit(model, tok, data, steps=30, lr=1e-3).head
+        assert accuracy(model, tok, dev, head) == pytest.approx(task_scores(model, tok, head, dev)["accuracy"])
+    with pytest.raises(SubnetError, match="head predicts numbers"): accuracy(model, tok, (similar := read_glue("pocket:similar").take(4)), head_for(model, similar))
+    with pytest.raises(SubnetError, match="nothing to label"): accuracy(model, tok, [], head)
+
+
+def test_a_diverged_model_has_no_task_score(bert):
+    model, tok = copy.deepcopy(bert[0]), bert[1]
+    dev = read_glue("pocket:acceptable", "dev").take(8)
+    with torch.no_grad(): model.bert.encoder.layer[3].output.dense.bias[0] = float("nan")
+    with pytest.raises(SubnetError, match="NaN or infinite predictions"): task_scores(model, tok, head_for(model, dev), dev)
+
+
+def test_masks_of_another_model_are_refused(bert):
+    model, tok = bert
+    dev = read_glue("pocket:acceptable", "dev").take(4)
+    with pytest.raises(SpaceMismatch): task_scores(model, tok, head_for(model, dev), dev, Mask.full(Space.of(tiny("bert"), "head")))
 
 
 # ── real tables ──────────────────────────────────────────────────────────────────────────────────────────────────────
