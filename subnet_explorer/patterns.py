@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PATTERNS', 'SMALLEST', 'FITS', 'pattern_of', 'BadMap', 'BadLabels', 'check_map', 'LabelledMaps', 'read_maps',
-           'picture', 'generate', 'network', 'fitted', 'PatternCNN', 'PatternReport', 'pattern_report', 'train']
+           'picture', 'generate', 'network', 'fitted', 'PatternCNN', 'PatternReport', 'pattern_report', 'train',
+           'Annotator', 'annotator_figure']
 
 # %% ../nbs/17_patterns.ipynb #38b73eaa
 PATTERNS = ("heterogeneous", "block", "diagonal", "vertical", "vertical+diagonal")
@@ -183,7 +184,7 @@ def picture(
     canvas.savefig(out, format="png")
     return out.getvalue()
 
-# %% ../nbs/17_patterns.ipynb #085b80c8
+# %% ../nbs/17_patterns.ipynb #0ca66435
 def generate(
     n: int,                                     # how many
     seed: int,
@@ -210,13 +211,14 @@ def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bo
     cuts = sorted({0, n, *(rng.choice(np.arange(3, n - 2), rng.choice([1, 1, 1, 2]), replace=False) if n >= 8 and (label == "block" or rng.random() < .6) else ())})
     special = [0, *(c - 1 for c in cuts[1:])]
     stops = [s - 1 for s in special[1:] if rng.random() < .8]
-    rank, noise = int(rng.integers(1, 6)), rng.uniform(.15, .8) if label != "heterogeneous" else rng.uniform(.2, 1.8)
+    rank, noise = int(rng.integers(3, 8)), rng.uniform(.15, 1.1) if label != "heterogeneous" else rng.uniform(.2, 2.)
     mix = rng.random()
     logits = noise * (np.sqrt(mix) * rng.normal(size=(n, n)) + np.sqrt(1 - mix) * rng.normal(size=(n, rank)) @ rng.normal(size=(rank, n)) / np.sqrt(rank))
-    if "vertical" in label: logits += _columns(rng, n, [*special, *stops], rng.uniform(1.8, 4.5))
-    if "diagonal" in label: logits = np.logaddexp(logits, _diagonals(rng, n, causal) * rng.uniform(1., 1.15) + (np.log(n) + rng.uniform(-.3, 1.2)))
-    if label == "block": logits += _blocks(rng, n, cuts, rng.uniform(1.2, 3.5))
-    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5: logits += _columns(rng, n, [*special, *stops], rng.uniform(.1, .7))      # a little of it is no pattern
+    if "vertical" in label: logits += _columns(rng, n, [s for s in (*special, *stops) if not causal or s < n / 2], rng.uniform(.6, 1.2) * noise + (rng.uniform(.8, 3.5) if label == "vertical" else rng.uniform(1.8, 4.5)), n // 2 if causal else n)
+    if "diagonal" in label: logits = np.logaddexp(logits, _diagonals(rng, n, causal, noise) + np.log(n) + rng.uniform(-.2, 1.3))
+    if label == "block": logits += _blocks(rng, n, cuts, noise + rng.uniform(.8, 2.8))
+    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5: logits += _columns(rng, n, [*special, *stops], rng.uniform(.1, .5), n)      # a little of it is no pattern
+    if rng.random() < .5: logits *= np.exp(rng.normal(0, .35, (n, 1)))                # some rows are sharper than others
     if causal: logits[np.triu_indices(n, 1)] = -np.inf
     a = np.exp(logits - logits.max(1, keepdims=True)); a /= a.sum(1, keepdims=True)
     if normed:
@@ -224,25 +226,31 @@ def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bo
         a *= lengths * np.exp(rng.normal(0, .7))
     return a.astype(np.float32)
 
-# %% ../nbs/17_patterns.ipynb #534a9654
-def _columns(rng: np.random.Generator, n: int, favoured: Sequence[int], strength: float) -> np.ndarray:      # (n, n)
-    "One to four columns, mostly of special tokens."
+# %% ../nbs/17_patterns.ipynb #e658bac0
+def _columns(rng: np.random.Generator, n: int, favoured: Sequence[int], strength: float, most: int) -> np.ndarray:      # (n, n)
+    "One to four of the first `most` columns, mostly of special tokens, in all rows or in many."
     count = int(rng.choice([1, 1, 2, 2, 3, 4]))
-    pool = list(dict.fromkeys(favoured)) if rng.random() < .75 else list(range(n))
+    pool = list(dict.fromkeys(favoured)) if rng.random() < .65 else list(range(most))
     which = rng.choice(pool, min(count, len(pool)), replace=False)
     out = np.zeros((n, n))
-    out[:, which] = strength * rng.uniform(.7, 1, len(which)) + rng.normal(0, .35, (n, 1))
-    if rng.random() < .3: out[rng.random(n) < rng.uniform(0, .3)] *= .2             # some rows look elsewhere
+    out[:, which] = strength * rng.uniform(.75, 1, len(which)) + rng.uniform(.1, 1.) * rng.normal(size=(n, len(which)))
+    for j in which if len(which) > 1 else ():
+        if rng.random() < .35: start = int(n * rng.uniform(0, .55)); out[:start, j] *= .1; out[start + int(n * rng.uniform(.45, .9)):, j] *= .1      # a part of it
+    if rng.random() < .4: out[rng.random(n) < rng.uniform(0, .5)] *= .2              # some rows look elsewhere
     return out
 
 
-def _diagonals(rng: np.random.Generator, n: int, causal: bool) -> np.ndarray:      # (n, n), 0 at the middle of a diagonal, negative beside it
-    "A diagonal of some width and offset, or two."
+def _diagonals(rng: np.random.Generator, n: int, causal: bool, noise: float) -> np.ndarray:      # (n, n), about `noise` at the middle of a diagonal, falling beside it
+    "A diagonal of some width and offset, or two, in all rows or most."
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]                          # to − from
     offsets = rng.choice([-2, -1, -1, 0, 0] if causal else [-2, -1, -1, 0, 0, 1, 1, 2], int(rng.choice([1, 1, 1, 2])), replace=False)
-    width = rng.uniform(.25, 1.6)
-    out = np.max([-np.abs(distance - o) / width for o in offsets], 0)
-    return out + rng.normal(0, .3, (n, 1)) - 3. * (rng.random((n, 1)) < rng.uniform(0, .2))       # some rows leave it
+    out = noise - np.min([np.abs(distance - o) for o in offsets], 0) / rng.uniform(.2, 1.6)
+    out += rng.normal(0, rng.uniform(.1, .6), (n, 1)) - 4. * (rng.random((n, 1)) < rng.uniform(0, .25))       # some rows leave it
+    if rng.random() < .4:                                                              # it ends before the text does
+        stop = int(n * rng.uniform(.45, .95))
+        out[stop:] -= 4.
+        if rng.random() < .3: out = out[::-1, ::-1]
+    return out
 
 
 def _blocks(rng: np.random.Generator, n: int, cuts: Sequence[int], strength: float) -> np.ndarray:      # (n, n)
@@ -454,3 +462,143 @@ def _parted(data: LabelledMaps, share: float, seed: int) -> tuple[LabelledMaps, 
         if len(index) == 1: raise BadLabels(f"there is only one map labelled {PATTERNS[c]!r}: at least two are needed, one to learn from and one to hold out.")
         held += index[:max(1, round(share * len(index)))].tolist() if len(index) else []
     return data.take(sorted({*range(len(data))} - {*held})), data.take(sorted(held))
+
+# %% ../nbs/17_patterns.ipynb #4d99e1ae
+class Annotator:
+    "Label attention maps with the keyboard."
+
+    def __init__(
+        self,
+        maps: Sequence[np.ndarray],                             # (from, to) each
+        to: str | Path,                                         # file of labels; continued if it exists
+        ids: Sequence[str] | None = None,                       # names of the maps; None: 0001, 0002, …
+        tokens: Sequence[Sequence[str]] | None = None,          # of each map, to be shown at its sides
+        texts: Sequence[str] | None = None,                     # shown below
+        seed: int | None = None,                                # order of presentation; None: as given
+    ) -> None:
+        self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))
+        self.maps, self.to, self.tokens, self.texts = [check_map(m, i) for m, i in zip(maps, self.ids)], Path(to), tokens, texts
+        for what, given in (("ids", self.ids), ("tokens", tokens), ("texts", texts)):
+            if given is not None and len(given) != len(maps): raise BadLabels(f"{len(maps)} maps and {len(given)} {what}: give one for each map.")
+        if len(set(self.ids)) != len(self.ids) or any("\t" in i or "\n" in i or not i for i in self.ids): raise BadLabels("names of maps must differ, and hold no tabs or line breaks.")
+        if tokens is not None and (bad := [i for i, m, t in zip(self.ids, maps, tokens) if len(m) != len(t)]): raise BadLabels(f"map {bad[0]!r} has another number of tokens than rows.")
+        self.order = list(range(len(maps))) if seed is None else np.random.default_rng(seed).permutation(len(maps)).tolist()
+        self.labels: dict[str, str] = {}
+        if self.to.exists():
+            self.labels = {name: label for name, label, _ in _label_rows(self.to.read_text(encoding="utf-8").splitlines(), self.to)} if self.to.read_text(encoding="utf-8").strip() not in ("", "file\tlabel") else {}
+            if alien := [n for n in self.labels if n not in self.ids]: raise BadLabels(f"{self.to.name} has a label for {alien[0]!r}, which is not among these maps: give the maps it belongs to, or another file.")
+        self.history: list[tuple[int, str | None]] = []          # place in the order, label it had
+        self.place, self._widget = self._next(0), None
+
+    def _next(self, start: int) -> int:
+        "The first place from `start` on without a label."
+        return next((p for p in range(start, len(self.order)) if self.ids[self.order[p]] not in self.labels), len(self.order))
+
+    @property
+    def current(self) -> int | None:
+        "Position of the map that is shown; None at the end."
+        return self.order[self.place] if self.place < len(self.order) else None
+
+    def press(self, key: str) -> str | None:      # the label that was given, if any
+        "Take a key: 1–5, u (undo) or s (skip); raise `UnknownName` for another."
+        key, label = str(key).strip().lower(), None
+        check_names([key], [*map(str, range(1, len(PATTERNS) + 1)), "u", "s"], "key")
+        if key == "u":
+            if self.history:
+                self.place, before = self.history.pop()
+                name = self.ids[self.order[self.place]]
+                if before is None: self.labels.pop(name, None)
+                else: self.labels[name] = before
+                self._write()
+        elif self.current is not None:
+            name = self.ids[self.current]
+            self.history.append((self.place, self.labels.get(name)))
+            if key != "s":
+                self.labels[name] = label = PATTERNS[int(key) - 1]
+                self._write()
+            self.place = self._next(self.place + 1)
+        if self._widget is not None: self._show()
+        return label
+
+    def _write(self) -> None:
+        atomic_write(self.to, "file\tlabel\n" + "".join(f"{i}\t{self.labels[i]}\n" for i in self.ids if i in self.labels))
+
+    @property
+    def status(self) -> str:
+        "How far it is."
+        left = len(self.ids) - len(self.labels)
+        return f"{len(self.labels)} of {len(self.ids)} labelled" + (f", {left} skipped: open the file again to go through them" if left and self.current is None else "")
+
+    @property
+    def image(self) -> bytes:      # PNG
+        "The picture of the map that is shown; empty at the end."
+        i = self.current
+        return b"" if i is None else picture([self.maps[i]], [self.ids[i]], [self.tokens[i]] if self.tokens else None, inches=4.5)
+
+    @property
+    def figure(self) -> Figure:
+        "What is shown now, as a figure."
+        return annotator_figure(self)
+
+    def save(self, path: str | Path) -> Path: return self.figure.save(path)
+    def _show(self) -> None: _refresh(self)
+
+    @property
+    def widget(self) -> Any:
+        "The ipywidgets box."
+        if self._widget is None: self._widget = _annotator_box(self); self._show()
+        return self._widget
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+        display(self.widget)
+
+    def __repr__(self) -> str: return f"Annotator({self.status}, {self.to.name})"
+
+# %% ../nbs/17_patterns.ipynb #f46236a1
+def annotator_figure(a: Annotator) -> Figure:
+    "The map that an annotator shows, as a figure."
+    import plotly.graph_objects as go
+    from subnet_explorer.plots import Figure
+    i = a.current
+    if i is None: raise SubnetError(f"there is no map to show: {a.status}.")
+    tokens = [f"{k + 1} {t}" for k, t in enumerate(a.tokens[i])] if a.tokens else list(map(str, range(1, len(a.maps[i]) + 1)))
+    shown = [html.escape(t, quote=False) for t in tokens]
+    fig = go.Figure(go.Heatmap(z=a.maps[i].astype(float), x=shown, y=shown, colorscale="Viridis", zmin=0, colorbar=dict(title=dict(text="attention", side="right")), hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>"))
+    fig.update_layout(template="simple_white", width=620, height=600, title=dict(text=html.escape(f"Map {a.ids[i]}: {a.status}", quote=False), font_size=16), margin=dict(l=90, r=90, t=70, b=80))
+    fig.update_xaxes(title="to", type="category", tickangle=-90); fig.update_yaxes(title="from", type="category", autorange="reversed")
+    data = pd.DataFrame([dict(source=r, target=c, value=float(a.maps[i][k, j])) for k, r in enumerate(tokens) for j, c in enumerate(tokens)])
+    return Figure(fig, data, f"Attention map {a.ids[i]} of {len(tokens)} tokens, from row to column; {a.status}.")
+
+
+def _annotator_box(a: Annotator) -> Any:
+    "Picture, key field, buttons and text."
+    import ipywidgets as w
+    image, status, text, message = w.Image(format="png", layout=w.Layout(max_width="520px")), w.HTML(), w.HTML(), w.HTML()
+    field = w.Text(placeholder="type 1–5, u or s here", description="Key", continuous_update=True)
+    def take(key: str) -> None:
+        message.value = ""
+        try: a.press(key)
+        except SubnetError as e: message.value = f"<span role='alert'>{html.escape(str(e))}</span>"
+    def typed(change: Mapping[str, Any]) -> None:
+        if not change["new"]: return
+        field.value = ""
+        for key in change["new"].strip(): take(key)
+    field.observe(typed, "value")
+    buttons = []
+    for key, name in [*((str(k + 1), p) for k, p in enumerate(PATTERNS)), ("u", "undo"), ("s", "skip")]:
+        button = w.Button(description=f"{key} {name}", tooltip=f"{name} (key {key})")
+        button.on_click(lambda _, key=key: take(key))
+        buttons.append(button)
+    box = w.VBox([status, image, field, w.HBox(buttons, layout=w.Layout(flex_flow="row wrap")), text, message])
+    box.parts = dict(image=image, status=status, field=field, text=text, message=message, buttons=buttons)
+    return box
+
+
+def _refresh(a: Annotator) -> None:
+    "Let the widget show the present state."
+    parts, i = a._widget.parts, a.current
+    parts["status"].value = html.escape(a.status + ("" if i is None else f"; map {a.ids[i]}"))
+    parts["image"].value = a.image
+    parts["image"].layout.display = "none" if i is None else None
+    parts["text"].value = html.escape(str(a.texts[i])) if i is not None and a.texts is not None else ""
