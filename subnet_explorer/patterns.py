@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PATTERNS', 'SMALLEST', 'FITS', 'pattern_of', 'BadMap', 'BadLabels', 'check_map', 'LabelledMaps', 'read_maps',
            'picture', 'generate', 'network', 'fitted', 'PatternCNN', 'PatternReport', 'pattern_report', 'train',
-           'Annotator', 'annotator_figure']
+           'Annotator', 'annotator_figure', 'hand_labelled', 'classifier', 'decide', 'shares', 'survival_correlation']
 
 # %% ../nbs/17_patterns.ipynb #38b73eaa
 PATTERNS = ("heterogeneous", "block", "diagonal", "vertical", "vertical+diagonal")
@@ -184,7 +184,7 @@ def picture(
     canvas.savefig(out, format="png")
     return out.getvalue()
 
-# %% ../nbs/17_patterns.ipynb #0ca66435
+# %% ../nbs/17_patterns.ipynb #44912c12
 def generate(
     n: int,                                     # how many
     seed: int,
@@ -211,13 +211,13 @@ def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bo
     cuts = sorted({0, n, *(rng.choice(np.arange(3, n - 2), rng.choice([1, 1, 1, 2]), replace=False) if n >= 8 and (label == "block" or rng.random() < .6) else ())})
     special = [0, *(c - 1 for c in cuts[1:])]
     stops = [s - 1 for s in special[1:] if rng.random() < .8]
-    rank, noise = int(rng.integers(3, 8)), rng.uniform(.15, 1.1) if label != "heterogeneous" else rng.uniform(.2, 2.)
+    rank, noise = int(rng.integers(3, 8)), rng.uniform(.15, 1.1) if label != "heterogeneous" else rng.uniform(.2, 1.8)
     mix = rng.random()
     logits = noise * (np.sqrt(mix) * rng.normal(size=(n, n)) + np.sqrt(1 - mix) * rng.normal(size=(n, rank)) @ rng.normal(size=(rank, n)) / np.sqrt(rank))
-    if "vertical" in label: logits += _columns(rng, n, [s for s in (*special, *stops) if not causal or s < n / 2], rng.uniform(.6, 1.2) * noise + (rng.uniform(.8, 3.5) if label == "vertical" else rng.uniform(1.8, 4.5)), n // 2 if causal else n)
+    if "vertical" in label: logits += _columns(rng, n, [s for s in (*special, *stops) if not causal or s < n / 2], rng.uniform(.6, 1.2) * noise + (rng.uniform(.5, 3.) if label == "vertical" else rng.uniform(1.8, 4.5)), n // 2 if causal else n)
     if "diagonal" in label: logits = np.logaddexp(logits, _diagonals(rng, n, causal, noise) + np.log(n) + rng.uniform(-.2, 1.3))
     if label == "block": logits += _blocks(rng, n, cuts, noise + rng.uniform(.8, 2.8))
-    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5: logits += _columns(rng, n, [*special, *stops], rng.uniform(.1, .5), n)      # a little of it is no pattern
+    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5: logits += _columns(rng, n, [*special, *stops], rng.uniform(.1, .35), n)      # a little of it is no pattern
     if rng.random() < .5: logits *= np.exp(rng.normal(0, .35, (n, 1)))                # some rows are sharper than others
     if causal: logits[np.triu_indices(n, 1)] = -np.inf
     a = np.exp(logits - logits.max(1, keepdims=True)); a /= a.sum(1, keepdims=True)
@@ -226,16 +226,16 @@ def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bo
         a *= lengths * np.exp(rng.normal(0, .7))
     return a.astype(np.float32)
 
-# %% ../nbs/17_patterns.ipynb #e658bac0
+# %% ../nbs/17_patterns.ipynb #77232bee
 def _columns(rng: np.random.Generator, n: int, favoured: Sequence[int], strength: float, most: int) -> np.ndarray:      # (n, n)
     "One to four of the first `most` columns, mostly of special tokens, in all rows or in many."
     count = int(rng.choice([1, 1, 2, 2, 3, 4]))
     pool = list(dict.fromkeys(favoured)) if rng.random() < .65 else list(range(most))
     which = rng.choice(pool, min(count, len(pool)), replace=False)
     out = np.zeros((n, n))
-    out[:, which] = strength * rng.uniform(.75, 1, len(which)) + rng.uniform(.1, 1.) * rng.normal(size=(n, len(which)))
-    for j in which if len(which) > 1 else ():
-        if rng.random() < .35: start = int(n * rng.uniform(0, .55)); out[:start, j] *= .1; out[start + int(n * rng.uniform(.45, .9)):, j] *= .1      # a part of it
+    out[:, which] = strength * rng.uniform(.75, 1, len(which)) + rng.uniform(.1, 1.2) * rng.normal(size=(n, len(which)))
+    for j in which:
+        if rng.random() < .3: start = int(n * rng.uniform(0, .55)); out[:start, j] *= .1; out[start + int(n * rng.uniform(.45, .9)):, j] *= .1      # a part of it
     if rng.random() < .4: out[rng.random(n) < rng.uniform(0, .5)] *= .2              # some rows look elsewhere
     return out
 
@@ -602,3 +602,104 @@ def _refresh(a: Annotator) -> None:
     parts["image"].value = a.image
     parts["image"].layout.display = "none" if i is None else None
     parts["text"].value = html.escape(str(a.texts[i])) if i is not None and a.texts is not None else ""
+
+# %% ../nbs/17_patterns.ipynb #4a088f77
+def hand_labelled(
+    part: str | None = None,        # "dev", on which the generator was tuned, or "test"; None: both
+    source: str | None = None,      # "pocket", "pocket normed" or "minilm"; None: all
+) -> LabelledMaps:                  # its table says model, layer, head, text, and the second label where there is one
+    "Real maps with the labels that come with a checkout of the repository."
+    folder = pocket_path().parent / "patterns"
+    if not (folder / "labels.tsv").exists(): raise SubnetError("the maps labelled by hand are in the repository (data/patterns), not in the installed package: use a checkout.")
+    found = read_maps(folder / "labels.tsv", folder / "maps.npz")
+    about = pd.read_csv(folder / "maps.tsv", sep="\t", dtype=str, keep_default_na=False, quoting=3)
+    again = {name: label for name, label, _ in _label_rows((folder / "again.tsv").read_text(encoding="utf-8").splitlines(), folder / "again.tsv")}
+    table = found.table.merge(about, on="id", how="left", validate="1:1")
+    table = table.assign(again=table.id.map(again), **{c: table[c].astype(int) for c in ("layer", "head", "tokens")})
+    keep = np.ones(len(table), bool)
+    for column, wanted in (("part", part), ("source", source)):
+        if wanted is not None: keep &= (table[column] == check_names([wanted], table[column].unique(), column)[0]).to_numpy()
+    return LabelledMaps(found.maps, table).take(np.flatnonzero(keep))
+
+# %% ../nbs/17_patterns.ipynb #243c000b
+def classifier(path: str | Path | None = None) -> PatternCNN:      # None: the one that comes with the library
+    "Load a classifier of attention patterns."
+    return PatternCNN.load(pocket_path("patterns", "model.safetensors") if path is None else path)
+
+# %% ../nbs/17_patterns.ipynb #d42aee45
+def decide(
+    model: nn.Module,
+    tok: Any,
+    texts: Sequence[Text],                # pairs are tuples
+    under: Mask | Scores | None = None,
+    normed: str | None = None,            # None: raw maps; "correct" or "as_published": see represent.value_norms
+    cnn: PatternCNN | None = None,        # None: the one that comes with the library
+    least: int | None = None,             # fewest tokens; None: the smallest map in training
+    drop_short: bool = False,             # leave shorter texts out (their number is in .attrs["dropped"])
+    segments: bool = True,
+    batch: int = 16,
+    **labels: Any,                        # further columns, e.g. task="RTE", seed=1
+) -> pd.DataFrame:                        # columns [labels …,] text, tokens, layer, head, pattern, probability; layers and heads count from 1
+    "Name the pattern of every head for every text."
+    cnn = classifier() if cnn is None else cnn
+    least, rows, short = max(least or 0, cnn.meta.get("least", 8)), [], []
+    for index, maps, tokens in each_attention(model, tok, texts, under, normed, batch, segments):
+        n = maps.shape[-1]
+        if n < least:
+            if not drop_short: raise BadMap(f"text {index[0]} ({' '.join(tokens[0])[:60]!r}) has {n} tokens, at least {least} are needed to see a pattern: take longer texts, or drop_short=True to leave such texts out.")
+            short += index; continue
+        where = np.argwhere(maps.any((3, 4)) if under is not None else np.ones(maps.shape[:3], bool))      # (map, 3): text, layer, head
+        if not len(where): continue
+        p = cnn.probabilities([maps[tuple(w)] for w in where])
+        rows.append(pd.DataFrame(dict(text=np.array(index)[where[:, 0]], tokens=n, layer=where[:, 1] + 1, head=where[:, 2] + 1, pattern=np.array(PATTERNS)[p.argmax(1)], probability=p.max(1))))
+    if not rows: raise SubnetError(f"no map is left to decide on: {len(short)} of {len(texts)} texts have fewer than {least} tokens" + (", and the mask removes every head." if under is not None else "."))
+    out = pd.concat(rows).sort_values(["text", "layer", "head"], ignore_index=True)
+    for k, v in reversed(labels.items()): out.insert(0, k, v)
+    out.attrs["dropped"] = len(short)
+    return out
+
+# %% ../nbs/17_patterns.ipynb #59805800
+def shares(
+    decisions: pd.DataFrame,
+    by: str | Sequence[str] = (),      # columns: layer, head, task, …; none: over everything
+) -> pd.DataFrame:                     # columns [by …,] pattern, share, n
+    "Share of every pattern among the decisions."
+    by = [by] if isinstance(by, str) else list(by)
+    check_names(["pattern", *by], decisions.columns, "column of the decisions")
+    if not len(decisions): raise SubnetError("there are no decisions to take shares of.")
+    rows = []
+    for key, part in decisions.groupby(by, sort=True) if by else [((), decisions)]:
+        share = part.pattern.value_counts(normalize=True)
+        rows += [dict(zip(by, key), pattern=p, share=float(share.get(p, 0.0)), n=len(part)) for p in PATTERNS]
+    return pd.DataFrame(rows)
+
+# %% ../nbs/17_patterns.ipynb #a1bf1c5c
+def survival_correlation(
+    decisions: pd.DataFrame,               # of the full model: all heads need a row
+    masks: Mask | Masks,                   # of heads; the labels of `Masks` that are columns of the decisions say which mask is whose
+    by: str | Sequence[str] = (),          # correlate within each value
+) -> pd.DataFrame:                         # [by …,] pattern, r, p, n (pairs of head and text), r_heads, p_heads, heads
+    "Correlation between surviving and having a pattern; nan where one of the two never varies."
+    from scipy.stats import pearsonr
+    masks, by = Masks([({}, masks)]) if isinstance(masks, Mask) else masks, [by] if isinstance(by, str) else list(by)
+    shared = [c for c in masks.index.columns if c in decisions.columns and c not in ("text", "layer", "head", "pattern")]
+    check_names(["pattern", "layer", "head", *by], decisions.columns, "column of the decisions")
+    if len(masks) > 1 and (not shared or masks.index.duplicated(shared).any()): raise SubnetError(f"several masks have the same {', '.join(shared) or 'labels'}: give the decisions a column for each label that tells masks apart ({', '.join(map(str, masks.index.columns)) or 'there is none'}).")
+    rows = []
+    for labels, m in masks:
+        heads = [g for g in m.space.groups if g.kind == "head"]
+        if not heads: raise SubnetError(f"survival of heads needs masks of heads, found a mask of {m.space.kind!r}: use .to('head', keep=…) if it is finer.")
+        rows += [dict({k: labels[k] for k in shared}, layer=g.layer + 1, head=i + 1, survives=float(b)) for g in heads for i, b in enumerate(m[g.name])]
+    keys = [*shared, "layer", "head"]
+    joined = decisions.merge(pd.DataFrame(rows), on=keys, how="left", validate="m:1")
+    if (missing := joined[joined.survives.isna()]).shape[0]: raise SubnetError(f"{len(missing)} decisions have no mask, e.g. {missing.iloc[0][keys].to_dict()}: the masks have {masks.index[shared].drop_duplicates().to_dict('records') if shared else 'heads of ' + str(masks[0].space.model.name)}.")
+    def r_and_p(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+        return tuple(map(float, pearsonr(x, y))) if len(x) > 2 and np.ptp(x) and np.ptp(y) else (np.nan, np.nan)
+    out = []
+    for key, part in joined.groupby(by, sort=True) if by else [((), joined)]:
+        for p in PATTERNS:
+            has = (part.pattern == p).astype(float)
+            per_head = part.assign(has=has).groupby(keys)[["has", "survives"]].mean()
+            (r, q), (rh, qh) = r_and_p(has.to_numpy(), part.survives.to_numpy()), r_and_p(per_head.has.to_numpy(), per_head.survives.to_numpy())
+            out.append(dict(zip(by, key), pattern=p, r=r, p=q, n=len(part), r_heads=rh, p_heads=qh, heads=len(per_head)))
+    return pd.DataFrame(out)
