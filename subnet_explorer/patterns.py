@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PATTERNS', 'SMALLEST', 'FITS', 'pattern_of', 'BadMap', 'BadLabels', 'check_map', 'LabelledMaps', 'read_maps',
-           'picture', 'generate', 'network', 'fitted', 'PatternCNN', 'PatternReport', 'pattern_report', 'train',
-           'Annotator', 'annotator_figure', 'hand_labelled', 'classifier', 'decide', 'shares', 'survival_correlation']
+           'picture', 'generate', 'network', 'fitted', 'PatternCNN', 'save_cnn', 'load_cnn', 'PatternReport',
+           'pattern_report', 'train', 'Annotator', 'annotator_figure', 'hand_labelled', 'classifier', 'decide',
+           'shares', 'survival_correlation']
 
 # %% ../nbs/17_patterns.ipynb #38b73eaa
 PATTERNS = ("heterogeneous", "block", "diagonal", "vertical", "vertical+diagonal")
@@ -96,7 +97,25 @@ class LabelledMaps:
         index = list(index)
         return LabelledMaps([self.maps[i] for i in index], self.table.iloc[index].reset_index(drop=True))
 
-# %% ../nbs/17_patterns.ipynb #4d96cb80
+# %% ../nbs/17_patterns.ipynb #a131b0d5
+class _Maps:
+    "Stored arrays by name, in a folder or an .npz; nothing is unpickled."
+    def __init__(self, source: Path) -> None: self.source = source
+    def __enter__(self) -> _Maps:
+        self.npz = np.load(self.source, allow_pickle=False) if self.source.is_file() else None
+        return self
+    def __exit__(self, *_: Any) -> None:
+        if self.npz is not None: self.npz.close()
+    def read(self, name: str) -> np.ndarray:
+        if self.npz is not None:
+            if name.removesuffix(".npy") not in self.npz: raise BadMap(f"there is no map {name!r} in {self.source.name}.")
+            return self.npz[name.removesuffix(".npy")]
+        path = self.source / (name if name.endswith(".npy") else f"{name}.npy")
+        if not path.resolve().is_relative_to(self.source.resolve()): raise BadMap(f"{name!r} lies outside {str(self.source)!r}.")
+        try: return np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as e: raise BadMap(f"cannot read {str(path)!r} ({str(e).splitlines()[0][:100]}): expected an array saved by numpy.save.") from None
+
+# %% ../nbs/17_patterns.ipynb #09f0c41c
 def read_maps(
     labels: str | Path,                      # the file of labels, in either layout
     maps: str | Path | None = None,          # folder of .npy files, or an .npz; None: next to the labels
@@ -136,24 +155,6 @@ def _label_rows(lines: Sequence[str], path: Path) -> list[tuple[str, str, int]]:
             out.append((name, label, n))
     if not out: raise BadLabels(f"there are no labels in {path.name}: expected lines 'label = id,id,…' or 'file<TAB>label'.")
     return out
-
-
-class _Maps:
-    "Stored arrays by name, in a folder or an .npz; nothing is unpickled."
-    def __init__(self, source: Path) -> None: self.source = source
-    def __enter__(self) -> _Maps:
-        self.npz = np.load(self.source, allow_pickle=False) if self.source.is_file() else None
-        return self
-    def __exit__(self, *_: Any) -> None:
-        if self.npz is not None: self.npz.close()
-    def read(self, name: str) -> np.ndarray:
-        if self.npz is not None:
-            if name.removesuffix(".npy") not in self.npz: raise BadMap(f"there is no map {name!r} in {self.source.name}.")
-            return self.npz[name.removesuffix(".npy")]
-        path = self.source / (name if name.endswith(".npy") else f"{name}.npy")
-        if not path.resolve().is_relative_to(self.source.resolve()): raise BadMap(f"{name!r} lies outside {str(self.source)!r}.")
-        try: return np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as e: raise BadMap(f"cannot read {str(path)!r} ({str(e).splitlines()[0][:100]}): expected an array saved by numpy.save.") from None
 
 # %% ../nbs/17_patterns.ipynb #5667d78f
 def picture(
@@ -303,7 +304,7 @@ def _surrounded(a: np.ndarray, size: int) -> np.ndarray:
     room = size - len(a)
     return np.pad(a, (room // 2, room - room // 2)) if room else a
 
-# %% ../nbs/17_patterns.ipynb #04ceba81
+# %% ../nbs/17_patterns.ipynb #e0b63234
 @dataclass(frozen=True, eq=False, repr=False)
 class PatternCNN:
     "A network that names the pattern of attention maps."
@@ -343,27 +344,31 @@ class PatternCNN:
         "The most probable pattern of every map."
         return [PATTERNS[i] for i in self.probabilities(maps, lengths, fit).argmax(1)]
 
-    def save(self, path: str | Path) -> Path:
-        "Write weights and what goes with them as safetensors."
-        from safetensors.torch import save
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
-        return atomic_write(path, save(tensors, {"patterns": json.dumps(PATTERNS), "meta": json.dumps(self.meta)}))
-
+    def save(self, path: str | Path) -> Path: return save_cnn(self, path)
     @classmethod
-    def load(cls, path: str | Path) -> PatternCNN:
-        "Read what `save` wrote."
-        import torch
-        from safetensors import SafetensorError, safe_open
-        try:
-            with safe_open(str(path), "pt") as f: info, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        except (OSError, SafetensorError) as e: raise SubnetError(f"cannot read a pattern classifier from {str(path)!r}: {e}") from None
-        net = network(0)
-        want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-        if json.loads(info.get("patterns", "[]")) != list(PATTERNS) or {k: tuple(v.shape) for k, v in tensors.items()} != want: raise SubnetError(f"{str(path)!r} holds no pattern classifier of this library: give a file that PatternCNN.save wrote.")
-        net.load_state_dict({k: v.to(torch.float32) for k, v in tensors.items()})
-        return cls(net, json.loads(info["meta"]))
-
+    def load(cls, path: str | Path) -> PatternCNN: return load_cnn(path)
     def __repr__(self) -> str: return f"PatternCNN({', '.join(f'{k}={v}' for k, v in self.meta.items() if not isinstance(v, (dict, list)))})"
+
+# %% ../nbs/17_patterns.ipynb #4ee97a9d
+def save_cnn(cnn: PatternCNN, path: str | Path) -> Path:
+    "Write weights and what goes with them as safetensors."
+    from safetensors.torch import save
+    tensors = {k: v.detach().cpu().contiguous() for k, v in cnn.net.state_dict().items()}
+    return atomic_write(path, save(tensors, {"patterns": json.dumps(PATTERNS), "meta": json.dumps(cnn.meta)}))
+
+
+def load_cnn(path: str | Path) -> PatternCNN:
+    "Read what `save_cnn` wrote."
+    import torch
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(str(path), "pt") as f: info, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, SafetensorError) as e: raise SubnetError(f"cannot read a pattern classifier from {str(path)!r}: {e}") from None
+    net = network(0)
+    want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    if json.loads(info.get("patterns", "[]")) != list(PATTERNS) or {k: tuple(v.shape) for k, v in tensors.items()} != want: raise SubnetError(f"{str(path)!r} holds no pattern classifier of this library: give a file that PatternCNN.save wrote.")
+    net.load_state_dict({k: v.to(torch.float32) for k, v in tensors.items()})
+    return PatternCNN(net, json.loads(info["meta"]))
 
 # %% ../nbs/17_patterns.ipynb #fd32efb9
 @dataclass(frozen=True, eq=False)
@@ -405,7 +410,26 @@ def pattern_report(
     return PatternReport(total, tuple(map(float, np.quantile(draws, [.025, .975]))), float((y == p).mean()), float(2 * share.max() ** 2 / (1 + share.max())), float((share ** 2).sum()),
                          table, pd.DataFrame(c.astype(int), index=pd.Index(PATTERNS, name="label"), columns=pd.Index(PATTERNS, name="answer")))
 
-# %% ../nbs/17_patterns.ipynb #7b376045
+# %% ../nbs/17_patterns.ipynb #3ad63be8
+def _batches(maps: LabelledMaps, rng: np.random.Generator, batch: int, size: int | None) -> list[tuple[np.ndarray, np.ndarray]]:      # maps (map, size, size), classes
+    "Maps in random order, surrounded by zeros up to `size`, or (None) by groups of one size."
+    arrays, groups = [fitted(check_map(m, i)) if size is None else _surrounded(check_map(m, i), size) for i, m in enumerate(maps.maps)], {}
+    for i in rng.permutation(len(arrays)): groups.setdefault(len(arrays[i]), []).append(i)
+    parts = [members[k:k + batch] for members in groups.values() for k in range(0, len(members), batch)]
+    return [(np.stack([arrays[i] for i in parts[p]]), maps.classes[parts[p]]) for p in rng.permutation(len(parts))]
+
+
+def _parted(data: LabelledMaps, share: float, seed: int) -> tuple[LabelledMaps, LabelledMaps]:
+    "Training and held-out maps; of every pattern the same share is held out, at least one."
+    if not 0 < share < 1: raise SubnetError(f"held={share}: give a share between 0 and 1.")
+    rng, held = np.random.default_rng(seed), []
+    for c in range(len(PATTERNS)):
+        index = rng.permutation(np.flatnonzero(data.classes == c))
+        if len(index) == 1: raise BadLabels(f"there is only one map labelled {PATTERNS[c]!r}: at least two are needed, one to learn from and one to hold out.")
+        held += index[:max(1, round(share * len(index)))].tolist() if len(index) else []
+    return data.take(sorted({*range(len(data))} - {*held})), data.take(sorted(held))
+
+# %% ../nbs/17_patterns.ipynb #aacc7eec
 def train(
     data: LabelledMaps | Callable[[int], LabelledMaps],      # maps, or new ones for each epoch
     *,
@@ -428,18 +452,13 @@ def train(
     first = data(0) if callable(data) else data
     sizes = [len(m) for m in [*first.maps, *held.maps]]
     most, least = max(sizes), min(sizes)
-    def batches(maps: LabelledMaps, rng: np.random.Generator, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        arrays = [_surrounded(check_map(m, i), max(most, SMALLEST)) if published else fitted(check_map(m, i)) for i, m in enumerate(maps.maps)]
-        order, out, groups = rng.permutation(len(arrays)), [], {}
-        for i in order: groups.setdefault(len(arrays[i]), []).append(i)
-        for members in groups.values(): out += [(np.stack([arrays[i] for i in part]), maps.classes[part]) for part in (members[k:k + batch] for k in range(0, len(members), batch))]
-        return [out[i] for i in rng.permutation(len(out))]
+    batches = lambda maps, batch: _batches(maps, rng, batch, max(most, SMALLEST) if published else None)
     rng, net, best = np.random.default_rng(seed), network(seed), (-1.0, None)
     opt = torch.optim.Adam(net.parameters(), lr=lr)
-    look = batches(held, rng, 256)
+    look = batches(held, 256)
     for epoch in range(epochs):
         net.train()
-        losses, parts = [], batches(first if epoch == 0 or not callable(data) else data(epoch), rng, batch)
+        losses, parts = [], batches(first if epoch == 0 or not callable(data) else data(epoch), batch)
         for k, (x, y) in enumerate(parts):
             if decay: opt.param_groups[0]["lr"] = lr * .5 * (1 + np.cos(np.pi * (epoch + k / len(parts)) / epochs))
             loss = torch.nn.functional.cross_entropy(net(torch.as_tensor(x)[:, None]), torch.as_tensor(y))
@@ -452,18 +471,7 @@ def train(
     net.load_state_dict(best[1])
     return PatternCNN(net, dict(least=least, most=most, scale=not published, fit="published" if published else "real", seed=seed, epochs=epochs, held_out_accuracy=round(best[0], 4)))
 
-
-def _parted(data: LabelledMaps, share: float, seed: int) -> tuple[LabelledMaps, LabelledMaps]:
-    "Training and held-out maps; of every pattern the same share is held out, at least one."
-    if not 0 < share < 1: raise SubnetError(f"held={share}: give a share between 0 and 1.")
-    rng, held = np.random.default_rng(seed), []
-    for c in range(len(PATTERNS)):
-        index = rng.permutation(np.flatnonzero(data.classes == c))
-        if len(index) == 1: raise BadLabels(f"there is only one map labelled {PATTERNS[c]!r}: at least two are needed, one to learn from and one to hold out.")
-        held += index[:max(1, round(share * len(index)))].tolist() if len(index) else []
-    return data.take(sorted({*range(len(data))} - {*held})), data.take(sorted(held))
-
-# %% ../nbs/17_patterns.ipynb #4d99e1ae
+# %% ../nbs/17_patterns.ipynb #517e51ea
 class Annotator:
     "Label attention maps with the keyboard."
 
@@ -478,15 +486,9 @@ class Annotator:
     ) -> None:
         self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))
         self.maps, self.to, self.tokens, self.texts = [check_map(m, i) for m, i in zip(maps, self.ids)], Path(to), tokens, texts
-        for what, given in (("ids", self.ids), ("tokens", tokens), ("texts", texts)):
-            if given is not None and len(given) != len(maps): raise BadLabels(f"{len(maps)} maps and {len(given)} {what}: give one for each map.")
-        if len(set(self.ids)) != len(self.ids) or any("\t" in i or "\n" in i or not i for i in self.ids): raise BadLabels("names of maps must differ, and hold no tabs or line breaks.")
-        if tokens is not None and (bad := [i for i, m, t in zip(self.ids, maps, tokens) if len(m) != len(t)]): raise BadLabels(f"map {bad[0]!r} has another number of tokens than rows.")
+        _fits(maps, self.ids, tokens, texts)
         self.order = list(range(len(maps))) if seed is None else np.random.default_rng(seed).permutation(len(maps)).tolist()
-        self.labels: dict[str, str] = {}
-        if self.to.exists():
-            self.labels = {name: label for name, label, _ in _label_rows(self.to.read_text(encoding="utf-8").splitlines(), self.to)} if self.to.read_text(encoding="utf-8").strip() not in ("", "file\tlabel") else {}
-            if alien := [n for n in self.labels if n not in self.ids]: raise BadLabels(f"{self.to.name} has a label for {alien[0]!r}, which is not among these maps: give the maps it belongs to, or another file.")
+        self.labels = _begun(self.to, self.ids)
         self.history: list[tuple[int, str | None]] = []          # place in the order, label it had
         self.place, self._widget = self._next(0), None
 
@@ -501,27 +503,9 @@ class Annotator:
 
     def press(self, key: str) -> str | None:      # the label that was given, if any
         "Take a key: 1–5, u (undo) or s (skip); raise `UnknownName` for another."
-        key, label = str(key).strip().lower(), None
-        check_names([key], [*map(str, range(1, len(PATTERNS) + 1)), "u", "s"], "key")
-        if key == "u":
-            if self.history:
-                self.place, before = self.history.pop()
-                name = self.ids[self.order[self.place]]
-                if before is None: self.labels.pop(name, None)
-                else: self.labels[name] = before
-                self._write()
-        elif self.current is not None:
-            name = self.ids[self.current]
-            self.history.append((self.place, self.labels.get(name)))
-            if key != "s":
-                self.labels[name] = label = PATTERNS[int(key) - 1]
-                self._write()
-            self.place = self._next(self.place + 1)
-        if self._widget is not None: self._show()
+        label = _take(self, str(key).strip().lower())
+        if self._widget is not None: _refresh(self)
         return label
-
-    def _write(self) -> None:
-        atomic_write(self.to, "file\tlabel\n" + "".join(f"{i}\t{self.labels[i]}\n" for i in self.ids if i in self.labels))
 
     @property
     def status(self) -> str:
@@ -530,10 +514,7 @@ class Annotator:
         return f"{len(self.labels)} of {len(self.ids)} labelled" + (f", {left} skipped: open the file again to go through them" if left and self.current is None else "")
 
     @property
-    def image(self) -> bytes:      # PNG
-        "The picture of the map that is shown; empty at the end."
-        i = self.current
-        return b"" if i is None else picture([self.maps[i]], [self.ids[i]], [self.tokens[i]] if self.tokens else None, inches=4.5)
+    def image(self) -> bytes: return _image(self)      # PNG; empty at the end
 
     @property
     def figure(self) -> Figure:
@@ -541,12 +522,11 @@ class Annotator:
         return annotator_figure(self)
 
     def save(self, path: str | Path) -> Path: return self.figure.save(path)
-    def _show(self) -> None: _refresh(self)
 
     @property
     def widget(self) -> Any:
         "The ipywidgets box."
-        if self._widget is None: self._widget = _annotator_box(self); self._show()
+        if self._widget is None: self._widget = _annotator_box(self); _refresh(self)
         return self._widget
 
     def _ipython_display_(self) -> None:
@@ -555,7 +535,54 @@ class Annotator:
 
     def __repr__(self) -> str: return f"Annotator({self.status}, {self.to.name})"
 
-# %% ../nbs/17_patterns.ipynb #f46236a1
+# %% ../nbs/17_patterns.ipynb #a3b0bf29
+def _fits(maps: Sequence[Any], ids: Sequence[str], tokens: Sequence[Any] | None, texts: Sequence[Any] | None) -> None:
+    "Refuse what does not belong together."
+    for what, given in (("ids", ids), ("tokens", tokens), ("texts", texts)):
+        if given is not None and len(given) != len(maps): raise BadLabels(f"{len(maps)} maps and {len(given)} {what}: give one for each map.")
+    if len(set(ids)) != len(ids) or any("\t" in i or "\n" in i or not i for i in ids): raise BadLabels("names of maps must differ, and hold no tabs or line breaks.")
+    if tokens is not None and (bad := [i for i, m, t in zip(ids, maps, tokens) if len(m) != len(t)]): raise BadLabels(f"map {bad[0]!r} has another number of tokens than rows.")
+
+
+def _begun(path: Path, ids: Sequence[str]) -> dict[str, str]:
+    "Labels that are in the file already."
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    labels = {name: label for name, label, _ in _label_rows(lines, path)} if len(lines) > 1 or lines not in ([], [_HEAD]) else {}
+    if alien := [n for n in labels if n not in ids]: raise BadLabels(f"{path.name} has a label for {alien[0]!r}, which is not among these maps: give the maps it belongs to, or another file.")
+    return labels
+
+
+_HEAD = "file\tlabel"
+
+
+def _take(a: Annotator, key: str) -> str | None:
+    "Do what a key says; return the label it gave."
+    check_names([key], [*map(str, range(1, len(PATTERNS) + 1)), "u", "s"], "key")
+    labels, label = dict(a.labels), None
+    if key == "u":
+        if not a.history: return None
+        place, before = a.history[-1]
+        name = a.ids[a.order[place]]
+        if before is None: labels.pop(name, None)
+        else: labels[name] = before
+    elif a.current is None: return None
+    else:
+        name = a.ids[a.current]
+        if key != "s": labels[name] = label = PATTERNS[int(key) - 1]
+    if labels != a.labels: atomic_write(a.to, "\n".join([_HEAD, *(f"{i}\t{labels[i]}" for i in a.ids if i in labels)]) + "\n")      # first the file: if that fails, nothing has happened
+    if key == "u": a.place, _ = a.history.pop()
+    else: a.history.append((a.place, a.labels.get(name)))
+    a.labels = labels
+    if key != "u": a.place = a._next(a.place + 1)
+    return label
+
+# %% ../nbs/17_patterns.ipynb #86e8160d
+def _image(a: Annotator) -> bytes:      # PNG
+    "The picture of the map that is shown; empty at the end."
+    i = a.current
+    return b"" if i is None else picture([a.maps[i]], [a.ids[i]], [a.tokens[i]] if a.tokens else None, inches=4.5)
+
+
 def annotator_figure(a: Annotator) -> Figure:
     "The map that an annotator shows, as a figure."
     import plotly.graph_objects as go
