@@ -142,13 +142,13 @@ def _outputs(model: nn.Module, layout: Layout) -> list[torch.Tensor]:      # per
         out.append((o(unit) - o(torch.zeros_like(unit))).T)
     return out
 
-# %% ../nbs/16_represent.ipynb #1ebc0ad4
+# %% ../nbs/16_represent.ipynb #4669e76d
 Text = Any      # str, or a pair (str, str)
 
 def each_attention(
     model: nn.Module,
     tok: Any,
-    texts: Sequence[Text],                        # may contain [MASK]; pairs are tuples
+    texts: Sequence[Text],                        # may contain [MASK]; pairs are tuples (causal models read them in a row)
     under: Mask | Scores | None = None,
     normed: str | None = None,                    # None: probabilities; "correct" or "as_published": normed by the values
     batch: int = 32,
@@ -170,7 +170,7 @@ def each_attention(
         for index in (groups[size][k:k + batch] for k in range(0, len(groups[size]), batch)):
             tensor = lambda which: torch.tensor([coded[i][which] for i in index], device=device)
             with torch.no_grad(), evaluating(model), attending(model), masked(model, under, check=False), _values(model, layout) as values:
-                out = model(input_ids=tensor(0), output_attentions=True, **({"token_type_ids": tensor(1)} if types else {}))
+                out = model(input_ids=tensor(0), attention_mask=torch.ones_like(tensor(0)), output_attentions=True, **({"token_type_ids": tensor(1)} if types else {}))
                 maps = torch.stack([a.float() for a in out.attentions], 1)
                 if normed:
                     outputs = outputs or _outputs(model, layout)
@@ -203,11 +203,11 @@ def _ids(model: nn.Module, tok: Any, text: Text, position: int) -> tuple[list[in
     if not ids: raise SubnetError(f"text {position} has no tokens: give a text with at least one word.")
     return ids, types
 
-# %% ../nbs/16_represent.ipynb #4700a62d
+# %% ../nbs/16_represent.ipynb #d7bb5689
 def attention_maps(
     model: nn.Module,
     tok: Any,
-    texts: Sequence[Text],                        # may contain [MASK]; pairs are tuples
+    texts: Sequence[Text],                        # may contain [MASK]; pairs are tuples (causal models read them in a row)
     under: Mask | Scores | None = None,
     normed: str | None = None,                    # None, "correct" or "as_published"
     batch: int = 32,
