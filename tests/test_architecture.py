@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "compare", "plots", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "compare", "patterns", "plots", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
@@ -102,6 +102,12 @@ def test_the_order_of_the_layers():
     order = [n for n in ("space", "mask", "masks", "apply", "gates", "objectives", "search", "recipes") if n in MODULES]
     for i, name in enumerate(order): assert not (up := below(name, set()) & set(order[i + 1:])), f"{name} reaches up to {up}"
     assert not below("store", set()) & {"search", "recipes"}
+
+
+def test_patterns_stand_above_what_they_name():
+    "Maps come from represent; only what draws, shows or runs an analysis may know their patterns."
+    for name in set(MODULES) - {"patterns", "plots", "widgets", "recipes", "cli"}: assert "patterns" not in siblings(name), f"{name} imports patterns"
+    if "patterns" in MODULES: assert siblings("patterns", top_only=True) <= {"space", "mask", "masks", "pocket", "data", "represent"}
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,6 +23,8 @@ model, tok = load("pocket-bert")
 run = find(model, tok, Threshold(Space.of(model, "weight", layers="top-half")), Cloze(read_facts("pocket", "MadeOf")), steps=5, progress=False)
 assert run.done and .4 < run.mask.density < .6
 load("pocket-gpt2")
+from subnet_explorer.patterns import classifier, generate
+assert pocket_path("patterns").is_relative_to(inside) and classifier()(generate(5, seed=0).maps)[2] == "diagonal"
 print("fine")
 """
 
@@ -42,7 +44,7 @@ def test_the_wheel_is_complete_and_works_alone(tmp_path):
     assert wheel.name.startswith(f"{lib}-{ini['DEFAULT']['version']}-py3-none-any")
     world = {f"{lib}/pocket_world/{p.relative_to(source / 'data/pocket')}" for p in (source / "data/pocket").rglob("*") if p.is_file()}
     own = {str(p.relative_to(source)) for p in (source / lib).rglob("*") if p.is_file()}
-    assert {f"{lib}/pocket_world/{f}" for f in ("facts.jsonl", "bert/model.safetensors", "bert/tokenizer.json", "gpt2/model.safetensors", "gpt2/config.json")} <= world <= names
+    assert {f"{lib}/pocket_world/{f}" for f in ("facts.jsonl", "bert/model.safetensors", "bert/tokenizer.json", "gpt2/model.safetensors", "gpt2/config.json", "patterns/model.safetensors")} <= world <= names
     assert {f"{lib}/py.typed", f"{lib}/__init__.py", f"{lib}/cli.py"} <= own <= names and any(n.startswith(f"{lib}/static/") for n in own)
     rest = {n for n in names - own - world if ".dist-info/" not in n}
     assert not rest, f"more than was asked for: {sorted(rest)[:10]}"
