@@ -23,8 +23,8 @@ from .objectives import Context, Prompts, Sequences
 from .space import SubnetError, check_model, check_names, is_causal
 
 # %% auto #0
-__all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'accuracy',
-           'task_metrics', 'predict', 'task_scores', 'TaskScore']
+__all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'predict', 'accuracy',
+           'task_metrics', 'task_scores', 'TaskScore']
 
 # %% ../nbs/12_evaluate.ipynb #514a7210
 Condition = Any      # None | Mask | Scores | dict[relation, Condition] | list[Condition]
@@ -135,7 +135,7 @@ def mrr(items: pd.DataFrame, rank: str = "rank", truncate: int | None = None) ->
     if truncate is not None: value = value.where(items[rank] <= truncate, 0.0)
     return value.groupby(items.under, sort=False).mean()
 
-# %% ../nbs/12_evaluate.ipynb #583f3afd
+# %% ../nbs/12_evaluate.ipynb #35c4d167
 @torch.no_grad()
 def plausibility(
     model: nn.Module,
@@ -150,7 +150,8 @@ def plausibility(
         premise = tok(q["premise"].strip().rstrip(".?! "), add_special_tokens=False).input_ids
         for c in ("choice1", "choice2"):
             full = tok(f"{q['premise'].strip().rstrip('.?! ')} {'so' if q['question'] == 'effect' else 'because'} {q[c]}").input_ids
-            start = next(i for i in range(len(full)) if full[i:i + len(premise)] == premise)
+            start = next((i for i in range(len(full)) if full[i:i + len(premise)] == premise), None)
+            if not premise or start is None: raise SubnetError(f"question {n}: the tokens of the premise {q['premise']!r} are " + ("not those of the joined sentence: this tokenizer cannot be used here." if premise else "none: it is empty."))
             for p in range(start, start + len(premise)):
                 ids.append(full[:p] + [tok.mask_token_id] + full[p + 1:]); rows.append((p, full[p])); owner.append((n, c))
     seqs, logp = Sequences(model, ids), []
@@ -178,7 +179,7 @@ class Precision:
 
     def recipe(self) -> dict[str, Any]: return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
-# %% ../nbs/12_evaluate.ipynb #cf3b55a6
+# %% ../nbs/12_evaluate.ipynb #eb204cfe
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
@@ -201,7 +202,20 @@ def perplexity(
             b, p, gold = [j for j, i in enumerate(part) for _ in rows[i][0]], [q for i in part for q in rows[i][0]], [g for i in part for g in rows[i][1]]
             logp = seqs.read(part, b, p).float().log_softmax(-1)
             total -= float(logp.gather(1, torch.tensor(gold, device=logp.device)[:, None]).sum()); n += len(gold)
+    if not n: raise SubnetError("there is no token to predict: the texts are empty, or single tokens of a causal model.")
+    if not np.isfinite(total): raise SubnetError("the model gives NaN or infinite logits: its perplexity is undefined. Was it trained to divergence, or is its precision too low?")
     return float(np.exp(total / n))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, head: Any, coded: Sequence[Any], path: str = "auto", batch: int = 128) -> np.ndarray:      # (row, label)
+    "What `head` says about encoded examples."
+    seqs = Sequences(model, [c[0] for c in coded], path=path, types=[c[3] for c in coded] if len(coded[0]) > 3 else None)
+    order, out = np.argsort(seqs.lengths, kind="stable"), [None] * len(coded)
+    for part in np.array_split(order, range(batch, len(order), batch)):
+        rows = seqs.read(part, [j for j, i in enumerate(part) for _ in coded[i][1]], [q for i in part for q in coded[i][1]], head=head).float().cpu()
+        for i, r in zip(part, rows.split([len(coded[i][1]) for i in part])): out[i] = r
+    return torch.cat(out).numpy()
 
 
 @torch.no_grad()
@@ -213,16 +227,13 @@ def accuracy(
     under: Mask | Scores | None = None,
 ) -> float:
     "Share of rows (words, texts) whose label is right."
+    if not examples: raise SubnetError("there is no row to ask.")
     coded = [head.encode(tok, e) for e in examples]
-    seqs, hits, n = Sequences(model, [c[0] for c in coded]), 0, 0
-    with evaluating(model), masked(model, under):
-        for part in np.array_split(np.arange(len(coded)), range(128, len(coded), 128)):
-            b, p = [j for j, i in enumerate(part) for _ in coded[i][1]], [q for i in part for q in coded[i][1]]
-            y = torch.tensor([y for i in part for y in coded[i][2]])
-            hits += int((seqs.read(part, b, p, head=head).argmax(-1).cpu() == y).sum()); n += len(y)
-    return hits / n
+    with evaluating(model), masked(model, under): out = predict(model, head, coded)
+    if out.shape[1] < 2: raise SubnetError(f"{type(head).__name__} gives numbers, not labels: use task_scores.")
+    return float((out.argmax(1) == np.concatenate([c[2] for c in coded])).mean())
 
-# %% ../nbs/12_evaluate.ipynb #72f845b3
+# %% ../nbs/12_evaluate.ipynb #63d88ef0
 def task_metrics(
     task: LabelTask,
     gold: Sequence[Any],             # labels, or numbers if the task has none
@@ -230,6 +241,7 @@ def task_metrics(
 ) -> dict[str, Any]:                 # score, each metric by name, note
     "The metrics of a task."
     if len(gold) != len(predicted): raise SubnetError(f"{len(predicted)} predictions for {len(gold)} labels.")
+    if not len(gold): raise SubnetError(f"there is no row to score {task.name} on.")
     note = " and ".join(f"all {what} are equal" for what, v in (("labels", gold), ("predictions", predicted)) if len(set(v)) == 1)
     out: dict[str, Any] = {}
     if not task.labels:
@@ -243,18 +255,7 @@ def task_metrics(
         out = {m: float(of[m](gold, predicted)) for m in task.metrics}
     return {"score": out[task.metrics[0]], **out, "note": note}
 
-# %% ../nbs/12_evaluate.ipynb #3b0286f3
-@torch.no_grad()
-def predict(model: nn.Module, head: Any, coded: Sequence[Any], path: str = "auto", batch: int = 128) -> np.ndarray:      # (row, label)
-    "What `head` says about encoded examples."
-    seqs = Sequences(model, [c[0] for c in coded], path=path, types=[c[3] for c in coded] if len(coded[0]) > 3 else None)
-    order, out = np.argsort(seqs.lengths, kind="stable"), [None] * len(coded)
-    for part in np.array_split(order, range(batch, len(order), batch)):
-        rows = seqs.read(part, [j for j, i in enumerate(part) for _ in coded[i][1]], [q for i in part for q in coded[i][1]], head=head).float().cpu()
-        for i, r in zip(part, rows.split([len(coded[i][1]) for i in part])): out[i] = r
-    return torch.cat(out).numpy()
-
-
+# %% ../nbs/12_evaluate.ipynb #dfd4739b
 def task_scores(
     model: nn.Module,
     tok: Any,
