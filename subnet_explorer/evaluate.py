@@ -179,7 +179,7 @@ class Precision:
 
     def recipe(self) -> dict[str, Any]: return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
-# %% ../nbs/12_evaluate.ipynb #eb204cfe
+# %% ../nbs/12_evaluate.ipynb #7d16318b
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
@@ -196,13 +196,13 @@ def perplexity(
             rows.append((list(range(len(i) - 1)), i[1:])); ids.append(i); continue
         for p, gold in enumerate(i):
             if gold not in tok.all_special_ids: rows.append(([p], [gold])); ids.append(i[:p] + [tok.mask_token_id] + i[p + 1:])
+    if not any(places for places, _ in rows): raise SubnetError("there is no token to predict: no text was given, or they are all empty.")
     seqs, total, n = Sequences(model, ids), 0.0, 0
     with evaluating(model), masked(model, under):
         for part in np.array_split(np.arange(len(ids)), range(128, len(ids), 128)):
             b, p, gold = [j for j, i in enumerate(part) for _ in rows[i][0]], [q for i in part for q in rows[i][0]], [g for i in part for g in rows[i][1]]
             logp = seqs.read(part, b, p).float().log_softmax(-1)
             total -= float(logp.gather(1, torch.tensor(gold, device=logp.device)[:, None]).sum()); n += len(gold)
-    if not n: raise SubnetError("there is no token to predict: the texts are empty, or single tokens of a causal model.")
     if not np.isfinite(total): raise SubnetError("the model gives NaN or infinite logits: its perplexity is undefined. Was it trained to divergence, or is its precision too low?")
     return float(np.exp(total / n))
 

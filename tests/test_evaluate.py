@@ -15,7 +15,7 @@ from scipy import stats
 from subnet_explorer.apply import masked
 from subnet_explorer.compare import interval
 from subnet_explorer.data import Fact, Facts, read_conllu, read_facts, split
-from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, precision
+from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, plausibility, precision
 from subnet_explorer.heads import Classifier, Tagger, fit
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Context, Task
@@ -312,3 +312,18 @@ def test_numbers_do_not_depend_on_dropout(pocket_bert, facts, measure):
     wanted = number()
     model.train()
     assert number() == pytest.approx(wanted, rel=1e-5) and model.training
+
+
+def test_nothing_to_measure(pocket_bert, pocket_gpt2):
+    "Empty input and a diverged model are errors, not silent NaN."
+    for some in (pocket_bert, pocket_gpt2):
+        for texts in ([], [""]):
+            with pytest.raises(SubnetError, match="no token to predict"): perplexity(*some, texts)
+    model, tok = pocket_bert
+    with torch.no_grad():
+        broken = copy.deepcopy(model)
+        next(broken.cls.parameters()).fill_(float("nan"))
+    with pytest.raises(SubnetError, match="NaN or infinite logits"): perplexity(broken, tok, TEXTS[:2])
+    with pytest.raises(SubnetError, match="NaN or infinite"): interval([np.array([[1., np.nan]])])
+    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0)
+    with pytest.raises(SubnetError, match="question 0: .*it is empty"): plausibility(model, tok, [question])
