@@ -289,7 +289,7 @@ def stability(
         rows.append(dict(examples=n, rank=float(q @ r) / scale if scale else np.nan, distance=jaccard_distance(k, m, average), chance=jaccard_chance(k, m, average)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/15_compare.ipynb #4e7ef219
+# %% ../nbs/15_compare.ipynb #227c21d5
 def interval(
     groups: Sequence[np.ndarray],      # per group: hits (draws, items) in 0…1; draws are seeds or repetitions
     level: float = 0.95,
@@ -299,6 +299,7 @@ def interval(
 ) -> tuple[float, float, float]:       # estimate, low, high
     "Mean with a percentile bootstrap interval over draws and items."
     if not groups or any(g.ndim != 2 or not g.size for g in groups): raise SubnetError("an interval needs at least one item in every group, as arrays of shape (draws, items).")
+    if not all(np.isfinite(g).all() for g in groups): raise SubnetError("some hits or scores are NaN or infinite: leave them out first, and say how many.")
     rng = np.random.default_rng(seed)
     weights = np.array([g.shape[1] if pooled else 1 for g in groups], float)
     times = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=samples) / n                 # how often each of n is drawn, as shares: (samples, n)

@@ -463,12 +463,12 @@ def _table(source: str, part: str, task: LabelTask) -> tuple[list[str], Iterator
     head = list(task.bare) or next(lines, (0, []))[1]
     return head, lines, str(path), task
 
-# %% ../nbs/06_data.ipynb #3ab8be4d
+# %% ../nbs/06_data.ipynb #e8ce918c
 def _row(cells: list[Any], columns: list[str], places: list[int | None], task: LabelTask) -> dict[str, Any]:
     "One row as sentence, pair and label."
     if len(cells) != len(columns): raise BadTable(f"{len(cells)} columns where {len(columns)} were expected ({', '.join(columns[:6])}).")
     text, pair, label = (None if p is None else cells[p] for p in places)
-    texts = {"sentence": str(text).strip()} | ({} if pair is None else {"pair": str(pair).strip()})
+    texts = {k: "" if v is None else str(v).strip() for k, v, there in (("sentence", text, True), ("pair", pair, places[1] is not None)) if there}
     if empty := [k for k, v in texts.items() if not v]: raise BadTable(f"the {empty[0]} is empty.")
     if label in ("-", "", None, -1, "-1"): raise _Unlabelled("no gold label")
     if task.name == "table": return {**texts, "label": str(label)}

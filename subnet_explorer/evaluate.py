@@ -139,7 +139,7 @@ def mrr(items: pd.DataFrame, rank: str = "rank", truncate: int | None = None) ->
     if truncate is not None: value = value.where(items[rank] <= truncate, 0.0)
     return value.groupby(items.under, sort=False).mean()
 
-# %% ../nbs/12_evaluate.ipynb #452278c1
+# %% ../nbs/12_evaluate.ipynb #c5f211cb
 @torch.no_grad()
 def plausibility(
     model: nn.Module,
@@ -156,8 +156,8 @@ def plausibility(
         premise = tok(q["premise"].strip().rstrip(".?! "), add_special_tokens=False).input_ids
         for c in ("choice1", "choice2"):
             full = tok(f"{q['premise'].strip().rstrip('.?! ')} {'so' if q['question'] == 'effect' else 'because'} {q[c]}").input_ids
-            start = next((i for i in range(len(full)) if premise and full[i:i + len(premise)] == premise), None)
-            if start is None: raise SubnetError(f"the premise {q['premise']!r} is empty, or its tokens change where a choice follows: this tokenizer cannot be used here.")
+            start = next((i for i in range(len(full)) if full[i:i + len(premise)] == premise), None)
+            if not premise or start is None: raise SubnetError(f"question {n}: the tokens of the premise {q['premise']!r} are " + ("not those of the joined sentence: this tokenizer cannot be used here." if premise else "none: it is empty."))
             for p in range(start, start + len(premise)):
                 ids.append(full[:p] + [tok.mask_token_id] + full[p + 1:]); rows.append((p, full[p])); owner.append((n, c))
     seqs, logp = Sequences(model, ids), []
@@ -185,7 +185,7 @@ class Precision:
 
     def recipe(self) -> dict[str, Any]: return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
-# %% ../nbs/12_evaluate.ipynb #d9f7713d
+# %% ../nbs/12_evaluate.ipynb #263f82c3
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
@@ -202,6 +202,7 @@ def perplexity(
             rows.append((list(range(len(i) - 1)), i[1:])); ids.append(i); continue
         for p, gold in enumerate(i):
             if gold not in tok.all_special_ids: rows.append(([p], [gold])); ids.append(i[:p] + [tok.mask_token_id] + i[p + 1:])
+    if not any(places for places, _ in rows): raise SubnetError("there is no token to predict: no text was given, or they are all empty.")
     seqs, total, n = Sequences(model, ids), 0.0, 0
     with evaluating(model), masked(model, under):
         for part in np.array_split(np.arange(len(ids)), range(128, len(ids), 128)):
@@ -209,6 +210,7 @@ def perplexity(
             logp = seqs.read(part, b, p).float().log_softmax(-1)
             total -= float(logp.gather(1, torch.tensor(gold, device=logp.device)[:, None]).sum()); n += len(gold)
     if not n: raise SubnetError("there is no token to predict: the texts are empty.")
+    if not np.isfinite(total): raise SubnetError("the model gives NaN or infinite logits: its perplexity is undefined. Was it trained to divergence, or is its precision too low?")
     return float(np.exp(total / n))
 
 # %% ../nbs/12_evaluate.ipynb #5aa8b6ec
@@ -243,7 +245,7 @@ def accuracy(
     with evaluating(model), masked(model, under): out = predict(model, head, coded)
     return float((out.argmax(-1) == np.array(gold)).mean())
 
-# %% ../nbs/12_evaluate.ipynb #ed5fcde8
+# %% ../nbs/12_evaluate.ipynb #c8d0535c
 def task_metrics(
     task: LabelTask,
     gold: Sequence[Any],             # labels, or numbers if the task has none

@@ -331,3 +331,18 @@ def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
 def test_a_fact_asked_twice_is_no_repetition(pocket_bert, facts):
     items = cloze(*pocket_bert, Facts(facts.items[:3] + facts.items[:1]), {"full": None})
     with pytest.raises(SubnetError, match="1 facts were asked twice"): precision(items)
+
+
+def test_nothing_to_measure(pocket_bert, pocket_gpt2):
+    "Empty input and a diverged model are errors, not silent NaN."
+    for some in (pocket_bert, pocket_gpt2):
+        for texts in ([], [""]):
+            with pytest.raises(SubnetError, match="no token to predict"): perplexity(*some, texts)
+    model, tok = pocket_bert
+    with torch.no_grad():
+        broken = copy.deepcopy(model)
+        next(broken.cls.parameters()).fill_(float("nan"))
+    with pytest.raises(SubnetError, match="NaN or infinite logits"): perplexity(broken, tok, TEXTS[:2])
+    with pytest.raises(SubnetError, match="NaN or infinite"): interval([np.array([[1., np.nan]])])
+    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0)
+    with pytest.raises(SubnetError, match="question 0: .*it is empty"): plausibility(model, tok, [question])

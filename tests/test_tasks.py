@@ -69,6 +69,8 @@ def test_the_numbers_and_names_of_datasets(tmp_path, monkeypatch):
     data = read_glue("datasets:nyu-mll/glue/mnli", "dev")
     assert data.task is GLUE["MNLI"] and [r["label"] for r in data] == ["entailment", "contradiction"] and data.skipped == {"no gold label": 1}
     with pytest.raises(BadTable, match="no part 'train'"): read_glue("datasets:nyu-mll/glue/mnli")
+    parts["validation_matched"] = datasets.Dataset.from_list([dict(premise=None, hypothesis="It is wet.", label=0), *rows])
+    with pytest.raises(BadTable, match="the sentence is empty"): read_glue("datasets:nyu-mll/glue/mnli", "dev")
 
 
 @pytest.mark.parametrize("text, error", [
@@ -76,6 +78,7 @@ def test_the_numbers_and_names_of_datasets(tmp_path, monkeypatch):
     ("index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tmaybe\n", "line 2: the label 'maybe' is none of entailment, not_entailment"),
     ("index\tsentence1\tsentence2\tlabel\n0\tA.\t \tentailment\n", "the pair is empty"),
     ("index\tsentence1\tsentence2\n0\tA.\tB.\n", "no column label"),
+    ("index\tsentence1\tsentence2\tlabel\n0\t\tB.\tentailment\n", "the sentence is empty"),
     ("index\tpremise\tsentence2\tlabel\n0\tA.\tB.\tentailment\n", "no column sentence1: found index, premise"),
     ("index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\t-\n", "no labelled sentence .*no gold label"),
     ("index\tsentence1\tsentence2\tlabel\n", "no labelled sentence"), ("", "no column"),
@@ -188,6 +191,7 @@ def test_metrics_that_say_nothing(recwarn):
     s = task_metrics(GLUE["STS-B"], [1., 2.], [3., 3.])
     assert np.isnan([s["score"], s["pearson"], s["spearman"]]).all() and s["note"] == "all predictions are equal" and not recwarn.list
     with pytest.raises(SubnetError, match="NaN or infinite"): task_metrics(GLUE["STS-B"], [1., 2.], [3., float("nan")])
+    with pytest.raises(SubnetError, match="0 predictions for 0 labels"): task_metrics(GLUE["RTE"], [], [])
     with pytest.raises(SubnetError, match="1 predictions for 2 labels"): task_metrics(GLUE["RTE"], ["entailment"] * 2, ["entailment"])
 
 
@@ -205,6 +209,21 @@ def test_pairs_are_read_as_the_model_reads_them(bert):
     assert task_scores(model, tok, head, data)["pearson"] == pytest.approx(np.corrcoef(out, gold)[0, 1], abs=1e-4)
     with torch.no_grad(): untyped = head(model.bert(input_ids=coded[0].input_ids)[0][:, 0])
     assert abs(untyped.item() - out[0].item()) > 1e-4, "token types make no difference"
+    with pytest.raises(SubnetError, match="predicts numbers"): accuracy(model, tok, data, head)
+
+
+def test_accuracy_of_pairs_is_that_of_the_task(bert):
+    "Both measures read token types; with them the untrained head answers differently."
+    model, tok = bert
+    data = read_glue("pocket:entails", "dev").take(60)
+    head = head_for(model, data, seed=2)
+    with torch.no_grad(): head.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    found = accuracy(model, tok, data, head)
+    assert found == task_scores(model, tok, head, data)["accuracy"]
+    coded = [head.encode(tok, e) for e in data]
+    with torch.no_grad(): said = [[head.out(model.bert(input_ids=torch.tensor([c[0]]), **kw)[0][0, 0]).argmax().item() for c, kw in ((c, dict(token_type_ids=torch.tensor([c[3]])) if typed else {}) for c in coded)] for typed in (True, False)]
+    assert found == np.mean([a == c[2][0] for a, c in zip(said[0], coded)]) and said[0] != said[1]
+    with pytest.raises(SubnetError, match="no row to ask"): accuracy(model, tok, [], head)
 
 
 def test_long_texts_are_cut_and_counted(bert):
