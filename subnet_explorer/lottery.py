@@ -93,7 +93,7 @@ def majority_label(data: TaskData) -> dict[str, Any]:      # score, each metric 
     answer = float(np.mean(labels)) if data.train.real else Counter(labels).most_common(1)[0][0]
     return task_metrics(data.test.task, [r["label"] for r in data.test], [answer] * len(data.test))
 
-# %% ../nbs/13_lottery.ipynb #87b25b79
+# %% ../nbs/13_lottery.ipynb #d6a4a8e3
 @dataclass(frozen=True)
 class Plan:
     "The settings of a study of lottery tickets."
@@ -111,13 +111,13 @@ class Plan:
 
     def run(self, task: str, seed: int, kind: str, **more: Any) -> Run:
         "The run of one mask."
-        space, labels = self.space, {"task": task, "seed": seed, "kind": kind}
-        config = dict(method="tickets", model=str(space.model), space=space.id, data=self.tasks[task].recipe(), kind=kind, seed=seed, training=self.training, pruning=self.pruning, published=self.published,
-                      **({"longer": list(self.longer)} if kind == "bad" else {}), **more)
+        space, labels = self.space, {"task": task, "seed": seed, "kind": kind, **({"epochs": more["epochs"]} if "epochs" in more else {})}
+        config = dict(method="tickets", model=str(space.model), space=space.id, data=self.tasks[task].recipe(), kind=kind, seed=seed, training=self.training, pruning=self.pruning, published=self.published, **more)
         return Run(Store(self.folder / "runs").path(labels, config), config, labels)
 
-    @property
-    def kinds(self) -> list[str]: return ["full", "good", "random", "bad", *(["random-init"] if self.random_init else [])]
+    def runs(self, task: str, seed: int) -> list[Run]:
+        "The runs of one task and seed, but for the super-survivors: one per kind, and one per longer training of the bad."
+        return [self.run(task, seed, k) for k in ("full", "good", "random", "bad", *(["random-init"] if self.random_init else []))] + [self.run(task, seed, "bad", epochs=e) for e in self.longer]
 
     def fit(self, model: nn.Module, task: str, seed: int, name: str, epochs: float | None = None) -> Classifier:
         "Train in place, or read what was trained before; return the head."
@@ -158,21 +158,22 @@ def _untrained(model: nn.Module, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return type(model)(model.config).to(like.device, like.dtype).eval()
 
-# %% ../nbs/13_lottery.ipynb #45f81e81
+# %% ../nbs/13_lottery.ipynb #77830e6e
 def _cell(plan: Plan, task: str, seed: int) -> None:
     "Everything for one task and seed, but for the super-survivors."
-    runs, data, base = {k: plan.run(task, seed, k) for k in plan.kinds}, plan.tasks[task], plan.training["epochs"]
+    runs, data, base = plan.runs(task, seed), plan.tasks[task], plan.training["epochs"]
     with fine_tuned(plan, task, seed) as head:
         try: masks = _masks(plan, task, seed, head)
         except NoFloor as e:
             _note(plan, task, seed, skipped=str(e))
-            _once(runs["full"], "full", base, lambda: {**_scored(plan.model, plan.tok, head, data.test), "note": f"not pruned: {e}"})
+            _once(runs[0], "full", base, lambda: {**_scored(plan.model, plan.tok, head, data.test), "note": f"not pruned: {e}"})
             return
-        for k in ("full", "good", "random", "bad"): _once(runs[k], "full" if k == "full" else "pruned", base, lambda: _scored(plan.model, plan.tok, head, data.test, masks[k]))
-    for k, run in runs.items():
-        mask = masks[k].rebase(plan.space)
-        for epochs in () if k == "full" else (base, *(plan.longer if k == "bad" else ())): _once(run, "retrained", epochs, lambda: _retrained(plan, task, seed, k, mask, epochs))
-        run.finish(mask)
+        for run in runs[:4]: _once(run, "full" if run is runs[0] else "pruned", base, lambda: _scored(plan.model, plan.tok, head, data.test, masks[run.labels["kind"]]))
+    for run in runs:
+        kind, epochs = run.labels["kind"], run.labels.get("epochs", base)
+        mask = masks[kind].rebase(plan.space)
+        if kind != "full": _once(run, "retrained", epochs, lambda: _retrained(plan, task, seed, kind, mask, epochs))
+        if not run.done: run.finish(mask)
 
 
 def _masks(plan: Plan, task: str, seed: int, head: Classifier) -> dict[str, Mask]:
@@ -207,7 +208,7 @@ def _super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> None:
         _once(runs[k], "retrained", base, lambda: _retrained(plan, task, seed, k, m, base))
         runs[k].finish(m)
 
-# %% ../nbs/13_lottery.ipynb #bb3a4ede
+# %% ../nbs/13_lottery.ipynb #8577b64e
 def tickets(
     model: nn.Module,
     tok: Any,
@@ -224,7 +225,7 @@ def tickets(
     mode: str = "example",                   # of importance: "example", "batch" or "cumulative"
     normalise: str | None = "layer",         # of importance
     supers: bool = True,                     # also what all seeds have in common
-    longer: Sequence[float] = (),            # numbers of epochs for which bad masks are also retrained
+    longer: Sequence[float] = (),            # other numbers of epochs for which bad masks are also retrained
     random_init: bool = False,               # also a model that was never pretrained
     published: bool = False,                 # sizes of random masks drawn, stale scores between phases
     processes: int = 1,                      # cells at once
@@ -236,15 +237,16 @@ def tickets(
     began, seeds, space = time.monotonic(), list(seeds), Space.of(model, kind)
     if not tasks: raise SubnetError("there is no task: give at least one, e.g. {\"RTE\": task_data(\"RTE\")}.")
     if not seeds or len(set(seeds)) < len(seeds): raise SubnetError(f"seeds must be different numbers, at least one, got {seeds}.")
+    if epochs in longer: raise SubnetError(f"bad masks are retrained for {epochs:g} epochs anyway: give other numbers for longer.")
     if processes < 1: raise SubnetError(f"processes counts from 1, got {processes}.")
     training = dict(epochs=float(epochs), lr=lr, head_lr=lr, warmup=0.0, clip=1.0, dropout=True, batch=batch, length=length)
     pruning = dict(drop=drop, floor=floor, **({} if kind == "weight" else dict(mode=mode, normalise=normalise)))
-    config = dict(recipe="tickets", model=str(space.model), kind=kind, training=training, pruning=pruning, longer=list(longer), random_init=random_init, published=published)
+    config = dict(recipe="tickets", model=str(space.model), kind=kind, training=training, pruning=pruning, published=published)
     with nullcontext(to) if to else tempfile.TemporaryDirectory() as folder:
         open_study(to, config)
-        plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, tuple(longer), random_init, published, progress and processes == 1)
+        plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, tuple(float(e) for e in longer), random_init, published, progress and processes == 1)
         cells = [(t, s) for t in tasks for s in seeds]
-        _work(plan, _cell, {c: [plan.run(*c, k) for k in plan.kinds] for c in cells if not _noted(plan, *c).get("skipped")}, processes, progress)
+        _work(plan, _cell, {c: plan.runs(*c) for c in cells if not _noted(plan, *c).get("skipped")}, processes, progress)
         cells = [(*c, tuple(s for s in seeds if not _noted(plan, c[0], s)["skipped"])) for c in cells]
         cells = {c: [plan.run(*c[:2], k, seeds=c[2]) for k in SUPER] for c in cells if supers and c[1] in c[2] and len(c[2]) > 1}
         _work(plan, _super_cell, cells, processes, progress)
@@ -264,7 +266,7 @@ def _work(plan: Plan, cell: Callable[..., None], cells: Mapping[tuple, Sequence[
         with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
             for _ in Parallel(return_as="generator_unordered")(delayed(cell)(plan, *c) for c in left): bar.update()
 
-# %% ../nbs/13_lottery.ipynb #d940f648
+# %% ../nbs/13_lottery.ipynb #aded4934
 @dataclass(frozen=True)
 class Tickets:
     "What `tickets` found and measured."
@@ -296,12 +298,12 @@ def _collect(plan: Plan, seeds: Sequence[int], supers: Sequence[tuple[str, int, 
     notes = {(t, s): _noted(plan, t, s) for t in plan.tasks for s in seeds}
     skipped = {c: n["skipped"] for c, n in notes.items() if n["skipped"]}
     if len(skipped) == len(notes): raise SubnetError("no cell could be pruned: " + "; ".join(f"{t}, seed {s}: {why}" for (t, s), why in skipped.items()))
-    runs = [plan.run(*c, k) for c in notes for k in plan.kinds if c not in skipped or k == "full"] + [plan.run(t, s, k, seeds=among) for t, s, among in supers for k in SUPER]
+    runs = [r for c in notes for r in plan.runs(*c)[:1 if c in skipped else None]] + [plan.run(t, s, k, seeds=among) for t, s, among in supers for k in SUPER]
     density = lambda r: r.mask.density if r.done else 1.0
-    scores = pd.DataFrame([dict(**r.labels, **row, density=density(r)) for r in runs for row in r.metrics.to_dict("records")])
+    scores = pd.DataFrame([{**r.labels, **row, "density": density(r)} for r in runs for row in r.metrics.to_dict("records")])
     front = ["task", "seed", "kind", "stage", "epochs", "density", "score"]
     importance = {c: Scores(plan.space, {g: np.array(v) for g, v in n["importance"].items()}, {"method": "importance"}) for c, n in notes.items() if n["importance"]}
-    masks = Masks([(r.labels, r.folder / "mask.safetensors" if keep else r.mask) for r in runs if r.done])
+    masks = Masks([(r.labels, r.folder / "mask.safetensors" if keep else r.mask) for r in runs if r.done and "epochs" not in r.labels])
     steps = pd.concat([pd.DataFrame(n["steps"]) for n in notes.values() if n["steps"]], ignore_index=True)
     return Tickets(masks, scores[[*front, *(c for c in scores if c not in front)]], steps, importance, skipped, plan, config, seconds)
 

@@ -242,6 +242,10 @@ def test_a_study_grows(small, entails, tmp_path):
     grown = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "s", **QUICK)
     assert len(before) == 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert set(grown.scores.seed) == {0, 1} and set(SUPER) <= set(grown.scores.kind)
+    more = tickets(*small, entails, seeds=(0, 1), floor=1.0, longer=(4, 5), random_init=True, to=tmp_path / "s", **QUICK)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and len(more.scores) == len(grown.scores) + 2 * 3
+    assert set(more.scores[more.scores.epochs == 5].kind) == {"bad"} and not more.masks.index.duplicated(["task", "seed", "kind"]).any()
+    with pytest.raises(SubnetError, match="3 epochs anyway"): tickets(*small, entails, seeds=(0,), longer=(3,), to=tmp_path / "s", **QUICK)
     with pytest.raises(OtherRun, match="differs in pruning"): tickets(*small, entails, seeds=(0,), floor=.7, to=tmp_path / "s", **QUICK)
 
 

@@ -223,7 +223,7 @@ def test_accuracy_of_pairs_is_that_of_the_task(bert):
     coded = [head.encode(tok, e) for e in data]
     with torch.no_grad(): said = [[head.out(model.bert(input_ids=torch.tensor([c[0]]), **kw)[0][0, 0]).argmax().item() for c, kw in ((c, dict(token_type_ids=torch.tensor([c[3]])) if typed else {}) for c in coded)] for typed in (True, False)]
     assert found == np.mean([a == c[2][0] for a, c in zip(said[0], coded)]) and said[0] != said[1]
-    with pytest.raises(SubnetError, match="no row to ask"): accuracy(model, tok, [], head)
+    with pytest.raises(SubnetError, match="nothing to label"): accuracy(model, tok, [], head)
 
 
 def test_long_texts_are_cut_and_counted(bert):
