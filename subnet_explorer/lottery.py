@@ -208,7 +208,7 @@ def _super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> None:
         _once(runs[k], "retrained", base, lambda: _retrained(plan, task, seed, k, m, base))
         runs[k].finish(m)
 
-# %% ../nbs/13_lottery.ipynb #8577b64e
+# %% ../nbs/13_lottery.ipynb #a5ebe443
 def tickets(
     model: nn.Module,
     tok: Any,
@@ -245,7 +245,7 @@ def tickets(
     with nullcontext(to) if to else tempfile.TemporaryDirectory() as folder:
         open_study(to, config)
         plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, tuple(float(e) for e in longer), random_init, published, progress and processes == 1)
-        cells = [(t, s) for t in tasks for s in seeds]
+        cells = [(t, s) for s in seeds for t in tasks]
         _work(plan, _cell, {c: plan.runs(*c) for c in cells if not _noted(plan, *c).get("skipped")}, processes, progress)
         cells = [(*c, tuple(s for s in seeds if not _noted(plan, c[0], s)["skipped"])) for c in cells]
         cells = {c: [plan.run(*c[:2], k, seeds=c[2]) for k in SUPER] for c in cells if supers and c[1] in c[2] and len(c[2]) > 1}
