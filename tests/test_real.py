@@ -32,3 +32,22 @@ def test_conceptnet_triples(real, minilm):
     assert {r: set(s) for r, s in study.skipped.items()} == {"MadeOf": {"object is not one token"}, "PartOf": {"object is not one token"}}
     t = study.table()
     assert t.loc["macro", "subnetwork"] > 2 * t.loc["macro", "full"] and t.loc["macro", "subnetwork"] > t.loc["macro", "majority"]
+
+
+@pytest.mark.parametrize("task", ["RTE", "CoLA", "SST-2"])
+def test_glue_is_read_whole(real, task):
+    from subnet_explorer.lottery import task_data
+    data = task_data(real / "datasets" / "glue" / task, search=.05)
+    assert (len(data.test), data.metric) == {"RTE": (277, "accuracy"), "CoLA": (1043, "matthews"), "SST-2": (872, "accuracy")}[task]
+    assert len(data.train) + len(data.search) == {"RTE": 2490, "CoLA": 8551, "SST-2": 67349}[task]
+
+
+def test_tickets_of_a_real_encoder(real, minilm):
+    "The published three phases: survivors are 72 − 7a − 3b heads of 72 (a tenth at once, then half as many)."
+    from subnet_explorer.lottery import task_data
+    model, tok = load(minilm)
+    data = task_data(real / "datasets" / "glue" / "SST-2", search=.001, train=320, test=100)
+    study = recipes.tickets(model, tok, {"SST-2": data}, seeds=(0,), epochs=1, lr=2e-4, length=48, floor=.95, progress=False)
+    assert set(study.scores.kind) == {"full", "good", "random", "bad"} and study.scores.query("kind == 'full'").score.item() > .6
+    heads = study.steps["head"]
+    assert all(any(72 - 7 * a - 3 * b == h for a in range(11) for b in range(25)) or h == 0 for h in heads) and study.good[0].density < 1
