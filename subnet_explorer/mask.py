@@ -27,7 +27,7 @@ from .space import Group, Space, SubnetError, check_names, footprints, layer_tex
 __all__ = ['Mask', 'table', 'random_like', 'to', 'rebase', 'Scores', 'kth', 'top_k', 'to_gaps', 'from_gaps', 'MaskFileError',
            'atomic_write', 'save', 'load_mask', 'card', 'push_to_hub', 'from_hub']
 
-# %% ../nbs/01_mask.ipynb #2dcd6a0c
+# %% ../nbs/01_mask.ipynb #3a9eaab7
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     "A subnetwork: one bit per coordinate of a `Space` (1 = kept)."
@@ -51,7 +51,7 @@ class Mask:
 
     @classmethod
     def random(cls, space: Space, density: float, seed: int, **meta: Any) -> Mask:
-        "Keep exactly `round(density * size)` random coordinates of every tensor."
+        "Keep exactly `round(density * size)` random coordinates of every tensor (so of MLPs and layers, one coordinate each, all or none)."
         _fraction(density, "density")
         return cls.of(space, _draw([([g], round(density * g.size)) for g in space.groups], seed), **{"method": "random", "seed": seed, **meta})
 
