@@ -185,20 +185,24 @@ class Precision:
 
     def recipe(self) -> dict[str, Any]: return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
-# %% ../nbs/12_evaluate.ipynb #263f82c3
+# %% ../nbs/12_evaluate.ipynb #768bfd0c
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
     tok: Any,
     texts: Sequence[str],
     under: Mask | Scores | None = None,
+    cut: bool = False,                    # measure the beginning of texts that are longer than the model reads
 ) -> float:
     "exp of the mean negative log-probability of a token (pseudo-perplexity for a masked model)."
     causal, ids, rows = is_causal(model), [], []
-    for t in texts:
-        i = tok(t, truncation=True).input_ids
+    most = min(tok.model_max_length, getattr(model.config, "max_position_embeddings", tok.model_max_length))
+    for k, t in enumerate(texts):
+        i = tok(t, **(dict(truncation=True, max_length=most) if cut else dict(verbose=False))).input_ids
+        size = len(i) + (causal and tok.bos_token_id is not None and i[:1] != [tok.bos_token_id])
+        if size > most and not cut: raise SubnetError(f"text {k} ({t[:60]!r}) has {size} tokens, and the model reads at most {most}: split it, or measure its beginning only, with cut=True.")
         if causal:
-            i = with_start(tok, i)
+            i = with_start(tok, i)[:most]
             rows.append((list(range(len(i) - 1)), i[1:])); ids.append(i); continue
         for p, gold in enumerate(i):
             if gold not in tok.all_special_ids: rows.append(([p], [gold])); ids.append(i[:p] + [tok.mask_token_id] + i[p + 1:])

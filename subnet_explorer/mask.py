@@ -27,7 +27,7 @@ from .space import Group, Space, SubnetError, check_names, footprints, layer_tex
 __all__ = ['Mask', 'table', 'random_like', 'to', 'rebase', 'Scores', 'kth', 'top_k', 'to_gaps', 'from_gaps', 'MaskFileError',
            'atomic_write', 'save', 'load_mask', 'card', 'push_to_hub', 'from_hub']
 
-# %% ../nbs/01_mask.ipynb #28582a14
+# %% ../nbs/01_mask.ipynb #3a9eaab7
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     "A subnetwork: one bit per coordinate of a `Space` (1 = kept)."
@@ -51,9 +51,9 @@ class Mask:
 
     @classmethod
     def random(cls, space: Space, density: float, seed: int, **meta: Any) -> Mask:
-        "Keep exactly `round(density * size)` random coordinates of every tensor."
+        "Keep exactly `round(density * size)` random coordinates of every tensor (so of MLPs and layers, one coordinate each, all or none)."
         _fraction(density, "density")
-        return cls.of(space, _draw(space, {g.name: round(density * g.size) for g in space.groups}, seed), **{"method": "random", "seed": seed, **meta})
+        return cls.of(space, _draw([([g], round(density * g.size)) for g in space.groups], seed), **{"method": "random", "seed": seed, **meta})
 
     def __getitem__(self, name: str) -> np.ndarray:      # bool, the group's shape
         check_names([name], self.space.by_name, "tensor of the space")
@@ -111,7 +111,7 @@ class Mask:
         return f"Mask({self.id}, density {self.density:.3f}: {self.count:,} of {self.space.size:,} kept)\n{self.space!r}\n" + _spark(self)
     def _repr_html_(self) -> str: return _heat(self)
 
-# %% ../nbs/01_mask.ipynb #25137cd2
+# %% ../nbs/01_mask.ipynb #507ea085
 def _combine(left: Mask, right: Mask, op: Callable, sign: str) -> Mask:
     "Apply `op` to packed bytes; remember the parents."
     if not isinstance(right, Mask): raise SubnetError(f"can only combine a mask with a mask, not with {type(right).__name__}.")
@@ -125,13 +125,14 @@ def _fraction(value: float, name: str) -> None:
     if not 0 <= value <= 1: raise SubnetError(f"{name} is a fraction between 0 and 1, got {value}" + (f"; did you mean {value / 100:g}?" if 1 < value <= 100 else "") + ".")
 
 
-def _draw(space: Space, kept: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    "Uniform random bits with an exact count per tensor."
+def _draw(pools: Sequence[tuple[Sequence[Group], int]], seed: int) -> dict[str, np.ndarray]:      # pools: groups, how many to keep in all of them
+    "Uniform random bits with an exact count per pool."
     rng, out = np.random.default_rng(seed), {}
-    for g in space.groups:
-        bits = np.zeros(g.size, bool)
-        bits[rng.permutation(g.size)[:kept[g.name]]] = True
-        out[g.name] = bits.reshape(g.shape)
+    for groups, kept in pools:
+        ends = np.cumsum([g.size for g in groups])
+        bits = np.zeros(ends[-1], bool)
+        bits[rng.permutation(len(bits))[:kept]] = True
+        out |= {g.name: part.reshape(g.shape) for g, part in zip(groups, np.split(bits, ends[:-1]))}
     return out
 
 # %% ../nbs/01_mask.ipynb #1dee6511
@@ -166,10 +167,13 @@ def _heat(mask: Mask) -> str:
     return (f"<div><b>{esc(mask.space.kind)} mask</b> {mask.id} of {esc(mask.space.model)}: density {mask.density:.3f}, {mask.count:,} of {mask.space.size:,} kept"
             f"{'<br>' + made if made else ''}<table><tr><th></th>{head}</tr>{rows}</table></div>")
 
-# %% ../nbs/01_mask.ipynb #bd90f039
+# %% ../nbs/01_mask.ipynb #8d0a02a7
 def random_like(mask: Mask, seed: int) -> Mask:
-    "A random mask with exactly as many kept coordinates in every tensor as `mask`."
-    return Mask.of(mask.space, _draw(mask.space, dict(zip(table(mask).name, table(mask).kept)), seed), method="random", seed=seed, parents=[mask.id])
+    "A random mask that keeps as many coordinates as `mask`: of heads, MLPs and layers each over all layers, of all else in every tensor."
+    pools: dict[str, list[tuple[Group, int]]] = {}
+    for g, kept in zip(mask.space.groups, table(mask).kept): pools.setdefault(g.kind if g.kind in ("head", "mlp", "layer") else g.name, []).append((g, kept))
+    drawn = _draw([([g for g, _ in pool], sum(kept for _, kept in pool)) for pool in pools.values()], seed)
+    return Mask.of(mask.space, drawn, method="random", seed=seed, parents=[mask.id])
 
 # %% ../nbs/01_mask.ipynb #aa4605e9
 def to(

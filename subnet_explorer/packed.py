@@ -92,7 +92,7 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and rows is tokens, enable_gqa=q.shape[1] != k.shape[1])
     return rows.gather(out.transpose(1, 2)).flatten(1)
 
-# %% ../nbs/03_packed.ipynb #19fe16f7
+# %% ../nbs/03_packed.ipynb #2660af01
 def run(
     model: nn.Module,
     layout: Layout,
@@ -105,11 +105,10 @@ def run(
     "Final hidden states of packed tokens that enter block `first`."
     base, parts = model.base_model, ANATOMY[layout.family]
     angles = reach(base, parts["rotary"])(states[None], position_ids=tokens.position[None]) if "rotary" in parts else None
-    with _owning(tokens, rows):
-        for i in range(first, layout.n_layers):
-            here = rows if i == layout.n_layers - 1 and every is None else None
-            states = _block(base, layout, i, states, tokens, here, angles, is_causal(model))
-            if every is not None: every.append(states)
+    for i in range(first, layout.n_layers):
+        here = rows if i == layout.n_layers - 1 and every is None else None
+        with _owning(tokens, here): states = _block(base, layout, i, states, tokens, here, angles, is_causal(model))
+        if every is not None: every.append(states)
     if "last" in parts: states = reach(base, parts["last"])(states)
     if every is None: return states
     every[-1] = states
@@ -119,14 +118,15 @@ def run(
 _EXAMPLES: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("examples of packed rows", default=None)
 
 @contextmanager
-def _owning(*packings: Packing | None) -> Iterator[None]:
-    token = _EXAMPLES.set({p.size: p.batch for p in packings if p is not None})
+def _owning(tokens: Packing, rows: Packing | None) -> Iterator[None]:
+    "Say to which examples the rows of a block belong; where both packings have one size, it is that of the output projection and the MLP."
+    token = _EXAMPLES.set({p.size: p.batch for p in (tokens, rows or tokens)})
     try: yield
     finally: _EXAMPLES.reset(token)
 
 
 def examples_of(x: torch.Tensor) -> torch.Tensor | None:      # (row,)
-    "To which example each row of a module's input belongs, while packed blocks run; None in a padded batch, whose first axis is the examples."
+    "To which example each row of the input of an output projection or MLP belongs, while packed blocks run; None in a padded batch, whose first axis is the examples."
     return None if (now := _EXAMPLES.get()) is None else now[len(x)]
 
 

@@ -206,15 +206,15 @@ def lamp_ablation(
             rows.append(dict(layers=layer_text(study.space.layers), initial=s, sparsity=float(np.mean([m.sparsity for _, m in study.masks])), value=best.value, low=best.low, high=best.high))
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_recipes.ipynb #d90b68ba
+# %% ../nbs/13_recipes.ipynb #a53c5b89
 def tamt(model: nn.Module, tok: Any, train: Sequence[str], dev: Sequence[str], *, density: float = 0.5, steps: int = 60, lr: float = 1e-3,
          seed: int = 0) -> tuple[Masks, pd.DataFrame]:
-    "Sketch of task-agnostic mask training against magnitude and random masks: perplexity of held-out text."
+    "Sketch of task-agnostic mask training against magnitude and random masks: perplexity of held-out text, as far as the model reads each."
     space = Space.of(model, "weight")
     largest = magnitude(model, space).top(density, scope="tensor")
     run = find(model, tok, TopK(space, density, init=largest, seed=seed), MLM(train) + Hidden(train), steps=steps, lr=lr, seed=seed, progress=False)
     kinds = {"trained": run.mask, "magnitude": largest, "random": Mask.random(space, density, seed)}
-    rows = [dict(kind="full", density=1.0, perplexity=perplexity(model, tok, dev))] + [dict(kind=k, density=m.density, perplexity=perplexity(model, tok, dev, m)) for k, m in kinds.items()]
+    rows = [dict(kind="full", density=1.0, perplexity=perplexity(model, tok, dev, cut=True))] + [dict(kind=k, density=m.density, perplexity=perplexity(model, tok, dev, m, cut=True)) for k, m in kinds.items()]
     return Masks([({"method": "tamt", "kind": k, "seed": seed}, m) for k, m in kinds.items()]), pd.DataFrame(rows)
 
 # %% ../nbs/13_recipes.ipynb #cb148e1a
@@ -227,14 +227,14 @@ def probe(model: nn.Module, tok: Any, train: Sequence[Any], dev: Sequence[Any], 
     rows = [dict(gates=k, density=run.mask.density, accuracy=accuracy(model, tok, dev, head, m)) for k, m in (("hard", run.mask), ("soft", gate.soft()))]
     return run.mask, pd.DataFrame(rows)
 
-# %% ../nbs/13_recipes.ipynb #ba72f978
+# %% ../nbs/13_recipes.ipynb #b62ff953
 def critical(model: nn.Module, tok: Any, target: Facts, control: Facts, texts: Sequence[str], *, layers: str = "top-half", steps: int = 60, lr: float = 0.2,
              seed: int = 0) -> tuple[Mask, pd.DataFrame]:
-    "Sketch of a knowledge-critical subnetwork: answers to target and control facts, and perplexity, without it and without a random one."
+    "Sketch of a knowledge-critical subnetwork: answers to target and control facts, and perplexity (of texts as far as the model reads each), without it and without a random one."
     space = Space.of(model, "weight", layers=layers)
     goal = 1.5 * Suppress(target) + Maintain(control) + Maintain(texts) + Ramp(2.0, 3.0, begin=0.5) * Density()
     run = find(model, tok, Concrete(space, density=0.45, temperature=1.0, straight_through=True, seed=seed), goal, steps=steps, lr=lr, schedule="constant",
                seed=seed, complement=True, progress=False)
     mean = lambda facts, m: float(cloze(model, tok, facts, {"x": m}).logprob.mean())
     kinds = {"full model": None, "without critical": ~run.mask, "without random": ~run.mask.random_like(seed)}
-    return run.mask, pd.DataFrame([dict(kind=k, target=mean(target, m), control=mean(control, m), perplexity=perplexity(model, tok, texts, m)) for k, m in kinds.items()])
+    return run.mask, pd.DataFrame([dict(kind=k, target=mean(target, m), control=mean(control, m), perplexity=perplexity(model, tok, texts, m, cut=True)) for k, m in kinds.items()])

@@ -279,7 +279,14 @@ def test_perplexity(request, name):
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_perplexity_of_a_text_longer_than_the_model(request, name):
     model, tok = request.getfixturevalue(f"pocket_{name}")
-    assert 1 < perplexity(model, tok, [" ".join(TEXTS * 3)]) < float("inf")
+    long = " ".join(TEXTS * 3)
+    with pytest.raises(SubnetError, match="text 1 .* has .* tokens, and the model reads at most 64"): perplexity(model, tok, [TEXTS[0], long])
+    ids = tok(long, add_special_tokens=False).input_ids
+    room = 63 if name == "gpt2" else 62                                # one for the beginning of a text, two for [CLS] and [SEP]
+    longest = tok.decode(ids[:room])
+    assert tok(longest, add_special_tokens=False).input_ids == ids[:room]
+    assert perplexity(model, tok, [long], cut=True) == pytest.approx(perplexity(model, tok, [longest]))
+    with pytest.raises(SubnetError, match="has 65 tokens"): perplexity(model, tok, [tok.decode(ids[:room + 1])])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -13,7 +13,7 @@ from subnet_explorer.apply import applied, masked
 from subnet_explorer.data import Facts, encode, read_facts
 from subnet_explorer.evaluate import Precision
 from subnet_explorer.mask import Mask, Scores
-from subnet_explorer.objectives import Cloze, batch_at
+from subnet_explorer.objectives import Cloze, batch_at, Sequences
 from subnet_explorer.masks import Masks
 from subnet_explorer.score import _ladder, controls, example_gradients, importance, iterate, lowered, normalised, super_survivors
 from subnet_explorer.space import Space, SubnetError, UnknownName
@@ -131,6 +131,18 @@ def test_gradients_are_those_of_an_objective_in_rows(bert):
     space, x = Space.of(bert[0], "mlp"), torch.tensor([bert[1]("the cat slept .").input_ids] * 3)
     grads = example_gradients(bert[0], space, lambda: bert[0](input_ids=x).logits[:, 2].logsumexp(-1).mean())
     assert all(g.shape == (3, 1) and torch.allclose(g, g[:1].expand(3, 1), rtol=1e-4) for g in grads.values())
+
+
+@pytest.mark.parametrize("kind", ["head+mlp", "neuron", "layer"])
+def test_gradients_belong_to_their_examples_when_as_many_rows_are_read_as_there_are_tokens(bert, kind):
+    "In whatever order: tokens and rows are then packings of one size, with other examples at the same place."
+    model, tok = bert
+    ids = [tok(t).input_ids for t in ("the cat slept .", "anna walked in the garden .")]
+    seqs, (a, b) = Sequences(model, ids), map(len, ids)
+    rows = [(0, i) for i in range(a)] + [(1, i) for i in range(b)]
+    loss = lambda rows: seqs.read(np.arange(2), *zip(*rows)).logsumexp(-1).sum() / 2
+    one, two = (example_gradients(model, Space.of(model, kind), lambda: loss(r)) for r in (rows, rows[::-1]))
+    assert seqs.packed and a != b and all(torch.allclose(one[n], two[n], rtol=1e-3, atol=1e-5) for n in one)
 
 
 def test_normalisation(bert):

@@ -231,6 +231,36 @@ def test_gaps(gaps, tail):
 
 # ── random controls ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+@st.composite
+def mixed(draw):
+    "A mask of structured kinds and of others, of any number of layers."
+    kinds = draw(st.sets(st.sampled_from(["head", "mlp", "layer", "neuron", "bias", "weight"]), min_size=1))
+    sizes = {"head": (4,), "mlp": (1,), "layer": (1,), "neuron": (7,), "bias": (5,), "weight": (3, 4)}
+    space = Space(tuple(Group(f"layer.{i}.{k}", k, i, k, sizes[k]) for i in range(draw(st.integers(1, 5))) for k in sorted(kinds)), LAYOUT, ModelId("toy", None, "c", "0" * 16))
+    return Mask.of(space, {g.name: draw(hnp.arrays(bool, g.shape)) for g in space.groups})
+
+
+@given(mixed(), st.integers(0, 2**32))
+def test_random_like_keeps_as_many_heads_mlps_and_layers_and_as_many_of_all_else_in_every_tensor(m, seed):
+    r = m.random_like(seed)
+    mine, his = (x.table().assign(pool=lambda t: t.kind.where(t.kind.isin(["head", "mlp", "layer"]), t.name)).groupby("pool").kept.sum() for x in (m, r))
+    assert mine.to_dict() == his.to_dict() and r.space is m.space and r == m.random_like(seed)
+
+
+@pytest.mark.parametrize("kind", ["head", "mlp", "layer", "head+mlp"])
+def test_random_masks_of_units_are_not_the_mask_itself(kind):
+    "One coordinate a tensor leaves no choice within tensors: units are drawn over all layers, each equally often, and as many as by `score.matched`."
+    from subnet_explorer.score import matched
+    sizes = {"head": 4, "mlp": 1, "layer": 1}
+    space = Space(tuple(Group(f"layer.{i}.{k}", k, i, k, (sizes[k],)) for i in range(8) for k in kind.split("+")), LAYOUT, ModelId("toy", None, "c", "0" * 16))
+    m = Mask.of(space, {g.name: np.full(g.shape, g.layer < 3) for g in space.groups})
+    drawn = [m.random_like(s) for s in range(300)]
+    share = sum(flat(d).astype(float) for d in drawn) / len(drawn)
+    assert (np.abs(share - 3 / 8) < 5 * np.sqrt(3 / 8 * 5 / 8 / 300)).all() and len(set(drawn)) > 40
+    by_kind = lambda x: x.table().groupby("kind").kept.sum().to_dict()
+    assert all(by_kind(d) == by_kind(m) == by_kind(matched(m, [], s)) for s, d in enumerate(drawn[:20]))
+
+
 @given(masks(1), st.integers(0, 2**32))
 def test_random_like_keeps_as_many_in_every_tensor(ms, seed):
     (m,) = ms

@@ -23,7 +23,8 @@ model, tok = load("pocket-bert")
 run = find(model, tok, Threshold(Space.of(model, "weight", layers="top-half")), Cloze(read_facts("pocket", "MadeOf")), steps=5, progress=False)
 assert run.done and .4 < run.mask.density < .6
 load("pocket-gpt2")
-from subnet_explorer.patterns import classifier, generate
+from subnet_explorer.maps import generate
+from subnet_explorer.patterns import classifier
 assert pocket_path("patterns").is_relative_to(inside) and classifier()(generate(5, seed=0).maps)[2] == "diagonal"
 print("fine")
 """
