@@ -127,7 +127,7 @@ def show_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
     return {"kind": "store", "runs": rows}
 
-# %% ../nbs/20_cli.ipynb #23a5102f
+# %% ../nbs/20_cli.ipynb #654b1641
 def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
     "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
     import pandas as pd
@@ -161,7 +161,9 @@ def _labelled_masks(folder: Path, where: Sequence[str]) -> tuple[Any, list[str]]
     runs = list(store)
     masks, notes = store.masks() if runs else read_masks(folder), []
     if waiting := sum(not r.done for r in runs): notes.append(f"{waiting} of {len(runs)} runs are not finished and left out.")
-    if "kind" in masks.index and not any(w.startswith("kind=") for w in where) and "good" in set(masks.index.kind): where = [*where, "kind=good"]      # a study of lottery tickets
+    if "kind" in masks.index and not any(w.startswith("kind=") for w in where) and "good" in set(masks.index.kind):
+        where = [*where, "kind=good"]
+        notes.append("this is a study of lottery tickets: its good masks are compared; ask for others with --where kind=NAME.")
     for text in where:
         label, _, value = text.partition("=")
         known = {str(v): v for v in masks.index[label].unique()} if label in masks.index else {}

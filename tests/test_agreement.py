@@ -400,17 +400,20 @@ def test_the_command_on_a_store(tmp_path, capsys):
         return Run(store.path(labels, config), config, labels).finish(mask)
     tuned = lambda seed: Space(UNITS.groups, LAYOUT, ModelId(f"copy-{seed}", None, "c", f"w{seed}"))
     masks = {s: Mask.random(tuned(s), .5, seed=s) for s in range(3)}
-    for s, m in masks.items(): run("RTE", s, "good", m); run("RTE", s, "bad", ~m)
+    for s, m in masks.items(): run("RTE", s, "bad", ~m); run("RTE", s, "random", m)
     assert main(["agreement", str(tmp_path)]) == 2
     assert "several masks of task 'RTE' have the same 'seed'" in capsys.readouterr().err
+    for s, m in masks.items(): run("RTE", s, "good", m)
     out = agree(capsys, tmp_path, "--where", "kind=good")
+    by_default = agree(capsys, tmp_path)                       # of a study of tickets the good masks are counted
+    assert by_default["tasks"] == out["tasks"] and by_default["notes"] == ["this is a study of lottery tickets: its good masks are compared; ask for others with --where kind=NAME.", *out["notes"]]
     bits = np.array([np.concatenate([m[g.name] for g in UNITS.groups if g.kind == "head"]) for m in masks.values()]).astype(int)
     assert out["tasks"]["RTE"]["kappa"] == pytest.approx(sm_fleiss(counts(bits))) and "3 models with different weights" in out["notes"][0]
     assert agree(capsys, tmp_path, "--where", "kind=bad", "--kind", "mlp")["tasks"]["RTE"]["seeds"] == [0, 1, 2]
     for args, says in ((["--where", "kind=godo"], "did you mean good"), (["--where", "knid=good"], "did you mean kind"), (["--kind", "heads", "--where", "kind=good"], "did you mean head")):
         assert main(["agreement", str(tmp_path), *args]) == 2 and says in capsys.readouterr().err
     Run(store.path({"task": "RTE", "seed": 4, "kind": "good"}, {"s": 4}), {"s": 4}, {"task": "RTE", "seed": 4, "kind": "good"})
-    assert "1 of 7 runs are not finished and left out." in agree(capsys, tmp_path, "--where", "kind=good")["notes"]
+    assert "1 of 10 runs are not finished and left out." in agree(capsys, tmp_path, "--where", "kind=good")["notes"]
     run("RTE", 3, "good", Mask.full(unit_space(3, 4)))
     assert main(["agreement", str(tmp_path), "--where", "kind=good"]) == 2 and "SpaceMismatch" in capsys.readouterr().err
 
