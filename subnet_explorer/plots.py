@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES', 'STYLE', 'POLICY', 'Figure', 'CannotDraw',
-           'style', 'density', 'bars', 'jaccard', 'survival', 'overlap', 'consensus', 'importance', 'tickets', 'shades',
-           'patterns', 'tsne', 'curves', 'mask_attention', 'View', 'attention', 'attention_pair', 'report', 'draw']
+           'style', 'density', 'bars', 'jaccard', 'survival', 'overlap', 'consensus', 'importance', 'tickets',
+           'placement', 'removal', 'shades', 'patterns', 'tsne', 'curves', 'tradeoff', 'mask_attention', 'View',
+           'attention', 'attention_pair', 'report', 'draw']
 
 # %% ../nbs/18_plots.ipynb #fff47f91
 @dataclass(frozen=True, eq=False, repr=False)
@@ -383,6 +384,60 @@ def tickets(
     said = lambda r: f"{r.kind} " + ("" if r.stage == "full" else f"{r.stage} ") + ("undefined" if np.isnan(r["mean"]) else f"{r['mean']:.2f}" + ("" if np.isnan(r.low) else f" ± {r['std']:.2f}" if spread == "std" else f" ({r.low:.2f} to {r.high:.2f})"))
     return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. " + " ".join(f"{task}: " + ", ".join(said(r) for _, r in data[data.task == task].iterrows()) + "." for task in tasks))
 
+# %% ../nbs/18_plots.ipynb #677424b2
+def placement(
+    table: pd.DataFrame,             # from `compare.placement`
+    title: str = "Where the weights lie",
+    label: str = "share kept",
+) -> Figure:
+    "Draw the share of kept weights by layer and matrix, and by attention head."
+    check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")
+    name = lambda r: ROLE_NAMES.get(r, r)
+    share = lambda keys: (lambda t: t.kept / t["size"])(table.groupby(keys, sort=False)[["kept", "size"]].sum())
+    whole, heads = share(["layer", "matrix"]).unstack("matrix"), [m for m in table.matrix.unique() if (table[table.matrix == m]["head"] > 0).any()]
+    grid = whole.set_axis([f"layer {i}" if i else "embedding" for i in whole.index]).rename(columns=name)
+    per = {m: share(["matrix", "layer", "head"])[m].unstack("head") for m in heads}
+    shown = [grid, *per.values()]
+    high, columns = max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
+    deep, wide = 34 * max(3, len(grid)), max(600, 40 + 34 * sum(p.shape[1] for p in per.values()))
+    fig = make_subplots(2 if heads else 1, columns, specs=[[{"colspan": columns}, *[None] * (columns - 1)], *([[{}] * columns] if heads else [])], horizontal_spacing=.05, vertical_spacing=55 / (2 * deep + 55) if heads else 0,
+                        subplot_titles=["all matrices", *(f"{name(m)}, by head" for m in heads)])
+    _heat(fig, grid, label, (1, 1), digits=3)
+    for i, (m, p) in enumerate(per.items(), 1): _heat(fig, p.set_axis([str(j) for j in p.index]), f"{name(m)}: {label}", (2, i), numbers=False)
+    _layout(fig, title, 220 + wide, 160 + deep * len(shown[:2]) + 55 * bool(heads), coloraxis=_scale(0, high or 1, label))
+    said = share(["layer", "matrix"]); least, most = said.idxmin(), said.idxmax()
+    alt = f"{title}. {label} {table.kept.sum() / table['size'].sum():.4f} of all; highest {said.max():.4f} (layer {most[0]}, {name(most[1])}), lowest {said.min():.4f} (layer {least[0]}, {name(least[1])})."
+    if heads: top = share(["layer", "matrix", "head"]).loc[:, heads]; alt += f" Among heads the highest is {top.max():.4f}: layer {top.idxmax()[0]}, {name(top.idxmax()[1])} of head {top.idxmax()[2]}."
+    return Figure(fig, table.reset_index(drop=True), alt)
+
+# %% ../nbs/18_plots.ipynb #a32a5e93
+def removal(
+    table: pd.DataFrame,             # columns under, data, ratio, and if known low, high
+    title: str = "What is left without the subnetwork",
+    tolerance: float | None = None,  # a band around 1
+) -> Figure:
+    "Draw perplexity relative to the full model by condition and data set, with intervals."
+    check_names(["under", "data", "ratio"], table.columns, "column")
+    if not (table.ratio > 0).all(): raise SubnetError("perplexity ratios must be positive numbers: leave undefined ones out.")
+    names, sets = list(dict.fromkeys(table.under))[::-1], list(dict.fromkeys(table.data))
+    fig = make_subplots(1, len(sets), subplot_titles=list(map(_text, sets)), shared_yaxes=True, horizontal_spacing=.04)
+    for i, d in enumerate(sets, 1):
+        rows = table[table.data == d]
+        ends = [1.0, *rows.ratio, *(rows[["low", "high"]].to_numpy().ravel() if {"low", "high"} <= set(rows) else [])]
+        for x, dash in [(1.0, "solid"), *([(1 + tolerance, "dot"), (1 / (1 + tolerance), "dot")] if tolerance else [])]:
+            fig.add_trace(go.Scatter(x=[x, x], y=[-.5, len(names) - .5], mode="lines", line=dict(color="#888888", width=1, dash=dash), showlegend=False, hoverinfo="skip"), row=1, col=i)
+        for r in rows.itertuples():
+            error = dict(array=[r.high - r.ratio], arrayminus=[r.ratio - r.low], color="#333333", thickness=1.5, width=3) if {"low", "high"} <= set(rows) else None
+            fig.add_trace(go.Scatter(x=[r.ratio], y=[names.index(r.under)], mode="markers", error_x=error, marker=style(names[::-1].index(r.under)) | dict(size=10), showlegend=False,
+                                     hovertext=f"{_text(r.under)}, {_text(d)}: {r.ratio:.3g} of the full model's perplexity", hoverinfo="text"), row=1, col=i)
+        wide = max(ends) / min(ends) > 4
+        fig.update_xaxes(type="log" if wide else "linear", title_text="× full model" + (" (log)" if wide else ""), row=1, col=i)
+    _layout(fig, title, 260 + 210 * len(sets), 190 + 36 * len(names))
+    fig.update_layout(margin_l=180, margin_r=40)
+    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=list(map(_text, names)), range=[-.5, len(names) - .5])
+    said = lambda r: f"{r['under']} {r['ratio']:.3g}" + (f" ({r['low']:.3g} to {r['high']:.3g})" if "low" in r and pd.notna(r["low"]) else "")
+    return Figure(fig, table.reset_index(drop=True), f"{title}: perplexity relative to the full model. " + " ".join(f"{d}: " + ", ".join(said(r) for _, r in table[table.data == d].iterrows()) + "." for d in sets))
+
 # %% ../nbs/18_plots.ipynb #71f4d260
 def shades(n: int) -> list[str]:
     "Colours from dark to light, evenly: they differ in greyscale and with any colour vision."
@@ -476,6 +531,35 @@ def curves(
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 "Plotly's line styles and matplotlib's."
+
+# %% ../nbs/18_plots.ipynb #9fea862f
+def tradeoff(
+    curves: pd.DataFrame,            # columns seed, step, sparsity, chosen (bool), and one column of perplexity ratios per data set
+    title: str = "Trade-off over the search",
+    tolerance: float | None = None,  # a band around 1, for what must stay
+) -> Figure:
+    "Draw perplexity ratios and sparsity over the steps of a search, one line per seed, the chosen steps marked."
+    check_names(["seed", "step", "sparsity", "chosen"], curves.columns, "column")
+    sets = [c for c in curves.columns if c not in ("seed", "step", "sparsity", "chosen", "note")]
+    if curves.empty or not sets: raise SubnetError("there is no curve to draw: log perplexities while searching, with a monitor such as evaluate.Removal.")
+    fig = make_subplots(1, 2, subplot_titles=["perplexity, × full model (log)", "sparsity"], horizontal_spacing=.12)
+    seeds = list(curves.seed.unique())
+    for c, name in enumerate([*sets, "sparsity"]):
+        where = dict(row=1, col=2 if name == "sparsity" else 1)
+        for s in seeds:
+            t = curves[(curves.seed == s) & curves[name].notna()]
+            fig.add_trace(go.Scatter(x=t.step, y=t[name], mode="lines", name=_text(name), legendgroup=name, showlegend=bool(s == seeds[0] and name != "sparsity"), hovertext=[f"seed {_text(s)}, {_text(name)} {v:.3g}" for v in t[name]], hoverinfo="x+text",
+                                     line=dict(color=style(c)["color"], width=1.5, dash=list(DASHES)[c % len(DASHES)])), **where)
+        at = curves[curves.chosen & curves[name].notna()]
+        fig.add_trace(go.Scatter(x=at.step, y=at[name], mode="markers", name="chosen", legendgroup="chosen", showlegend=c == 0, marker=dict(color="#000000", symbol="circle-open", size=10, line_width=1.5), hoverinfo="x+y"), **where)
+    ends = [curves.step.min(), curves.step.max()]
+    for v in ([1 + tolerance, 1 / (1 + tolerance)] if tolerance else []):
+        fig.add_trace(go.Scatter(x=ends, y=[v, v], mode="lines", name=f"± {tolerance:.0%}", legendgroup="band", showlegend=v > 1, line=dict(color="#888888", width=1, dash="dot"), hoverinfo="skip"), row=1, col=1)
+    _layout(fig, title, 980, 400)
+    fig.update_yaxes(type="log", row=1, col=1); fig.update_xaxes(title_text="step")
+    last = curves[curves.chosen] if curves.chosen.any() else curves.groupby("seed").tail(1)
+    said = ", ".join(f"{n} {last[n].mean():.3g}" for n in [*sets, "sparsity"])
+    return Figure(fig, curves.reset_index(drop=True), f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)} over {ends[1]} steps. " + (f"At the chosen steps, on average: {said}." if curves.chosen.any() else f"No step was chosen; at the end: {said}."))
 
 # %% ../nbs/18_plots.ipynb #1d136aca
 def mask_attention(
