@@ -25,8 +25,8 @@ from .objectives import Context, Prompts, Sequences
 from .space import SubnetError, check_model, check_names, is_causal
 
 # %% auto #0
-__all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'fluent', 'predict',
-           'accuracy', 'task_metrics', 'task_scores', 'TaskScore']
+__all__ = ['Condition', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'perplexity', 'predict', 'accuracy',
+           'fluent', 'task_metrics', 'task_scores', 'TaskScore']
 
 # %% ../nbs/12_evaluate.ipynb #884b09c1
 Condition = Any      # None | Mask | Scores | dict[relation, Condition] | list[Condition]
@@ -223,31 +223,6 @@ def _logprobs(model: nn.Module, tok: Any, texts: Sequence[str], under: Mask | Sc
     if not np.isfinite(logp := np.concatenate(out)).all(): raise SubnetError("the model gives NaN or infinite logits: its perplexity is undefined. Was it trained to divergence, or is its precision too low?")
     return logp, np.repeat(owner, [len(places) for places, _ in rows])
 
-# %% ../nbs/12_evaluate.ipynb #140397d8
-@torch.no_grad()
-def fluent(
-    model: nn.Module,
-    tok: Any,
-    facts: Facts,                    # several wordings of each triple, e.g. from `knowledge.wordings`
-    by: str = "tail",                # perplexity of the object in its place, or of the whole "sentence"
-) -> tuple[Facts, Facts]:            # one wording of each triple, in order of first appearance; all others
-    "Choose the wording of each triple that has the lowest perplexity (the first of equals), and return the rejected ones as well."
-    check_names([by], ["tail", "sentence"], "kind of perplexity")
-    if not len(facts): raise SubnetError("there is nothing to choose: no fact was given.")
-    if by == "sentence":
-        logp, owner = _logprobs(model, tok, [f.prompt.replace("[MASK]", f.obj) for f in facts], None, False)
-        value = np.bincount(owner, logp, len(facts)) / np.bincount(owner, minlength=len(facts))      # (fact,) log of 1 / perplexity
-    else:
-        with evaluating(model): prompts, value = Prompts(model, tok, facts), np.empty(len(facts))
-        for part in np.array_split(np.argsort(prompts.sequences.lengths, kind="stable"), range(256, len(facts), 256)):
-            with evaluating(model): value[part] = prompts.logits(part).float().log_softmax(-1).gather(1, prompts.gold[part][:, None])[:, 0].cpu().numpy()
-    if not np.isfinite(value).all(): raise SubnetError("the model gives NaN or infinite logits: no wording is the best. Was it trained to divergence, or is its precision too low?")
-    best: dict[tuple[str, str, str], int] = {}
-    for i, f in enumerate(facts):
-        if (key := triple(f)) not in best or value[i] > value[best[key]]: best[key] = i
-    chosen = set(best.values())
-    return replace(facts, items=tuple(facts.items[i] for i in best.values()), name=f"{facts.name}/fluent"), replace(facts, items=tuple(f for i, f in enumerate(facts) if i not in chosen), name=f"{facts.name}/rejected", skipped={})
-
 # %% ../nbs/12_evaluate.ipynb #5aa8b6ec
 @torch.no_grad()
 def predict(model: nn.Module, head: Any, coded: Sequence[Any], path: str = "auto", batch: int = 128) -> np.ndarray:      # (row, label)
@@ -279,6 +254,31 @@ def accuracy(
     if not all(isinstance(y, int) for y in gold): raise SubnetError("accuracy counts classes, and this head predicts numbers: use task_scores.")
     with evaluating(model), masked(model, under): out = predict(model, head, coded)
     return float((out.argmax(-1) == np.array(gold)).mean())
+
+# %% ../nbs/12_evaluate.ipynb #140397d8
+@torch.no_grad()
+def fluent(
+    model: nn.Module,
+    tok: Any,
+    facts: Facts,                    # several wordings of each triple, e.g. from `knowledge.wordings`
+    by: str = "tail",                # perplexity of the object in its place, or of the whole "sentence"
+) -> tuple[Facts, Facts]:            # one wording of each triple, in order of first appearance; all others
+    "Choose the wording of each triple that has the lowest perplexity (the first of equals), and return the rejected ones as well."
+    check_names([by], ["tail", "sentence"], "kind of perplexity")
+    if not len(facts): raise SubnetError("there is nothing to choose: no fact was given.")
+    if by == "sentence":
+        logp, owner = _logprobs(model, tok, [f.prompt.replace("[MASK]", f.obj) for f in facts], None, False)
+        value = np.bincount(owner, logp, len(facts)) / np.bincount(owner, minlength=len(facts))      # (fact,) log of 1 / perplexity
+    else:
+        with evaluating(model): prompts, value = Prompts(model, tok, facts), np.empty(len(facts))
+        for part in np.array_split(np.argsort(prompts.sequences.lengths, kind="stable"), range(256, len(facts), 256)):
+            with evaluating(model): value[part] = prompts.logits(part).float().log_softmax(-1).gather(1, prompts.gold[part][:, None])[:, 0].cpu().numpy()
+    if not np.isfinite(value).all(): raise SubnetError("the model gives NaN or infinite logits: no wording is the best. Was it trained to divergence, or is its precision too low?")
+    best: dict[tuple[str, str, str], int] = {}
+    for i, f in enumerate(facts):
+        if (key := triple(f)) not in best or value[i] > value[best[key]]: best[key] = i
+    chosen = set(best.values())
+    return replace(facts, items=tuple(facts.items[i] for i in best.values()), name=f"{facts.name}/fluent"), replace(facts, items=tuple(f for i, f in enumerate(facts) if i not in chosen), name=f"{facts.name}/rejected", skipped={})
 
 # %% ../nbs/12_evaluate.ipynb #c8d0535c
 def task_metrics(
