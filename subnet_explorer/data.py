@@ -253,7 +253,7 @@ def _cells(line: str, columns: tuple[str, ...]) -> dict[str, str]:
     if not columns and len(cells) not in (3, 4): raise BadFacts(f"{len(cells)} columns where relation, head, tail[, label] were expected: {line[:80]!r}.")
     return {c: v for c, v in zip(columns or ("relation", "head", "tail", "label"), cells) if c in ("relation", "head", "tail", "text", "label")}
 
-# %% ../nbs/06_data.ipynb #07e81f34
+# %% ../nbs/06_data.ipynb #39f1048a
 @dataclass(frozen=True)
 class Split:
     "Train, development and test facts."
@@ -285,7 +285,7 @@ def split(
     "Split every relation at random; raise `BadFacts` when one has too few facts to give each part at least one."
     parts: tuple[set[str], set[str], set[str]] = (set(), set(), set())
     for r in facts.relations:
-        items = [(f.relation, f.sub, f.obj) for f in facts[r]]
+        items = list(dict.fromkeys((f.relation, f.sub, f.obj) for f in facts[r]))      # wordings of a triple stay together
         random.Random(f"split-{seed}-{r}").shuffle(items)
         n, total = len(items), sum(shares)
         cut = n * shares[0] // total, n * (shares[0] + shares[1]) // total
