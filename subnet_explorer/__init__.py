@@ -20,7 +20,7 @@ _HOMES = {
     "heads": ("Tagger", "Classifier", "Regressor", "head_for", "fit", "preserved"),
     "score": ("iterate",),
 }
-_MODULES = ("compare", "evaluate", "patterns", "plots", "recipes", "represent", "score", "widgets")
+_MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "widgets")
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*_WHERE, *_MODULES]
 
@@ -38,7 +38,7 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 
 
 if TYPE_CHECKING:
-    from subnet_explorer import compare, evaluate, patterns, plots, recipes, represent, score, widgets
+    from subnet_explorer import compare, evaluate, knowledge, patterns, plots, recipes, represent, score, widgets
     from subnet_explorer.apply import masked
     from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_facts, read_glue, split
     from subnet_explorer.search import find

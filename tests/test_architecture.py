@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "compare", "maps", "patterns", "plots", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "data", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
@@ -109,6 +109,11 @@ def test_patterns_stand_above_what_they_name():
     for name in set(MODULES) - {"patterns", "plots", "widgets", "recipes", "cli"}: assert "patterns" not in siblings(name), f"{name} imports patterns"
     assert siblings("patterns", top_only=True) <= {"space", "mask", "masks", "maps", "pocket", "data", "represent"} and not siblings("patterns") & {"plots", "widgets"}
     assert siblings("maps") <= {"space", "pocket"} and "patterns" not in siblings("widgets")
+
+
+def test_knowledge_stands_on_data():
+    "Graphs of facts are made without a model; what asks one (`fluent`) is in evaluate."
+    assert siblings("knowledge") <= {"space", "data", "pocket"} and "knowledge" not in siblings("data") | siblings("objectives")
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
