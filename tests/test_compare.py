@@ -49,9 +49,6 @@ def test_chance_is_what_random_masks_give(average, p, q):
     assert jaccard_chance(a, b, average) == pytest.approx(simulated, abs=.004)
 
 
-# ── degenerate cases ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-@average
 @pytest.mark.parametrize("p, q", [(.014, .014), (.05, .05), (.014, .3), (.5, .5)])
 def test_chance_overlap_of_two_seeds_in_closed_form(p, q):
     "One minus the distance is the overlap |A & B| / |A | B|, by chance d / (2 - d) at one density d, and pq / (p + q - pq) at two."
@@ -62,6 +59,9 @@ def test_chance_overlap_of_two_seeds_in_closed_form(p, q):
     if p == q: assert 1 - t.chance == pytest.approx(p / (2 - p), rel=1e-4)
 
 
+# ── degenerate cases ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@average
 @pytest.mark.parametrize("measure", [jaccard_distance, jaccard_chance])
 def test_empty_and_full_masks(average, measure):
     empty, full = Mask.full(SPACE, False), Mask.full(SPACE)
