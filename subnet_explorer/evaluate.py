@@ -25,9 +25,9 @@ from .objectives import Context, Prompts, Sequences, _digest
 from .space import SubnetError, check_model, check_names, is_causal
 
 # %% auto #0
-__all__ = ['Condition', 'REMOVAL', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'Texts', 'text_nll',
-           'perplexity', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskScore', 'removal', 'removal_table',
-           'Removal']
+__all__ = ['Condition', 'REMOVAL', 'cloze', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'Answers', 'Texts',
+           'text_nll', 'perplexity', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskScore', 'removal',
+           'removal_table', 'Removal']
 
 # %% ../nbs/12_evaluate.ipynb #884b09c1
 Condition = Any      # None | Mask | Scores | dict[relation, Condition] | list[Condition]
@@ -177,7 +177,7 @@ def plausibility(
     table = pd.DataFrame({"score1": scores.choice1, "score2": scores.choice2, "label": [q["label"] for q in questions]})
     return table.assign(choice=(table.score2 > table.score1).astype(int), right=lambda t: t.choice == t.label)
 
-# %% ../nbs/12_evaluate.ipynb #bbbffb15
+# %% ../nbs/12_evaluate.ipynb #d880361c
 @dataclass
 class Precision:
     "P@K on held-out facts, to be maximised."
@@ -189,6 +189,20 @@ class Precision:
         return lambda: float((_right(prompts, _in_parts(prompts))[0] <= self.k).float().mean())
 
     def recipe(self) -> dict[str, Any]: return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
+
+@dataclass
+class Answers:
+    "Mean log-probability of right answers, to be maximised, and the share of them that come first."
+    facts: Facts
+
+    def prepare(self, context: Context) -> Callable[[], dict[str, float]]:
+        prompts = context.prompts(self.facts)
+        def look() -> dict[str, float]:
+            rank, logprob, _ = _right(prompts, _in_parts(prompts))
+            return {"score": float(logprob.mean()), "logprob": float(logprob.mean()), "top1": float((rank == 1).float().mean())}
+        return look
+
+    def recipe(self) -> dict[str, Any]: return {"monitor": "Answers", "facts": self.facts.fingerprint}
 
 # %% ../nbs/12_evaluate.ipynb #5489d939
 class Texts:
