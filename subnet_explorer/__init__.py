@@ -17,7 +17,7 @@ _HOMES = {
     "pocket": ("load",),
     "store": ("Run", "Store"),
     "search": ("find",),
-    "heads": ("Tagger", "Classifier", "Regressor", "head_for", "fit", "preserved"),
+    "heads": ("Tagger", "Classifier", "Regressor", "head_for", "fit", "preserved", "relearning", "relearned"),
     "score": ("iterate",),
 }
 _MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "widgets")
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_facts, read_glue, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
-    from subnet_explorer.heads import Classifier, Regressor, Tagger, fit, head_for, preserved
+    from subnet_explorer.heads import Classifier, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
     from subnet_explorer.mask import Mask, Scores
     from subnet_explorer.masks import Masks
     from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Ramp, Suppress, Task

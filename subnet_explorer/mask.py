@@ -24,10 +24,10 @@ from . import __version__
 from .space import Group, Space, SubnetError, check_names, footprints, layer_text, same_space, space_to
 
 # %% auto #0
-__all__ = ['Mask', 'table', 'random_like', 'to', 'rebase', 'Scores', 'kth', 'top_k', 'to_gaps', 'from_gaps', 'MaskFileError',
-           'atomic_write', 'save', 'load_mask', 'card', 'push_to_hub', 'from_hub']
+__all__ = ['Mask', 'table', 'random_like', 'quantile_bins', 'resized', 'to', 'rebase', 'Scores', 'kth', 'top_k', 'to_gaps',
+           'from_gaps', 'MaskFileError', 'atomic_write', 'save', 'load_mask', 'card', 'push_to_hub', 'from_hub']
 
-# %% ../nbs/01_mask.ipynb #3a9eaab7
+# %% ../nbs/01_mask.ipynb #1bb359ca
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     "A subnetwork: one bit per coordinate of a `Space` (1 = kept)."
@@ -97,7 +97,8 @@ class Mask:
         return (self - other).count == 0
 
     def table(self) -> pd.DataFrame: return table(self)
-    def random_like(self, seed: int) -> Mask: return random_like(self, seed)
+    def random_like(self, seed: int, strata: Scores | None = None, bins: int = 20) -> Mask: return random_like(self, seed, strata, bins)
+    def resized(self, density: float, seed: int) -> Mask: return resized(self, density, seed)
     def to(self, kind: str, keep: str | float | None = None, how: str = "minimal") -> Mask: return to(self, kind, keep, how)
     def rebase(self, space: Space) -> Mask: return rebase(self, space)
     def save(self, path: str | Path) -> Path: return save(self, path)
@@ -167,13 +168,54 @@ def _heat(mask: Mask) -> str:
     return (f"<div><b>{esc(mask.space.kind)} mask</b> {mask.id} of {esc(mask.space.model)}: density {mask.density:.3f}, {mask.count:,} of {mask.space.size:,} kept"
             f"{'<br>' + made if made else ''}<table><tr><th></th>{head}</tr>{rows}</table></div>")
 
-# %% ../nbs/01_mask.ipynb #8d0a02a7
-def random_like(mask: Mask, seed: int) -> Mask:
-    "A random mask that keeps as many coordinates as `mask`: of heads, MLPs and layers each over all layers, of all else in every tensor."
+# %% ../nbs/01_mask.ipynb #dc54fe4f
+def random_like(
+    mask: Mask,
+    seed: int,
+    strata: Scores | None = None,      # e.g. magnitudes: keep as many as `mask` in every quantile bin of these, too
+    bins: int = 20,                    # equally filled ones, in each tensor
+) -> Mask:
+    "A random mask that keeps as many coordinates as `mask`: of heads, MLPs and layers each over all layers, of all else in every tensor (and stratum)."
     pools: dict[str, list[tuple[Group, int]]] = {}
     for g, kept in zip(mask.space.groups, table(mask).kept): pools.setdefault(g.kind if g.kind in ("head", "mlp", "layer") else g.name, []).append((g, kept))
-    drawn = _draw([([g for g, _ in pool], sum(kept for _, kept in pool)) for pool in pools.values()], seed)
-    return Mask.of(mask.space, drawn, method="random", seed=seed, parents=[mask.id])
+    meta = dict(method="random", seed=seed, parents=[mask.id])
+    if strata is None: return Mask.of(mask.space, _draw([([g for g, _ in pool], sum(kept for _, kept in pool)) for pool in pools.values()], seed), **meta)
+    same_space(mask.space, strata.space, "stratify")
+    if bins < 1: raise SubnetError(f"there must be at least one bin, got {bins}.")
+    rng, out = np.random.default_rng(seed), {}
+    for pool in pools.values():
+        groups = [g for g, _ in pool]
+        kept, by = (np.concatenate([of[g.name].reshape(-1) for g in groups]) for of in (mask, strata))
+        drawn = _shuffled_within(quantile_bins(by, bins), kept, rng)
+        out |= {g.name: part.reshape(g.shape) for g, part in zip(groups, np.split(drawn, np.cumsum([g.size for g in groups])[:-1]))}
+    return Mask.of(mask.space, out, **meta, strata=strata.id, bins=bins)
+
+
+def quantile_bins(values: np.ndarray, bins: int) -> np.ndarray:      # (n,) -> (n,) 0 … bins - 1
+    "The quantile bin of each value; equal values share a bin, so that with many of them some bins stay empty."
+    flat, cuts = np.asarray(values).reshape(-1), len(values) * np.arange(1, bins) // bins
+    return np.searchsorted(np.partition(flat, cuts)[cuts] if bins > 1 else flat[:0], flat, side="right")
+
+
+def _shuffled_within(bin_of: np.ndarray, bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:      # all (n,)
+    "As many bits of every bin as there are, elsewhere."
+    kept, order = np.bincount(bin_of[bits], minlength=bin_of.max() + 1), np.lexsort((rng.random(len(bits)), bin_of))
+    starts, out = np.cumsum(np.bincount(bin_of)) - np.bincount(bin_of), np.zeros(len(bits), bool)
+    out[order[np.arange(len(bits)) - starts[bin_of[order]] < kept[bin_of[order]]]] = True
+    return out
+
+# %% ../nbs/01_mask.ipynb #afa58bc8
+def resized(mask: Mask, density: float, seed: int) -> Mask:
+    "`mask` with random coordinates added or taken away, so that exactly `round(density * size)` are kept; one of the two contains the other."
+    _fraction(density, "density")
+    rng, change = np.random.default_rng(seed), round(density * mask.space.size) - mask.count
+    free = [int(k) if change < 0 else g.size - int(k) for g, k in zip(mask.space.groups, table(mask).kept)]
+    counts, out = rng.multivariate_hypergeometric(free, abs(change)), {}
+    for (g, bits), n in zip(mask.items(), counts):
+        flat = bits.reshape(-1)
+        flat[rng.choice(np.flatnonzero(flat == (change < 0)), n, replace=False, shuffle=False)] ^= True
+        out[g.name] = flat.reshape(g.shape)
+    return Mask.of(mask.space, out, operation=f"resized({density:g})", seed=seed, parents=[mask.id])
 
 # %% ../nbs/01_mask.ipynb #aa4605e9
 def to(
@@ -245,7 +287,7 @@ def rebase(mask: Mask, space: Space) -> Mask:
         raise SubnetError(f"cannot rebase: coordinates differ between {mask.space!r} and {space!r}.")
     return Mask(space, mask.packed, {**mask.meta, "parents": [mask.id], "operation": "rebase"})
 
-# %% ../nbs/01_mask.ipynb #e5408a25
+# %% ../nbs/01_mask.ipynb #bd26dd42
 @dataclass(frozen=True, eq=False)
 class Scores:
     "A float per coordinate of a `Space`; higher means more worth keeping."
@@ -270,16 +312,16 @@ class Scores:
         "Hash of space and values (16 hex digits)."
         return hashlib.sha256(b"".join([self.space.id.encode(), *(np.ascontiguousarray(self[g.name], np.float32).tobytes() for g in self.space.groups)])).hexdigest()[:16]
 
-    def top(self, density: float, scope: str = "global") -> Mask:
-        "Keep the highest share `density`; `scope` is `global`, `layer` or `tensor`."
+    def top(self, density: float | None = None, scope: str = "global", *, like: Mask | None = None) -> Mask:
+        "Keep the highest share `density`, or as many of the highest as `like` keeps; `scope` is `global`, `layer` or `tensor`."
+        if (density is None) == (like is None): raise SubnetError("say how many to keep by one of density and like.")
+        if like is not None: return self._pick(self._counts(like, scope), scope, +1)
         _fraction(density, "density")
         return self._pick({k: round(density * sum(g.size for g in gs)) for k, gs in self._pools(scope).items()}, scope, +1)
 
     def bottom(self, like: Mask, scope: str = "global") -> Mask:
         "Keep the lowest coordinates, as many as `like` keeps (in total, per layer or per tensor)."
-        same_space(self.space, like.space)
-        kept = dict(zip(table(like).name, table(like).kept))
-        return self._pick({k: sum(kept[g.name] for g in gs) for k, gs in self._pools(scope).items()}, scope, -1)
+        return self._pick(self._counts(like, scope), scope, -1)
 
     def above(self, threshold: float) -> Mask:
         "Keep what scores strictly above `threshold`."
@@ -290,6 +332,11 @@ class Scores:
         pools: dict[Any, list[Group]] = {}
         for g in self.space.groups: pools.setdefault({"global": 0, "layer": g.layer, "tensor": g.name}[scope], []).append(g)
         return pools
+
+    def _counts(self, like: Mask, scope: str) -> dict[Any, int]:
+        same_space(self.space, like.space)
+        kept = dict(zip(table(like).name, table(like).kept))
+        return {k: sum(kept[g.name] for g in gs) for k, gs in self._pools(scope).items()}
 
     def _pick(self, counts: Mapping[Any, int], scope: str, sign: int) -> Mask:
         packed = {}

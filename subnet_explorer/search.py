@@ -28,8 +28,8 @@ from .space import SubnetError, check_model, check_names
 from .store import Run, Store, load_state, read_state, save_state
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'ENGINES', 'ROUND', 'lr_at', 'Diverged', 'Monitor', 'frozen', 'check_settings', 'find', 'WrongProcesses',
-           'Team', 'Search', 'find_all']
+__all__ = ['SCHEDULES', 'ENGINES', 'ROUND', 'lr_at', 'Diverged', 'Monitor', 'seen', 'frozen', 'check_settings', 'find',
+           'WrongProcesses', 'Team', 'Search', 'find_all']
 
 # %% ../nbs/09_search.ipynb #cbf0106a
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -46,14 +46,21 @@ def lr_at(step: int, steps: int, schedule: str = "linear", warmup: float = 0.1) 
     up = round(warmup * steps)
     return (step + 1) / up if step < up else SCHEDULES[schedule]((step - up) / max(1, steps - up))
 
-# %% ../nbs/09_search.ipynb #7e6758ca
+# %% ../nbs/09_search.ipynb #c1896583
 class Diverged(SubnetError):
     "The loss or a gradient became NaN or infinite; the last saved state is kept."
 
 class Monitor(Protocol):
-    "Something to watch on held-out data: prepared like an objective, returns a score to be maximised."
-    def prepare(self, context: Context) -> Callable[[], float]: ...
+    "Something to watch on held-out data: prepared like an objective, returns a score to be maximised, alone or as `score` among other things for the log."
+    def prepare(self, context: Context) -> Callable[[], float | Mapping[str, Any]]: ...
     def recipe(self) -> dict[str, Any]: ...
+
+
+def seen(value: float | Mapping[str, Any]) -> dict[str, Any]:
+    "What a monitor returned, as entries of a log; one is `score`."
+    if not isinstance(value, Mapping): return {"score": float(value)}
+    if "score" not in value: raise SubnetError(f"a monitor that returns several things must name one score; found {', '.join(value) or 'nothing'}.")
+    return {**value, "score": float(value["score"])}
 
 
 @contextmanager
@@ -200,7 +207,7 @@ class Team:
         "Until all processes are here."
         if self.world > 1: torch.distributed.barrier()
 
-# %% ../nbs/09_search.ipynb #c87b53d7
+# %% ../nbs/09_search.ipynb #4c831f69
 class Search:
     "The steps of one search."
 
@@ -282,10 +289,10 @@ class Search:
         row = dict(step=self.step, loss=loss, density=self.gate.harden().density)
         if self.score:
             sub = self.gate.final()
-            with torch.no_grad(), masked(self.c.model, ~sub if self.run.config["complement"] else sub, check=False): row["score"] = self.score()
+            with torch.no_grad(), masked(self.c.model, ~sub if self.run.config["complement"] else sub, check=False): row |= seen(self.score())
             if row["score"] >= self.best: self.best, self.kept = row["score"], [p.detach().clone() for p in self.trained]
         self.run.log(**row)
-        return row
+        return {k: row[k] for k in ("step", "loss", "density", "score") if k in row}
 
     def look(self, loss: float, bar: Any) -> None:
         "After a step: progress, and at times a log entry and a saved state."

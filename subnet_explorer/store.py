@@ -268,11 +268,11 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
     else: atomic_write(file, json.dumps({"config": wanted, "environment": environment()}, indent=1))
     return Store(Path(to) / "runs")
 
-# %% ../nbs/08_store.ipynb #189d54e1
+# %% ../nbs/08_store.ipynb #5fc999d3
 def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     "A table that is computed once per folder."
     file = Path(to) / "tables" / f"{name}.json" if to else None
     if file is not None and file.exists(): return pd.DataFrame(json.loads(file.read_text()))
     table = make()
-    if file is not None: atomic_write(file, table.to_json(orient="records", double_precision=15))
+    if file is not None: atomic_write(file, json.dumps(table.to_dict("records")))
     return table

@@ -49,6 +49,16 @@ def test_chance_is_what_random_masks_give(average, p, q):
     assert jaccard_chance(a, b, average) == pytest.approx(simulated, abs=.004)
 
 
+@pytest.mark.parametrize("p, q", [(.014, .014), (.05, .05), (.014, .3), (.5, .5)])
+def test_chance_overlap_of_two_seeds_in_closed_form(p, q):
+    "One minus the distance is the overlap |A & B| / |A | B|, by chance d / (2 - d) at one density d, and pq / (p + q - pq) at two."
+    space = Space((Group("a", "weight", 0, "q", (1000, 300)), Group("b", "weight", 1, "q", (100_000,))), LAYOUT, ModelId("toy", None, "c", "w"))
+    pair = Masks([({"seed": i}, Mask.random(space, d, i)) for i, d in enumerate((p, q))])
+    t = jaccard(pair, by="seed").query("a != b").iloc[0]
+    assert 1 - t.chance == pytest.approx(p * q / (p + q - p * q), rel=1e-4) and 1 - t.distance == pytest.approx(1 - t.chance, rel=.15)
+    if p == q: assert 1 - t.chance == pytest.approx(p / (2 - p), rel=1e-4)
+
+
 # ── degenerate cases ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 @average

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from subnet_explorer.mask import Mask, MaskFileError, Scores, from_gaps, kth, to_gaps, top_k
+from subnet_explorer.mask import Mask, MaskFileError, Scores, from_gaps, kth, quantile_bins, to_gaps, top_k
 from subnet_explorer.masks import Masks
 from subnet_explorer.space import FAMILIES, Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownName
 
@@ -283,6 +283,58 @@ def test_random_like_is_uniform():
     assert len({m.random_like(s) for s in range(20)}) > 15
 
 
+@given(scores(), st.data(), st.integers(1, 6), st.integers(0, 99))
+def test_random_masks_within_strata(s, data, bins, seed):
+    "As many in every tensor and quantile bin, computed here with sorted lists; equal scores share a bin."
+    m = Mask.of(s.space, {g.name: data.draw(hnp.arrays(bool, g.shape)) for g in s.space.groups})
+    r = m.random_like(seed, strata=s, bins=bins)
+    assert r == m.random_like(seed, strata=s, bins=bins) and r.table().kept.tolist() == m.table().kept.tolist()
+    for g in s.space.groups:
+        values = s[g.name].reshape(-1).tolist()
+        edges = [sorted(values)[len(values) * i // bins] for i in range(1, bins)]
+        bin_of = np.array([sum(v >= e for e in edges) for v in values])
+        assert np.array_equal(bin_of, quantile_bins(s[g.name].reshape(-1), bins))
+        for b in set(bin_of): assert (r[g.name].reshape(-1) & (bin_of == b)).sum() == (m[g.name].reshape(-1) & (bin_of == b)).sum()
+
+
+def test_random_masks_within_strata_are_uniform():
+    space = space_with([(40,)])
+    s, m = Scores(space, {"g0": np.arange(40.0)[::-1]}), Mask.of(space, {"g0": np.isin(np.arange(40), [0, 1, 2, 11, 30])})
+    n = 800
+    share = sum(flat(m.random_like(i, strata=s, bins=4)).astype(float) for i in range(n)) / n
+    p = np.repeat([.3, .1, 0, .1], 10)
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)).all()
+
+
+def test_strata_of_units_span_all_layers():
+    "Heads are few: they are matched over the whole model, in strata too."
+    space = Space(tuple(Group(f"layer.{i}.head", "head", i, "head", (4,)) for i in range(6)), LAYOUT, ModelId("toy", None, "c", "0" * 16))
+    s = Scores(space, {g.name: np.arange(4.0) + 4 * g.layer for g in space.groups})
+    m = Mask.of(space, {g.name: np.arange(4) < (g.layer in (0, 5)) for g in space.groups})      # one head in the lower half of scores, one in the upper
+    drawn = [flat(m.random_like(i, strata=s, bins=2)) for i in range(60)]
+    assert all(d[:12].sum() == d[12:].sum() == 1 for d in drawn) and len({d.tobytes() for d in drawn}) > 20
+    with pytest.raises(SpaceMismatch): Mask.full(space_with([(3,)])).random_like(0, strata=s)
+
+
+@given(masks(1), st.floats(0, 1), st.integers(0, 99))
+def test_resized_is_exact_and_nested(ms, density, seed):
+    (m,) = ms
+    r = m.resized(density, seed)
+    assert r.count == round(density * m.space.size) and (r <= m if r.count <= m.count else m <= r)
+    assert r == m.resized(density, seed) and r.meta["parents"] == [m.id] and m.resized(m.density, seed) == m
+    for p, g in zip(r.packed, r.space.groups): assert not np.unpackbits(np.frombuffer(p, np.uint8))[g.size:].any()
+
+
+@pytest.mark.parametrize("density", [.1, .8])
+def test_resized_is_uniform_over_all_tensors(density):
+    m = Mask.of(space_with([(13,), (2, 5), (1,)]), {"g0": np.arange(13) < 4, "g1": np.arange(10).reshape(2, 5) < 5, "g2": np.ones(1, bool)})
+    n, kept = 800, flat(m)
+    share = sum(flat(m.resized(density, s)).astype(float) for s in range(n)) / n
+    k = round(density * 24)
+    p = np.where(kept, min(1, k / 10), max(0, k - 10) / 14)
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)).all()
+
+
 # ── ranking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def by_hand(s: Scores, scope: str, counts, sign: int) -> dict[str, np.ndarray]:
@@ -308,6 +360,14 @@ def test_bottom_is_a_plain_sort_of_the_same_size(s, density, seed, scope):
     kept = lambda pool, _: sum(b.sum() for g, b in like.items() if key(g) == pool)
     found = s.bottom(like, scope)
     assert found == Mask.of(s.space, by_hand(s, scope, kept, -1)) and found.count == like.count
+    assert s.top(like=like, scope=scope) == Mask.of(s.space, by_hand(s, scope, kept, +1))
+
+
+def test_top_is_told_once_how_many():
+    s = Scores(space_with([(4,)]), {"g0": np.arange(4.0)})
+    for arguments in ({}, {"density": .5, "like": Mask.full(s.space)}):
+        with pytest.raises(SubnetError, match="one of density and like"): s.top(**arguments)
+    with pytest.raises(SpaceMismatch): s.top(like=Mask.full(space_with([(5,)])))
 
 
 @given(scores(), st.floats(0, 1), st.floats(0, 1), st.sampled_from([-1.5, 0.0, .2, 2.0]))
@@ -371,6 +431,23 @@ def test_reductions(ms):
     assert np.allclose(np.concatenate([v.reshape(-1) for v in survival.values.values()]), stack.mean(0))
     assert many.intersection(by="task").by("task")["B"] == ms[2] & ms[3]
     assert [labels for labels, _ in many.sel(task="A", seed=[1])] == [{"task": "A", "seed": 1}]
+
+
+@given(masks(5), st.integers(1, 5), st.data())
+def test_majority_counts_votes(ms, n, data):
+    ms = ms[:n]
+    found, share = Masks([({"seed": i}, m) for i, m in enumerate(ms)]), data.draw(st.sampled_from([1e-9, 1 / 3, .4, .5, .6, 2 / 3, .9, 1]) | st.floats(1e-6, 1))
+    votes = sum(flat(m).astype(int) for m in ms)
+    r = found.majority(share)
+    assert np.array_equal(flat(r), votes >= max(1, share * n - 1e-9))
+    for p, g in zip(r.packed, r.space.groups): assert not np.unpackbits(np.frombuffer(p, np.uint8))[g.size:].any()
+    assert found.majority(1) == found.intersection() and found.majority(1 / n) == found.union()
+
+
+@pytest.mark.parametrize("share", [0, -.5, 1.01])
+def test_a_majority_of_none_is_refused(share):
+    with pytest.raises(SubnetError, match="above 0 and up to 1"): Masks([({}, Mask.full(space_with([(3,)])))]).majority(share)
+    with pytest.raises(SubnetError, match="no mask to take"): Masks([]).majority()
 
 
 def test_a_wrong_number_is_an_unknown_name_too():
