@@ -342,7 +342,7 @@ def _digest(items: Iterable[Any]) -> str:
     "Hash of any printable items (16 hex digits)."
     return hashlib.sha256(json.dumps(list(items), default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/05_objectives.ipynb #bffb7af8
+# %% ../nbs/05_objectives.ipynb #b24c4e00
 class Examples:
     "Examples that a head has encoded, ready to be read."
 
@@ -352,7 +352,7 @@ class Examples:
         parts = [_parts(c) for c in coded]
         self.several, self.all = max(map(len, parts)), [s for p in parts for s in p]                 # sequences of an example at most; of all, one after another
         self.first = np.cumsum([0, *map(len, parts)])
-        self.sequences = sequences([s[0] for s in self.all], types=[s[2] for s in self.all] if len(self.all[0]) > 2 else None)
+        self.sequences = sequences([s[0] for s in self.all], types=[s[2] if len(s) > 2 else [0] * len(s[0]) for s in self.all] if any(len(s) > 2 for s in self.all) else None)
         self.lengths = np.maximum.reduceat(self.sequences.lengths, self.first[:-1])                  # (example,) of the longest sequence
 
     def read(self, index: np.ndarray) -> torch.Tensor:                                               # (row, label)
