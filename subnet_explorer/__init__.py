@@ -13,14 +13,14 @@ _HOMES = {
     "apply": ("masked",),
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
     "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
     "search": ("find",),
-    "heads": ("Tagger", "Classifier", "Regressor", "head_for", "fit", "preserved", "relearning", "relearned"),
+    "heads": ("Tagger", "Classifier", "Regressor", "Chooser", "Lora", "head_for", "fit", "preserved", "relearning", "relearned"),
     "score": ("iterate",),
 }
-_MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "widgets")
+_MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "transfer", "widgets")
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*_WHERE, *_MODULES]
 
@@ -38,12 +38,12 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 
 
 if TYPE_CHECKING:
-    from subnet_explorer import compare, evaluate, knowledge, patterns, plots, recipes, represent, score, widgets
+    from subnet_explorer import compare, evaluate, knowledge, patterns, plots, recipes, represent, score, transfer, widgets
     from subnet_explorer.apply import masked
-    from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_facts, read_glue, split
+    from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_choices, read_facts, read_glue, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
-    from subnet_explorer.heads import Classifier, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
+    from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
     from subnet_explorer.mask import Mask, Scores
     from subnet_explorer.masks import Masks
     from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Ramp, Suppress, Task

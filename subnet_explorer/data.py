@@ -24,7 +24,7 @@ from .space import SubnetError, check_names
 # %% auto #0
 __all__ = ['TEMPLATES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
            'too_long', 'answerable', 'with_start', 'encode', 'read_conllu', 'BadTable', 'LabelTask', 'Labelled',
-           'read_glue']
+           'read_glue', 'BadChoices', 'read_choices']
 
 # %% ../nbs/06_data.ipynb #737fc13a
 class BadFacts(SubnetError):
@@ -538,3 +538,52 @@ def _classes(items: list[dict[str, Any]], task: LabelTask, where: str) -> tuple[
     if numbers and any(not float(s).is_integer() for s in seen): return [{**r, "label": float(r["label"])} for r in items], replace(task, metrics=GLUE["STS-B"].metrics)
     if len(seen) > 100: raise BadTable(f"{where} has {len(seen)} different labels: is {task.label[0]!r} the right column?")
     return items, replace(task, labels=tuple(seen))
+
+# %% ../nbs/06_data.ipynb #edc42599
+class BadChoices(SubnetError):
+    "A file of multiple-choice questions is broken."
+
+
+def read_choices(source: str | Path) -> list[dict[str, Any]]:      # question, choices, label, id[, concept][, kind]
+    "Read multiple-choice questions from a .jsonl or .jsonl.gz file; raise `BadChoices` with file and line where it is broken."
+    path, out = Path(source), []
+    if not path.exists(): raise BadChoices(f"there is no file {path}: give a .jsonl or .jsonl.gz file in the format of CommonsenseQA or COPA.")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")): raise BadChoices(f"cannot tell the format of {path.name}: expected .jsonl, possibly with .gz.")
+    for n, line in _lines(path):
+        try:
+            d = json.loads(line)
+            if not isinstance(d, dict): raise BadChoices("not a JSON object.")
+            out.append(_checked(_copa(d) if "premise" in d else _commonsense(d)))
+        except BadChoices as e: raise BadChoices(f"{path}, line {n}: {e}") from None
+        except KeyError as e: raise BadChoices(f"{path}, line {n}: the key {e.args[0]!r} is missing. Is this a test part without answers?" if e.args[0] in ("answerKey", "label") else f"{path}, line {n}: the key {e.args[0]!r} is missing.") from None
+        except (ValueError, TypeError, AttributeError) as e: raise BadChoices(f"{path}, line {n}: neither CommonsenseQA nor COPA as a JSON object ({type(e).__name__}: {e}).") from None
+    if not out: raise BadChoices(f"there is no question in {path}.")
+    return out
+
+# %% ../nbs/06_data.ipynb #66096c31
+def _commonsense(d: dict[str, Any]) -> dict[str, Any]:
+    "A line of CommonsenseQA: the question with its choices inside, or both side by side."
+    asked = {**d["question"], "question": d["question"]["stem"]} if isinstance(d["question"], dict) else d
+    choices, answer = asked["choices"], d["answerKey"]
+    names, texts = (choices["label"], choices["text"]) if isinstance(choices, dict) else ([c["label"] for c in choices], [c["text"] for c in choices])
+    if len(names) != len(texts): raise BadChoices(f"{len(names)} labels for {len(texts)} choices.")
+    if len(set(names)) < len(names): raise BadChoices(f"two choices have the same label: {', '.join(map(str, names))}.")
+    if answer not in names: raise BadChoices(f"the answer {answer!r} is none of the choices {', '.join(map(str, names))}.")
+    row = dict(question=asked["question"], choices=list(texts), label=names.index(answer), id=str(d["id"]))
+    return row if asked.get("question_concept") is None else row | {"concept": asked["question_concept"]}
+
+
+def _copa(d: dict[str, Any]) -> dict[str, Any]:
+    "A line of COPA: the premise goes on with one of two sentences."
+    if d["question"] not in ("cause", "effect"): raise BadChoices(f"the question is {d['question']!r} where cause or effect was expected.")
+    if isinstance(d["label"], bool) or d["label"] not in (0, 1): raise BadChoices(f"the answer {d['label']!r} is none of the choices 0, 1.")
+    premise = d["premise"].strip().rstrip(".?! ")
+    return dict(question=f"{premise} {'so' if d['question'] == 'effect' else 'because'}" if premise else "", choices=[d["choice1"], d["choice2"]], label=d["label"], id=str(d["idx"]), kind=d["question"])
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    "A question that can be asked."
+    for what, text in (("question", row["question"]), *(("choice", c) for c in row["choices"])):
+        if not isinstance(text, str) or not text.strip(): raise BadChoices(f"a {what} is {text!r} where some text was expected.")
+    if len(row["choices"]) < 2: raise BadChoices("there is nothing to choose from: a question needs at least two choices.")
+    return row | {"question": row["question"].strip(), "choices": [c.strip() for c in row["choices"]]}

@@ -26,8 +26,8 @@ from .packed import Packing, answering, fits, run
 from .space import SubnetError, check_names, is_causal, layout_of
 
 # %% auto #0
-__all__ = ['IN_MEMORY', 'room', 'Sequences', 'Prompts', 'batch_at', 'Context', 'Objective', 'Ramp', 'Sum', 'Cloze', 'MLM', 'Task',
-           'Suppress', 'Maintain', 'Teacher', 'Hidden', 'Density']
+__all__ = ['IN_MEMORY', 'room', 'Sequences', 'Prompts', 'batch_at', 'Context', 'Objective', 'Ramp', 'Sum', 'Cloze', 'MLM',
+           'Examples', 'Task', 'Suppress', 'Maintain', 'Teacher', 'Hidden', 'Density']
 
 # %% ../nbs/05_objectives.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
@@ -342,7 +342,35 @@ def _digest(items: Iterable[Any]) -> str:
     "Hash of any printable items (16 hex digits)."
     return hashlib.sha256(json.dumps(list(items), default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/05_objectives.ipynb #7c9674fb
+# %% ../nbs/05_objectives.ipynb #b24c4e00
+class Examples:
+    "Examples that a head has encoded, ready to be read."
+
+    def __init__(self, head: Any, coded: Sequence[Any], sequences: Callable[..., Sequences]) -> None:      # sequences: makes `Sequences` of ids, with types by keyword
+        if not len(coded): raise SubnetError("there is nothing to label: no example was given.")
+        self.head, self.targets = head, [list(c[2]) for c in coded]
+        parts = [_parts(c) for c in coded]
+        self.several, self.all = max(map(len, parts)), [s for p in parts for s in p]                 # sequences of an example at most; of all, one after another
+        self.first = np.cumsum([0, *map(len, parts)])
+        self.sequences = sequences([s[0] for s in self.all], types=[s[2] if len(s) > 2 else [0] * len(s[0]) for s in self.all] if any(len(s) > 2 for s in self.all) else None)
+        self.lengths = np.maximum.reduceat(self.sequences.lengths, self.first[:-1])                  # (example,) of the longest sequence
+
+    def read(self, index: np.ndarray) -> torch.Tensor:                                               # (row, label)
+        "What the head says about some examples: as many rows for each as it has targets."
+        counts = [int(self.first[i + 1] - self.first[i]) for i in index]
+        places = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in index])
+        b, p = [j for j, s in enumerate(places) for _ in self.all[s][1]], [q for s in places for q in self.all[s][1]]
+        logits = self.sequences.read(places, b, p, head=self.head)
+        return logits if self.several == 1 else self.head.fold(logits, counts, self.several)
+
+
+def _parts(coded: Sequence[Any]) -> list[tuple]:      # (ids, positions[, types]) of each
+    "The sequences of an encoded example."
+    ids, positions, _, *types = coded
+    if not (len(ids) and isinstance(ids[0], (list, tuple))): return [(ids, positions, *types)]
+    return list(zip(ids, positions, *types, strict=True))
+
+# %% ../nbs/05_objectives.ipynb #ebc502ad
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
@@ -352,15 +380,12 @@ class Task(Objective):
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         self.head.to(next(context.model.parameters()).device)
-        coded = [self.head.encode(context.tok, e) for e in self.examples]
-        seqs = context.sequences([c[0] for c in coded], types=[c[3] for c in coded] if len(coded[0]) > 3 else None)
+        examples = Examples(self.head, [self.head.encode(context.tok, e) for e in self.examples], context.sequences)
         losses = getattr(self.head, "losses", lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
         def loss(step: int) -> torch.Tensor:
-            index = context.part(step, seqs.lengths, self.batch)
-            b = [j for j, i in enumerate(index) for _ in coded[i][1]]
-            p = [q for i in index for q in coded[i][1]]
-            logits = seqs.read(index, b, p, head=self.head)
-            return context.mean(losses(logits.float(), torch.tensor([y for i in index for y in coded[i][2]], device=logits.device)))
+            index = context.part(step, examples.lengths, self.batch)
+            logits = examples.read(index)
+            return context.mean(losses(logits.float(), torch.tensor([y for i in index for y in examples.targets[i]], device=logits.device)))
         return loss
 
     def recipe(self) -> dict[str, Any]: return {"objective": "Task", "examples": _digest(self.examples), "n": len(self.examples), "head": repr(self.head), "batch": self.batch}

@@ -184,7 +184,7 @@ class Layout:
         "Stored shape of a role's weight."
         return self.widths(role)[::-1] if self.transposed else self.widths(role)
 
-# %% ../nbs/00_space.ipynb #d8fcb3cb
+# %% ../nbs/00_space.ipynb #f3326947
 def layout_of(model: Any) -> Layout:
     "Read the `Layout` of a transformers model and verify it against its parameters."
     family, base, cfg = family_of(model), model.base_model, model.config
@@ -192,7 +192,7 @@ def layout_of(model: Any) -> Layout:
     blocks = reach(base, paths["blocks"])
     roles = [r for r in ROLES if r in paths]
     mods = {r: reach(blocks[0], paths[r]) for r in roles}
-    transposed = type(mods["down"]).__name__ == "Conv1D"
+    transposed = type(getattr(mods["down"], "base_layer", mods["down"])).__name__ == "Conv1D"      # an adapter may be around it
     hidden, inner = mods["down"].weight.shape if not transposed else mods["down"].weight.shape[::-1]
     heads = cfg.num_attention_heads
     embedding = base.get_input_embeddings().weight

@@ -193,7 +193,7 @@ def test_a_linear_probe_leaves_the_model_untouched(models):
     model.zero_grad()
     before, flags, head = weights(model), [p.requires_grad for p in model.parameters()], Tagger(model, trees)
     start = head.out.weight.detach().clone()
-    log = fit(model, tok, Task(trees, head), steps=12, head_lr=.05, train_model=False, every=6)
+    log = fit(model, tok, Task(trees, head), steps=12, head_lr=.05, train="head", every=6)
     assert same(model, before) and [p.requires_grad for p in model.parameters()] == flags
     assert log.loss.iloc[-1] < log.loss.iloc[0] and not torch.equal(head.out.weight, start)
     left = [n for n, p in model.named_parameters() if p.grad is not None]
@@ -224,7 +224,7 @@ def test_global_randomness_is_left_alone(models):
 
 def test_fit_refuses(models, facts):
     model, tok = models["pocket-bert"]
-    with pytest.raises(SubnetError, match="nothing to train"): fit(model, tok, Cloze(facts), train_model=False)
+    with pytest.raises(SubnetError, match="nothing to train"): fit(model, tok, Cloze(facts), train="head")
     with pytest.raises(SubnetError, match="needs a gate"): fit(model, tok, Cloze(facts) + Density())
 
 

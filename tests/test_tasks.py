@@ -377,7 +377,7 @@ def test_a_run_remembers_whose_head_it_was(bert, tmp_path):
     dev = read_glue("pocket:acceptable", "dev").take(40)
     def pruned(lr):
         head = head_for(model, dev)
-        fit(model, tok, Task(dev, head), steps=20, head_lr=lr, train_model=False)
+        fit(model, tok, Task(dev, head), steps=20, head_lr=lr, train="head")
         return iterate(model, tok, Task(dev, head), TaskScore(dev, head), Space.of(model, "mlp"), least=-1., to=tmp_path, progress=False)
     first = pruned(.05)
     assert pruned(.05).table.equals(first.table)
