@@ -73,7 +73,7 @@ def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate
         if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
     if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
 
-# %% ../nbs/09_search.ipynb #f96d6f6d
+# %% ../nbs/09_search.ipynb #7e4cb2d9
 def find(
     model: nn.Module,                    # transformers model; its weights do not change
     tok: Any,                            # its tokenizer
@@ -96,6 +96,7 @@ def find(
     precision: str = "float32",          # or "bfloat16" (matrix products only; logits stay float32)
     engine: str = "auto",                # "plain", or scores that `MaskOptimizer` trains: "all", "reachable", "sampled"; see below
     accumulate: int = 1,                 # batches per step of the optimizer
+    recompute: bool | None = None,       # compute blocks again in backward instead of keeping what they need; None: where they would keep more than a gigabyte
     processes: int | None = None,        # how many share every batch; an error if other than what the launcher started
     to: str | Path | Store | None = None,    # folder or store; None keeps the run in memory
     labels: Mapping[str, Any] | None = None, # e.g. {"task": "IsA", "seed": 0}
@@ -112,7 +113,7 @@ def find(
         else: search.go()
     return _close(run, gate, goal)
 
-# %% ../nbs/09_search.ipynb #f9566ab7
+# %% ../nbs/09_search.ipynb #fb8757c6
 def _open(model: nn.Module, gate: Gate, goal: Objective, s: Mapping[str, Any]) -> tuple[Run, Team]:
     "Check the settings and open the run they identify."
     for name, known in (("optimizer", ["adam", "adamw"]), ("precision", ["float32", "bfloat16"]), ("engine", ENGINES), ("schedule", SCHEDULES)): check_names([s[name]], known, name)
@@ -131,7 +132,7 @@ def _open(model: nn.Module, gate: Gate, goal: Objective, s: Mapping[str, Any]) -
 def _start(run: Run, team: Team, model: nn.Module, tok: Any, gate: Gate, goal: Objective, s: Mapping[str, Any]) -> Search:
     "A search at its beginning, or where it was stopped."
     context = Context(model, tok, s["steps"] * s["accumulate"], s["batch"], s["seed"], max(0, min(gate.space.layers)), gate, cache={} if s["cache"] is None else s["cache"],
-                      rank=team.rank, world=team.world, path="plain" if s["engine"] == "plain" else "auto")
+                      rank=team.rank, world=team.world, path="plain" if s["engine"] == "plain" else "auto", recompute=s["recompute"])
     return Search(run, context, gate, goal, s["monitor"], s["engine"], team, s["checkpoint"], s["progress"])
 
 
