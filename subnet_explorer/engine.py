@@ -310,20 +310,33 @@ def sync(opt: MaskOptimizer) -> None:
     "Bring the gate's logits up to date with compact scores; their signs always are."
     for i, a in opt.active.items(): opt.gate.logits[i].data.view(-1)[a.index] = a.s
 
-# %% ../nbs/09_engine.ipynb #2ef7ec27
+# %% ../nbs/09_engine.ipynb #6b82a9c6
+def _by_score(opt: MaskOptimizer, i: int, g: torch.Tensor) -> torch.Tensor:
+    "The gradient of scores from that of masked weights, under the mask of the present pass."
+    slope = opt.gate.multiplier(i)[1]
+    return (g * opt.sites[i].w.to(torch.float32)).mul_(-slope if opt.complement != opt.flip else slope)
+
+
+def _summed(opt: MaskOptimizer, i: int, g: torch.Tensor) -> torch.Tensor:
+    "A step of Adam with the gradient of scores; the sum of probabilities of being kept, if it is asked for."
+    s = opt.gate.logits[i].data
+    if opt.pressed: g = g + opt.h[7] * opt.gate.pull(s)
+    _fused(opt, [s], [g.float()], *([m] for m in opt.moments_of(i)))
+    return opt.gate.kept(s).sum() if opt.pressed else opt.h[0]
+
+# %% ../nbs/09_engine.ipynb #f1fddbe9
 def _clip(opt: MaskOptimizer, small: Mapping[int, torch.Tensor]) -> None:
     "Scale the gradients that are held so that the norm over all logits is at most `opt.clip`."
     squares = [l.grad.square().sum() for l in small.values()]
     for i, g in opt.held.items():
-        slope = opt.gate.multiplier(i)[1]
-        g = g * opt.sites[i].w * (-slope if opt.complement else slope)
+        g = g.clone() if opt.several else _by_score(opt, i, g)
         if opt.pressed: g += opt.h[7] * opt.gate.pull(opt.gate.logits[i])
         squares.append(g.square().sum())
     factor = (opt.clip / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
     for g in [*opt.held.values(), *(l.grad for l in small.values())]: g *= factor
     opt.h[7] *= factor
 
-# %% ../nbs/09_engine.ipynb #3c45f765
+# %% ../nbs/09_engine.ipynb #a9722251
 class MaskOptimizer:
     "Adam on the logits of a gate, fed from inside backward."
 
@@ -337,13 +350,15 @@ class MaskOptimizer:
         clip: float | None = None,             # largest L2 norm of the gradient over all logits
         complement: bool = False,              # apply one minus the multipliers
         accumulate: int = 1,                   # calls of `backward` per step
+        several: bool = False,                 # whether a step has several passes, each under a mask of its own, see `applied`
         scores: str = "all",                   # "all", "reachable", or "sampled" (reachable, and weight gradients formed only there)
         dtype: torch.dtype = torch.float32,    # of the masked weights and so of the matrix products; scores are always float32
         fast: bool | None = None,              # compile the update; None: where it pays
         share: Callable[[torch.Tensor], None] | None = None,      # averages a gradient over processes, in place
     ) -> None:
         self.model, self.gate, self.rates, self.decay, self.clip, self.complement, self.share = model, gate, list(rates), decay, clip, complement, share
-        self.held: dict[int, torch.Tensor] | None = {} if clip or accumulate > 1 else None
+        self.several, self.flip = several, False
+        self.held: dict[int, torch.Tensor] | None = {} if clip or accumulate > 1 or several else None
         self.anchor = torch.zeros((), device=gate.logits[0].device, requires_grad=True)
         weights = [i for i, g in enumerate(gate.space.groups) if g.kind == "weight"]
         self.sites = {i: _Site(model, i, gate.space.groups[i], dtype, self._take) for i in weights}
@@ -362,19 +377,21 @@ class MaskOptimizer:
 
     def _narrows(self) -> bool:
         "Whether the bound on a score's movement holds: hard thresholds, and plain Adam steps."
-        return isinstance(self.gate, Threshold) and not (self.gate.inclusive or self.decay or self.clip or self.complement)
+        return isinstance(self.gate, Threshold) and not (self.gate.inclusive or self.decay or self.clip or self.complement or self.several)
 
     @torch.no_grad()
     def refresh(self) -> None:
         "Compute every masked weight from the logits, as at the start or after they were changed from outside."
-        for i, s in self.sites.items(): s.masked.copy_(_times(s.w, self.gate.multiplier(i)[0].to(s.w.dtype), self.complement))
+        for i, s in self.sites.items(): s.masked.copy_(_times(s.w, self.gate.multiplier(i)[0].to(s.w.dtype), self.complement != self.flip))
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        "Let the model compute under the gate, forward and backward."
+    def applied(self, draw: int = 0, flip: bool = False) -> Iterator[None]:
+        "Let the model compute under the gate, forward and backward; with several passes, under a draw of the noise, and with or without the complement."
         for s in self.sites.values(): s.forget()
+        if self.several: self.gate.draw, self.flip = draw, flip; self.refresh()
+        elif draw or flip: raise SubnetError("this optimizer takes one pass a step: make it with several=True.")
         values = self.gate.values(self.small)
-        if self.complement: values = {n: 1 - v for n, v in values.items()}
+        if self.complement != flip: values = {n: 1 - v for n, v in values.items()}
         with ExitStack() as stack:
             for s in self.sites.values(): stack.enter_context(s.applied(self.anchor))
             stack.enter_context(applied(self.model, self.few, values))
@@ -403,6 +420,7 @@ class MaskOptimizer:
             if self.share: self.share(g)
             self._look(i, g)
             self._advance(i, g)
+        elif self.several: g = _by_score(self, i, g); self.held[i] = self.held[i].add_(g) if i in self.held else g
         elif i in self.held: self.held[i] += g
         else: self.held[i] = g.to(torch.float32, copy=True)
 
@@ -417,7 +435,7 @@ class MaskOptimizer:
     def _advance(self, i: int, g: torch.Tensor) -> None:
         "Pass over one matrix."
         if i in self.active: return self.active[i].advance(self, self.sites[i], g)
-        self.total[i] = _advance(self, i, g)
+        self.total[i] = (_summed if self.several else _advance)(self, i, g)
         self.done.add(i)
 
     @torch.no_grad()
@@ -442,10 +460,10 @@ class MaskOptimizer:
 
     def begin(self, index: int) -> None:
         "Prepare the step at `index`."
-        self.step_index, t = index, min(index, len(self.rates) - 1)
+        self.step_index, t, self.gate.draw, self.flip = index, min(index, len(self.rates) - 1), 0, False
         self.h.copy_(torch.tensor(step_numbers(t, self.rates[t], self.decay)))
         for i, k in self.keys.items(): k.copy_(torch.stack([self.gate.key(i, s).to(k.device) for s in (self.gate.step, self.gate.step + 1)]))
-        if not self.gate.elementwise and self.gate.step % self.gate.every == 0 or self.gate.noisy and self.done != self.sites.keys(): self.refresh()
+        if not self.several and (not self.gate.elementwise and self.gate.step % self.gate.every == 0 or self.gate.noisy and self.done != self.sites.keys()): self.refresh()
         self.leaf, self.done, self.turns = None, set(), []
         if self.scores != "all" and index % max(1, len(self.rates) // 20) == 0: narrow(self)
 
@@ -528,21 +546,22 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         return out
 
-# %% ../nbs/09_engine.ipynb #ea0cd6e9
+# %% ../nbs/09_engine.ipynb #8a0294a9
 class PlainOptimizer:
     "What `MaskOptimizer` computes, by autograd and `torch.optim`."
 
     def __init__(self, model: nn.Module, gate: Gate, rates: Sequence[float], *, decay: float = 0.0, clip: float | None = None, complement: bool = False,
-                 accumulate: int = 1, share: Callable[[torch.Tensor], None] | None = None) -> None:
+                 accumulate: int = 1, several: bool = False, share: Callable[[torch.Tensor], None] | None = None) -> None:
         self.model, self.gate, self.rates, self.clip, self.complement, self.share = model, gate, list(rates), clip, complement, share
         self.opt = torch.optim.AdamW(gate.logits, lr=1.0, betas=BETAS, eps=EPS, weight_decay=decay, fused=True)
         self.step_index, self.healthy = 0, True
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, draw: int = 0, flip: bool = False) -> Iterator[None]:
         "Let the model compute under the gate."
+        self.gate.draw = draw
         values = self.gate.values(range(len(self.gate.logits)))
-        if self.complement: values = {n: 1 - v for n, v in values.items()}
+        if self.complement != flip: values = {n: 1 - v for n, v in values.items()}
         with applied(self.model, self.gate.space, values): yield
 
     def penalty(self) -> torch.Tensor:
@@ -563,7 +582,7 @@ class PlainOptimizer:
         self.opt.param_groups[0]["lr"] = self.rates[self.step_index]
         if self.healthy: self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        self.gate.step += 1; self.step_index += 1
+        self.gate.step += 1; self.step_index += 1; self.gate.draw = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         "What must be saved besides the gate to go on exactly."
