@@ -1,6 +1,7 @@
 "What a user would write without the engine: each a function `(workload) -> step`; `step()` makes one optimizer step on the next batch and returns the loss."
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from workloads import Batch, Text, Workload
+from workloads import Batch, Critical, Text, Workload
 
 Step = Callable[[], torch.Tensor]
 Variant = Callable[[Workload], Step]
@@ -157,12 +158,46 @@ def forward(w: Workload) -> Step:
     return step
 
 
+class _Straight(nn.Module):
+    "Weight without a sampled binary mask: logistic noise, hard forward, soft backward; another sample at every use."
+    def __init__(self, shape: torch.Size, density: float) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.full(shape, math.log(density / (1 - density))))
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        u = torch.empty_like(self.scores).uniform_(1e-6, 1 - 1e-6)
+        s = torch.sigmoid(self.scores + torch.log(u) - torch.log1p(-u))
+        return weight * (1 - ((s > 0.5).to(s.dtype) - s.detach() + s))
+
+
+def critical(w: Critical) -> Step:
+    "Three masked forward passes, a copy of the model as reference in every step, logits everywhere, rows picked from them; one backward pass, Adam."
+    model, full, gates = w.copy(), copy.deepcopy(w.model), []
+    for path in w.masked:
+        module = model.get_submodule(path)
+        gates.append(_Straight(module.weight.shape, 0.45).to(w.model.device))
+        parametrize.register_parametrization(module, "weight", gates[-1])
+    size = sum(g.scores.numel() for g in gates)
+    def rows(m: nn.Module, part: Batch) -> torch.Tensor:
+        logits = m(**part).logits
+        if "attention_mask" not in part: return logits.flatten(0, 1)
+        return logits[torch.arange(len(logits)), part["attention_mask"].sum(1) - 2]      # where the last token is predicted
+    def far(part: Batch) -> torch.Tensor:
+        with torch.no_grad(): goal = rows(full, part).log_softmax(-1)
+        return F.kl_div(rows(model, part).log_softmax(-1), goal, log_target=True, reduction="batchmean")
+    def loss(_: nn.Module, batch: dict[str, Batch]) -> torch.Tensor:
+        flat = rows(model, batch["target"]).log_softmax(-1)
+        uniform = torch.full_like(flat, 1 / flat.shape[-1])
+        return 1.5 * F.kl_div(flat, uniform, reduction="batchmean") + far(batch["control"]) + far(batch["text"]) + w.penalty * sum(torch.sigmoid(g.scores).sum() for g in gates) / size
+    return _training(w, model, [g.scores for g in gates], loss)
+
+
 _MASKING: dict[str, Variant] = {"fine-tune": fine_tune, "parametrize": parametrized, "activations": activations}
 BASELINES: dict[str, dict[str, Variant]] = {
     "cloze": {**_MASKING, "fine-tune, tuned": fine_tune_tuned, "fine-tune, bf16": lambda w: fine_tune(w, bf16=True)},
     "text": {**_MASKING, "fine-tune, cached teacher": fine_tune_cached, "fine-tune, bf16": lambda w: fine_tune(w, bf16=True)},
+    "critical": {"plain": critical},
     "probe-weights": _MASKING,
     "probe-neurons": _MASKING,
     **dict.fromkeys(("importance", "importance-pocket"), {"loop": lambda w: _importance(w, weights=True, eager=True), "loop, batch 1": lambda w: _importance(w, single=True), "activations": _importance, "forward": forward}),
 }
-ANCHORS = dict.fromkeys(("importance", "importance-pocket"), ("loop", "activations", "forward")) | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))
+ANCHORS = {"critical": ("plain",)} | dict.fromkeys(("importance", "importance-pocket"), ("loop", "activations", "forward")) | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))

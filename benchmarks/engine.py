@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from baselines import Step, Variant
 from torch import nn
 from torch.nn import functional as F
-from workloads import Workload
+from workloads import Batch, Critical, Workload
 
+from subnet_explorer.data import Blocks, Fact, Facts
 from subnet_explorer.engine import MaskOptimizer
-from subnet_explorer.gates import HardConcrete, Threshold
-from subnet_explorer.objectives import Sequences
+from subnet_explorer.gates import Concrete, HardConcrete, Threshold
+from subnet_explorer.objectives import Density, Maintain, Sequences, Suppress
 from subnet_explorer.score import example_gradients
-from subnet_explorer.search import lr_at
+from subnet_explorer.search import _open, _start, find, lr_at
 from subnet_explorer.space import Space
 
 
@@ -105,11 +107,37 @@ def importance(w: Workload, gates: bool = True) -> Step:
     return (lambda: sum(g.abs().sum() for g in example_gradients(model, space, loss).values())) if gates else torch.no_grad()(loss)
 
 
+class Numbers:
+    "A tokenizer of texts that are token ids already."
+    bos_token_id = eos_token_id = unk_token_id = mask_token = None
+    model_max_length = 1024
+    def __call__(self, text: str, **_: Any) -> SimpleNamespace: return SimpleNamespace(input_ids=[int(i) for i in text.split()])
+
+
+def critical(noise: str = "shared", precision: str = "float32") -> Variant:
+    "A search as `find` makes it: the library's own objectives, step by step."
+    def variant(w: Critical) -> Step:
+        def facts(parts: list[Batch]) -> Facts:
+            told = [x[:n].tolist() for p in parts for x, n in zip(p["input_ids"], p["attention_mask"].sum(1))]
+            return Facts(tuple(Fact("any", str(k), str(ids[-1]), " ".join(map(str, ids[:-1])) + " [MASK]", str(k)) for k, ids in enumerate(told)))
+        model, tok = w.copy(), Numbers()
+        text = Blocks(np.concatenate([b["text"]["input_ids"].cpu().numpy() for b in w.batches]), 0)
+        control, at_once = facts([b["control"] for b in w.batches]), {k: len(p["input_ids"]) for k, p in w.batches[0].items()}
+        goal = 1.5 * Suppress(facts([w.batches[0]["target"]]), at_once["target"]) + Maintain(control, at_once["control"]) + Maintain(text, at_once["text"]) + w.penalty * Density()
+        gate = Concrete(w.space(model), 0.45, temperature=1.0, straight_through=True, seed=w.seed)
+        settings = find.__kwdefaults__ | dict(steps=w.steps, lr=w.lr, schedule="constant", complement=True, noise=noise, precision=precision, every=w.steps, progress=False)
+        run, team = _open(model, gate, goal, settings)
+        search = _start(run, team, model, tok, gate, goal, settings)
+        return lambda: torch.tensor(search.one())
+    return variant
+
+
 BF16 = torch.bfloat16
 ENGINE: dict[str, dict[str, Variant]] = {
     "cloze": {"engine": cloze(), "engine, no compiler": cloze(plain=True), "engine, reachable": cloze("reachable"), "engine, sampled": cloze("sampled"),
               "engine, bf16": cloze(dtype=BF16), "engine, sampled, bf16": cloze("sampled", BF16)},
     "text": {"engine": text(), "engine, bf16": text(BF16)},
+    "critical": {"engine": critical(), "engine, independent": critical("independent"), "engine, bf16": critical(precision="bfloat16")},
     "probe-weights": {"engine": probe},
     "probe-neurons": {"engine": probe},
     **dict.fromkeys(("importance", "importance-pocket"), {"engine": importance, "engine, forward only": lambda w: importance(w, gates=False)}),

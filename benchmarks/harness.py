@@ -170,11 +170,11 @@ class Peak:
     def over(self) -> float: return self._top() - self.base
 
 
-def child(workload: Callable[[], Any], variant: Callable[[Any], Step], steps: int = 3) -> dict[str, Any]:
+def child(workload: Callable[[], Any], variant: Callable[[Any], Step]) -> dict[str, Any]:
     "Measure one variant in this process: `peak` from its preparation on, `running` only during later steps; both over the loaded model."
     import torch._inductor.compile_fx                      # noqa: F401  its code is no cost of a variant
     w = workload()
-    w.alone = True
+    w.alone, steps = True, w.weighed
     first = Peak()
     step = variant(w)
     for _ in range(steps): step()

@@ -1,4 +1,4 @@
-"What is timed: BERT-base with random weights and random token ids, in four kinds of work."
+"What is timed: BERT-base (for one kind of work GPT-2) with random weights and random token ids."
 from __future__ import annotations
 
 import copy
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 MASK, SPECIAL = 103, 1000                       # id of [MASK]; ids below are never drawn
 Batch = dict[str, torch.Tensor]
@@ -37,6 +37,7 @@ class Workload:
     seed: int = 0
     penalty: float = 0.0                        # factor on the expected density
     settings: dict[str, Any] = field(default_factory=dict)
+    weighed: int = 3                            # steps after which, and over which, memory is measured
 
     @property
     def masked(self) -> list[str]:
@@ -89,6 +90,15 @@ class Text(Workload):
         out = model(**batch, output_hidden_states=True)
         far = [(1 - F.cosine_similarity(s.float(), t.float(), dim=-1)).mean() for s, t in zip(out.hidden_states[1:], teacher)]
         return out.loss + torch.stack(far).mean()
+
+
+class Critical(Workload):
+    "Suppress some facts, maintain others and blocks of text; batches hold `target`, `control` and `text` ids, with the last token of each fact and its length."
+
+    @property
+    def masked(self) -> list[str]: return [f"transformer.h.{i}.{m}" for i in self.layers for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    @property
+    def trained(self) -> list[str]: return [f"{m}.weight" for m in self.masked]
 
 
 def _model(cls: type, size: str, device: str, seed: int = 0, **config: Any) -> nn.Module:
@@ -171,6 +181,22 @@ def importance_pocket(quick: bool = False, device: str = "cpu", batch: int = 64)
     return Workload("importance-pocket", model.eval().requires_grad_(False).to(device), [{k: v.to(device) for k, v in b.items()} for b in batches], list(range(4)), "head")
 
 
+def critical(quick: bool = False, device: str = "cpu", facts: tuple[int, int] = (16, 250), texts: int = 10, length: int = 512, count: int = 2) -> Critical:
+    "GPT-2 of the usual size with random weights; the upper half of the blocks is masked; facts of 4 to 10 tokens."
+    size = dict(n_layer=4, n_embd=256, n_head=4, vocab_size=5000) if quick else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**size)).eval().requires_grad_(False).to(device)
+    rng, n, vocab = torch.Generator().manual_seed(5), model.config.n_layer, model.config.vocab_size
+    def told(n: int) -> Batch:
+        lengths = torch.randint(4, 11, (n,), generator=rng)
+        ids = torch.randint(vocab, (n, 10), generator=rng)
+        return {"input_ids": ids.to(device), "attention_mask": (torch.arange(10) < lengths[:, None]).long().to(device)}
+    target = told(facts[0])
+    batches = [{"target": target, "control": told(facts[1]), "text": {"input_ids": torch.randint(vocab, (texts, length), generator=rng).to(device)}} for _ in range(count)]
+    return Critical("critical", model, batches, list(range(n // 2, n)), lr=.2, steps=40_000, penalty=2.0, weighed=2)
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-    "cloze": cloze, "text": text, "importance": importance, "importance-pocket": importance_pocket,
+    "cloze": cloze, "text": text, "critical": critical, "importance": importance, "importance-pocket": importance_pocket,
     "probe-weights": lambda **kw: probe("weight", **kw), "probe-neurons": lambda **kw: probe("neuron", **kw)}

@@ -12,8 +12,8 @@ _HOMES = {
     "masks": ("Masks",),
     "apply": ("masked",),
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
-    "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices"),
+    "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Kept", "Density", "Ramp"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices", "read_texts", "Blocks", "blocks"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
     "search": ("find",),
@@ -40,13 +40,13 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 if TYPE_CHECKING:
     from subnet_explorer import compare, evaluate, knowledge, patterns, plots, recipes, represent, score, transfer, widgets
     from subnet_explorer.apply import masked
-    from subnet_explorer.data import Fact, Facts, Labelled, answerable, read_choices, read_facts, read_glue, split
+    from subnet_explorer.data import Blocks, Fact, Facts, Labelled, answerable, blocks, read_choices, read_facts, read_glue, read_texts, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
     from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
     from subnet_explorer.mask import Mask, Scores
     from subnet_explorer.masks import Masks
-    from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Ramp, Suppress, Task
+    from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Kept, Maintain, Ramp, Suppress, Task
     from subnet_explorer.pocket import load
     from subnet_explorer.score import iterate
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError

@@ -22,10 +22,10 @@ from .space import Group, Space, SubnetError, check_names, same_space
 # %% auto #0
 __all__ = ['noise_key', 'uniform', 'Gate', 'Threshold', 'TopK', 'Concrete', 'HardConcrete']
 
-# %% ../nbs/04_gates.ipynb #12d642a9
-def noise_key(seed: int, step: int, group: int) -> list[int]:      # two signed 32-bit integers
-    "The key under which one step of one tensor draws its noise."
-    return np.frombuffer(hashlib.sha256(f"{seed},{step},{group}".encode()).digest()[:8], np.int32).tolist()
+# %% ../nbs/04_gates.ipynb #3865d3b1
+def noise_key(seed: int, step: int, group: int, draw: int = 0) -> list[int]:      # two signed 32-bit integers
+    "The key under which one step of one tensor draws its noise; a step may draw several times."
+    return np.frombuffer(hashlib.sha256((f"{seed},{step},{group}" + f",{draw}" * bool(draw)).encode()).digest()[:8], np.int32).tolist()
 
 
 def uniform(place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:      # place: (n,) int32; key: (2,) or (2, n) int32; result: (n,) float32
@@ -37,13 +37,14 @@ def uniform(place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:      # plac
         x = x ^ ((x >> 16) & 0xFFFF) ^ k
     return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
-# %% ../nbs/04_gates.ipynb #29b3aae1
+# %% ../nbs/04_gates.ipynb #d5c1779d
 class Gate(nn.Module):
     "Trainable logits over a `Space`; subclasses say how they become multipliers."
     seed: int
     noisy, eps = False, 1e-6       # whether `transform` takes noise; how near it may come to 0 and 1
     elementwise = True             # whether a multiplier depends on its own logit only
     shift = 0.0                    # a coordinate is kept with probability sigmoid(logit - shift)
+    draw = 0                       # which of several draws of a step's noise
 
     def __init__(self, space: Space, init: float | str | Scores | Mask, seed: int, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Gate(nn.Module):
         "Go back to the starting values and the start of the noise: a search begins here, whatever the gate was used for before."
         start = torch.Generator().manual_seed(self.seed)          # drawn on the CPU, so that a seed means the same everywhere
         for g, l in zip(self.space.groups, self.logits): l.copy_(_start(g, *self._init, start))
-        self.step = 0
+        self.step = self.draw = 0
 
     def state(self) -> dict[str, torch.Tensor]:
         "What a search must save besides the logits to go on exactly."
@@ -83,7 +84,7 @@ class Gate(nn.Module):
 
     def key(self, i: int, step: int) -> torch.Tensor:
         "Noise key of the group at `i`."
-        return torch.tensor(noise_key(self.seed, step, i), dtype=torch.int32, device=self.logits[i].device)
+        return torch.tensor(noise_key(self.seed, step, i, self.draw), dtype=torch.int32, device=self.logits[i].device)
 
     def multiplier(self, i: int) -> tuple[torch.Tensor, torch.Tensor | float]:
         "`transform` of one group at the current step."
@@ -96,7 +97,7 @@ class Gate(nn.Module):
         if not len(groups): return {}
         flat, u, sizes = torch.cat([self.logits[i].reshape(-1) for i in groups]), None, [self.logits[i].numel() for i in groups]      # many small groups are one tensor
         if self.noisy:
-            keys = torch.tensor([noise_key(self.seed, self.step, i) for i in groups], dtype=torch.int32).T.repeat_interleave(torch.tensor(sizes), 1)
+            keys = torch.tensor([noise_key(self.seed, self.step, i, self.draw) for i in groups], dtype=torch.int32).T.repeat_interleave(torch.tensor(sizes), 1)
             u = uniform(torch.cat([torch.arange(n, dtype=torch.int32) for n in sizes]).to(flat.device), keys.to(flat.device))
         parts = _Transformed.apply(flat, *self.transform(flat.detach(), u)).split(sizes)
         return {self.space.groups[i].name: p.view(self.logits[i].shape) for i, p in zip(groups, parts)}

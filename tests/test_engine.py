@@ -19,7 +19,7 @@ from subnet_explorer.data import Facts, read_facts
 from subnet_explorer.engine import MaskOptimizer, PlainOptimizer, farthest
 from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
 from subnet_explorer.mask import Mask
-from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Maintain, Suppress
+from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Kept, Maintain, Suppress, batch_at, passes
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import Diverged, WrongProcesses, find, find_all, frozen
 from subnet_explorer.space import Space, SubnetError
@@ -119,6 +119,128 @@ def test_blocks_train_as_by_autograd(block):
             opt.step()
         traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
     assert torch.allclose(*traces, atol=1e-5)
+
+
+# ── several passes a step ────────────────────────────────────────────────────────────────────────────────────────────
+
+CRITICAL = 1.5 * Suppress(FACTS) + Maintain(TEXTS) + 2 * Density()
+STRAIGHT = lambda s, **k: Concrete(s, .45, temperature=1.0, straight_through=True, **k)
+SEVERAL = {"independent": (CRITICAL, dict(noise="independent")), "kept": (CRITICAL + Kept(Cloze(FACTS)), {}), "kept, independent": (CRITICAL + .5 * Kept(Cloze(FACTS) + MLM(TEXTS)), dict(noise="independent")),
+           "only kept": (Kept(Cloze(FACTS)) + Density(), {})}
+
+
+@pytest.mark.parametrize("name,gate,options", [*((n, STRAIGHT, {}) for n in SEVERAL), *(("kept, independent", g, o) for g, o in (
+    (HardConcrete, dict(clip=.1)), (STRAIGHT, dict(accumulate=2, optimizer="adamw")), (Threshold, {}), (GATES["topk"], {})))], ids=str)
+def test_several_passes_train_as_by_autograd(world, name, gate, options):
+    goal, more = SEVERAL[name]
+    agree(*(search(world, engine, gate, goal=goal, complement=True, steps=4, **options, **more) for engine in ("plain", "all")))
+
+
+def test_several_passes_cover_every_kind(world):
+    agree(*(search(world, engine, STRAIGHT, "weight+neuron+head", goal=SEVERAL["kept, independent"][0], noise="independent", complement=True, steps=3) for engine in ("plain", "all")))
+
+
+def test_three_terms_see_three_masks():
+    "A step written out: for every pass a draw of its own, all gradients and that of the density added up, one step of Adam; the last term under the gate itself."
+    model, tok = load("pocket-gpt2")
+    space = Space.of(model, "weight", layers="top-half")
+    facts = Facts(FACTS.items[:16])
+    goal, steps, lr = 1.5 * Suppress(facts) + Maintain(facts) + 2 * Density() + .5 * Kept(Cloze(facts)), 4, .05
+    made = STRAIGHT(space, seed=5)
+    run = find(model, tok, made, goal, steps=steps, lr=lr, schedule="constant", warmup=0, every=1, batch=8, complement=True, noise="independent", progress=False)
+    logits, losses = [torch.nn.Parameter(torch.full(g.shape, float(np.log(.45 / .55)))) for g in space.groups], []
+    adam = torch.optim.Adam(logits, lr=lr)
+    from subnet_explorer.data import encode
+    coded = [encode(tok, f, True) for f in facts]
+    lengths = np.array([len(c[0]) for c in coded])
+    def mask(i, l, step, draw):
+        u = torch.from_numpy(uniform(torch.arange(l.numel(), dtype=torch.int32), torch.tensor(noise_key(5, step, i, draw), dtype=torch.int32)).numpy()).view(l.shape)
+        soft = torch.sigmoid(l + torch.log((1e-6 + (1 - 2e-6) * u) / (1 - (1e-6 + (1 - 2e-6) * u))))
+        return (soft > .5).float().detach() + soft - soft.detach()
+    for step in range(steps):
+        def predict(draw, inverse, index):
+            ms = {g.name: mask(i, l, step, draw) for i, (g, l) in enumerate(zip(space.groups, logits))}
+            weights = {"transformer." + n: model.base_model.get_parameter(n).detach() * (1 - m if inverse else m) for n, m in ms.items()}
+            return torch.stack([torch.func.functional_call(model, weights, kwargs=dict(input_ids=torch.tensor([coded[i][0]]))).logits[0, coded[i][1]] for i in index]).log_softmax(-1)
+        index = batch_at(step, lengths, 8, 0)
+        with torch.no_grad(): full = torch.stack([model(input_ids=torch.tensor([coded[i][0]])).logits[0, coded[i][1]] for i in index]).log_softmax(-1)
+        v, gold = full.shape[-1], torch.tensor([coded[i][2] for i in index])
+        a, b, c = predict(0, True, index), predict(1, True, index), predict(2, False, index)
+        density = sum(torch.sigmoid(l).sum() for l in logits) / space.size
+        loss = 1.5 * (-a.mean(-1) - np.log(v)).mean() + (full.exp() * (full - b)).sum(-1).mean() + 2 * density + .5 * -c.gather(1, gold[:, None]).mean()
+        losses.append(loss.item())
+        adam.zero_grad(); loss.backward(); adam.step()
+    assert np.abs(run.metrics.loss - losses).max() < 1e-4
+    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(made.logits, logits)])
+    assert (apart > 1e-3).float().mean() < 1e-3
+
+
+def test_shared_noise_is_one_pass_to_the_bit(world):
+    "Unless a term is kept nothing changes, neither numbers nor what identifies a run; one term alone is the same either way."
+    assert len(passes(CRITICAL, "shared", True)) == 1 and len(passes(CRITICAL, "independent", True)) == 2 and len(passes(CRITICAL + Kept(Cloze(FACTS)), "shared", False)) == 1
+    shared, default = (search(world, "all", STRAIGHT, goal=CRITICAL, complement=True, steps=4, **o)[0] for o in (dict(noise="shared"), {}))
+    assert "noise" not in shared.config and shared.id == default.id and list(shared.metrics.loss) == list(default.metrics.loss)
+    one, other = (search(world, "all", STRAIGHT, goal=Cloze(FACTS) + Density(), steps=4, noise=n)[0] for n in ("shared", "independent"))
+    assert one.mask == other.mask and list(one.metrics.loss) == list(other.metrics.loss) and other.config["noise"] == "independent" and one.id != other.id
+    with pytest.raises(SubnetError, match="did you mean independent"): search(world, "all", noise="independant")
+
+
+@pytest.mark.parametrize("engine", ["plain", "all"])
+@pytest.mark.parametrize("options", [dict(), dict(clip=.5), dict(accumulate=2)], ids=str)
+def test_several_passes_stopped_and_continued_are_the_same(world, engine, options, tmp_path):
+    goal, more = SEVERAL["kept, independent"]
+    options = dict(goal=goal, complement=True, every=2, steps=6, checkpoint=0, **more, **options)
+    straight, gate = search(world, engine, STRAIGHT, monitor=Fuse(100), **options)
+    fuse = Fuse(3)
+    with pytest.raises(Stop): search(world, engine, STRAIGHT, monitor=fuse, to=tmp_path / "run", **options)
+    resumed, again = search(world, engine, STRAIGHT, monitor=fuse, to=tmp_path / "run", **options)
+    assert resumed.mask == straight.mask and list(resumed.metrics.loss) == list(straight.metrics.loss) and all(torch.equal(a, b) for a, b in zip(gate.logits, again.logits))
+
+
+@pytest.mark.parametrize("goal", [Maintain(TEXTS), Maintain(FACTS), Hidden(TEXTS), MLM(TEXTS, static=True, distil=1.0)], ids=lambda g: type(g).__name__)
+def test_what_the_full_model_says_does_not_depend_on_what_was_met_before(world, goal, tmp_path):
+    "A continued search meets sentences in other company: its scores are the same to the last bit all the same."
+    options = dict(goal=goal, every=1, steps=5, batch=7, checkpoint=0)
+    straight, gate = search(world, "all", HardConcrete, monitor=Fuse(100), **options)
+    fuse = Fuse(2)
+    with pytest.raises(Stop): search(world, "all", HardConcrete, monitor=fuse, to=tmp_path / "run", **options)
+    resumed, again = search(world, "all", HardConcrete, monitor=fuse, to=tmp_path / "run", **options)
+    assert list(resumed.metrics.loss) == list(straight.metrics.loss) and all(torch.equal(a, b) for a, b in zip(gate.logits, again.logits))
+
+
+@pytest.mark.parametrize("kind", [PlainOptimizer, MaskOptimizer])
+@pytest.mark.parametrize("several", [False, True], ids=["shared", "independent"])
+def test_a_coordinate_is_sampled_with_the_probability_of_its_logit(kind, several):
+    "P(m = 1) = sigmoid(l) in every pass, and passes of one step know nothing of each other."
+    model = tiny("gpt2").requires_grad_(False)
+    gate = Concrete(Space.of(model, "weight"), init="normal", temperature=1.0, straight_through=True, seed=2)
+    opt, steps = kind(model, gate, [1e-12] * 60, several=several), 60      # a rate at which nothing moves
+    name, seen = gate.space.groups[0].name, []
+    def masked_weight():
+        if kind is MaskOptimizer: return opt.sites[0].masked.clone()
+        return reach_parameter(model, name)
+    weight = model.base_model.get_parameter(name).detach().clone()
+    for _ in range(steps):
+        draws = []
+        for draw in range(3 if several else 1):
+            with opt.applied(draw):
+                draws.append((masked_weight() != 0).float())
+                opt.backward(model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).mean())
+        opt.step(); seen.append(torch.stack(draws))
+    seen = torch.stack(seen)[:, :, weight != 0]                              # (step, pass, coordinate)
+    p = torch.sigmoid(gate.logits[0].detach())[weight != 0]
+    for k in range(seen.shape[1]):
+        z = (seen[:, k].mean(0) - p) / (p * (1 - p) / steps).sqrt()
+        assert abs(z.mean()) < 4 / len(z)**.5 and abs(z.square().mean() - 1) < .2
+        for j in range(k):
+            both = ((seen[:, k] - p) * (seen[:, j] - p) / (p * (1 - p))).mean()
+            assert abs(both) < 5 / seen[:, k].numel()**.5
+
+
+def reach_parameter(model, name):
+    "What stands in the place of a parameter now."
+    path, _, attr = name.rpartition(".")
+    return model.base_model.get_submodule(path)._parameters[attr].detach()
 
 
 # ── scores that can still flip ───────────────────────────────────────────────────────────────────────────────────────
@@ -396,8 +518,8 @@ def test_what_cannot_share_a_pass_says_so(world, change, message):
 PROGRAM = """
 import sys
 from subnet_explorer.data import Facts, read_facts
-from subnet_explorer.gates import Threshold, HardConcrete
-from subnet_explorer.objectives import MLM, Cloze, Density
+from subnet_explorer.gates import Concrete, HardConcrete, Threshold
+from subnet_explorer.objectives import MLM, Cloze, Density, Kept, Maintain, Suppress
 from subnet_explorer.pocket import load, sentences
 from subnet_explorer.search import find
 from subnet_explorer.space import Space
@@ -405,7 +527,8 @@ model, tok = load("pocket-bert")
 facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
 space = Space.of(model, "weight+head", layers="top-half")
 for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable")),
-                                  ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {})):
+                                  ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {}),
+                                  ("passes", Concrete(space, .5, straight_through=True), Suppress(facts) + Maintain([" ".join(t["form"] for t in s) for s in sentences(30)]) + Kept(Cloze(facts)) + Density(), dict(noise="independent", complement=True))):
     run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
     print(name, run.mask.id, run.mask.count, [round(x, 3) for x in run.metrics.loss])
 """
@@ -423,9 +546,9 @@ def test_two_processes_find_the_mask_of_one(tmp_path):
     pytest.importorskip("accelerate")
     one, two = launch(tmp_path, 1, 1), launch(tmp_path, 2, 2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-4000:]
-    lines = one.stdout.split("\n")[:4]
+    lines = one.stdout.split("\n")[:5]
     assert all(two.stdout.count(line) == 2 for line in lines), (one.stdout, two.stdout)
-    for name in ("hard", "soft", "few", "text"):
+    for name in ("hard", "soft", "few", "text", "passes"):
         a, b = (Mask.load(tmp_path / f"runs-{n}" / name / "mask.safetensors") for n in (1, 2))
         assert a == b
 
