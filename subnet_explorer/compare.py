@@ -308,30 +308,31 @@ def stability(
         rows.append(dict(examples=n, rank=float(q @ r) / scale if scale else np.nan, distance=jaccard_distance(k, m, average), chance=jaccard_chance(k, m, average)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/15_compare.ipynb #e7c9d770
+# %% ../nbs/15_compare.ipynb #cbb4b293
 def resampled(
-    groups: Sequence[np.ndarray],                       # per group: hits (draws, items) in 0…1; draws are seeds or repetitions
+    groups: Sequence[np.ndarray],                       # per group: hits (draws, items) in 0…1, or several values of each as (draws, items, values); draws are seeds or repetitions
     samples: int = 1000,
     seed: int = 0,
     pooled: bool = False,                               # False: mean of group means (macro); True: mean over all items (micro)
     weights: Sequence[np.ndarray] | None = None,        # per group: weights of the items
-) -> tuple[float, np.ndarray]:                          # estimate, (samples,)
+) -> tuple[Any, np.ndarray]:                            # estimate, (samples,); of several values: (values,), (samples, values)
     "Mean, and means of bootstrap samples over draws and items."
-    if not groups or any(g.ndim != 2 or not g.size for g in groups): raise SubnetError("an interval needs at least one item in every group, as arrays of shape (draws, items).")
+    if not groups or any(g.ndim not in (2, 3) or not g.size for g in groups): raise SubnetError("an interval needs at least one item in every group, as arrays of shape (draws, items).")
     if not all(np.isfinite(g).all() for g in groups): raise SubnetError("some hits or scores are NaN or infinite: leave them out first, and say how many.")
     if weights is None: weights = [np.ones(g.shape[1]) for g in groups]
-    elif [np.shape(w) for w in weights] != [g.shape[1:] for g in groups] or not all((np.asarray(w) > 0).all() for w in weights): raise SubnetError("there must be one weight above 0 for each item of each group.")
+    elif [np.shape(w) for w in weights] != [g.shape[1:2] for g in groups] or not all((np.asarray(w) > 0).all() for w in weights): raise SubnetError("there must be one weight above 0 for each item of each group.")
     rng = np.random.default_rng(seed)
     share = np.array([g.shape[1] if pooled else 1 for g in groups], float)
     times = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=samples) / n                 # how often each of n is drawn, as shares: (samples, n)
     def means(g: np.ndarray, w: np.ndarray) -> np.ndarray:
         draws, items = times(g.shape[0]), times(g.shape[1]) * (w / w.mean())
-        return ((draws @ g) * items).sum(1) / items.sum(1)
-    value = np.average([np.average(g.mean(0), weights=w) for g, w in zip(groups, weights)], weights=share)
-    return float(value), np.average([means(g, np.asarray(w, float)) for g, w in zip(groups, weights)], axis=0, weights=share)
+        one = lambda v: ((draws @ v) * items).sum(1) / items.sum(1)
+        return one(g) if g.ndim == 2 else np.stack([one(g[..., k]) for k in range(g.shape[2])], 1)
+    value = np.average([np.average(g.mean(0), axis=0, weights=w) for g, w in zip(groups, weights)], axis=0, weights=share)
+    return value, np.average([means(g, np.asarray(w, float)) for g, w in zip(groups, weights)], axis=0, weights=share)
 
 
 def interval(groups: Sequence[np.ndarray], level: float = 0.95, samples: int = 1000, seed: int = 0, pooled: bool = False, weights: Sequence[np.ndarray] | None = None) -> tuple[float, float, float]:      # estimate, low, high
     "Mean with a percentile bootstrap interval over draws and items (arguments as those of `resampled`)."
     value, means = resampled(groups, samples, seed, pooled, weights)
-    return value, *map(float, np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    return float(value), *map(float, np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))

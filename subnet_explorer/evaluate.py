@@ -410,7 +410,7 @@ def _text_lost(model: nn.Module, tok: Any, texts: Sequence[str], under: Mapping[
                 rows.append(pd.DataFrame(dict(under=name, draw=draw, item=np.arange(len(nll)), logprob=-nll, nll=nll, tokens=coded.tokens)))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/12_evaluate.ipynb #dd081aa4
+# %% ../nbs/12_evaluate.ipynb #10789ff7
 def removal_table(
     items: pd.DataFrame,              # from `removal`
     reference: str = "full",          # condition to compare with; of several draws of it the mean counts
@@ -421,14 +421,18 @@ def removal_table(
 ) -> pd.DataFrame:                    # columns under, data, measure, value, low, high, median, min, max, n, draws
     "What is lost by removal: mean, interval and median of every measure, and of its difference to the full model."
     check_names([reference], items["under"].unique(), "condition")
+    if (twice := items.duplicated(["under", "draw", "data", "item"])).any(): raise SubnetError(f"{int(twice.sum())} items were measured twice under the same condition: give the conditions of several tables names of their own.")
     if not np.isfinite(items.logprob).all(): raise SubnetError("some log-probabilities are NaN or infinite: their mean says nothing. Remove those items, and say how many.")
     rows = []
     for (data, name), part in items.groupby(["data", "under"], sort=False):
         both = items[(items.data == data) & (items["under"] == reference)]
         tokens = both.drop_duplicates("item").sort_values("item").tokens.to_numpy(float)
-        for measure, (of, arrays) in _measures(part, both, top).items():
-            drawn = [resampled([a], samples, seed, weights=[tokens]) for a in arrays]
-            with np.errstate(over="ignore"): value, spread, single = of(*(v for v, _ in drawn)), of(*(m for _, m in drawn)), of(*arrays).mean(0)
+        measures = _measures(part, both, top)
+        kinds = {id(a): a for _, arrays in measures.values() for a in arrays}                     # what is averaged, each once
+        means, sampled = resampled([np.stack(list(kinds.values()), -1)], samples, seed, weights=[tokens])
+        for measure, (of, arrays) in measures.items():
+            at = [list(kinds).index(id(a)) for a in arrays]
+            with np.errstate(over="ignore"): value, spread, single = of(*means[at]), of(*sampled[:, at].T), of(*arrays).mean(0)
             if not (np.isfinite(single).all() and np.isfinite(value)): raise SubnetError(f"the {measure.replace('_', ' ')} of {name!r} on {data!r} is too large a number: the model has broken down there. Compare log-probabilities of a smaller removal.")
             low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
             rows.append(dict(under=name, data=data, measure=measure, value=float(value), low=low, high=high, median=np.median(single), min=single.min(), max=single.max(), n=len(single), draws=len(arrays[0])))
@@ -438,8 +442,9 @@ def removal_table(
 def _measures(part: pd.DataFrame, full: pd.DataFrame, top: Sequence[int]) -> dict[str, tuple[Callable[..., Any], list[np.ndarray]]]:      # arrays: (draw, item)
     "What is averaged for each measure, and the function of the averages."
     def pair(column: str, of: Callable[[np.ndarray], np.ndarray] = lambda v: v) -> tuple[np.ndarray, np.ndarray]:
-        a, b = (of(t.pivot(index="draw", columns="item", values=column).to_numpy(float)) for t in (part, full))
-        if a.shape[1] != b.shape[1] or np.isnan(a).any(): raise SubnetError(f"the conditions {part['under'].iloc[0]!r} and {full['under'].iloc[0]!r} were not asked for the same items: use one table of removal.")
+        tables = [t.pivot(index="draw", columns="item", values=column) for t in (part, full)]
+        if not tables[0].columns.equals(tables[1].columns) or any(t.isna().any(axis=None) for t in tables): raise SubnetError(f"the conditions {part['under'].iloc[0]!r} and {full['under'].iloc[0]!r} were not asked for the same items: use one table of removal.")
+        a, b = (of(t.to_numpy(float)) for t in tables)
         return a, np.broadcast_to(b.mean(0), a.shape)
     same, ppl, minus, l = (lambda v: v), (lambda v: np.exp(-v)), (lambda v, w: v - w), pair("logprob")
     out = {"perplexity": (ppl, l[:1]), "perplexity_difference": (lambda v, w: ppl(v) - ppl(w), l), "perplexity_ratio": (lambda v, w: ppl(v - w), l), "logprob": (same, l[:1]), "logprob_difference": (minus, l)}

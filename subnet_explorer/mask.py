@@ -168,7 +168,7 @@ def _heat(mask: Mask) -> str:
     return (f"<div><b>{esc(mask.space.kind)} mask</b> {mask.id} of {esc(mask.space.model)}: density {mask.density:.3f}, {mask.count:,} of {mask.space.size:,} kept"
             f"{'<br>' + made if made else ''}<table><tr><th></th>{head}</tr>{rows}</table></div>")
 
-# %% ../nbs/01_mask.ipynb #dc54fe4f
+# %% ../nbs/01_mask.ipynb #57cc1a5c
 def random_like(
     mask: Mask,
     seed: int,
@@ -199,9 +199,9 @@ def quantile_bins(values: np.ndarray, bins: int) -> np.ndarray:      # (n,) -> (
 
 def _shuffled_within(bin_of: np.ndarray, bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:      # all (n,)
     "As many bits of every bin as there are, elsewhere."
-    kept, order = np.bincount(bin_of[bits], minlength=bin_of.max() + 1), np.lexsort((rng.random(len(bits)), bin_of))
-    starts, out = np.cumsum(np.bincount(bin_of)) - np.bincount(bin_of), np.zeros(len(bits), bool)
-    out[order[np.arange(len(bits)) - starts[bin_of[order]] < kept[bin_of[order]]]] = True
+    order, ends = np.argsort(bin_of.astype(np.min_scalar_type(bin_of.max())), kind="stable"), np.cumsum(np.bincount(bin_of))      # few small numbers are sorted in linear time
+    kept, out = np.bincount(bin_of[bits], minlength=len(ends)), np.zeros(len(bits), bool)
+    for part, k in zip(np.split(order, ends[:-1]), kept): out[rng.choice(part, k, replace=False, shuffle=False) if k else part[:0]] = True
     return out
 
 # %% ../nbs/01_mask.ipynb #afa58bc8

@@ -200,6 +200,8 @@ def test_the_table_refuses(items):
     with pytest.raises(UnknownName, match="'whole'"): removal_table(items, reference="whole")
     with pytest.raises(SubnetError, match="NaN or infinite"): removal_table(items.assign(logprob=items.logprob.where(items.index != 3)))
     with pytest.raises(SubnetError, match="not asked for the same items"): removal_table(items.drop(index=items[items.under == "full"].index[0]))
+    with pytest.raises(SubnetError, match="not asked for the same items"): removal_table(items.assign(item=items.item + 100 * (items.under == "full")))
+    with pytest.raises(SubnetError, match="84 items were measured twice"): removal_table(pd.concat([items, items]))
     with pytest.raises(SubnetError, match="too large a number"): removal_table(items.assign(logprob=items.logprob.where(items.under == "full", -800.)), samples=5)
     for weights in ([np.ones(2)], [np.zeros(3)], []):
         with pytest.raises(SubnetError, match="one weight above 0"): resampled([np.ones((1, 3))], weights=weights)
