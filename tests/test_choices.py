@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from subnet_explorer import fit, load, preserved
@@ -116,6 +116,7 @@ def test_real_questions_are_learned_by_a_real_encoder(real):
 
 # ── pocket questions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+@settings(max_examples=15)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.lists(st.integers(0, 2000), max_size=12, unique=True))
 def test_questions_share_no_facts(seed, k, gone):
     rows = pocket_rows()
