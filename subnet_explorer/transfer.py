@@ -141,13 +141,13 @@ def transfer(
     "Fine-tune `model` under every condition; accuracy on test questions that need what was removed and on the others."
     return accuracies(answers(model, tok, under, train, test, related, **settings))
 
-# %% ../nbs/12_transfer.ipynb #f5454a9c
+# %% ../nbs/12_transfer.ipynb #6a064e3e
 def gaps(
     items: pd.DataFrame,                          # from `answers`
     against: Sequence[str] | None = None,         # conditions to compare with; None: all others
     samples: int = 1000,
     seed: int = 0,
-) -> pd.DataFrame:                                # columns tuning, under, against, related, others, gap, low, high, items, repetitions
+) -> pd.DataFrame:                                # columns tuning, under, against, related, others, gap, low, high, items (related), other_items, repetitions
     "Accuracy on related questions minus others per condition (`against` is empty), and its difference from other conditions, with intervals."
     names, rows = list(items.under.unique()), []
     check_names(against or [], names, "condition")
@@ -157,7 +157,7 @@ def gaps(
             for other in (None, *(a for a in (names if against is None else against) if a != name and a in kinds[True])):
                 a, b = (_hits(kinds[k][name], None if other is None else kinds[k][other]) for k in (True, False))
                 gap, low, high = interval([2 * a, -2 * b], samples=samples, seed=seed)
-                rows.append(dict(tuning=tuning, under=name, against=other or "", related=a.mean(), others=b.mean(), gap=gap, low=low, high=high, items=a.shape[1], repetitions=len(a)))
+                rows.append(dict(tuning=tuning, under=name, against=other or "", related=a.mean(), others=b.mean(), gap=gap, low=low, high=high, items=a.shape[1], other_items=b.shape[1], repetitions=len(a)))
     return pd.DataFrame(rows)
 
 
