@@ -20,7 +20,8 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'tickets_command', 'show_command', 'agreement_command', 'doctor_command', 'parser', 'main']
+__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'show_command', 'agreement_command', 'doctor_command', 'parser',
+           'main']
 
 # %% ../nbs/20_cli.ipynb #95f8686f
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,6 +101,53 @@ def _named(text: str) -> tuple[str, str]:
     "Name and source of a task."
     name, sign, source = text.partition("=")
     return (name, source) if sign else (Path(text.removesuffix("/").rpartition(":")[2]).name.removesuffix(".gz").removesuffix(".tsv"), text)
+
+# %% ../nbs/20_cli.ipynb #c52cb830
+def critical_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Find knowledge-critical subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
+    from subnet_explorer.critical import critical, critical_json, critical_report
+    from subnet_explorer.data import blocks, read_texts
+    from subnet_explorer.knowledge import neighbourhood, read_graph
+    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.objectives import longest
+    from subnet_explorer.pocket import CRITICAL, load
+    from subnet_explorer.space import is_causal
+    model, tok = load(args.model, device=_device(args.device))
+    pocket = args.model.startswith("pocket-")
+    target, control = (read_graph(s, is_causal(model), pocket) for s in (args.target, args.control))
+    if args.about: target = neighbourhood(target, args.about, args.size)
+    text = [t for s in args.text for t in read_texts(s)]
+    size = args.block if args.block is not None else 0 if pocket or not is_causal(model) else min(512, longest(model, tok))
+    asked = dict(steps=args.steps, lr=args.lr, density=_pair(args.density, float) if args.density else None, batches=_pair(args.batches, int) if args.batches else None)
+    settings = (CRITICAL if pocket else {}) | {k: v for k, v in asked.items() if v is not None}
+    study = critical(model, tok, target, control, blocks(tok, text, size, "\n") if size else text, layers=args.layers, granularity=args.granularity, weights=_weights(args.weights), position=args.position, noise=args.noise, sparsity=args.sparsity,
+                     tolerance=args.tolerance, checks=args.checks, seeds=_numbers(args.seeds), split_seed=args.split_seed, filtered=not args.unfiltered, random=args.random, to=args.out, progress=not args.quiet, **settings)
+    out = critical_json(study, args.out)
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "items.csv"), study.items.to_csv(index=False))
+    if not args.json:
+        print(f"{study.material!r}\n{study.space!r}, {out['maskable']:,} weights\n\n{study.summary().to_string(na_rep='')}\n")
+        print("sparsity: " + ", ".join(f"{s['sparsity']:.4f} (seed {k})" for k, s in out["seeds"].items()) + (f"; overlap of seeds {out['overlap']['iou']:.3f}, by chance {out['overlap']['chance']:.3f}" if len(study.masks) > 1 else ""))
+        for s, why in study.failed.items(): print(f"seed {s}: no checkpoint kept the rule ({why}); the nearest one is reported.")
+        if left := {r: n for part in (target, control) for r, n in part.skipped.items() if n}: print(f"left out: {left}")
+        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+    if args.report:
+        _say("writing the report …", args)
+        report = critical_report(study, Path(args.out, "report.html"))
+        if not args.json: print(f"Open {report}.")
+    return out
+
+
+def _pair(text: str, of: type) -> tuple[Any, Any]:
+    "Two numbers with a comma between them."
+    try: a, b = (of(p) for p in text.split(","))
+    except ValueError: raise SubnetError(f"cannot read {text!r}: give two numbers with a comma, e.g. {'2,3' if of is float else '250,10'}.") from None
+    return a, b
+
+
+def _weights(text: str | None) -> dict[str, float]:
+    "Weights of terms by name."
+    try: return {k.strip(): float(v) for k, v in (p.split("=") for p in (text or "").split(",") if p)}
+    except ValueError: raise SubnetError(f"cannot read the weights {text!r}: give names and numbers, e.g. suppress=1.5,express=1.") from None
 
 # %% ../nbs/20_cli.ipynb #a032417f
 def show_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +265,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #8d5892b8
+# %% ../nbs/20_cli.ipynb #eeafe813
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -272,6 +320,33 @@ def parser() -> argparse.ArgumentParser:
     cards.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write report.html")
     cards.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     cards.add_argument("--quiet", action="store_true", help="no progress")
+    knots = command("critical", critical_command, "knowledge-critical subnetworks: few weights without which chosen facts are forgotten and little else")
+    knots.add_argument("--model", required=True, help="pocket-gpt2, a folder, or a hub name")
+    for name, what in (("target", "to be forgotten"), ("control", "to be kept")): knots.add_argument(f"--{name}", required=True, help=f'facts {what}: a .tsv file (relation, head, tail), a .jsonl file ({{"relation", "head", "tail"[, "text"]}}), "pocket" or "wordnet"')
+    knots.add_argument("--text", required=True, nargs="+", help='text to be kept: files, a folder of .txt files, "pocket", or datasets:NAME')
+    knots.add_argument("--out", required=True, help="folder for masks, tables and the report; the same command continues there")
+    knots.add_argument("--about", help="only the neighbourhood of this word in the target")
+    knots.add_argument("--size", type=int, default=15, help="triples of that neighbourhood")
+    knots.add_argument("--block", type=int, help="join the text and cut it into blocks of so many tokens; 0: every line by itself; 512, or what the model reads, if nothing is said (every line by itself for pocket and masked models)")
+    knots.add_argument("--layers", default="top-half", help='one-based and inclusive, e.g. 7-12, or "top-half"')
+    knots.add_argument("--granularity", default="weight", help="weight, or neuron: all weights from one input feature of a matrix")
+    knots.add_argument("--steps", type=int, help="of the search; 2000 if nothing is said (published: 40,000)")
+    knots.add_argument("--lr", type=float, help="of the mask logits; 0.2 if nothing is said")
+    knots.add_argument("--density", metavar="FROM,TO", help="weight of the density, until half of the steps and at the end; 2,3 if nothing is said")
+    knots.add_argument("--weights", metavar="TERM=WEIGHT,…", help="of suppress, control, text and express; 1.5, 1, 1 and 0 if nothing is said")
+    knots.add_argument("--batches", metavar="FACTS,TEXTS", help="control facts and texts per step; 250,10 if nothing is said")
+    knots.add_argument("--position", default="predict_tail", help="where facts are read: predict_tail, or at_tail as in the released code")
+    knots.add_argument("--noise", default="shared", help="one draw of the mask for all terms of a step, or independent ones as in the released code")
+    knots.add_argument("--sparsity", type=float, default=0.95, help="the rule for checkpoints: at least this share of the weights is not critical")
+    knots.add_argument("--tolerance", type=float, default=0.05, help="the rule: perplexity of control and text changes by no more than this share")
+    knots.add_argument("--checks", type=int, default=20, help="checkpoints that the rule chooses among")
+    knots.add_argument("--seeds", default="0,1,2", help="with commas")
+    knots.add_argument("--split-seed", type=int, default=0, help="seed of the 8:1:1 split of control and text")
+    knots.add_argument("--unfiltered", action="store_true", help="leave facts of the target in the control")
+    knots.add_argument("--random", type=int, default=5, help="random removals per seed")
+    knots.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write report.html")
+    knots.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    knots.add_argument("--quiet", action="store_true", help="no progress")
     agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
     agree.add_argument("--kind", default="head", help="unit to count: head or mlp")
