@@ -133,7 +133,7 @@ def _by_hand(opt: MaskOptimizer, tensors: Sequence[torch.Tensor], keys: tuple[to
         if opt.pressed: total = total + gate.kept(s[p]).sum()
     return total - opt.h[0] if opt.pressed else total
 
-# %% ../nbs/09_engine.ipynb #b627c922
+# %% ../nbs/09_engine.ipynb #87994a28
 class _Site:
     "One masked matrix of the model."
 
@@ -149,7 +149,7 @@ class _Site:
 
     def forget(self) -> None:
         "Start a step."
-        self.uses, self.factors, self.looked_up = 0, [], []
+        self.uses, self.factors, self.looked_up, self.folded = 0, [], [], None
 
     @contextmanager
     def applied(self, anchor: torch.Tensor) -> Iterator[None]:
@@ -161,6 +161,7 @@ class _Site:
 
     def gradient(self, out: torch.Tensor, add: bool = False) -> torch.Tensor:
         "Form the weight gradient of everything handed over so far in `out`, a matrix of the weight's shape."
+        if self.folded is not None: out.add_(self.folded) if add else out.copy_(self.folded); add = True
         for a, b in self.factors:
             torch.addmm(out, a.T, b, beta=float(add), out=out); add = True
         if not add: out.zero_()
@@ -172,6 +173,14 @@ class _Site:
         "One use of the matrix went through backward."
         self.uses -= 1
         if self.uses == 0: self.take(self)
+        elif sum(a.numel() + b.numel() for a, b in self.factors) > 2 * self.w.numel(): self._fold()      # factors of a long text are larger than what they make
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        "Form what was handed over so far; more is to come."
+        if self.folded is None: (a, b), *self.factors = self.factors; self.folded = a.T @ b
+        for a, b in self.factors: torch.addmm(self.folded, a.T, b, out=self.folded)
+        self.factors = []
 
 
 def _multiply(site: _Site, module: nn.Module, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +250,7 @@ def farthest(rates: Sequence[float]) -> list[float]:      # for every step, the 
         out.append(total)
     return out[::-1]
 
-# %% ../nbs/09_engine.ipynb #18501628
+# %% ../nbs/09_engine.ipynb #f4cf0a02
 class Reachable:
     "The scores of one matrix that can still flip."
 
@@ -250,7 +259,7 @@ class Reachable:
 
     def gradient(self, opt: MaskOptimizer, site: _Site, scratch: torch.Tensor) -> torch.Tensor:
         "The weight gradient, of all places (a matrix) or of these places, from what backward handed over."
-        if opt.scores != "sampled" or not opt.fast or site.looked_up or len(site.factors) > 1: return site.gradient(scratch)
+        if opt.scores != "sampled" or not opt.fast or site.looked_up or site.folded is not None or len(site.factors) > 1: return site.gradient(scratch)
         a, b = (_turned(opt, x) for x in site.factors[0])          # (row of the matrix, token), (column, token)
         example = lambda: [torch.rand(n, 128, dtype=a.dtype, device=a.device) for n in (40, 50)] + [torch.arange(100, dtype=torch.int32, device=a.device)]
         dots = _compiled(("dots", a.dtype, a.device.type), lambda: _sampled, example, assert_indirect_indexing=False)
@@ -336,7 +345,7 @@ def _clip(opt: MaskOptimizer, small: Mapping[int, torch.Tensor]) -> None:
     for g in [*opt.held.values(), *(l.grad for l in small.values())]: g *= factor
     opt.h[7] *= factor
 
-# %% ../nbs/09_engine.ipynb #a9722251
+# %% ../nbs/09_engine.ipynb #9a07190d
 class MaskOptimizer:
     "Adam on the logits of a gate, fed from inside backward."
 
@@ -408,7 +417,7 @@ class MaskOptimizer:
             self.leaf = None
         loss.backward()
         for s in self.sites.values():
-            if s.factors or s.looked_up: self._take(s)      # a use that the loss does not depend on is never handed over
+            if s.factors or s.looked_up or s.folded is not None: self._take(s)      # a use that the loss does not depend on is never handed over
 
     @torch.no_grad()
     def _take(self, site: _Site) -> None:

@@ -40,9 +40,9 @@ def room(*shape: int, device: Any = "cpu") -> torch.Tensor:      # float32
     if 4 * size <= IN_MEMORY: return torch.empty(shape, device=device)
     with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f: return torch.from_file(f.name, shared=True, size=size).view(shape)
 
-# %% ../nbs/05_objectives.ipynb #b13a7100
+# %% ../nbs/05_objectives.ipynb #064c8799
 LOGITS = 1 << 23         # logits made at a time
-KEPT = 1 << 30           # bytes that the blocks of one pass may keep for backward before they are computed again instead, where that is left open
+KEPT = 1 << 29           # bytes that the blocks of one pass may keep for backward before they are computed again instead, where that is left open
 
 
 class Known(torch.autograd.Function):

@@ -80,7 +80,7 @@ def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate
         if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
     if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
 
-# %% ../nbs/09_search.ipynb #a0e404f3
+# %% ../nbs/09_search.ipynb #f3245703
 def find(
     model: nn.Module,                    # transformers model; its weights do not change
     tok: Any,                            # its tokenizer
@@ -104,7 +104,7 @@ def find(
     precision: str = "float32",          # or "bfloat16" (matrix products only; logits stay float32)
     engine: str = "auto",                # "plain", or scores that `MaskOptimizer` trains: "all", "reachable", "sampled"; see below
     accumulate: int = 1,                 # batches per step of the optimizer
-    recompute: bool | None = None,       # compute blocks again in backward instead of keeping what they need; None: where they would keep more than a gigabyte
+    recompute: bool | None = None,       # compute blocks again in backward instead of keeping what they need; None: where they would keep more than half a gigabyte
     processes: int | None = None,        # how many share every batch; an error if other than what the launcher started
     to: str | Path | Store | None = None,    # folder or store; None keeps the run in memory
     labels: Mapping[str, Any] | None = None, # e.g. {"task": "IsA", "seed": 0}

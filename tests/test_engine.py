@@ -243,6 +243,27 @@ def reach_parameter(model, name):
     return model.base_model.get_submodule(path)._parameters[attr].detach()
 
 
+@pytest.mark.parametrize("gate", [Threshold, HardConcrete])
+def test_long_texts_are_folded_into_gradients(gate):
+    "What a long text hands over for a matrix that is used again is larger than the matrix: it is added up at once, and the sum is the same."
+    traces, folds, original = [], [], engine_module._Site._fold
+    try:
+        engine_module._Site._fold = lambda site: folds.append(site.index) or original(site)
+        for kind in (PlainOptimizer, MaskOptimizer):
+            model = tiny("gpt2").requires_grad_(False)
+            made = gate(Space.of(model, "weight", embeddings=True))
+            opt = kind(model, made, [.05] * 4)
+            for step in range(4):
+                ids = torch.randint(0, 40, (12, 20), generator=torch.Generator().manual_seed(step))
+                with opt.applied():
+                    opt.backward(model(input_ids=ids[:1], labels=ids[:1]).loss + 2 * model(input_ids=ids, labels=ids).loss + model(input_ids=ids[:, :5], labels=ids[:, :5]).loss)
+                opt.step()
+            traces.append(torch.cat([l.detach().flatten() for l in made.logits]))
+    finally: engine_module._Site._fold = original
+    apart = (traces[0] - traces[1]).abs()      # as in `agree`: where a gradient is rounding noise, Adam makes a step of it
+    assert folds and (apart > 1e-5).float().mean() < 1e-3 and apart.max() < .2
+
+
 # ── scores that can still flip ───────────────────────────────────────────────────────────────────────────────────────
 
 SHORT = dict(steps=30, lr=.002)      # a score can move by about .04: few are in reach

@@ -164,6 +164,24 @@ def test_computed_again_is_the_same_to_the_bit(world, precision):
     assert traces[0].mask == traces[1].mask and list(traces[0].metrics.loss) == list(traces[1].metrics.loss) and traces[0].id == traces[1].id
 
 
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_long_texts_are_computed_again_by_themselves(world, asked, monkeypatch):
+    "What would keep too much is, and what keeps little is not, unless one says so."
+    import subnet_explorer.packed as packed
+    model, tok = world
+    seqs, calls, original = Sequences(model, IDS, recompute=asked), [], packed.again
+    monkeypatch.setattr(packed, "again", lambda f, *args: calls.append(f) or original(f, *args))
+    index, per_token = np.arange(len(IDS)), 4 * 32 * seqs.layout.hidden * seqs.layout.n_layers
+    for kept in (per_token * 14, per_token * 15):
+        calls.clear()
+        monkeypatch.setattr(objectives, "KEPT", kept)
+        seqs.hidden(index, [0], [1])
+        assert bool(calls) == (asked if asked is not None else kept < per_token * sum(map(len, IDS)))
+        calls.clear()
+        with torch.no_grad(): seqs.hidden(index, [0], [1])
+        assert not calls
+
+
 def test_lower_precision_stays_close(world):
     model, tok = world
     space = Space.of(model, "weight", layers="top-half")
