@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
-# notebooks first (one thread each, two at a time), then pytest
+# notebooks first, then pytest: one thread each, two at a time
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 # measure against plain fine-tuning, parametrize and the limits of the machine; bench-quick: a small model, under three minutes
 bench: $(STAMP)

@@ -102,7 +102,7 @@ def _named(text: str) -> tuple[str, str]:
     name, sign, source = text.partition("=")
     return (name, source) if sign else (Path(text.removesuffix("/").rpartition(":")[2]).name.removesuffix(".gz").removesuffix(".tsv"), text)
 
-# %% ../nbs/20_cli.ipynb #c52cb830
+# %% ../nbs/20_cli.ipynb #8dd2ac18
 def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find knowledge-critical subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.critical import critical, critical_json, critical_report
@@ -119,8 +119,9 @@ def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     text = [t for s in args.text for t in read_texts(s)]
     size = args.block if args.block is not None else 0 if pocket or not is_causal(model) else min(512, longest(model, tok))
     asked = dict(steps=args.steps, lr=args.lr, density=_pair(args.density, float) if args.density else None, batches=_pair(args.batches, int) if args.batches else None)
-    settings = (CRITICAL if pocket else {}) | {k: v for k, v in asked.items() if v is not None}
-    study = critical(model, tok, target, control, blocks(tok, text, size, "\n") if size else text, layers=args.layers, granularity=args.granularity, weights=_weights(args.weights), position=args.position, noise=args.noise, sparsity=args.sparsity,
+    usual = CRITICAL if pocket else {"weights": {}}
+    settings = usual | {k: v for k, v in asked.items() if v is not None} | {"weights": usual["weights"] | _weights(args.weights)}
+    study = critical(model, tok, target, control, blocks(tok, text, size, "\n") if size else text, layers=args.layers, granularity=args.granularity, position=args.position, noise=args.noise, sparsity=args.sparsity,
                      tolerance=args.tolerance, checks=args.checks, seeds=_numbers(args.seeds), split_seed=args.split_seed, filtered=not args.unfiltered, random=args.random, to=args.out, progress=not args.quiet, **settings)
     out = critical_json(study, args.out)
     atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "items.csv"), study.items.to_csv(index=False))

@@ -216,7 +216,7 @@ def questions(n: int = 500, seed: int = 0) -> dict[str, Any]:
         paragraphs.append(dict(context=context, qas=[dict(id=f"pocket-{seed}-{i}", question=question, answers=[dict(text=r["obj_label"], answer_start=start)])]))
     return dict(version="1.1", data=[dict(title="pocket", paragraphs=paragraphs)])
 
-# %% ../nbs/07_pocket.ipynb #22780a35
+# %% ../nbs/07_pocket.ipynb #bc8096fa
 POCKET_TASKS: dict[str, str] = {"acceptable": "CoLA", "paraphrase": "MRPC", "entails": "RTE", "similar": "STS-B"}
 "GLUE task whose layout and metrics a pocket task has."
 
@@ -226,7 +226,7 @@ PARTS: dict[str, int] = {"train": 1500, "dev": 400, "test": 400}
 TUNING: dict[str, Any] = dict(epochs=4, lr=1e-3, batch=32)
 "Settings of `fit` that suit the pocket tasks: 188 steps."
 
-CRITICAL: dict[str, Any] = dict(steps=600, lr=0.1, density=(6.0, 9.0), batches=(64, 32))
+CRITICAL: dict[str, Any] = dict(steps=600, lr=0.1, weights={"suppress": 0.2}, density=(6.0, 9.0), batches=(64, 32))
 "Settings of `critical` that suit the pocket models."
 
 
