@@ -88,7 +88,7 @@ def _parts(n: int, seed: int, what: str) -> list[np.ndarray]:
     order, k = np.random.default_rng(seed).permutation(n), max(1, n // 10)
     return [np.sort(p) for p in (order[2 * k:], order[:k], order[k:2 * k])]
 
-# %% ../nbs/13_critical.ipynb #1ae9c223
+# %% ../nbs/13_critical.ipynb #8e9c5c1e
 @dataclass(frozen=True)
 class Critical:
     "What `critical` found and measured."
@@ -98,6 +98,7 @@ class Critical:
     failed: dict[int, str]                        # by seed: the part of the rule that no checkpoint kept
     material: Material
     space: Space
+    parameters: int                               # of the whole model
     config: dict[str, Any] = field(repr=False)
     seconds: float
 
@@ -109,7 +110,7 @@ class Critical:
     def overlap(self) -> pd.DataFrame: return seed_overlap(self)
     def _repr_html_(self) -> str: return f"<b>{len(self.masks)} seeds, {self.material!r}</b>" + self.summary().to_html()
 
-# %% ../nbs/13_critical.ipynb #626c79a3
+# %% ../nbs/13_critical.ipynb #36493170
 def critical(
     model: nn.Module,
     tok: Any,
@@ -152,7 +153,7 @@ def critical(
     measure = lambda: removal(model, tok, conditions(model, tok, masks, data, random), data.on, cut=True)
     items = cached_table(to, f"removal-{_short([[m.id for _, m in masks], random])}", measure)
     failed = {int(r.seed): r.note for r in curves[curves.chosen & (curves.note != "")].itertuples()}
-    return Critical(masks, items, curves, failed, data, space, {**config, "seeds": seeds, "random": random}, time.monotonic() - began)
+    return Critical(masks, items, curves, failed, data, space, sum(p.numel() for p in model.parameters()), {**config, "seeds": seeds, "random": random}, time.monotonic() - began)
 
 
 WEIGHTS = {"suppress": 1.5, "control": 1.0, "text": 1.0, "express": 0.0}
@@ -238,7 +239,7 @@ def sensitivity(
     items = removal(model, tok, {"full": None, **{str(c): under[c] for c in sorted(under)}}, study.material.on, cut=True)
     return removal_table(items).query("under != 'full'").assign(change=lambda t: t.under.astype(float))
 
-# %% ../nbs/13_critical.ipynb #d10f4330
+# %% ../nbs/13_critical.ipynb #214d254f
 def critical_json(study: Critical, to: str | Path | None = None) -> dict[str, Any]:
     "The study as plain data: per seed, sparsity, perplexity, rank and log-probability with and without the subnetwork; overlap of seeds."
     paths = {r.labels["seed"]: str(r.folder / "mask.safetensors") for r in Store(Path(to) / "runs")} if to else {}
@@ -251,11 +252,12 @@ def critical_json(study: Critical, to: str | Path | None = None) -> dict[str, An
         pick = lambda d, u, m: round(float(t[d, u, m]), 6) if (d, u, m) in t.index else None
         part = lambda d: {"n": int(n[d]), "ppl": {u: pick(d, u, "perplexity") for u in ("full", "remaining", "random")}, **({} if d == "text" else {"rank_delta": pick(d, "remaining", "rank_difference"), "logprob_delta": pick(d, "remaining", "logprob_difference")})}
         mask = study.masks.sel(seed=seed)[0]
-        return {"sparsity": round(mask.sparsity, 6), "weights": int(sum(b.sum() * np.prod(g.block or (1, 1)) for g, b in mask.items())), **{d: part(d) for d in n.index}, "failed": study.failed.get(seed), "mask": paths.get(seed)}
+        marked = mask.to("weight").count
+        return {"sparsity": round(mask.sparsity, 6), "sparsity_of_model": round(1 - marked / study.parameters, 6), "weights": marked, **{d: part(d) for d in n.index}, "failed": study.failed.get(seed), "mask": paths.get(seed)}
     o = study.overlap() if len(seeds) > 1 else None
     mean = lambda c: None if o is None else round(float(o[c].mean()), 6)
     return {"model": study.space.model.name, "seeds": {str(s): of(i, s) for i, s in enumerate(seeds)}, "overlap": {"iou": mean("iou"), "chance": mean("chance")}, "removed_overlap": study.material.removed,
-            "maskable": whole, "config": study.config, "seconds": round(study.seconds, 1)}
+            "maskable": whole, "parameters": study.parameters, "config": study.config, "seconds": round(study.seconds, 1)}
 
 
 def _shapes(space: Space) -> list[tuple[int, ...]]: return [space.layout.shape(g.role) for g in space.groups]

@@ -163,6 +163,7 @@ def test_neurons(gpt2, birds, control):
     for g, bits in weights.items(): assert ((bits.sum(1) == 0) | (bits.sum(1) == bits.shape[1])).all()
     out = critical_json(found)
     assert out["maskable"] == 393_216 and out["seeds"]["0"]["weights"] == weights.count
+    assert out["parameters"] == sum(p.numel() for p in model.parameters()) and out["seeds"]["0"]["sparsity_of_model"] == pytest.approx(1 - weights.count / out["parameters"], abs=1e-6)
     assert set(placement(found.masks).matrix) == {"qkv", "o", "up", "down"}
     bert = critical_space(load("pocket-bert")[0], "top-half", "neuron")
     assert {g.role: g.shape for g in bert.groups}["down"] == (1, 512)                                                     # stored (out, in)
