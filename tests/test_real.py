@@ -46,8 +46,8 @@ def test_tickets_of_a_real_encoder(real, minilm):
     "The published three phases: survivors are 72 − 7a − 3b heads of 72 (a tenth at once, then half as many)."
     from subnet_explorer.lottery import task_data
     model, tok = load(minilm)
-    data = task_data(real / "datasets" / "glue" / "SST-2", search=.001, train=320, test=100)
-    study = recipes.tickets(model, tok, {"SST-2": data}, seeds=(0,), epochs=1, lr=2e-4, length=48, floor=.95, progress=False)
+    data = task_data(real / "datasets" / "glue" / "SST-2", search=.001, train=960, test=200)
+    study = recipes.tickets(model, tok, {"SST-2": data}, seeds=(0,), epochs=1, lr=3e-4, length=32, floor=.95, progress=False)
     assert set(study.scores.kind) == {"full", "good", "random", "bad"} and study.scores.query("kind == 'full'").score.item() > .6
     heads = study.steps["head"]
     assert all(any(72 - 7 * a - 3 * b == h for a in range(11) for b in range(25)) or h == 0 for h in heads) and study.good[0].density < 1

@@ -16,7 +16,7 @@ from subnet_explorer.evaluate import cloze
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.recipes import critical, lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt
+from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
@@ -275,16 +275,6 @@ def test_probe(name):
     mask, t = probe(model, tok, TREES[:30], TREES[30:], Tagger(model, TREES), block=(8, 64), steps=25, weight=4.0)
     assert mask.space.kind == "block" and {g.block for g in mask.space.groups} == {(8, 64)} and t.gates.tolist() == ["hard", "soft"]
     assert 0 < mask.density < 1 and set(t.density) == {mask.density} and t.accuracy.between(0, 1).all() and same(model, before)
-
-
-@pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
-def test_critical(name):
-    model, tok = load(name)
-    before, told = weights(model), read_facts("pocket", "IsA", prompt=1).items
-    mask, t = critical(model, tok, Facts(told[:6]), Facts(told[100:120]), TEXTS[:10], steps=12)
-    assert mask.space.kind == "weight" and mask.space.layers == [2, 3] and 0 < mask.density < .5
-    t = t.set_index("kind")
-    assert list(t.index) == ["full model", "without critical", "without random"] and t.target["without critical"] < t.target["full model"] and same(model, before)
 
 
 def test_soft_gates_are_reported_as_what_they_are():
