@@ -23,10 +23,10 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
-           'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks', 'blocks',
-           'BadSentences', 'Sentence', 'read_conllu', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices',
-           'read_choices']
+__all__ = ['TEMPLATES', 'SCHEMES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop',
+           'object_id', 'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks', 'blocks',
+           'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'fitting', 'BadTable', 'LabelTask',
+           'Labelled', 'read_glue', 'BadChoices', 'read_choices']
 
 # %% ../nbs/06_data.ipynb #737fc13a
 class BadFacts(SubnetError):
@@ -604,6 +604,116 @@ def _annotated(source: str | Path, part: str) -> Iterator[tuple[list[tuple[int, 
         for w in words:
             if not re.fullmatch(r"\d+", str(w["head"])): raise BadSentences(f"{where}, line {n}: the head {w['head']!r} is no number.")
         if words: yield [(n, {**w, "head": int(w["head"])}) for w in words], where
+
+# %% ../nbs/06_data.ipynb #6ac9cecf
+def _tags(tags: Iterable[str]) -> list[tuple[str, str]]:
+    "Prefix and type of each entity label; BILOU is spelled as BIOES."
+    found = [re.fullmatch(r"(O)|([BIESLU])(?:-(.*))?", t) if isinstance(t, str) else t for t in tags]
+    if wrong := [t for t, m in zip(tags, found) if not isinstance(m, re.Match)]: raise BadSentences(f"{wrong[0]!r} is no entity label: O, or B-, I-, E- or S- and a type, was expected.")
+    return [({"L": "E", "U": "S"}.get(p := m[1] or m[2], p), m[3] or "") for m in found]
+
+
+def chunks(tags: Sequence[str]) -> list[tuple[str, int, int]]:      # type, first word, one past the last
+    "The entities of a sentence's labels, of any scheme, by the rules of conlleval."
+    out, start, (before, was) = [], 0, ("O", "")
+    for i, (prefix, kind) in enumerate([*_tags(tags), ("O", "")]):
+        begins = prefix != "O" and (prefix in "BS" or before in "OES" or kind != was)
+        if before != "O" and (begins or prefix == "O"): out.append((was, start, i))
+        if begins: start = i
+        before, was = prefix, kind
+    return out
+
+
+def iob2(tags: Sequence[str]) -> list[str]:
+    "The same entities in IOB2."
+    out = ["O"] * len(tags)
+    for kind, start, stop in chunks(tags): out[start:stop] = [f"{p}-{kind}".removesuffix("-") for p in "B" + "I" * (stop - start - 1)]
+    return out
+
+# %% ../nbs/06_data.ipynb #edb1cc55
+SCHEMES = ("IOB1", "IOB2", "BIOES")
+"Schemes of entity labels."
+
+
+def read_ner(
+    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket", or "datasets:NAME[/CONFIG]" with columns tokens and ner_tags
+    scheme: str = "auto",      # one of `SCHEMES`; "auto": found out; "conlleval": unchecked
+    part: str = "train",       # "train", "dev" or "test" (not for text or a file)
+) -> list[tuple[list[str], list[str]]]:      # words, IOB2 labels
+    "Read words with entity labels; raise `BadSentences` with file and line where they are broken."
+    check_names([scheme], ["auto", *SCHEMES, "conlleval"], "scheme of entity labels")
+    if str(source) == "pocket":
+        from subnet_explorer.pocket import PARTS, entities
+        check_names([part], PARTS, "part"); source = entities(PARTS[part], part=part)
+    if str(source).startswith("datasets:"):
+        rows, where = _part_of(source, part, ("tokens", "ner_tags"))
+        if uneven := [n for n, d in enumerate(rows, 1) if len(d["tokens"]) != len(d["ner_tags"])]: raise BadSentences(f"{where}, line {uneven[0]}: not as many labels as words.")
+        found = [([n] * len(d["tokens"]), d["tokens"], d["ner_tags"]) for n, d in enumerate(rows, 1) if d["tokens"]]
+    else: where, found = _named(source), _columns(source)
+    if not found: raise BadSentences(f"there is no sentence in {_named(source)}.")
+    for places, _, tags in found:
+        for n, t in zip(places, tags):
+            try: _tags([t])
+            except BadSentences as e: raise BadSentences(f"{where}, line {n}: {e}") from None
+    if scheme != "conlleval": _check_scheme(found, scheme, where)
+    return [(words, iob2(tags)) for _, words, tags in found]
+
+
+def _columns(source: str | Path) -> list[tuple[list[int], list[str], list[str]]]:      # line numbers, words, labels of each sentence
+    "First and last column."
+    out, wide = [], 0
+    for first, group in _groups(["" if line.startswith("-DOCSTART-") else line for line in _source_lines(source)]):
+        rows = [[c.strip() for c in line.split("\t")] if "\t" in line else re.split(" +", line.strip(" ")) for line in group]
+        for n, cells in enumerate(rows, first):
+            wide = wide or len(cells)
+            if len(cells) < 2 or len(cells) != wide or not cells[0]:
+                raise BadSentences(f"{_named(source)}, line {n}: {len(cells)} column{'s' * (len(cells) != 1)} where {max(wide, 2)}{' or more' * (wide < 2)} were expected, the word first and the label last: {group[n - first][:60]!r}.")
+        out.append((list(range(first, first + len(rows))), [r[0] for r in rows], [r[-1] for r in rows]))
+    return out
+
+# %% ../nbs/06_data.ipynb #6ed86f14
+def _breach(tags: Sequence[str], scheme: str) -> int | None:
+    "The first label that a scheme does not allow where it stands."
+    row = [("O", ""), *_tags(tags), ("O", "")]
+    for i, ((p, t), (q, u), (r, v)) in enumerate(zip(row, row[1:], row[2:])):
+        inside, goes_on = p in "BI" and t == u, r in "IE" and u == v
+        if scheme == "BIOES": wrong = (q in "IE" and not inside) or (q in "BI" and not goes_on)
+        else: wrong = q in "ES" or q == {"IOB2": "I", "IOB1": "B"}[scheme] and not inside
+        if wrong: return i
+    return None
+
+
+def _check_scheme(found: Sequence[tuple[list[int], list[str], list[str]]], scheme: str, where: str) -> None:
+    "Raise if labels follow none of the schemes they may have."
+    single = scheme != "auto" or any(p in "ES" for _, _, tags in found for p, _ in _tags(tags))
+    breaches = {}
+    for s in ((scheme if scheme != "auto" else "BIOES",) if single else ("IOB2", "IOB1")):
+        at = next(((places[i], tags[i]) for places, _, tags in found if (i := _breach(tags, s)) is not None), None)
+        if at is None: return
+        breaches[s] = at
+    said = " and ".join(f"line {n}: {t!r} cannot stand there in {s}" for s, (n, t) in breaches.items())
+    raise BadSentences(f"{where}, {said}. Correct the labels, name another scheme, or use scheme=\"conlleval\" to read them by its rules.")
+
+# %% ../nbs/06_data.ipynb #1adc4bc4
+def fitting(
+    sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
+    tok: Any,                      # tokenizer
+    longest: int = 128,            # words at most
+    shortest: int = 1,             # words at least
+) -> tuple[list[Any], dict[str, int]]:      # what fits, in order; reason -> how many do not
+    "Leave out and count what is too long; raise `BadSentences` if nothing fits."
+    kept, skipped = [], Counter()
+    for s in sentences:
+        words = list(s.words if isinstance(s, Sentence) else s[0])
+        why = f"more than {longest} words" if len(words) > longest else f"fewer than {shortest} words" if len(words) < shortest else ""
+        if not why:
+            coded = tok(words, is_split_into_words=True, verbose=False)
+            if len(coded.input_ids) > tok.model_max_length: why = f"more than {tok.model_max_length} tokens"
+            elif len({*coded.word_ids()} - {None}) < len(words): why = "a word without token"
+        if why: skipped[why] += 1
+        else: kept.append(s)
+    if not kept: raise BadSentences(f"none of {len(sentences)} sentences fits: {dict(skipped) or 'there is none'}.")
+    return kept, dict(skipped)
 
 # %% ../nbs/06_data.ipynb #369533a4
 class BadTable(SubnetError):
