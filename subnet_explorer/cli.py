@@ -246,7 +246,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     def have(name: str) -> str | None:
         try: return version(name)
         except PackageNotFoundError: return None
-    needed = {n: have(n) for n in ("torch", "transformers", "datasets", "safetensors", "zstandard", "numpy", "pandas", "scikit-learn", "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget")}
+    needed = {n: have(n) for n in ("torch", "transformers", "datasets", "safetensors", "zstandard", "conllu", "numpy", "pandas", "scikit-learn", "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget")}
     optional = {"jupyterlab (notebooks)": have("jupyterlab"), "nbdev (working on the library)": have("nbdev"), "quarto (documentation site)": shutil.which("quarto"),
                 "C++ compiler (compiled kernels)": shutil.which("c++"), "accelerate (several processes)": have("accelerate"), "SUBNET_EXPLORER_DATA (real data)": os.environ.get("SUBNET_EXPLORER_DATA")}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -23,9 +23,10 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id',
-           'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks', 'blocks',
-           'read_conllu', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices', 'read_choices']
+__all__ = ['TEMPLATES', 'SCHEMES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop',
+           'object_id', 'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks', 'blocks',
+           'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'fitting', 'BadTable', 'LabelTask',
+           'Labelled', 'read_glue', 'BadChoices', 'read_choices']
 
 # %% ../nbs/06_data.ipynb #737fc13a
 class BadFacts(SubnetError):
@@ -379,7 +380,7 @@ def encode(
     ids = tok(fact.prompt.replace("[MASK]", tok.mask_token)).input_ids
     return ids, ids.index(tok.mask_token_id), gold
 
-# %% ../nbs/06_data.ipynb #8293e441
+# %% ../nbs/06_data.ipynb #6116b061
 class BadTexts(SubnetError):
     "A text file is broken or empty, or there is too little text for what was asked."
 
@@ -410,13 +411,13 @@ def _text_files(path: Path) -> list[Path]:
     raise BadTexts(f"the folder {path} holds no .txt file.")
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, error: type[SubnetError] = BadTexts) -> str:
     "The content of a text file, compressed or not."
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f: text = f.read()
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise BadTexts(f"cannot read {path}: it cannot be opened, is cut short, or is not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
-    if "\0" in text: raise BadTexts(f"{path} is a binary file: it holds a zero byte. Plain text was expected.")
-    if not text.strip(): raise BadTexts(f"{path} is empty.")
+    except (OSError, EOFError, UnicodeDecodeError) as e: raise error(f"cannot read {path}: it cannot be opened, is cut short, or is not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
+    if "\0" in text: raise error(f"{path} is a binary file: it holds a zero byte. Plain text was expected.")
+    if not text.strip(): raise error(f"{path} is empty.")
     return text
 
 
@@ -472,17 +473,247 @@ def blocks(
     one = lambda part: np.tile(np.array(part, np.int32), (n, 1))
     return Blocks(np.concatenate([one(around[:k]), ids[:n * inner].reshape(n, inner), one(around[k:])], 1), len(ids) - n * inner)
 
-# %% ../nbs/06_data.ipynb #37901b75
-def read_conllu(text: str) -> list[tuple[list[str], list[str]]]:      # (words, tags) per sentence
-    "Words and universal part-of-speech tags of CoNLL-U `text`; multi-word ranges and empty nodes are left out."
-    out: list[tuple[list[str], list[str]]] = [([], [])]
-    for n, line in enumerate(text.splitlines(), 1):
-        if not line.strip(): out.append(([], [])); continue
-        if line.startswith("#"): continue
-        cols = line.split("\t")
-        if len(cols) != 10: raise SubnetError(f"CoNLL-U line {n} has {len(cols)} columns, expected 10: {line[:60]!r}.")
-        if cols[0].isdigit(): out[-1][0].append(cols[1]); out[-1][1].append(cols[3])
-    return [s for s in out if s[0]]
+# %% ../nbs/06_data.ipynb #4b724222
+class BadSentences(SubnetError):
+    "Annotated sentences are broken, or there are none."
+
+@dataclass(frozen=True)
+class Sentence:
+    "The syntactic words of a sentence and their annotation."
+    words: tuple[str, ...]
+    upos: tuple[str, ...]       # universal parts of speech
+    head: tuple[int, ...]       # place of each word's head: one-based, 0 is the root
+    deprel: tuple[str, ...]     # relation to the head, with its subtype
+
+    @property
+    def tagged(self) -> tuple[list[str], list[str]]:
+        "Words and parts of speech."
+        return list(self.words), list(self.upos)
+
+    @property
+    def arcs(self) -> tuple[list[int], list[str]]:
+        "Heads and relations."
+        return list(self.head), list(self.deprel)
+
+    def __post_init__(self) -> None:
+        n = len(self.words)
+        if not n or any(len(v) != n for v in (self.upos, self.head, self.deprel)): raise BadSentences(f"a sentence has at least one word, and of each a part of speech, a head and a relation: found {n}, {len(self.upos)}, {len(self.head)} and {len(self.deprel)}.")
+        if off := [i for i, h in enumerate(self.head, 1) if not 0 <= h <= n or h == i]: raise BadSentences(f"the head of word {off[0]} ({self.words[off[0] - 1]!r}) is {self.head[off[0] - 1]}, " + ("the word itself." if self.head[off[0] - 1] == off[0] else f"but there are {n} words: 0 (root) to {n} were expected."))
+        if (roots := [w for w, h in zip(self.words, self.head) if h == 0])[1:] or not roots: raise BadSentences(f"{len(roots) or 'no'} root{'s' * (len(roots) != 1)}{': ' * bool(roots)}{', '.join(map(repr, roots[:5]))} where exactly one word with head 0 was expected.")
+        if loose := [i for i in range(1, n + 1) if not _rooted(self.head, i)]: raise BadSentences(f"the heads of word {loose[0]} ({self.words[loose[0] - 1]!r}) go round in a circle and never reach the root.")
+
+    def __len__(self) -> int: return len(self.words)
+
+
+def _rooted(head: Sequence[int], i: int) -> bool:
+    "Whether one comes from word `i` to the root."
+    for _ in head:
+        if i: i = head[i - 1]
+    return i == 0
+
+# %% ../nbs/06_data.ipynb #75f88b6e
+def read_conllu(
+    source: str | Path,        # CoNLL-U text, the path of a file, "pocket", or "datasets:NAME[/CONFIG]"
+    part: str = "train",       # "train", "dev" or "test" (not for text or a file)
+) -> list[Sentence]:
+    "Read a treebank; raise `BadSentences` with file and line where it is broken."
+    if str(source) == "pocket":
+        from subnet_explorer.pocket import PARTS, treebank
+        check_names([part], PARTS, "part"); source = treebank(PARTS[part], part=part)
+    out = [_sentence(rows, where) for rows, where in (_annotated(source, part) if str(source).startswith("datasets:") else _conllu_rows(source))]
+    if not out: raise BadSentences(f"there is no sentence in {_named(source)}.")
+    return out
+
+
+def _conllu_rows(source: str | Path) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], str]]:
+    "The words of each sentence with the numbers of their lines, and where they come from."
+    from conllu.exceptions import ParseException
+    from conllu.parser import DEFAULT_FIELDS, DEFAULT_FIELD_PARSERS, parse_line
+    where, lines, asis = _named(source), _source_lines(source), lambda cells, i: cells[i]
+    parsers = {k: f if k in ("id", "head") else asis for k, f in DEFAULT_FIELD_PARSERS.items()}
+    for first, group in _groups(lines):
+        rows: list[tuple[int, dict[str, Any]]] = []
+        for n, line in enumerate(group, first):
+            if line.startswith("#"): continue
+            if (k := line.count("\t") + 1) != len(DEFAULT_FIELDS): raise BadSentences(f"{where}, line {n}: {k} column{'s' * (k != 1)} where {len(DEFAULT_FIELDS)} were expected, with a tab between: {line[:60]!r}.")
+            try: row = parse_line(re.sub(" {2,}", " ", line), DEFAULT_FIELDS, parsers)
+            except ParseException as e: raise BadSentences(f"{where}, line {n}: {_number(e, line)}") from None
+            if not isinstance(row["id"], int): continue                                # a range or an empty node
+            if row["id"] != len(rows) + 1: raise BadSentences(f"{where}, line {n}: the word has number {row['id']} where {len(rows) + 1} was expected. Is the empty line between two sentences missing?")
+            rows.append((n, row))
+        if rows: yield rows, where
+
+# %% ../nbs/06_data.ipynb #337e0052
+def _named(source: str | Path) -> str: return "the text" if _is_text(source) else str(source)
+
+
+def _is_text(source: str | Path) -> bool: return isinstance(source, str) and ("\n" in source or "\t" in source or not source.strip())
+
+
+def _source_lines(source: str | Path) -> list[str]:
+    "The lines of a text, or of the file it names."
+    if not _is_text(source) and not (path := Path(source)).is_file(): raise BadSentences(f'there is no file {path}: give the text itself, the path of a file (possibly .gz), "pocket", or "datasets:NAME".')
+    text = source if _is_text(source) else _text(path, BadSentences)
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _groups(lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    "Lines between empty ones, with the number of the first."
+    group: list[str] = []
+    for n, line in enumerate([*lines, ""], 1):
+        if line.strip(): group.append(line)
+        elif group: yield n - len(group), group; group = []
+
+
+def _number(e: Exception, line: str) -> str:
+    "Which number of a line is none."
+    cells = line.split("\t")
+    name, value = ("head", cells[6]) if "'head'" in str(e) else ("id", cells[0])
+    return f"the {name} {value!r} is no number" + (" from 0 (root) to the last word." if name == "head" else ", range of numbers (1-2) or decimal (1.1).")
+
+
+def _sentence(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str) -> Sentence:
+    "A sentence of the rows of its words."
+    for n, row in rows:
+        for name in ("form", "upos", "deprel"):
+            if not row[name] or row[name] == "_" and name != "form": raise BadSentences(f"{where}, line {n}: the word {row['form']!r} has no {name}.")
+        if not isinstance(row["head"], int): raise BadSentences(f"{where}, line {n}: the head {row['head'] or '_'!r} is no number from 0 (root) to the last word.")
+        if not 0 <= row["head"] <= len(rows): raise BadSentences(f"{where}, line {n}: the head of {row['form']!r} is {row['head']}, but the sentence has {len(rows)} word{'s' * (len(rows) != 1)}.")
+    try: return Sentence(*(tuple(row[name] for _, row in rows) for name in ("form", "upos", "head", "deprel")))
+    except BadSentences as e: raise BadSentences(f"{where}, sentence from line {rows[0][0]} on: {e}") from None
+
+# %% ../nbs/06_data.ipynb #a785c0a5
+def _part_of(source: str | Path, part: str, columns: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    "The rows of one part of a data set, labels by name, and where they come from."
+    name = str(source).removeprefix("datasets:")
+    parts = _data_set(name, BadSentences)
+    part = "validation" if part == "dev" and "dev" not in parts else part
+    rows = parts[check_names([part], list(parts), "part")[0]]
+    if missing := [c for c in columns if c not in rows.column_names]: raise BadSentences(f"the data set {name!r} has no column {missing[0]}, only {', '.join(rows.column_names)}.")
+    names = {c: getattr(getattr(rows.features[c], "feature", None), "names", None) for c in columns}
+    named = lambda c, values: [(names[c][v] if v >= 0 else None) if names[c] and isinstance(v, int) else v for v in values]      # -1: no label
+    return [{c: named(c, row[c]) for c in columns} for row in rows.select_columns(list(columns))], f"{name}/{part}"
+
+
+def _annotated(source: str | Path, part: str) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], str]]:
+    "The words of each sentence of a data set; the number of the row stands for that of the line."
+    data, where = _part_of(source, part, ("tokens", "upos", "head", "deprel"))
+    for n, d in enumerate(data, 1):
+        if len({len(v) for v in d.values()}) != 1: raise BadSentences(f"{where}, line {n}: {', '.join(f'{len(v)} {k}' for k, v in d.items())}: as many of each were expected.")
+        words = [dict(zip(("form", "upos", "head", "deprel"), w)) for w in zip(*d.values()) if w[2] not in (None, "None", "_")]
+        for w in words:
+            if not re.fullmatch(r"\d+", str(w["head"])): raise BadSentences(f"{where}, line {n}: the head {w['head']!r} is no number.")
+        if words: yield [(n, {**w, "head": int(w["head"])}) for w in words], where
+
+# %% ../nbs/06_data.ipynb #6ac9cecf
+def _tags(tags: Iterable[str]) -> list[tuple[str, str]]:
+    "Prefix and type of each entity label; BILOU is spelled as BIOES."
+    found = [re.fullmatch(r"(O)|([BIESLU])(?:-(.*))?", t) if isinstance(t, str) else t for t in tags]
+    if wrong := [t for t, m in zip(tags, found) if not isinstance(m, re.Match)]: raise BadSentences(f"{wrong[0]!r} is no entity label: O, or B-, I-, E- or S- and a type, was expected.")
+    return [({"L": "E", "U": "S"}.get(p := m[1] or m[2], p), m[3] or "") for m in found]
+
+
+def chunks(tags: Sequence[str]) -> list[tuple[str, int, int]]:      # type, first word, one past the last
+    "The entities of a sentence's labels, of any scheme, by the rules of conlleval."
+    out, start, (before, was) = [], 0, ("O", "")
+    for i, (prefix, kind) in enumerate([*_tags(tags), ("O", "")]):
+        begins = prefix != "O" and (prefix in "BS" or before in "OES" or kind != was)
+        if before != "O" and (begins or prefix == "O"): out.append((was, start, i))
+        if begins: start = i
+        before, was = prefix, kind
+    return out
+
+
+def iob2(tags: Sequence[str]) -> list[str]:
+    "The same entities in IOB2."
+    out = ["O"] * len(tags)
+    for kind, start, stop in chunks(tags): out[start:stop] = [f"{p}-{kind}".removesuffix("-") for p in "B" + "I" * (stop - start - 1)]
+    return out
+
+# %% ../nbs/06_data.ipynb #edb1cc55
+SCHEMES = ("IOB1", "IOB2", "BIOES")
+"Schemes of entity labels."
+
+
+def read_ner(
+    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket", or "datasets:NAME[/CONFIG]" with columns tokens and ner_tags
+    scheme: str = "auto",      # one of `SCHEMES`; "auto": found out; "conlleval": unchecked
+    part: str = "train",       # "train", "dev" or "test" (not for text or a file)
+) -> list[tuple[list[str], list[str]]]:      # words, IOB2 labels
+    "Read words with entity labels; raise `BadSentences` with file and line where they are broken."
+    check_names([scheme], ["auto", *SCHEMES, "conlleval"], "scheme of entity labels")
+    if str(source) == "pocket":
+        from subnet_explorer.pocket import PARTS, entities
+        check_names([part], PARTS, "part"); source = entities(PARTS[part], part=part)
+    if str(source).startswith("datasets:"):
+        rows, where = _part_of(source, part, ("tokens", "ner_tags"))
+        if uneven := [n for n, d in enumerate(rows, 1) if len(d["tokens"]) != len(d["ner_tags"])]: raise BadSentences(f"{where}, line {uneven[0]}: not as many labels as words.")
+        found = [([n] * len(d["tokens"]), d["tokens"], d["ner_tags"]) for n, d in enumerate(rows, 1) if d["tokens"]]
+    else: where, found = _named(source), _columns(source)
+    if not found: raise BadSentences(f"there is no sentence in {_named(source)}.")
+    for places, _, tags in found:
+        for n, t in zip(places, tags):
+            try: _tags([t])
+            except BadSentences as e: raise BadSentences(f"{where}, line {n}: {e}") from None
+    if scheme != "conlleval": _check_scheme(found, scheme, where)
+    return [(words, iob2(tags)) for _, words, tags in found]
+
+
+def _columns(source: str | Path) -> list[tuple[list[int], list[str], list[str]]]:      # line numbers, words, labels of each sentence
+    "First and last column."
+    out, wide = [], 0
+    for first, group in _groups(["" if line.startswith("-DOCSTART-") else line for line in _source_lines(source)]):
+        rows = [[c.strip() for c in line.split("\t")] if "\t" in line else re.split(" +", line.strip(" ")) for line in group]
+        for n, cells in enumerate(rows, first):
+            wide = wide or len(cells)
+            if len(cells) < 2 or len(cells) != wide or not cells[0]:
+                raise BadSentences(f"{_named(source)}, line {n}: {len(cells)} column{'s' * (len(cells) != 1)} where {max(wide, 2)}{' or more' * (wide < 2)} were expected, the word first and the label last: {group[n - first][:60]!r}.")
+        out.append((list(range(first, first + len(rows))), [r[0] for r in rows], [r[-1] for r in rows]))
+    return out
+
+# %% ../nbs/06_data.ipynb #6ed86f14
+def _breach(tags: Sequence[str], scheme: str) -> int | None:
+    "The first label that a scheme does not allow where it stands."
+    row = [("O", ""), *_tags(tags), ("O", "")]
+    for i, ((p, t), (q, u), (r, v)) in enumerate(zip(row, row[1:], row[2:])):
+        inside, goes_on = p in "BI" and t == u, r in "IE" and u == v
+        if scheme == "BIOES": wrong = (q in "IE" and not inside) or (q in "BI" and not goes_on)
+        else: wrong = q in "ES" or q == {"IOB2": "I", "IOB1": "B"}[scheme] and not inside
+        if wrong: return i
+    return None
+
+
+def _check_scheme(found: Sequence[tuple[list[int], list[str], list[str]]], scheme: str, where: str) -> None:
+    "Raise if labels follow none of the schemes they may have."
+    single = scheme != "auto" or any(p in "ES" for _, _, tags in found for p, _ in _tags(tags))
+    breaches = {}
+    for s in ((scheme if scheme != "auto" else "BIOES",) if single else ("IOB2", "IOB1")):
+        at = next(((places[i], tags[i]) for places, _, tags in found if (i := _breach(tags, s)) is not None), None)
+        if at is None: return
+        breaches[s] = at
+    said = " and ".join(f"line {n}: {t!r} cannot stand there in {s}" for s, (n, t) in breaches.items())
+    raise BadSentences(f"{where}, {said}. Correct the labels, name another scheme, or use scheme=\"conlleval\" to read them by its rules.")
+
+# %% ../nbs/06_data.ipynb #1adc4bc4
+def fitting(
+    sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
+    tok: Any,                      # tokenizer
+    longest: int = 128,            # words at most
+    shortest: int = 1,             # words at least
+) -> tuple[list[Any], dict[str, int]]:      # what fits, in order; reason -> how many do not
+    "Leave out and count what is too long; raise `BadSentences` if nothing fits."
+    kept, skipped = [], Counter()
+    for s in sentences:
+        words = list(s.words if isinstance(s, Sentence) else s[0])
+        why = f"more than {longest} words" if len(words) > longest else f"fewer than {shortest} words" if len(words) < shortest else ""
+        if not why:
+            coded = tok(words, is_split_into_words=True, verbose=False)
+            if len(coded.input_ids) > tok.model_max_length: why = f"more than {tok.model_max_length} tokens"
+            elif len({*coded.word_ids()} - {None}) < len(words): why = "a word without token"
+        if why: skipped[why] += 1
+        else: kept.append(s)
+    if not kept: raise BadSentences(f"none of {len(sentences)} sentences fits: {dict(skipped) or 'there is none'}.")
+    return kept, dict(skipped)
 
 # %% ../nbs/06_data.ipynb #369533a4
 class BadTable(SubnetError):

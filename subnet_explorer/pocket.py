@@ -18,7 +18,7 @@ import subnet_explorer
 from .space import FAMILIES, SubnetError, check_names, is_causal
 
 # %% auto #0
-__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'POCKET_TASKS', 'PARTS', 'TUNING', 'CRITICAL', 'UnknownModel', 'pocket_path', 'load',
+__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'PARTS', 'POCKET_TASKS', 'TUNING', 'CRITICAL', 'UnknownModel', 'pocket_path', 'load',
            'pocket_rows', 'sentences', 'treebank', 'entities', 'plausible', 'choices', 'questions', 'labelled',
            'choose', 'corpus', 'vocabulary', 'write_models', 'tiny']
 
@@ -145,14 +145,25 @@ PATTERNS = [
 ]
 "Sentence patterns of the filler grammar."
 
-# %% ../nbs/07_pocket.ipynb #4ab92dcd
+# %% ../nbs/07_pocket.ipynb #2422cd60
+PARTS: dict[str, int] = {"train": 1500, "dev": 400, "test": 400}
+"Examples of each part, unless told otherwise."
+
+
+def _part(text: str) -> str:
+    "The part to which a sentence or subject belongs: a fifth each to development and test."
+    return ("dev", "test", "train", "train", "train")[zlib.crc32(text.encode()) % 5]
+
+
 def sentences(
     n: int,                    # how many
     seed: int = 0,
+    part: str | None = None,   # only those of "train", "dev" or "test"; None: all
 ) -> list[list[dict[str, Any]]]:   # sentences of tokens: form, upos, head (one-based, 0 = root), deprel, entity (IOB2)
     "Draw annotated filler sentences."
+    if part is not None: check_names([part], PARTS, "part")
     rng, out = random.Random(f"sentences-{seed}"), []
-    for _ in range(n):
+    while len(out) < n:
         sentence = []
         for slot in rng.choice(PATTERNS).split():
             form, _, rest = slot.rpartition("/")
@@ -160,22 +171,22 @@ def sentences(
             head, _, rel = arc.partition(":")
             entity = {"NAME": "B-PER", "CITY": "B-LOC"}.get(form, "O")
             sentence.append(dict(form=rng.choice(WORDS[form]) if form in WORDS else form, upos=tag, head=int(head), deprel=rel, entity=entity))
-        out.append(sentence)
+        if part in (None, _part(" ".join(t["form"] for t in sentence))): out.append(sentence)
     return out
 
-# %% ../nbs/07_pocket.ipynb #1e5e0101
-def treebank(n: int = 1000, seed: int = 0) -> str:
-    "CoNLL-U text of `n` filler sentences."
+# %% ../nbs/07_pocket.ipynb #c39118f5
+def treebank(n: int = 1000, seed: int = 0, part: str | None = None) -> str:
+    "CoNLL-U text of `n` filler sentences, of all or of one part."
     lines = []
-    for i, s in enumerate(sentences(n, seed), 1):
+    for i, s in enumerate(sentences(n, seed, part), 1):
         lines += [f"# sent_id = pocket-{seed}-{i}", f"# text = {' '.join(t['form'] for t in s)}"]
         lines += ["\t".join([str(j), t["form"], t["form"], t["upos"], "_", "_", str(t["head"]), t["deprel"], "_", "_"]) for j, t in enumerate(s, 1)] + [""]
     return "\n".join(lines) + "\n"
 
 
-def entities(n: int = 1000, seed: int = 0) -> str:
-    "Two-column text (word, IOB2 tag) of `n` filler sentences."
-    return "\n".join("\n".join(f"{t['form']} {t['entity']}" for t in s) + "\n" for s in sentences(n, seed))
+def entities(n: int = 1000, seed: int = 0, part: str | None = None) -> str:
+    "Two-column text (word, IOB2 tag) of `n` filler sentences, of all or of one part."
+    return "\n".join("\n".join(f"{t['form']} {t['entity']}" for t in s) + "\n" for s in sentences(n, seed, part))
 
 
 def plausible(n: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
@@ -216,12 +227,9 @@ def questions(n: int = 500, seed: int = 0) -> dict[str, Any]:
         paragraphs.append(dict(context=context, qas=[dict(id=f"pocket-{seed}-{i}", question=question, answers=[dict(text=r["obj_label"], answer_start=start)])]))
     return dict(version="1.1", data=[dict(title="pocket", paragraphs=paragraphs)])
 
-# %% ../nbs/07_pocket.ipynb #bc8096fa
+# %% ../nbs/07_pocket.ipynb #b7fb4e79
 POCKET_TASKS: dict[str, str] = {"acceptable": "CoLA", "paraphrase": "MRPC", "entails": "RTE", "similar": "STS-B"}
 "GLUE task whose layout and metrics a pocket task has."
-
-PARTS: dict[str, int] = {"train": 1500, "dev": 400, "test": 400}
-"Examples of each part, unless told otherwise."
 
 TUNING: dict[str, Any] = dict(epochs=4, lr=1e-3, batch=32)
 "Settings of `fit` that suit the pocket tasks: 188 steps."
@@ -246,13 +254,8 @@ def labelled(
     examples = (_EXAMPLES[task](rng, i % 2, rows, filler) for i in range(n or PARTS[part]))
     return [{**({"sentence": texts[0]} if len(texts) == 1 else {"sentence1": texts[0], "sentence2": texts[1]}), "label": label} for texts, label in examples]
 
-# %% ../nbs/07_pocket.ipynb #81f210c7
+# %% ../nbs/07_pocket.ipynb #39a69f1c
 _Slots = list[tuple[str, str, str, str]]      # slot, form, part of speech, relation
-
-
-def _part(text: str) -> str:
-    "The part to which a sentence or subject belongs: a fifth each to development and test."
-    return ("dev", "test", "train", "train", "train")[zlib.crc32(text.encode()) % 5]
 
 
 def _slots(rng: random.Random) -> _Slots:

@@ -72,7 +72,7 @@ def test_bad_folders_relations_and_templates(tmp_path):
 
 
 def test_bad_treebank():
-    with pytest.raises(SubnetError, match="CoNLL-U line 3 has 2 columns"): read_conllu("# one\n\n1\tword\n")
+    with pytest.raises(SubnetError, match="line 3: 2 columns where 10 were expected"): read_conllu("# one\n\n1\tword\n")
 
 
 # ── good input ───────────────────────────────────────────────────────────────────────────────────────────────────────

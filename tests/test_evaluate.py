@@ -293,7 +293,7 @@ def test_perplexity_of_a_text_longer_than_the_model(request, name):
 @pytest.mark.parametrize("kind", ["words", "texts"])
 def test_accuracy(request, name, kind):
     model, tok = request.getfixturevalue(f"pocket_{name}")
-    examples = read_conllu(treebank(12)) if kind == "words" else plausible(30)
+    examples = [s.tagged for s in read_conllu(treebank(12))] if kind == "words" else plausible(30)
     head = (Tagger if kind == "words" else Classifier)(model, examples, seed=1)
     with torch.no_grad(): head.out.weight.normal_(generator=torch.Generator().manual_seed(0))
     mask = Mask.random(Space.of(model, "weight", layers="top-half"), .5, seed=0)
@@ -312,7 +312,7 @@ def test_numbers_do_not_depend_on_dropout(pocket_bert, facts, measure):
     model, tok = copy.deepcopy(pocket_bert[0]), pocket_bert[1]
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout): m.p = .5
-    trees = read_conllu(treebank(12))
+    trees = [s.tagged for s in read_conllu(treebank(12))]
     head = Tagger(model, trees)
     fit(model, tok, Task(trees, head), steps=30, head_lr=.1, train="head")
     number = {"cloze": lambda: cloze(model, tok, facts, {"x": None}).logprob.sum(), "perplexity": lambda: perplexity(model, tok, TEXTS), "accuracy": lambda: accuracy(model, tok, trees, head)}[measure]

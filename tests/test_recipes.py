@@ -21,7 +21,7 @@ from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
 FACTS = read_facts("pocket", RELATIONS)
-TREES, TEXTS = read_conllu(treebank(40)), [" ".join(t["form"] for t in s) for s in sentences(40)]
+TREES, TEXTS = [s.tagged for s in read_conllu(treebank(40))], [" ".join(t["form"] for t in s) for s in sentences(40)]
 weights = lambda model: {k: v.clone() for k, v in model.state_dict().items()}
 same = lambda model, before: all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 key = lambda f: (f.relation, f.sub, f.obj)

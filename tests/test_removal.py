@@ -370,7 +370,7 @@ def test_attribution_leaves_no_trace(gpt2, space):
 def test_heads_get_no_gradient(pocket_bert):
     from subnet_explorer.data import read_conllu
     model, tok = pocket_bert
-    data = read_conllu(treebank(6))
+    data = [s.tagged for s in read_conllu(treebank(6))]
     head = Tagger(model, data)
     s = attribution(model, tok, Task(data, head), Space.of(model, "weight", layers=4), batches=2)
     assert all(p.grad is None for p in head.parameters()) and all((s[g.name] > 0).any() for g in s.space.groups)

@@ -189,7 +189,7 @@ def test_the_best_state_is_kept(models, facts):
 
 def test_a_linear_probe_leaves_the_model_untouched(models):
     model, tok = models["pocket-bert"]
-    trees = read_conllu(treebank(20))
+    trees = [s.tagged for s in read_conllu(treebank(20))]
     model.zero_grad()
     before, flags, head = weights(model), [p.requires_grad for p in model.parameters()], Tagger(model, trees)
     start = head.out.weight.detach().clone()
