@@ -268,7 +268,7 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../nbs/11_heads.ipynb #4ab6315a
+# %% ../nbs/11_heads.ipynb #5dee94b1
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
@@ -290,7 +290,7 @@ def fit(
     warmup: float = 0.1,               # share of steps
     weight_decay: float = 0.0,
     clip: float | None = None,         # largest L2 norm of the gradient
-    dropout: bool = False,             # as the model's configuration says; off: objectives may compare with cached states
+    dropout: bool = False,             # in the model, as its configuration says (heads have their own); off: objectives may compare with cached states
     batch: int = 32,
     seed: int = 0,
     length: int | None = None,         # tokens at most, for labelled sentences
@@ -320,7 +320,7 @@ def fit(
     return _fit(model, tok, goal, monitor, dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #241f3dff
+# %% ../nbs/11_heads.ipynb #95f5ef6e
 def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
@@ -336,7 +336,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
             from safetensors.torch import load_file
             _put(body + heads, load_file(file), "weight")
             return run.metrics
-        _go(Fitting(run, Context(model, tok, o["steps"], o["batch"], o["seed"]), goal, monitor, body, heads), checkpoint, progress)
+        _go(Fitting(run, Context(model, tok, o["steps"], o["batch"], o["seed"], learning=True), goal, monitor, body, heads), checkpoint, progress)
         for p in body + heads: p.grad = None
         if to:
             from safetensors.torch import save

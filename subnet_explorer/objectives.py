@@ -241,7 +241,7 @@ def batch_at(
     batches = [b for w in windows for b in np.array_split(w, range(size, len(w), size))]
     return batches[rng.permutation(len(batches))[at]]
 
-# %% ../nbs/05_objectives.ipynb #f0b3e8c9
+# %% ../nbs/05_objectives.ipynb #6a0fbaca
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -257,6 +257,7 @@ class Context:
     path: str = "auto"                                           # how models are read, see `Sequences`
     recompute: bool | None = None                                # whether blocks are computed again in backward, likewise
     ahead: list[Callable[[int], None]] = field(default_factory=list)      # called with the step, under the full model, before its loss
+    learning: bool = False                                       # whether heads are being trained, so that their dropout is on
     rank: int = 0                                                # this process among …
     world: int = 1                                               # … so many that share every batch
 
@@ -491,7 +492,7 @@ def dropping(head: Any, *key: int) -> Iterator[None]:
     try: yield
     finally: head.rng = None
 
-# %% ../nbs/05_objectives.ipynb #39768b10
+# %% ../nbs/05_objectives.ipynb #0ac642a7
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
@@ -505,7 +506,7 @@ class Task(Objective):
         losses = getattr(self.head, "losses", lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
         def loss(step: int) -> torch.Tensor:
             index = context.part(step, examples.lengths, self.batch)
-            with dropping(self.head, context.seed, step, context.rank): logits = examples.read(index)
+            with dropping(self.head, context.seed, step, context.rank) if context.learning else nullcontext(): logits = examples.read(index)
             return context.mean(losses(logits.float(), torch.tensor([y for i in index for y in examples.targets[i]], device=logits.device)))
         return loss
 
