@@ -74,7 +74,7 @@ def _cycle(heads: np.ndarray) -> np.ndarray:
     while (up := int(heads[cycle[-1]])) != cycle[0]: cycle.append(up)
     return np.array(cycle)
 
-# %% ../nbs/11_parser.ipynb #e178db8b
+# %% ../nbs/11_parser.ipynb #e91c1dc8
 class Parser(Head):
     "Find the head of every word and the label of the arc; examples have `.words`, `.head`, `.deprel`."
 
@@ -103,16 +103,7 @@ class Parser(Head):
         rows = [r if root is None else torch.cat([root, r]) for r in out.split(list(counts))]
         most, (a, l) = most + (root is not None), self.sizes
         some = max(1, LOGITS // (most * max(a, l * len(self.labels))))                          # sentences at a time
-        return torch.cat([self._scores(rows[i:i + some], most) for i in range(0, len(rows), some)])
-
-    def _scores(self, rows: Sequence[torch.Tensor], most: int) -> torch.Tensor:
-        a, l = self.sizes
-        x, lengths = pad_sequence(list(rows), batch_first=True), torch.tensor([len(r) for r in rows], device=rows[0].device)
-        head, dep, over, under = x.split([a, a, l, l], -1)
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]                      # (sentence, position)
-        scores = torch.cat([self.arcs(head, dep[:, 1:]), self.rels(over, under[:, 1:])], -1).float()
-        scores = scores.masked_fill(~real[:, None, :, None], torch.finfo(scores.dtype).min)[real[:, 1:]]
-        return F.pad(scores, (0, 0, 0, most - x.shape[1]), value=torch.finfo(scores.dtype).min)
+        return torch.cat([_scores(self, rows[i:i + some], most) for i in range(0, len(rows), some)])
 
     def losses(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:                  # (word, head, 1 + label), (word, 2) -> (word,)
         head, label = targets.unbind(-1)
@@ -125,6 +116,17 @@ class Parser(Head):
     def settings(self) -> dict[str, Any]:
         usual = dict(pool="last", arc=1024, label=256, inner=0.33, std=1.0, tree=False)
         return super().settings() | {k: v for k, v in dict(zip(usual, (self.pool, *self.sizes, self.inner, self.std, self.tree))).items() if v != usual[k]}
+
+# %% ../nbs/11_parser.ipynb #02c937f5
+def _scores(parser: Parser, rows: Sequence[torch.Tensor], most: int) -> torch.Tensor:      # rows: (root and words, features) of each sentence -> (word, most, 1 + label)
+    "Scores of all arcs and labels within some sentences."
+    a, l = parser.sizes
+    x, lengths = pad_sequence(list(rows), batch_first=True), torch.tensor([len(r) for r in rows], device=rows[0].device)
+    head, dep, over, under = x.split([a, a, l, l], -1)
+    real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]                      # (sentence, position)
+    scores = torch.cat([parser.arcs(head, dep[:, 1:]), parser.rels(over, under[:, 1:])], -1).float()
+    low = torch.finfo(scores.dtype).min
+    return F.pad(scores.masked_fill(~real[:, None, :, None], low)[real[:, 1:]], (0, 0, 0, most - x.shape[1]), value=low)
 
 # %% ../nbs/11_parser.ipynb #74733bfa
 def _check(example: Any) -> None:
