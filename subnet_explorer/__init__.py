@@ -18,6 +18,8 @@ _HOMES = {
     "store": ("Run", "Store"),
     "search": ("find",),
     "heads": ("Tagger", "Classifier", "Regressor", "Chooser", "Lora", "head_for", "fit", "preserved", "relearning", "relearned"),
+    "parser": ("Parser",),
+    "controls": ("reset", "control_labels", "selectivity"),
     "score": ("iterate",),
 }
 _MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "transfer", "widgets")
@@ -44,9 +46,11 @@ if TYPE_CHECKING:
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
     from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
+    from subnet_explorer.controls import control_labels, reset, selectivity
     from subnet_explorer.mask import Mask, Scores
     from subnet_explorer.masks import Masks
     from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Kept, Maintain, Ramp, Suppress, Task
+    from subnet_explorer.parser import Parser
     from subnet_explorer.pocket import load
     from subnet_explorer.score import iterate
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError

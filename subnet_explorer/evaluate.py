@@ -266,7 +266,7 @@ def perplexity(
     t = text_nll(model, tok, texts, under, cut)
     return float(np.exp(t.nll.sum() / t.tokens.sum()))
 
-# %% ../nbs/12_evaluate.ipynb #c04a7198
+# %% ../nbs/12_evaluate.ipynb #d5f0c5f8
 @torch.no_grad()
 def predict(model: nn.Module, head: Any, coded: Sequence[Any], path: str = "auto", batch: int = 128) -> np.ndarray:      # (row, label)
     "What `head` says about encoded examples."
@@ -274,7 +274,7 @@ def predict(model: nn.Module, head: Any, coded: Sequence[Any], path: str = "auto
     examples = Examples(head, coded, lambda ids, types: Sequences(model, ids, path=path, types=types))
     order, out = np.argsort(examples.lengths, kind="stable"), [None] * len(coded)
     for part in np.array_split(order, range(batch, len(order), batch)):
-        rows = examples.read(part).float().cpu()
+        rows = getattr(head, "brief", lambda out: out)(examples.read(part).float()).cpu()
         for i, r in zip(part, rows.split([len(examples.targets[i]) for i in part])): out[i] = r
     out = torch.cat(out)
     if not out.isfinite().all(): raise SubnetError("the model gives NaN or infinite predictions. Was it trained to divergence, or is its precision too low?")
@@ -293,7 +293,7 @@ def accuracy(
     coded = [head.encode(tok, e) for e in examples]
     gold = [y for c in coded for y in c[2]]
     if not gold: raise SubnetError("there is nothing to label: no example was given.")
-    if not all(isinstance(y, int) for y in gold): raise SubnetError("accuracy counts classes, and this head predicts numbers: use task_scores.")
+    if not all(isinstance(y, int) for y in gold): raise SubnetError("accuracy counts classes, and this head predicts numbers or arcs: use task_scores.")
     with evaluating(model), masked(model, under): out = predict(model, head, coded)
     return float((out.argmax(-1) == np.array(gold)).mean())
 
@@ -345,31 +345,39 @@ def task_metrics(
         out = {m: float(of[m](gold, predicted)) for m in task.metrics}
     return {"score": out[task.metrics[0]], **out, "note": note}
 
-# %% ../nbs/12_evaluate.ipynb #4805dd42
+# %% ../nbs/12_evaluate.ipynb #3b06e434
 def task_scores(
     model: nn.Module,
     tok: Any,
-    head: Any,                          # a trained head of `heads`
-    data: Labelled,
+    head: Any,                          # a trained head of `heads` or `parser`
+    data: Labelled | Sequence[Any],     # labelled sentences, or what the head reads
     under: Mask | Scores | None = None,
-) -> dict[str, Any]:                    # score, each metric by name, note
-    "The metrics of a task on labelled sentences."
+) -> dict[str, Any]:                    # score, each metric by name, for labelled sentences a note
+    "The metrics of a task on examples."
+    of = _metrics(tok, head, data)
+    with evaluating(model), masked(model, under): return of(lambda coded: predict(model, head, coded))
+
+
+def _metrics(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[Callable[[Sequence[Any]], np.ndarray]], dict[str, Any]]:
+    "How predictions for examples are scored."
     coded = [head.encode(tok, e) for e in data]
-    with evaluating(model), masked(model, under): out = predict(model, head, coded)
-    return task_metrics(data.task, [e["label"] for e in data], head.read(out))
+    if isinstance(data, Labelled): return lambda ask: task_metrics(data.task, [e["label"] for e in data], head.read(ask(coded)))
+    if not hasattr(head, "measure"): raise SubnetError(f"what counts is not known: {type(head).__name__} has no measure, and the examples are a {type(data).__name__}, no table of labelled sentences (see read_glue).")
+    return lambda ask: head.measure([c[2] for c in coded], ask(coded))
 
 
 @dataclass
 class TaskScore:
-    "The score of a task on labelled sentences, to be maximised."
-    data: Labelled
+    "The score of a task on examples, to be maximised."
+    data: Labelled | Sequence[Any]
     head: Any
 
-    def prepare(self, context: Context) -> Callable[[], float]:
-        coded, gold = [self.head.encode(context.tok, e) for e in self.data], [e["label"] for e in self.data]
-        return lambda: task_metrics(self.data.task, gold, self.head.read(predict(context.model, self.head, coded, context.path)))["score"]
+    def prepare(self, context: Context) -> Callable[[], float | dict[str, Any]]:
+        of = _metrics(context.tok, self.head, self.data)
+        look = lambda: of(lambda coded: predict(context.model, self.head, coded, context.path))
+        return (lambda: look()["score"]) if isinstance(self.data, Labelled) else look
 
-    def recipe(self) -> dict[str, Any]: return {"monitor": "TaskScore", "data": self.data.fingerprint, "n": len(self.data), "head": repr(self.head)}
+    def recipe(self) -> dict[str, Any]: return {"monitor": "TaskScore", "data": getattr(self.data, "fingerprint", None) or _digest(self.data), "n": len(self.data), "head": repr(self.head)}
 
 # %% ../nbs/12_evaluate.ipynb #31192fb2
 def _hits(gold: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]], what: str = "labels") -> list[np.ndarray]:      # (word,) bool for each sentence

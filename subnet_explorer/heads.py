@@ -30,41 +30,118 @@ from .space import SubnetError, check_names, is_causal, layout_of, model_id, rea
 from .store import Run, load_state, save_state
 
 # %% auto #0
-__all__ = ['Head', 'Tagger', 'Classifier', 'Regressor', 'head_for', 'Chooser', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit',
-           'Fitting', 'relearning', 'relearned']
+__all__ = ['POOLS', 'linear', 'width', 'LowRank', 'Head', 'word_rows', 'shares', 'Tagger', 'Classifier', 'Regressor', 'head_for',
+           'Chooser', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'Fitting', 'relearning', 'relearned']
 
-# %% ../nbs/11_heads.ipynb #fff1b745
+# %% ../nbs/11_heads.ipynb #66ec08da
+def linear(inputs: int, outputs: int, rng: torch.Generator) -> nn.Linear:
+    "A linear layer initialised as the framework does, uniform within 1/√inputs, from random numbers of our own."
+    out = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    for p in out.parameters(): nn.init.uniform_(p, -inputs ** -.5, inputs ** -.5, generator=rng)
+    return out
+
+
+def width(model: nn.Module) -> int:
+    "Size of the final hidden states."
+    return model.config.hidden_size if hasattr(model.config, "hidden_size") else model.base_model.get_input_embeddings().weight.shape[1]
+
+# %% ../nbs/11_heads.ipynb #bfddadaa
+class LowRank(nn.Module):
+    "The probe MLP-1 of rank r: two linear maps, LayerNorm and ReLU."
+
+    def __init__(self, size: int, rank: int, rng: torch.Generator) -> None:
+        super().__init__()
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise SubnetError(f"the rank of an MLP probe is a whole number of at least 1, got {rank!r}; for a linear probe leave mlp out.")
+        self.rank, self.down, self.up, self.norm = rank, linear(size, rank, rng), linear(rank, size, rng), nn.LayerNorm(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return F.relu(self.norm(self.up(self.down(x))))      # (rows, hidden) -> (rows, hidden)
+
+    def complexity(self) -> dict[str, int]:      # weights: of the two maps; parameters: with biases and LayerNorm
+        "How many numbers the probe has."
+        return {"weights": self.up.weight.numel() + self.down.weight.numel(), "parameters": sum(p.numel() for p in self.parameters())}
+
+# %% ../nbs/11_heads.ipynb #d771ad01
 class Head(nn.Module):
     "A linear layer from hidden states to labels."
+    several = False      # whether an example can be several sequences
 
-    def __init__(self, model: nn.Module, labels: Sequence[Any], seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, labels: Sequence[Any], seed: int = 0, mlp: int | None = None, dropout: float = 0.0) -> None:      # mlp: rank of a probe before the head
         super().__init__()
-        self.labels, self.seed = sorted(set(labels), key=str), seed
-        hidden = model.base_model.get_input_embeddings().weight.shape[1] if not hasattr(model.config, "hidden_size") else model.config.hidden_size
-        rng = torch.Generator().manual_seed(seed)
-        self.out = nn.utils.skip_init(nn.Linear, hidden, len(self.labels))          # draws no random numbers but ours
-        nn.init.normal_(self.out.weight, std=0.02, generator=rng); nn.init.zeros_(self.out.bias)
+        if not 0 <= dropout < 1: raise SubnetError(f"dropout is a share from 0 to below 1, got {dropout}.")
+        self.labels, self.seed, self.dropout, self.rng = sorted(set(labels), key=str), seed, dropout, None
+        draw = torch.Generator().manual_seed(seed)
+        self._layers(width(model), draw)
+        self.mlp = None if mlp is None else LowRank(width(model), mlp, draw)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor: return self.out(hidden)      # (rows, hidden) -> (rows, labels)
+    def _layers(self, size: int, draw: torch.Generator) -> None:
+        self.out = nn.utils.skip_init(nn.Linear, size, len(self.labels))          # draws no random numbers but ours
+        nn.init.normal_(self.out.weight, std=0.02, generator=draw); nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor: return self.out(self.probed(hidden))      # (rows, hidden) -> (rows, labels)
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: return F.cross_entropy(logits, targets, reduction="none")      # (rows,)
     def read(self, out: np.ndarray) -> list[Any]: return [self.labels[i] for i in out.argmax(-1)]                                             # (rows, labels) -> labels
     def target(self, label: Any) -> int: return self.labels.index(check_names([label], self.labels, "label")[0])
-    def __repr__(self) -> str: return f"{type(self).__name__}({len(self.labels)} labels, seed {self.seed})"
+    def settings(self) -> dict[str, Any]: return {k: v for k, v in (("mlp", self.mlp and self.mlp.rank), ("dropout", self.dropout)) if v}
+    def __repr__(self) -> str: return f"{type(self).__name__}({', '.join([f'{len(self.labels)} labels', f'seed {self.seed}', *(f'{k} {v}' for k, v in self.settings().items())])})"
+
+    def probed(self, hidden: torch.Tensor) -> torch.Tensor:      # (rows, hidden) -> (rows, hidden)
+        "What the head reads of hidden states."
+        hidden = self.drop(hidden, self.dropout)
+        return hidden if self.mlp is None else self.mlp(hidden)
+
+    def drop(self, x: torch.Tensor, share: float) -> torch.Tensor:
+        "Dropout, while an objective has given the head something to draw from."
+        if self.rng is None or not share: return x
+        return x * (torch.rand(x.shape, generator=self.rng, device=x.device) >= share) / (1 - share)
+
+    def complexity(self) -> dict[str, int]:      # weights, parameters
+        "How many numbers the probe before the head has; see `LowRank`."
+        return {"weights": 0, "parameters": 0} if self.mlp is None else self.mlp.complexity()
+
+# %% ../nbs/11_heads.ipynb #72a7aab0
+POOLS = ("last", "first", "mean")
+"Which pieces represent a word."
 
 
+def word_rows(tok: Any, words: Sequence[str], pool: str = "last") -> tuple[list[int], list[Any]]:      # token ids; a position, or several, for each word
+    "Tokenise words; raise `SubnetError` if they are too many, or one of them has no token."
+    coded, pieces = tok(list(words), is_split_into_words=True), {}
+    for i, w in enumerate(coded.word_ids()):
+        if w is not None: pieces.setdefault(w, []).append(i)
+    if len(coded.input_ids) > tok.model_max_length:
+        raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer: {len(coded.input_ids)} tokens, {tok.model_max_length} allowed: {' '.join(words)[:60]!r}.")
+    if bare := [w for i, w in enumerate(words) if i not in pieces]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer.")
+    return coded.input_ids, [pieces[w] if pool == "mean" else pieces[w][-1 if pool == "last" else 0] for w in range(len(words))]
+
+
+def shares(right: np.ndarray, counts: Sequence[int]) -> tuple[float, float]:      # right: (word,) bool; counts: words of each sentence
+    "Share of right words: mean over sentences, and over all words."
+    return float(np.mean([r.mean() for r in np.split(right, np.cumsum(counts)[:-1])])), float(right.mean())
+
+# %% ../nbs/11_heads.ipynb #c390735b
 class Tagger(Head):
-    "Label every word; examples are pairs (words, tags)."
-    def __init__(self, model: nn.Module, examples: Sequence[tuple[list[str], list[str]]], seed: int = 0) -> None:
-        super().__init__(model, [t for _, tags in examples for t in tags], seed)
+    "Label every word; examples are pairs (words, tags), or have `.words` and tags."
 
-    def encode(self, tok: Any, example: tuple[list[str], list[str]]) -> tuple[list[int], list[int], list[int]]:
-        words, tags = example
-        coded = tok(words, is_split_into_words=True)
-        last = {w: i for i, w in enumerate(coded.word_ids()) if w is not None}
-        if len(coded.input_ids) > tok.model_max_length:
-            raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer: {len(coded.input_ids)} tokens, {tok.model_max_length} allowed: {' '.join(words)[:60]!r}.")
-        if bare := [w for i, w in enumerate(words) if i not in last]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer.")
-        return coded.input_ids, [last[w] for w in range(len(words))], [self.target(t) for t in tags]
+    def __init__(self, model: nn.Module, examples: Sequence[Any], seed: int = 0, *, pool: str = "last", mlp: int | None = None, dropout: float = 0.0, of: str = "upos") -> None:
+        self.pool, self.of = check_names([pool], POOLS, "way to represent a word")[0], of
+        super().__init__(model, [t for e in examples for t in self.parts(e)[1]], seed, mlp, dropout)
+
+    def parts(self, example: Any) -> tuple[Sequence[str], Sequence[Any]]:
+        "Words and tags of an example."
+        words, tags = (example.words, getattr(example, self.of)) if hasattr(example, "words") else example
+        if len(words) != len(tags): raise SubnetError(f"a sentence of {len(words)} words has {len(tags)} tags: {' '.join(words)[:60]!r}.")
+        return words, tags
+
+    def encode(self, tok: Any, example: Any) -> tuple[list[int], list[Any], list[int]]:
+        words, tags = self.parts(example)
+        return *word_rows(tok, words, self.pool), [self.target(t) for t in tags]
+
+    def measure(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> dict[str, float]:      # score (which is macro), macro, micro
+        "Accuracy of words."
+        macro, micro = shares(out.argmax(-1) == np.concatenate(targets), [len(t) for t in targets])
+        return {"score": macro, "macro": macro, "micro": micro}
+
+    def settings(self) -> dict[str, Any]: return super().settings() | {k: v for k, v, usual in (("pool", self.pool, "last"), ("of", self.of, "upos")) if v != usual}
 
 # %% ../nbs/11_heads.ipynb #0598d09a
 class Classifier(Head):
@@ -121,9 +198,10 @@ def head_for(model: nn.Module, data: Labelled, seed: int = 0, length: int | None
     "A new head for labelled sentences: a classifier, or a regressor if labels are numbers."
     return (Regressor if data.real else Classifier)(model, data, seed, length)
 
-# %% ../nbs/11_heads.ipynb #7731c447
+# %% ../nbs/11_heads.ipynb #f72615ef
 class Chooser(Classifier):
     "Choose an answer; examples are dictionaries with `question`, `choices` and `label`, the place of the right one."
+    several = True
     def _labels(self, examples: Sequence[dict[str, Any]]) -> Sequence[Any]: return ["score"]
     def read(self, out: np.ndarray) -> list[int]: return out.argmax(-1).tolist()      # (question, choice) -> places
 
@@ -190,7 +268,7 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../nbs/11_heads.ipynb #4ab6315a
+# %% ../nbs/11_heads.ipynb #5dee94b1
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
@@ -212,7 +290,7 @@ def fit(
     warmup: float = 0.1,               # share of steps
     weight_decay: float = 0.0,
     clip: float | None = None,         # largest L2 norm of the gradient
-    dropout: bool = False,             # as the model's configuration says; off: objectives may compare with cached states
+    dropout: bool = False,             # in the model, as its configuration says (heads have their own); off: objectives may compare with cached states
     batch: int = 32,
     seed: int = 0,
     length: int | None = None,         # tokens at most, for labelled sentences
@@ -242,7 +320,7 @@ def fit(
     return _fit(model, tok, goal, monitor, dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #241f3dff
+# %% ../nbs/11_heads.ipynb #95f5ef6e
 def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
@@ -258,7 +336,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
             from safetensors.torch import load_file
             _put(body + heads, load_file(file), "weight")
             return run.metrics
-        _go(Fitting(run, Context(model, tok, o["steps"], o["batch"], o["seed"]), goal, monitor, body, heads), checkpoint, progress)
+        _go(Fitting(run, Context(model, tok, o["steps"], o["batch"], o["seed"], learning=True), goal, monitor, body, heads), checkpoint, progress)
         for p in body + heads: p.grad = None
         if to:
             from safetensors.torch import save

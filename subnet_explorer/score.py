@@ -97,7 +97,7 @@ def _importance(model: nn.Module, tok: Any, goal: Objective, space: Space, batch
     "Importance within any subnetwork: examples are encoded once."
     check_model(space, model); check_names([mode], MODES, "mode of importance")
     if any(g.kind in ("weight", "bias", "block") for g in space.groups): raise SubnetError("importance is defined for heads, neurons, MLPs and layers; for weights use magnitude.")
-    if any(hasattr(m, "fold") for m in goal.modules()): raise SubnetError("importance is per example, and a question with its choices is several sequences: rank on another objective, e.g. Cloze.")
+    if any(getattr(m, "several", False) for m in goal.modules()): raise SubnetError("importance is per example, and a question with its choices is several sequences: rank on another objective, e.g. Cloze.")
     if batch < 1 or (batches is not None and batches < 1): raise SubnetError(f"importance needs at least one batch of at least one example, got batches={batches}, batch={batch}.")
     steps = batches or -(-_examples(goal) // batch)
     with frozen(model): loss = goal.prepare(context := Context(model, tok, steps, batch, seed))

@@ -140,7 +140,7 @@ def _open(model: nn.Module, gate: Gate, goal: Objective, s: Mapping[str, Any]) -
 def _start(run: Run, team: Team, model: nn.Module, tok: Any, gate: Gate, goal: Objective, s: Mapping[str, Any]) -> Search:
     "A search at its beginning, or where it was stopped."
     context = Context(model, tok, s["steps"] * s["accumulate"], s["batch"], s["seed"], max(0, min(gate.space.layers)), gate, cache={} if s["cache"] is None else s["cache"],
-                      rank=team.rank, world=team.world, path="plain" if s["engine"] == "plain" else "auto", recompute=s["recompute"])
+                      rank=team.rank, world=team.world, path="plain" if s["engine"] == "plain" else "auto", recompute=s["recompute"], learning=True)
     return Search(run, context, gate, goal, s["monitor"], s["engine"], team, s["checkpoint"], s["progress"])
 
 

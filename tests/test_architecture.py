@@ -116,6 +116,12 @@ def test_knowledge_stands_on_data():
     assert siblings("knowledge") <= {"space", "data", "pocket"} and "knowledge" not in siblings("data") | siblings("objectives")
 
 
+def test_parser_and_controls_stand_on_heads():
+    "A parser is a head like the others; what trains and scores it does not know it."
+    assert siblings("parser") <= {"space", "objectives", "heads"}
+    assert not any({"parser", "controls"} & siblings(name) for name in ("objectives", "evaluate", "search", "heads", "score"))
+
+
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @modules
