@@ -20,10 +20,10 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'show_command', 'agreement_command', 'doctor_command', 'parser',
-           'main']
+__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'show_command', 'agreement_command',
+           'doctor_command', 'parser', 'main']
 
-# %% ../nbs/20_cli.ipynb #48dfcd63
+# %% ../nbs/20_cli.ipynb #817c7677
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run LAMP as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.data import read_facts
@@ -54,10 +54,10 @@ def _device(name: str) -> str:
     return name
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, what: str = "seeds") -> list[int]:
     "Comma-separated whole numbers."
     try: return [int(p) for p in text.split(",")]
-    except ValueError: raise SubnetError(f"cannot read the seeds {text!r}: give whole numbers with commas, e.g. 0,1,2.") from None
+    except ValueError: raise SubnetError(f"cannot read the {what} {text!r}: give whole numbers with commas, e.g. 0,1,2.") from None
 
 
 def _reported(args: argparse.Namespace, out: dict[str, Any], write: Callable[[Path], Path]) -> dict[str, Any]:
@@ -146,6 +146,29 @@ def _weights(text: str | None) -> dict[str, float]:
     "Weights of terms by name."
     try: return {k.strip(): float(v) for k, v in (p.split("=") for p in (text or "").split(",") if p)}
     except ValueError: raise SubnetError(f"cannot read the weights {text!r}: give names and numbers, e.g. suppress=1.5,express=1.") from None
+
+# %% ../nbs/20_cli.ipynb #846e6cb6
+def probe_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
+    from subnet_explorer.data import fitting, read_conllu, read_ner
+    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.pocket import PROBING, load
+    from subnet_explorer.probing import probe, probe_json, probe_report
+    model, tok = load(args.model, device=_device(args.device))
+    read = read_ner if args.task == "ner" else read_conllu
+    (train, lost), (dev, less) = (fitting(read(source, part=part), tok, args.longest) for source, part in ((args.train, "train"), (args.dev, "dev")))
+    train, dev = train[:args.limit], dev[:args.limit_dev]
+    asked = dict(steps=args.steps, lr=args.lr, head_lr=args.head_lr, tune_lr=args.tune_lr, ranks=_numbers(args.ranks, "ranks") if args.ranks else None)
+    try: lambdas = [float(x) for x in args.lambdas.split(",")]
+    except ValueError: raise SubnetError(f"cannot read the lambdas {args.lambdas!r}: give numbers with commas, e.g. 1,5,25.") from None
+    study = probe(model, tok, args.task, train, dev, granularity=args.granularity.split(","), lambdas=lambdas, baselines=[b for b in args.baselines.split(",") if b], batch=args.batch, init=args.init, seeds=_numbers(args.seeds), to=args.out,
+                  progress=not args.quiet, **(PROBING if args.model.startswith("pocket-") else {}) | {k: v for k, v in asked.items() if v is not None})
+    out = probe_json(study) | {"left_out": {"train": lost, "dev": less}}
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
+    if not args.json:
+        print(f"{len(train):,} sentences to learn from, {len(dev):,} to report on" + (f"; left out: {lost} and {less}" if lost or less else "") + f"\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
+        print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+    return _reported(args, out, lambda page: probe_report(study, page))
 
 # %% ../nbs/20_cli.ipynb #a032417f
 def show_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +286,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #eeafe813
+# %% ../nbs/20_cli.ipynb #aa5197c3
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -345,6 +368,24 @@ def parser() -> argparse.ArgumentParser:
     knots.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write report.html")
     knots.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     knots.add_argument("--quiet", action="store_true", help="no progress")
+    sound = command("probe", probe_command, "subnetwork probes: what linguistic knowledge is there, at what complexity, and where")
+    sound.add_argument("--model", required=True, help="pocket-bert, a folder, or a hub name")
+    sound.add_argument("--task", required=True, help="pos, dep or ner")
+    for name, what in (("train", "to learn from"), ("dev", "to report on")): sound.add_argument(f"--{name}", required=True, help=f'sentences {what}: a CoNLL-U file (pos, dep), a column file (ner), "pocket", or datasets:NAME')
+    sound.add_argument("--out", required=True, help="folder for masks, tables and the report; the same command continues there")
+    sound.add_argument("--granularity", default="neuron", help="with commas: weight, neuron, matrix, head, layer, or blocks such as 768x24; the first is the main one")
+    sound.add_argument("--lambda", dest="lambdas", default="1", help="weights of the density, with commas; the first is the main one")
+    sound.add_argument("--ranks", help="of MLP probes, with commas; 768 if nothing is said")
+    sound.add_argument("--baselines", default="mlp,linear,finetune,reset", help="with commas")
+    sound.add_argument("--seeds", default="0", help="with commas")
+    for name, of, text in (("steps", int, "of every probe; 2000 if nothing is said"), ("lr", float, "of the mask logits; 0.2 if nothing is said"), ("head-lr", float, "of heads and MLP probes; 5e-5 if nothing is said"), ("tune-lr", float, "of the encoder in fine-tuning; 5e-5 if nothing is said"),
+                           ("limit", int, "at most so many sentences to learn from"), ("limit-dev", int, "at most so many sentences to report on")): sound.add_argument(f"--{name}", type=of, help=text)
+    sound.add_argument("--batch", type=int, default=32, help="sentences per step")
+    sound.add_argument("--longest", type=int, default=128, help="longer sentences, in words, are left out and counted")
+    sound.add_argument("--init", default="architecture", help="rule by which weights are drawn anew: architecture, or framework as published")
+    sound.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write report.html")
+    sound.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    sound.add_argument("--quiet", action="store_true", help="no progress")
     agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
     agree.add_argument("--kind", default="head", help="unit to count: head or mlp")

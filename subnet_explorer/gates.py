@@ -276,20 +276,23 @@ def _logistic(u: torch.Tensor, eps: float) -> torch.Tensor:
     u = eps + (1 - 2 * eps) * u
     return torch.log(u / (1 - u))
 
-# %% ../nbs/04_gates.ipynb #c0b3735c
+# %% ../nbs/04_gates.ipynb #bc2ef555
 class HardConcrete(Gate):
     "Stretched and clipped concrete gate; `value` is the initial multiplier without noise."
     noisy, eps = True, 1e-4
 
     def __init__(self, space: Space, value: float = 0.9, *, init: float | str | Scores | Mask | None = None, beta: float = 2 / 3,
-                 gamma: float = -0.1, zeta: float = 1.1, seed: int = 0) -> None:
+                 gamma: float = -0.1, zeta: float = 1.1, keep_soft: bool = False, seed: int = 0) -> None:
         _fraction(value, "value")
         p = (value - gamma) / (zeta - gamma)
         super().__init__(space, math.log(p / (1 - p)) if init is None else init, seed)
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
-        self._recipe |= dict(beta=beta, gamma=gamma, zeta=zeta)
+        self.keep_soft = keep_soft
+        self._recipe |= dict(beta=beta, gamma=gamma, zeta=zeta) | ({"keep_soft": True} if keep_soft else {})
 
         self.shift = beta * math.log(-gamma / zeta)
+
+    def final(self) -> Mask | Scores: return self.soft() if self.keep_soft else self.harden()
 
     def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         beta = 1.0 if u is None else self.beta

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES', 'STYLE', 'POLICY', 'Figure', 'CannotDraw',
            'style', 'density', 'bars', 'jaccard', 'survival', 'overlap', 'consensus', 'importance', 'tickets',
-           'placement', 'removal', 'shades', 'patterns', 'tsne', 'curves', 'tradeoff', 'mask_attention', 'View',
-           'attention', 'attention_pair', 'report', 'draw']
+           'placement', 'removal', 'pareto', 'shades', 'patterns', 'tsne', 'curves', 'tradeoff', 'mask_attention',
+           'View', 'attention', 'attention_pair', 'report', 'draw']
 
 # %% ../nbs/18_plots.ipynb #fff47f91
 @dataclass(frozen=True, eq=False, repr=False)
@@ -437,6 +437,28 @@ def removal(
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=list(map(_text, names)), range=[-.5, len(names) - .5])
     said = lambda r: f"{r['under']} {r['ratio']:.3g}" + (f" ({r['low']:.3g} to {r['high']:.3g})" if "low" in r and pd.notna(r["low"]) else "")
     return Figure(fig, table.reset_index(drop=True), f"{title}: perplexity relative to the full model. " + " ".join(f"{d}: " + ", ".join(said(r) for _, r in table[table.data == d].iterrows()) + "." for d in sets))
+
+# %% ../nbs/18_plots.ipynb #8fc2ae56
+def pareto(
+    table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits, and if known low, high: `probing.summary`
+    title: str = "Score against complexity",
+    label: str = "score",
+) -> Figure:
+    "Draw the score of probes against their complexity in bits."
+    check_names(["probe", "granularity", "lam", "rank", "score", "bits"], table.columns, "column")
+    name = lambda r: f"{r.granularity}, λ {r.lam:g}" if r.granularity else f"rank {r.rank}" if r.rank else ""
+    sized, fig = table[table.bits.gt(0) & ~table.probe.isin(["linear", "finetune"])], go.Figure()
+    if sized.empty: raise SubnetError("there is no probe with a complexity to draw.")
+    for i, (probe, rows) in enumerate(sized.groupby("probe", sort=False)):
+        rows = rows.sort_values("bits")
+        error = dict(array=rows.high - rows.score, arrayminus=rows.score - rows.low, color="#333333", thickness=1) if {"low", "high"} <= set(rows) and not rows[["low", "high"]].isna().any(axis=None) else None
+        fig.add_trace(go.Scatter(x=rows.bits, y=rows.score, mode="lines+markers", name=_text(probe), error_y=error, line=dict(color=style(i)["color"], width=1.5), marker=style(i) | dict(size=8), text=[_text(name(r)) for r in rows.itertuples()], hoverinfo="text+x+y"))
+    ends = [sized.bits.min(), sized.bits.max() if sized.bits.max() > sized.bits.min() else 10 * sized.bits.max()]
+    for r, dash in zip(table[table.probe.isin(["linear", "finetune"])].itertuples(), ("dash", "dot")):
+        fig.add_trace(go.Scatter(x=ends, y=[r.score] * 2, mode="lines", name=_text(r.probe), line=dict(color="#666666", width=1.5, dash=dash), hoverinfo="y+name"))
+    _layout(fig, title, 760, 440, xaxis=dict(type="log", title_text="bits (log)"), yaxis=dict(title_text=_text(label)))
+    said = "; ".join(f"{r.probe} {name(r)} {r.score:.3f} at {r.bits:,.0f} bits".replace("  ", " ") for r in sized.itertuples())
+    return Figure(fig, table.reset_index(drop=True), f"{title}. {said}.")
 
 # %% ../nbs/18_plots.ipynb #71f4d260
 def shades(n: int) -> list[str]:

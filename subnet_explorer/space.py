@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ROLES', 'KINDS', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange',
-           'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout', 'layout_of',
-           'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'unit_space', 'same_space', 'check_model',
-           'Footprint', 'footprints', 'space_to', 'family_table']
+__all__ = ['FAMILIES', 'ROLES', 'KINDS', 'GRANULARITIES', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName',
+           'LayerRange', 'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout',
+           'layout_of', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'granular', 'unit_space', 'same_space',
+           'check_model', 'Footprint', 'footprints', 'space_to', 'family_table']
 
 # %% ../nbs/00_space.ipynb #b4117556
 class SubnetError(ValueError):
@@ -335,6 +335,20 @@ def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tupl
     else:
         n = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)[kind]
         yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (n,))
+
+# %% ../nbs/00_space.ipynb #0b0eab4e
+GRANULARITIES = ("weight", "neuron", "matrix", "head", "layer")
+"Granularities by name; besides, `ROWSxCOLUMNS` is a block of that size."
+
+
+def granular(model: Any, granularity: str = "weight", layers: str | int | Iterable[int] | None = None) -> Space:
+    "The space of a granularity: one of `GRANULARITIES`, or a block such as `768x24`; a neuron is an input feature of one matrix."
+    if found := re.fullmatch(r"(\d+)x(\d+)", granularity): return Space.of(model, "block", layers, block=(int(found[1]), int(found[2])))
+    check_names([granularity], GRANULARITIES, "granularity")
+    if granularity in ("weight", "head", "layer"): return Space.of(model, granularity, layers)
+    layout = layout_of(model)
+    long = max(max(layout.shape(r)) for r in layout.roles)
+    return Space.of(model, "block", layers, block=(long, long) if granularity == "matrix" else (1, long) if layout.transposed else (long, 1))
 
 # %% ../nbs/00_space.ipynb #b99c0243
 def unit_space(

@@ -13,12 +13,12 @@ import torch
 import subnet_explorer.critical as chapter
 from subnet_explorer.cli import main
 from subnet_explorer.compare import placement
-from subnet_explorer.critical import critical, critical_json, critical_report, critical_space, material, sensitivity
+from subnet_explorer.critical import critical, critical_json, critical_report, material, sensitivity
 from subnet_explorer.data import BadFacts, Blocks, Fact, Facts, blocks, read_facts
 from subnet_explorer.knowledge import disjoint, neighbourhood, overlap, read_graph, triple, wordings
 from subnet_explorer.mask import Mask
 from subnet_explorer.pocket import CRITICAL, load, sentences
-from subnet_explorer.space import SubnetError
+from subnet_explorer.space import SubnetError, granular
 from subnet_explorer.store import OtherRun
 
 TEXT = [" ".join(t["form"] for t in s) for s in sentences(60, seed=5)]
@@ -156,7 +156,7 @@ def test_named_variants_differ_and_are_recorded(gpt2, birds, control):
 
 def test_neurons(gpt2, birds, control):
     model, tok = gpt2
-    space = critical_space(model, "top-half", "neuron")
+    space = granular(model, "neuron", "top-half")
     assert {g.role: g.shape for g in space.groups} == {"qkv": (128, 1), "o": (128, 1), "up": (128, 1), "down": (512, 1)}      # stored (in, out)
     found = critical(model, tok, birds, control, TEXT, **FAST | dict(steps=20, granularity="neuron"))
     weights = found.masks[0].to("weight")
@@ -165,7 +165,7 @@ def test_neurons(gpt2, birds, control):
     assert out["maskable"] == 393_216 and out["seeds"]["0"]["weights"] == weights.count
     assert out["parameters"] == sum(p.numel() for p in model.parameters()) and out["seeds"]["0"]["sparsity_of_model"] == pytest.approx(1 - weights.count / out["parameters"], abs=1e-6)
     assert set(placement(found.masks).matrix) == {"qkv", "o", "up", "down"}
-    bert = critical_space(load("pocket-bert")[0], "top-half", "neuron")
+    bert = granular(load("pocket-bert")[0], "neuron", "top-half")
     assert {g.role: g.shape for g in bert.groups}["down"] == (1, 512)                                                     # stored (out, in)
 
 

@@ -16,10 +16,10 @@ from subnet_explorer.apply import masked
 from subnet_explorer.controls import control_labels, reset, selectivity
 from subnet_explorer.evaluate import TaskScore, accuracy, predict, task_scores
 from subnet_explorer.gates import HardConcrete
-from subnet_explorer.heads import Head, LowRank, Tagger, fit, shares, word_rows
+from subnet_explorer.heads import Head, LowRank, Tagger, fit, word_rows
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Context, Density, Task
-from subnet_explorer.parser import Biaffine, Parser, attachment, decoded, spanning_tree, split_sentences
+from subnet_explorer.parser import Biaffine, Parser, decoded, parse_scores, spanning_tree, split_sentences
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.score import importance, iterate
 from subnet_explorer.search import find
@@ -213,9 +213,9 @@ def test_attachment_by_hand():
     gold = [np.array([[2, 0], [0, 1]]), np.array([[2, 0], [3, 0], [0, 1], [3, 2]])]
     parts = [part([2, 0], [[0] * 3, [1] * 3]),                                         # all right
              part([2, 1, 0, 1], [[0] * 5, [0] * 5, [2] * 5, [2] * 5])]                 # wrong head, wrong label, wrong head with the right label
-    t = attachment(gold, parts)
+    t = parse_scores(gold, parts)
     assert t == pytest.approx(dict(score=(1 + .25) / 2, las=(1 + .25) / 2, uas=(1 + .5) / 2, la=(1 + .75) / 2, las_micro=3 / 6, uas_micro=4 / 6, la_micro=5 / 6))
-    with pytest.raises(SubnetError, match="do not belong together"): attachment(gold, parts[::-1])
+    with pytest.raises(SubnetError, match="do not belong together"): parse_scores(gold, parts[::-1])
 
 
 @given(st.integers(0, 10 ** 6))
@@ -225,7 +225,7 @@ def test_las_with_labels_under_the_true_head_is_las(seed):
     parts = [np.stack([rng.normal(size=(n, n + 1)), rng.integers(0, 3, (n, n + 1))], -1) for n in (3, 6)]
     for tree in (False, True):
         published = [((decoded(p, tree)[0] == g[:, 0]) & (p[np.arange(len(p)), g[:, 0], 1] == g[:, 1])).mean() for p, g in zip(parts, gold)]
-        assert attachment(gold, parts, tree)["las"] == pytest.approx(np.mean(published))
+        assert parse_scores(gold, parts, tree)["las"] == pytest.approx(np.mean(published))
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +351,6 @@ def test_accuracy_is_the_mean_over_sentences_or_words(models):
     out = np.eye(len(head.labels))[np.concatenate(gold)]
     out[0] = np.roll(out[0], 1)
     assert head.measure(gold, out) == pytest.approx(dict(score=(2 / 3 + 1) / 2, macro=(2 / 3 + 1) / 2, micro=7 / 8))
-    assert shares(np.array([True, False]), [1, 1]) == (.5, .5)
     assert task_scores(model, tok, head, data)["micro"] == pytest.approx(accuracy(model, tok, data, head))
 
 

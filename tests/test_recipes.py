@@ -16,7 +16,7 @@ from subnet_explorer.evaluate import cloze
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report, probe, tamt
+from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report, tamt
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
@@ -266,15 +266,6 @@ def test_tamt(name):
         w = model.base_model.get_parameter(g.name).detach().abs().numpy()
         assert w[bits].min() >= w[~bits].max()
     assert by["trained"] != by["magnitude"] and same(model, before)
-
-
-@pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
-def test_probe(name):
-    model, tok = load(name)
-    before = weights(model)
-    mask, t = probe(model, tok, TREES[:30], TREES[30:], Tagger(model, TREES), block=(8, 64), steps=25, weight=4.0)
-    assert mask.space.kind == "block" and {g.block for g in mask.space.groups} == {(8, 64)} and t.gates.tolist() == ["hard", "soft"]
-    assert 0 < mask.density < 1 and set(t.density) == {mask.density} and t.accuracy.between(0, 1).all() and same(model, before)
 
 
 def test_soft_gates_are_reported_as_what_they_are():
