@@ -1,0 +1,239 @@
+"Subnetwork probes: heads, cells, controls, study, files, shell."
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+import subnet_explorer.probing as chapter
+from subnet_explorer import masked
+from subnet_explorer.cli import main
+from subnet_explorer.controls import reset
+from subnet_explorer.data import read_conllu, read_ner
+from subnet_explorer.evaluate import entity_scores, task_scores
+from subnet_explorer.gates import HardConcrete
+from subnet_explorer.heads import EntityTagger, fit, preserved
+from subnet_explorer.mask import Mask
+from subnet_explorer.objectives import Task
+from subnet_explorer.plots import pareto
+from subnet_explorer.pocket import PROBING, load
+from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, plan, probe, probe_json, probe_report, run_cell
+from subnet_explorer.space import GRANULARITIES, Space, SpaceMismatch, SubnetError, granular
+from subnet_explorer.store import OtherRun
+
+TRAIN, DEV = read_conllu("pocket", part="train")[:40], read_conllu("pocket", part="dev")[:30]
+NER = read_ner("pocket", part="train")[:40], read_ner("pocket", part="dev")[:30]
+FAST = PROBING | dict(steps=12, progress=False)
+
+
+@pytest.fixture(scope="module")
+def bert(): return load("pocket-bert")
+
+
+@pytest.fixture(scope="module")
+def study(bert): return probe(*bert, "pos", TRAIN, DEV, granularity=("neuron", "matrix"), lambdas=(1.0, 25.0), seeds=(0, 1), **FAST | dict(steps=40, ranks=(128, 2)))
+
+
+def setting(bert, task="pos", **training) -> Setting:
+    data = NER if task == "ner" else (TRAIN, DEV)
+    return Setting(*bert, task, *data, dict(steps=12, lr=.2, head_lr=5e-3, tune_lr=1e-3, batch=32) | training, PROBING["parser"], "architecture")
+
+
+# ── granularities ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
+def test_granularities_are_what_their_names_say(name):
+    "A bit of a neuron switches one input feature of one matrix, a bit of a matrix the matrix."
+    model, _ = load(name)
+    weights = granular(model, "weight", layers=2)
+    for g in ("neuron", "matrix", "16x8"):
+        space = granular(model, g, layers=2)
+        for group in space.groups:
+            bits = {x.name: np.zeros(x.shape, bool) for x in space.groups}
+            bits[group.name].flat[0] = True
+            fine = Mask.of(space, bits).to("weight")
+            kept = fine[group.name].T if space.layout.transposed else fine[group.name]                     # (out, in)
+            want = np.zeros_like(kept)
+            if g == "neuron": want[:, 0] = True
+            elif g == "matrix": want[:] = True
+            else: want[(slice(8), slice(16)) if space.layout.transposed else (slice(16), slice(8))] = True      # blocks are of the stored matrix
+            assert (kept == want).all() and fine.count == want.sum() and fine.space.id == weights.id
+    assert {granular(model, g).kind for g in GRANULARITIES} == {"weight", "block", "head", "layer"}
+    for wrong in ("neurons", "16x", "x", "0.5"):
+        with pytest.raises(SubnetError): granular(model, wrong)
+
+
+def test_an_input_feature_gated_is_the_feature_scaled(bert):
+    "Soft gates of neurons equal scaled columns of the weight, to rounding."
+    model, tok = bert
+    space = granular(model, "neuron", layers=3)
+    gate = HardConcrete(space, init="normal", seed=0)
+    ids = torch.tensor([tok("a robin is a kind of bird .").input_ids])
+    with torch.no_grad():
+        with masked(model, gate.soft()): soft = model(input_ids=ids).logits
+        with preserved(model):
+            for g, v in gate.soft().values.items(): model.base_model.get_parameter(g).mul_(torch.as_tensor(v))
+            plain = model(input_ids=ids).logits
+    assert (soft - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_entities_are_scored_whole(bert):
+    model, tok = bert
+    head = EntityTagger(model, NER[0])
+    gold = [list(t) for _, t in NER[1]]
+    targets = [[head.labels.index(t) for t in g] for g in gold]
+    out = np.eye(len(head.labels))[np.concatenate(targets)]
+    assert head.measure(targets, out)["score"] == 1 == head.measure(targets, out)["accuracy"]
+    spoiled = [g[:] for g in gold]
+    i, j = next((i, g.index("B-PER")) for i, g in enumerate(spoiled) if "B-PER" in g)
+    spoiled[i][j] = "O"
+    wrong = np.eye(len(head.labels))[[head.labels.index(t) for g in spoiled for t in g]]
+    assert head.measure(targets, wrong)["f1"] == pytest.approx(entity_scores(gold, spoiled)["f1"]) and entity_scores(gold, spoiled)["f1"] < 1
+
+
+@pytest.mark.parametrize("task", ["pos", "dep", "ner"])
+def test_every_task_has_its_probes(bert, task):
+    s = setting(bert, task)
+    for cell in (Cell("subnetwork", 0, "neuron", 1.0), Cell("linear", 0), Cell("mlp", 0, rank=4)):
+        out = run_cell(s, cell, None, False)
+        assert 0 <= out["score"] <= 1 and ("density" in out) == (cell.probe == "subnetwork")
+    with pytest.raises(SubnetError, match="Known: pos, dep, ner"): head_of("tags", bert[0], TRAIN, 0)
+
+
+# ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_a_linear_probe_is_plain_regression_on_states(bert):
+    "The scores of the linear probe equal those of the trained head on states of the untouched model."
+    model, tok = bert
+    s, before = setting(bert), {k: v.clone() for k, v in model.state_dict().items()}
+    out, head = run_cell(s, Cell("linear", 3), None, False), s.head(Cell("linear", 3))
+    with preserved(model): fit(model, tok, Task(TRAIN, head), steps=12, lr=1e-3, head_lr=5e-3, batch=32, train="head", seed=3, keep="last", progress=False)
+    right = []
+    with torch.no_grad():
+        for e in DEV:
+            ids, places, gold = head.encode(tok, e)
+            states = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0][places]
+            right.append((head.out(states).argmax(-1) == torch.tensor(gold)).float().mean().item())
+    assert out["score"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_model_is_borrowed_by_every_probe(bert):
+    model, _ = bert
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for p in PROBES: run_cell(setting(bert, steps=2), Cell(p, 0, "neuron" if p.startswith("sub") else "", 1.0, 4 if p.startswith("mlp") else 0), None, False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_controls_are_on_other_weights(bert, study):
+    model, tok = bert
+    own, drawn = study.masks.sel(probe="subnetwork", granularity="neuron", lam=1.0, seed=0)[0], study.masks.sel(probe="subnetwork_reset_all", seed=0)[0]
+    assert own.space.id != drawn.space.id
+    with pytest.raises(SpaceMismatch): own & drawn
+    with reset(model, "all", seed=0):
+        assert granular(model, "neuron").id == drawn.space.id
+        head = head_of("pos", model, [*TRAIN, *DEV], 0)
+        task_scores(model, tok, head, DEV, drawn)
+    with pytest.raises(SpaceMismatch): task_scores(model, tok, head, DEV, drawn)
+
+
+def test_complexity_is_counted(bert, study):
+    t = study.summary()
+    of = lambda **k: t.query(" and ".join(f"{a} == {b!r}" for a, b in k.items())).bits.iloc[0]
+    widths = [granular(bert[0], "weight").layout.widths(r) for r in ("q", "k", "v", "o", "up", "down")]
+    assert of(probe="subnetwork", granularity="neuron") == 4 * sum(i for _, i in widths) and of(probe="subnetwork", granularity="matrix") == 24
+    assert of(probe="mlp", rank=2) == (2 * 128 + 1) * 2 + 3 * 128 and of(probe="linear") == 0
+    assert study.scores[study.scores.probe == "mlp"].bits_stored.eq(32 * study.scores[study.scores.probe == "mlp"].bits).all()
+
+
+def test_the_weight_of_density_presses(study):
+    t = study.summary().query("probe == 'subnetwork' and granularity == 'neuron'").set_index("lam")
+    assert t.density[25.0] < t.density[1.0]
+
+
+# ── study ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_plan_has_every_cell_once():
+    cells = plan(("neuron", "matrix"), (1.0, 5.0), (768, 1), chapter.BASELINES, (0, 1))
+    assert len(set(cells)) == len(cells) and len({c.name for c in cells}) == len(cells) and {c.probe for c in cells} == set(PROBES)
+    main = [c for c in cells if c.probe == "subnetwork" and c.seed == 0]
+    assert [(c.granularity, c.lam) for c in main] == [("neuron", 1.0), ("matrix", 1.0), ("neuron", 5.0)]
+    assert {c.probe for c in plan(("neuron",), (1.0,), (768,), (), (0,))} == {"subnetwork"}
+    assert {c.probe for c in plan(("neuron",), (1.0,), (768,), ("reset",), (0,))} == {"subnetwork", "subnetwork_reset_encoder", "subnetwork_reset_all"}
+
+
+def test_tables(study):
+    t = study.summary()
+    assert t.n.eq(2).all() and (t.low <= t.score).all() and t[t.probe == "finetune"].of_finetuning.item() == 1
+    one = study.scores.query("probe == 'linear'").score
+    half = 12.706204736 * one.std(ddof=1) / np.sqrt(2)                                  # Student, one degree of freedom
+    assert t[t.probe == "linear"].high.item() == pytest.approx(one.mean() + half)
+    where = layers(study)
+    assert where.groupby(["probe", "seed"]).share.sum().to_numpy() == pytest.approx(1) and set(where.probe) == {p for p in PROBES if p.startswith("sub")}
+    for r in where[where.probe == "subnetwork"].itertuples():
+        m = study.masks.sel(probe="subnetwork", granularity="neuron", lam=1.0, seed=r.seed)[0].table().query("layer == @r.layer")
+        assert r.density == pytest.approx(m.kept.sum() / m["size"].sum())
+    w = where[(where.probe == "subnetwork") & (where.seed == 0)]
+    assert centre(study).query("probe == 'subnetwork' and seed == 0").centre.item() == pytest.approx((w.layer * w.density).sum() / w.density.sum())
+
+
+def test_plain_data_and_figures(study, tmp_path):
+    out = probe_json(study)
+    assert json.loads(json.dumps(out)) == out and set(out["results"]) == set(PROBES) and set(out["granularity"]) == {"neuron", "matrix"} and set(out["lambda"]) == {"1", "25"} and len(out["layers"]) == 4
+    assert out["results"]["subnetwork"]["score"] == pytest.approx(study.scores.query("probe == 'subnetwork' and granularity == 'neuron' and lam == 1").score.mean(), abs=1e-6)
+    fig = pareto(study.summary())
+    assert "subnetwork" in fig.alt and fig.save(tmp_path / "p.svg").read_text().startswith("<?xml")
+    page = probe_report(study, tmp_path / "r.html").read_text()
+    for title in ("Scores", "Score against complexity", "Where", "How it was made"): assert title in page
+
+
+def test_a_study_goes_on(bert, tmp_path, monkeypatch):
+    first = probe(*bert, "pos", TRAIN, DEV, **FAST, to=tmp_path / "s")
+    monkeypatch.setattr(chapter, "run_cell", lambda s, cell, *a: (_ for _ in ()).throw(AssertionError(f"trained again: {cell}")) if cell.seed == 0 else run_cell(s, cell, *a))
+    more = probe(*bert, "pos", TRAIN, DEV, **FAST, seeds=(0, 1), to=tmp_path / "s")
+    assert len(more.scores) == 2 * len(first.scores)
+    pd.testing.assert_series_equal(more.scores[more.scores.seed == 0].score.reset_index(drop=True), first.scores.score)
+    assert [m.id for _, m in more.masks.sel(seed=0)] == [m.id for _, m in first.masks]
+    for change in (dict(steps=13), dict(init="framework")):
+        with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"): probe(*bert, "pos", TRAIN, DEV, **FAST | change, to=tmp_path / "s")
+
+
+def test_probe_refuses(bert):
+    for wrong, says in ((dict(task="pso"), "Known: pos"), (dict(granularity=("neurons",)), "did you mean neuron"), (dict(baselines=("mpl",)), "did you mean mlp"), (dict(seeds=(0, 0)), "different numbers"), (dict(lambdas=()), "at least one"),
+                        (dict(train=[]), "nothing to learn from"), (dict(dev=[]), "nothing to report on"), (dict(steps=0), "at least 1"), (dict(ranks=(0,)), "rank")):
+        args = dict(task="pos", train=TRAIN, dev=DEV) | {k: v for k, v in wrong.items() if k in ("task", "train", "dev")}
+        with pytest.raises(SubnetError, match=says): probe(*bert, **args, **FAST | {k: v for k, v in wrong.items() if k not in args} | dict(steps=wrong.get("steps", 1)))
+
+
+def test_a_causal_model():
+    model, tok = load("pocket-gpt2")
+    found = probe(model, tok, "dep", TRAIN, DEV, baselines=("linear",), **FAST | dict(steps=20))
+    assert found.scores.score.between(0, 1).all() and found.masks[0].space.layout.transposed
+
+
+# ── shell ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def shell(tmp_path, *more: str) -> list[str]:
+    return ["probe", "--model", "pocket-bert", "--task", "pos", "--train", "pocket", "--dev", "pocket", "--limit", "40", "--limit-dev", "20", "--steps", "6", "--baselines", "linear", "--quiet", "--out", str(tmp_path / "out"), *more]
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(shell(tmp_path, "--granularity", "neuron,matrix", "--json", "--no-report")) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert set(out["results"]) == {"subnetwork", "linear"} and set(out["granularity"]) == {"neuron", "matrix"} and out["metric"].startswith("accuracy")
+    assert all(Mask.load(m).space.kind == "block" for m in out["masks"]) and len(out["masks"]) == 2 and json.loads((tmp_path / "out" / "results.json").read_text())["results"] == out["results"]
+    assert main(shell(tmp_path, "--granularity", "neuron,matrix")) == 0
+    assert "density by layer" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambda", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)
+def test_the_command_refuses(tmp_path, capsys, change, says):
+    args = shell(tmp_path)
+    if change[0] in args: args[args.index(change[0]) + 1] = change[1]; change = ()
+    assert main([*args, *change]) == 2 and says in capsys.readouterr().err and not (tmp_path / "out").exists()
