@@ -253,7 +253,7 @@ def critical_json(study: Critical, to: str | Path | None = None) -> dict[str, An
 
 def _shapes(space: Space) -> list[tuple[int, ...]]: return [space.layout.shape(g.role) for g in space.groups]
 
-# %% ../nbs/13_critical.ipynb #5b5a5b67
+# %% ../nbs/13_critical.ipynb #ffdeab6b
 def critical_report(study: Critical, path: str | Path) -> Path:
     "Write the report of a study."
     from subnet_explorer import compare, plots
@@ -266,7 +266,7 @@ def critical_report(study: Critical, path: str | Path) -> Path:
         ("On the way", "On the target and on development data; the step with the largest fall of the target among those that keep the rule is chosen.", [plots.tradeoff(study.curves, tolerance=study.config["tolerance"])]),
         ("Where it sits", "Share of critical weights, mean over seeds.", [plots.placement(compare.placement(study.masks), "Critical weights", "share critical")]),
         ("Do seeds agree?", "Jaccard distance between the masks of two seeds; chance is that of unrelated masks of the same sizes.", [plots.jaccard(compare.jaccard(study.masks, by="seed")), study.overlap().round(4)] if several else []),
-        ("All measures", "Mean, 95 % bootstrap interval and median over items.", [t.round(4)]),
+        ("More measures", "Mean, 95 % bootstrap interval and median over items; differences are to the full model.", [t[t.under.isin(["remaining", "random"]) & t.measure.isin(["perplexity", "logprob_difference", "rank_difference", "top1_difference"])].round(4)]),
         ("The target", "", [study.material.target.table()[["relation", "sub", "obj", "prompt"]]]),
         ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
     ]

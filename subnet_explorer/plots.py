@@ -410,7 +410,7 @@ def placement(
     if heads: top = share(["layer", "matrix", "head"]).loc[:, heads]; alt += f" Among heads the highest is {top.max():.4f}: layer {top.idxmax()[0]}, {name(top.idxmax()[1])} of head {top.idxmax()[2]}."
     return Figure(fig, table.reset_index(drop=True), alt)
 
-# %% ../nbs/18_plots.ipynb #a32a5e93
+# %% ../nbs/18_plots.ipynb #ffe87844
 def removal(
     table: pd.DataFrame,             # columns under, data, ratio, and if known low, high
     title: str = "What is left without the subnetwork",
@@ -431,8 +431,8 @@ def removal(
             fig.add_trace(go.Scatter(x=[r.ratio], y=[names.index(r.under)], mode="markers", error_x=error, marker=style(names[::-1].index(r.under)) | dict(size=10), showlegend=False,
                                      hovertext=f"{_text(r.under)}, {_text(d)}: {r.ratio:.3g} of the full model's perplexity", hoverinfo="text"), row=1, col=i)
         wide = max(ends) / min(ends) > 4
-        fig.update_xaxes(type="log" if wide else "linear", title_text="× full model" + (" (log)" if wide else ""), row=1, col=i)
-    _layout(fig, title, 260 + 210 * len(sets), 190 + 36 * len(names))
+        fig.update_xaxes(type="log" if wide else "linear", dtick=1 if wide else None, title_text="× full model" + (" (log)" if wide else ""), row=1, col=i)
+    _layout(fig, title, 260 + (210 if len(sets) < 4 else 160) * len(sets), 190 + 36 * len(names))
     fig.update_layout(margin_l=180, margin_r=40)
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=list(map(_text, names)), range=[-.5, len(names) - .5])
     said = lambda r: f"{r['under']} {r['ratio']:.3g}" + (f" ({r['low']:.3g} to {r['high']:.3g})" if "low" in r and pd.notna(r["low"]) else "")
