@@ -21,7 +21,7 @@ from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Task
 from subnet_explorer.plots import pareto
 from subnet_explorer.pocket import PROBING, load
-from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, plan, probe, probe_json, probe_report, run_cell
+from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, online_code, plan, probe, probe_json, probe_report, run_cell, strongest, summary
 from subnet_explorer.space import GRANULARITIES, Space, SpaceMismatch, SubnetError, granular
 from subnet_explorer.store import OtherRun
 
@@ -155,6 +155,37 @@ def test_complexity_is_counted(bert, study):
 def test_the_weight_of_density_presses(study):
     t = study.summary().query("probe == 'subnetwork' and granularity == 'neuron'").set_index("lam")
     assert t.density[25.0] < t.density[1.0]
+
+
+def test_the_online_code_by_hand(bert):
+    "The first portion uniformly, each next one under a probe of all before."
+    model, tok = bert
+    s, cell = setting(bert), Cell("linear", 0)
+    code, k = online_code(s, cell, (.25, .5, 1.0)), len(s.head(cell).labels)
+    bits = sum(len(e.words) for e in TRAIN[:10]) * np.log2(k)
+    for a, b in ((10, 20), (20, 40)):
+        head = s.head(cell)
+        with preserved(model):
+            fit(model, tok, Task(TRAIN[:a], head), steps=12, lr=1e-3, head_lr=5e-3, batch=32, train="head", seed=0, keep="last", progress=False)
+            for e in TRAIN[a:b]:
+                ids, places, gold = head.encode(tok, e)
+                with torch.no_grad(): logits = head.out(model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0][places])
+                bits += F.cross_entropy(logits, torch.tensor(gold), reduction="sum").item() / np.log(2)
+    assert code["bits"] == pytest.approx(bits, rel=1e-5) and code["portions"] == [10, 20, 40]
+    assert code["uniform"] == pytest.approx(sum(len(e.words) for e in TRAIN) * np.log2(k)) and code["compression"] == pytest.approx(code["uniform"] / code["bits"])
+    for wrong, says in (((.5, 1.0), "tags"), ((), "grow"), ((.5, .5, 1.0), "grow"), ((.5, .9), "grow")):
+        with pytest.raises(SubnetError, match="pos or ner" if says == "tags" else says): online_code(setting(bert, "dep") if says == "tags" else s, cell, wrong)
+
+
+def test_the_strongest_lambda(study):
+    t = summary(study)
+    mine = t[(t.probe == "subnetwork") & (t.granularity == "neuron")]
+    for within in (.05, .5, 1.0):
+        ok = mine[mine.of_finetuning >= 1 - within].lam
+        if len(ok): assert strongest(study, within) == ok.max()
+        else:
+            with pytest.raises(SubnetError, match="no subnetwork probe comes within"): strongest(study, within)
+    assert set(layers(study, 25.0).probe) == {"subnetwork"} and len(centre(study, 25.0)) == 2
 
 
 # ── study ────────────────────────────────────────────────────────────────────────────────────────────────────────────
