@@ -164,7 +164,7 @@ def probe(
     scores = pd.DataFrame([{**vars(c), **{k: v for k, v in r.items() if k != "_mask"}} for c, r in zip(cells, rows)])
     return Probing(scores, masks, task, {**config, "granularity": list(granularity), "lambdas": list(lambdas), "ranks": list(ranks), "baselines": list(baselines), "seeds": seeds}, time.monotonic() - began)
 
-# %% ../nbs/13_probing.ipynb #c3b3376f
+# %% ../nbs/13_probing.ipynb #cc40fb03
 def plan(granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     "The cells of a study: both sweeps start from the main setting, and controls have it."
     main = dict(granularity=granularity[0], lam=lambdas[0])
@@ -180,9 +180,11 @@ def plan(granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[i
 def _kept(s: Setting, cell: Cell, store: Store | None, to: str | Path | None, progress: bool) -> dict[str, Any]:
     "What a cell gave, read if it is already there."
     file = Path(to) / "cells" / f"{cell.name}.json" if to else None
-    if file is not None and file.exists(): return json.loads(file.read_text())
+    if file is not None and file.exists():
+        out = json.loads(file.read_text())
+        return out | ({"mask": str(Path(to, out["mask"]))} if "mask" in out else {})      # written relative to the folder, which may have moved
     out = run_cell(s, cell, store, progress)
-    if file is not None: atomic_write(file, json.dumps({k: v for k, v in out.items() if k != "_mask"}))
+    if file is not None: atomic_write(file, json.dumps({k: str(Path(v).relative_to(to)) if k == "mask" else v for k, v in out.items() if k != "_mask"}))
     return out
 
 
@@ -241,7 +243,7 @@ def probe_json(study: Probing) -> dict[str, Any]:
             "lambda": {f"{r.lam:g}": of(r) for r in t[(t.probe == "subnetwork") & (t.granularity == main[0])].itertuples()}, "ranks": {str(r.rank): of(r) for r in t[t.probe == "mlp"].itertuples()},
             "layers": [plain(d) for d in depth], "centre": {p: plain(c) for p, c in centre(study).groupby("probe").centre.mean().items()}, "masks": [m for m in study.scores.get("mask", pd.Series(dtype=object)) if isinstance(m, str)], "config": study.config, "seconds": round(study.seconds, 1)}
 
-# %% ../nbs/13_probing.ipynb #da2793ee
+# %% ../nbs/13_probing.ipynb #373c484a
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 "Published portions of the training sentences."
 
@@ -251,11 +253,11 @@ def online_code(s: Setting, cell: Cell, portions: Sequence[float] = PORTIONS, pr
     if s.task == "dep": raise SubnetError("the online code needs a fixed set of labels, which attachments do not have: use the tasks pos or ner.")
     if not portions or list(portions) != sorted(set(portions)) or not 0 < portions[0] <= portions[-1] == 1: raise SubnetError(f"portions grow from above 0 to 1, got {list(portions)}.")
     ends = sorted({max(1, round(p * len(s.train))) for p in portions})
-    labels = len(s.head(cell).labels)
-    words = lambda a, b: sum(len(s.head(cell).parts(e)[0]) for e in s.train[a:b])
+    first = s.head(cell)
+    labels, words = len(first.labels), lambda a, b: sum(len(first.parts(e)[0]) for e in s.train[a:b])
     total = words(0, ends[0]) * np.log2(labels)                              # the first portion, uniformly
     for a, b in zip(ends, ends[1:]):
-        part = replace(s, train=s.train[:a], dev=s.train[a:])                # labels of all sentences are known to both sides
+        part = replace(s, train=s.train[:a], dev=[*s.train[a:], *s.dev])     # all labels are known to both sides
         with trained(part, cell, progress=progress) as (head, run): total += _bits(s, head, s.train[a:b], run and run.mask)
     whole = words(0, len(s.train)) * np.log2(labels)
     return {"bits": float(total), "uniform": float(whole), "compression": float(whole / total), "labels": labels, "portions": ends}

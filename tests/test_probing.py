@@ -231,6 +231,10 @@ def test_a_study_goes_on(bert, tmp_path, monkeypatch):
     assert len(more.scores) == 2 * len(first.scores)
     pd.testing.assert_series_equal(more.scores[more.scores.seed == 0].score.reset_index(drop=True), first.scores.score)
     assert [m.id for _, m in more.masks.sel(seed=0)] == [m.id for _, m in first.masks]
+    (tmp_path / "s").rename(tmp_path / "moved")
+    moved = probe(*bert, "pos", TRAIN, DEV, **FAST, to=tmp_path / "moved")
+    assert [m.id for _, m in moved.masks] == [m.id for _, m in first.masks] and probe_json(moved)["masks"][0].startswith(str(tmp_path / "moved"))
+    (tmp_path / "moved").rename(tmp_path / "s")
     for change in (dict(steps=13), dict(init="framework")):
         with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"): probe(*bert, "pos", TRAIN, DEV, **FAST | change, to=tmp_path / "s")
 
