@@ -1,6 +1,7 @@
 "The engine against plain autograd: same losses, same scores, same bits; in every mode also after an interruption."
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -543,7 +544,7 @@ def test_what_cannot_share_a_pass_says_so(world, change, message):
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 PROGRAM = """
-import sys
+import json, os, sys
 from subnet_explorer.data import Facts, read_facts
 from subnet_explorer.gates import Concrete, HardConcrete, Threshold
 from subnet_explorer.objectives import MLM, Cloze, Density, Kept, Maintain, Suppress
@@ -557,7 +558,8 @@ for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(
                                   ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {}),
                                   ("passes", Concrete(space, .5, straight_through=True), Suppress(facts) + Maintain([" ".join(t["form"] for t in s) for s in sentences(30)]) + Kept(Cloze(facts)) + Density(), dict(noise="independent", complement=True))):
     run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
-    print(name, run.mask.id, run.mask.count, [round(x, 3) for x in run.metrics.loss])
+    line = json.dumps([name, run.mask.id, list(run.metrics.loss)]) + "\\n"
+    with open(f"{sys.argv[1]}-rank{os.environ.get('RANK', 0)}.jsonl", "a") as out: out.write(line)
 """
 
 
@@ -573,11 +575,13 @@ def test_two_processes_find_the_mask_of_one(tmp_path):
     pytest.importorskip("accelerate")
     one, two = launch(tmp_path, 1, 1), launch(tmp_path, 2, 2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-4000:]
-    lines = one.stdout.split("\n")[:5]
-    assert all(two.stdout.count(line) == 2 for line in lines), (one.stdout, two.stdout)
-    for name in ("hard", "soft", "few", "text", "passes"):
+    read = lambda n, rank: [json.loads(line) for line in (tmp_path / f"runs-{n}-rank{rank}.jsonl").read_text().splitlines()]
+    alone, first, second = read(1, 0), read(2, 0), read(2, 1)
+    assert first == second and [name for name, *_ in first] == ["hard", "soft", "few", "text", "passes"] == [name for name, *_ in alone]
+    for (name, _, losses), (_, _, halves) in zip(alone, first):
         a, b = (Mask.load(tmp_path / f"runs-{n}" / name / "mask.safetensors") for n in (1, 2))
-        assert a == b
+        assert np.allclose(losses, halves, rtol=1e-4), name
+        assert (a ^ b).count <= 1e-4 * a.space.size, name           # sums in another order: a score that is rounding noise may change its side
 
 
 def test_the_number_of_processes_is_checked(world):
