@@ -32,7 +32,7 @@ from .store import Run, Store
 __all__ = ['MODES', 'PHASES', 'magnitude', 'random', 'normalised', 'importance', 'example_gradients', 'attribution', 'lowered',
            'Pruned', 'iterate', 'NoFloor', 'matched', 'controls', 'super_survivors']
 
-# %% ../nbs/10_score.ipynb #b5a75c73
+# %% ../nbs/10_score.ipynb #a5615ce2
 @torch.no_grad()
 def magnitude(model: nn.Module, space: Space) -> Scores:
     "Absolute weights as scores; block coordinates take the mean of their block."
@@ -50,6 +50,7 @@ def _pooled(group: Group, values: np.ndarray) -> np.ndarray:
     r, c = group.block
     padded = np.full((group.shape[0] * r, group.shape[1] * c), np.nan, np.float32)
     padded[:values.shape[0], :values.shape[1]] = values
+    if group.strided: return padded.reshape(r, group.shape[0], c, group.shape[1]).mean((0, 2))
     return np.nanmean(padded.reshape(group.shape[0], r, group.shape[1], c), axis=(1, 3))
 
 # %% ../nbs/10_score.ipynb #3404008f

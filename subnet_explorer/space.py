@@ -20,8 +20,8 @@ import numpy as np
 # %% auto #0
 __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'GRANULARITIES', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName',
            'LayerRange', 'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout',
-           'layout_of', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'granular', 'unit_space', 'same_space',
-           'check_model', 'Footprint', 'footprints', 'space_to', 'family_table']
+           'layout_of', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'spread', 'granular', 'grid',
+           'unit_space', 'same_space', 'check_model', 'Footprint', 'footprints', 'space_to', 'family_table']
 
 # %% ../nbs/00_space.ipynb #b4117556
 class SubnetError(ValueError):
@@ -238,7 +238,7 @@ def model_id(model: Any, layout: Layout) -> ModelId:
     return ModelId(model.config._name_or_path or type(model).__name__, getattr(model.config, "_commit_hash", None),
                    digest, fingerprint(model, layout))
 
-# %% ../nbs/00_space.ipynb #2998ab00
+# %% ../nbs/00_space.ipynb #42197a40
 KINDS = ("weight", "block", "bias", "neuron", "head", "mlp", "layer")
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ class Group:
     role: str                             # "q" … "down", "embedding", or the kind for structured groups
     shape: tuple[int, ...]
     block: tuple[int, int] | None = None  # rows, columns of the stored matrix covered by one coordinate
+    strided: bool = False                 # which lie shape[0] rows and shape[1] columns apart, instead of side by side
 
     @property
     def size(self) -> int:
@@ -270,6 +271,7 @@ class Space:
            layers: str | int | Iterable[int] | None = None,    # one-based and inclusive; see `layer_indices`
            only: str | Iterable[str] | None = None,            # roles of matrices, e.g. "q,k" (weight and block only)
            block: tuple[int, int] | None = None,               # rows, columns per coordinate, for kind "block"
+           strided: bool = False,                              # rows and columns of a block lie at equal distances over the matrix, not side by side
            embeddings: bool = False,                           # include the word-embedding matrix (weight only)
            ) -> Space:
         "List the coordinates of `kind` on `model`."
@@ -277,7 +279,7 @@ class Space:
         kinds = check_names(kind.split("+"), KINDS, "kind of coordinate")
         if only is not None and not {"weight", "block", "bias"} & set(kinds): raise SubnetError(f"only={only!r} chooses matrices; a space of {kind} has none.")
         roles = check_names(only.split(",") if isinstance(only, str) else only or layout.roles, layout.roles, f"matrix of {layout.family}")
-        groups = [g for i in layer_indices(layers, layout.n_layers) for k in kinds for g in _groups(layout, k, i, roles, block)]
+        groups = [g for i in layer_indices(layers, layout.n_layers) for k in kinds for g in _groups(layout, k, i, roles, block, strided)]
         if embeddings: groups.insert(0, Group(layout.embedding, "weight", -1, "embedding", (layout.vocab, model.base_model.get_input_embeddings().weight.shape[1])))
         return cls(tuple(groups), layout, model_id(model, layout))
 
@@ -308,7 +310,8 @@ class Space:
 
     def to_json(self) -> dict[str, Any]:
         "Plain dictionary for a mask file."
-        return json.loads(json.dumps({"groups": [asdict(g) for g in self.groups], "layout": asdict(self.layout), "model": asdict(self.model)}))
+        plain = lambda g: {k: v for k, v in asdict(g).items() if k != "strided" or v}
+        return json.loads(json.dumps({"groups": [plain(g) for g in self.groups], "layout": asdict(self.layout), "model": asdict(self.model)}))
 
     @classmethod
     def from_json(cls, d: dict[str, Any]) -> Space:
@@ -321,9 +324,10 @@ class Space:
         where = f"layers {layer_text(layers)} of {self.layout.n_layers}" + (" + embeddings" if -1 in self.layers else "")
         return f"Space({self.kind} of {self.model}, {where}: {self.size:,} coordinates in {len(self.groups)} tensors)"
 
-# %% ../nbs/00_space.ipynb #3a10f9dd
-def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tuple[int, int] | None) -> Iterator[Group]:
+# %% ../nbs/00_space.ipynb #355e9cae
+def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tuple[int, int] | None, strided: bool = False) -> Iterator[Group]:
     "Groups of `kind` in one layer."
+    if strided and kind != "block": raise SubnetError(f'strided goes with kind "block", and only with it: got kind {kind!r}.')
     if kind in ("weight", "block", "bias"):
         if (kind == "block") != (block is not None): raise SubnetError(f'block=(rows, columns) goes with kind "block", and only with it: got kind {kind!r}, block={block}.')
         for role in roles:
@@ -331,24 +335,57 @@ def _groups(layout: Layout, kind: str, layer: int, roles: list[str], block: tupl
             if kind == "bias":
                 if role in layout.biases: yield Group(name + ".bias", kind, layer, role, (layout.widths(role)[0],))
             elif block is None: yield Group(name + ".weight", kind, layer, role, shape)
+            elif strided:
+                if shape[0] % block[0] or shape[1] % block[1]: raise _uneven(block, role, shape)
+                yield Group(name + ".weight", kind, layer, role, (shape[0] // block[0], shape[1] // block[1]), tuple(block), True)
             else: yield Group(name + ".weight", kind, layer, role, (ceil(shape[0] / block[0]), ceil(shape[1] / block[1])), (min(block[0], shape[0]), min(block[1], shape[1])))
     else:
         n = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)[kind]
         yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (n,))
 
-# %% ../nbs/00_space.ipynb #0b0eab4e
+
+def _uneven(block: tuple[int, int], role: str, shape: tuple[int, int]) -> SubnetError:
+    return SubnetError(f"blocks of {block[0]}x{block[1]} do not fill the {role!r} matrix, which is {shape[0]}x{shape[1]}: choose rows and columns that divide those of every matrix.")
+
+# %% ../nbs/00_space.ipynb #e31b46fe
+def spread(group: Group, values: Any, shape: tuple[int, int]) -> Any:      # values: (group.shape) array or tensor -> (shape)
+    "Values of blocks at the weights of a stored matrix; of blocks that stick out, the rest is cut."
+    (a, b), (r, c) = group.shape, group.block
+    one, all_ = ((1, a, 1, b), (r, a, c, b)) if group.strided else ((a, 1, b, 1), (a, r, b, c))
+    values = values.reshape(one)
+    wide = values.expand(all_) if hasattr(values, "expand") else np.broadcast_to(values, all_)
+    return wide.reshape(a * r, b * c)[:shape[0], :shape[1]]
+
+# %% ../nbs/00_space.ipynb #34be6206
 GRANULARITIES = ("weight", "neuron", "matrix", "head", "layer")
-"Granularities by name; besides, `ROWSxCOLUMNS` is a block of that size."
+"Granularities by name; besides, `ROWSxCOLUMNS` is a block of that size, and `ROWSxCOLUMNS-strided` as many weights at equal distances."
 
 
 def granular(model: Any, granularity: str = "weight", layers: str | int | Iterable[int] | None = None) -> Space:
-    "The space of a granularity: one of `GRANULARITIES`, or a block such as `768x24`; a neuron is an input feature of one matrix."
-    if found := re.fullmatch(r"(\d+)x(\d+)", granularity): return Space.of(model, "block", layers, block=(int(found[1]), int(found[2])))
+    "The space of a granularity: one of `GRANULARITIES`, a block such as `768x24`, or `768x24-strided`; a neuron is an input feature of one matrix."
+    if found := re.fullmatch(r"(\d+)x(\d+)(-strided)?", granularity):
+        block, strided, layout = (int(found[1]), int(found[2])), bool(found[3]), layout_of(model)
+        if min(block) < 1: raise SubnetError(f"a block has at least one row and one column, got {granularity!r}.")
+        if block == (1, 1): return Space.of(model, "weight", layers)
+        if strided and layout.transposed: block = block[::-1]
+        for role, shape in ((r, layout.shape(r)) for r in layout.roles):
+            if any(n % (m if strided else min(m, n)) for n, m in zip(shape, block)): raise _uneven(block, role, shape)
+        return Space.of(model, "block", layers, block=block, strided=strided)
     check_names([granularity], GRANULARITIES, "granularity")
     if granularity in ("weight", "head", "layer"): return Space.of(model, granularity, layers)
     layout = layout_of(model)
     long = max(max(layout.shape(r)) for r in layout.roles)
     return Space.of(model, "block", layers, block=(long, long) if granularity == "matrix" else (1, long) if layout.transposed else (long, 1))
+
+# %% ../nbs/00_space.ipynb #069b8ba7
+def grid(model: Any, strided: bool = False) -> tuple[str, ...]:
+    "Names of the nine granularities of the published sweep for the size of this model, the coarsest first (Cao et al. 2021, section 4)."
+    d = layout_of(model).hidden
+    left, parts = {n for n in range(2, d) if d % n == 0}, []
+    for share in (128, 32, 4):
+        if left: parts.insert(0, min(left, key=lambda n: (abs(np.log(n * share / d)), n))); left.discard(parts[0])
+    parts.sort(reverse=True)
+    return tuple(f"{r}x{c}" + "-strided" * strided for r, c in [*((d, p) for p in (d, *parts, 1)), *((p, 1) for p in parts), (1, 1)])
 
 # %% ../nbs/00_space.ipynb #b99c0243
 def unit_space(
