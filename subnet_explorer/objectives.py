@@ -492,17 +492,18 @@ def dropping(head: Any, *key: int) -> Iterator[None]:
     try: yield
     finally: head.rng = None
 
-# %% ../nbs/05_objectives.ipynb #0ac642a7
+# %% ../nbs/05_objectives.ipynb #72851afd
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
     examples: Sequence[Any]         # whatever `head.encode` understands
-    head: Any                       # nn.Module with `encode(tok, example) -> (ids, positions, targets[, types])` and, if it needs them, `losses(logits, targets)` (else cross-entropy), `fold(rows, counts, most)` and `rng`
+    head: Any                       # nn.Module with `encode(tok, example) -> (ids, positions, targets[, types])` and, if it needs them, `lesson` (what it learns from, if that is more than `encode`), `losses(logits, targets)` (else cross-entropy), `fold(rows, counts, most)` and `rng`
     batch: int | None = None
 
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         self.head.to(next(context.model.parameters()).device)
-        examples = Examples(self.head, [self.head.encode(context.tok, e) for e in self.examples], context.sequences)
+        encode = getattr(self.head, "lesson", self.head.encode) if context.learning else self.head.encode
+        examples = Examples(self.head, [encode(context.tok, e) for e in self.examples], context.sequences)
         losses = getattr(self.head, "losses", lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
         def loss(step: int) -> torch.Tensor:
             index = context.part(step, examples.lengths, self.batch)
