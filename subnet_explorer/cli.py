@@ -147,7 +147,7 @@ def _weights(text: str | None) -> dict[str, float]:
     try: return {k.strip(): float(v) for k, v in (p.split("=") for p in (text or "").split(",") if p)}
     except ValueError: raise SubnetError(f"cannot read the weights {text!r}: give names and numbers, e.g. suppress=1.5,express=1.") from None
 
-# %% ../nbs/20_cli.ipynb #846e6cb6
+# %% ../nbs/20_cli.ipynb #c70dc3db
 def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.data import fitting, read_conllu, read_ner
@@ -161,13 +161,13 @@ def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     asked = dict(steps=args.steps, lr=args.lr, head_lr=args.head_lr, tune_lr=args.tune_lr, ranks=_numbers(args.ranks, "ranks") if args.ranks else None)
     try: lambdas = [float(x) for x in args.lambdas.split(",")]
     except ValueError: raise SubnetError(f"cannot read the lambdas {args.lambdas!r}: give numbers with commas, e.g. 1,5,25.") from None
-    study = probe(model, tok, args.task, train, dev, granularity=args.granularity.split(","), lambdas=lambdas, baselines=[b for b in args.baselines.split(",") if b], batch=args.batch, init=args.init, seeds=_numbers(args.seeds), to=args.out,
+    study = probe(model, tok, args.task, train, dev, granularity=args.granularity.split(","), lambdas=lambdas, baselines=[b for b in args.baselines.split(",") if b], batch=args.batch, init=args.init, published=args.published, seeds=_numbers(args.seeds), to=args.out,
                   progress=not args.quiet, **(PROBING if args.model.startswith("pocket-") else {}) | {k: v for k, v in asked.items() if v is not None})
     out = probe_json(study) | {"left_out": {"train": lost, "dev": less}}
     atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
     if not args.json:
-        print(f"{len(train):,} sentences to learn from, {len(dev):,} to report on" + (f"; left out: {lost} and {less}" if lost or less else "") + f"\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
-        print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+        print(f"{len(train):,} sentences to learn from, {len(dev):,} to report on" + (f"; left out: {lost} and {less}" if lost or less else "") + f"\n\n{study.summary().dropna(axis=1, how='all').to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
+        print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + "".join(f"\n{n}" for n in out["notes"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
     return _reported(args, out, lambda page: probe_report(study, page))
 
 # %% ../nbs/20_cli.ipynb #a032417f
@@ -286,7 +286,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #0ce89da1
+# %% ../nbs/20_cli.ipynb #4509a2ba
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -371,16 +371,17 @@ def parser() -> argparse.ArgumentParser:
     probe.add_argument("--task", required=True, help="pos, dep or ner")
     for name, what in (("train", "to learn from"), ("dev", "to report on")): probe.add_argument(f"--{name}", required=True, help=f'sentences {what}: a CoNLL-U file (pos, dep), a column file (ner), "pocket", or datasets:NAME')
     probe.add_argument("--out", required=True, help="folder for masks, tables and the report; the same command continues there")
-    probe.add_argument("--granularity", default="neuron", help="with commas: weight, neuron, matrix, head, layer, or blocks such as 768x24; the first is the main one")
+    probe.add_argument("--granularity", default="neuron", help="with commas: weight, neuron, matrix, head, layer, blocks such as 768x24 or 768x24-strided, or grid for all of the published sweep; the first is the main one")
     probe.add_argument("--lambda", dest="lambdas", default="1", help="weights of the density, with commas; the first is the main one")
     probe.add_argument("--ranks", help="of MLP probes, with commas; 768 if nothing is said")
-    probe.add_argument("--baselines", default="mlp,linear,finetune,reset", help="with commas")
+    probe.add_argument("--baselines", default="mlp,linear,finetune,reset", help="with commas; besides control for a control task (pos), and code for how many bits tell the labels (pos, ner)")
     probe.add_argument("--seeds", default="0", help="with commas")
     for name, of, text in (("steps", int, "of every probe; 2000 if nothing is said"), ("lr", float, "of the mask logits; 0.2 if nothing is said"), ("head-lr", float, "of heads and MLP probes; 5e-5 if nothing is said"), ("tune-lr", float, "of the encoder in fine-tuning; 5e-5 if nothing is said"),
                            ("limit", int, "at most so many sentences to learn from"), ("limit-dev", int, "at most so many sentences to report on")): probe.add_argument(f"--{name}", type=of, help=text)
     probe.add_argument("--batch", type=int, default=32, help="sentences per step")
     probe.add_argument("--longest", type=int, default=128, help="longer sentences, in words, are left out and counted")
-    probe.add_argument("--init", default="architecture", help="rule by which weights are drawn anew: architecture, or framework as published")
+    probe.add_argument("--init", help="rule by which weights are drawn anew: architecture, or framework as published")
+    probe.add_argument("--published", action="store_true", help="the details of the released code: strided groups, training on [CLS] and [SEP], constant learning rates, framework resets")
     usual(probe)
     agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")

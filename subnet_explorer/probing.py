@@ -295,7 +295,7 @@ def strongest(study: Probing, within: float = 0.1) -> float:
     if ok.empty: raise SubnetError(f"no subnetwork probe comes within {within:.0%} of fine-tuning: train longer, or give smaller lambdas.")
     return float(ok.lam.max())
 
-# %% ../nbs/13_probing.ipynb #6e54f591
+# %% ../nbs/13_probing.ipynb #a8b24811
 def probe_json(study: Probing) -> dict[str, Any]:
     "The study as plain data: score, density and bits by probe and by granularity, density by layer, the centre, mask files; selectivity and code by probe, if asked for."
     t, main = summary(study), (study.config["granularity"][0], study.config["lambdas"][0])
@@ -304,8 +304,9 @@ def probe_json(study: Probing) -> dict[str, Any]:
     first = t[((t.granularity == main[0]) & (t.lam == main[1])) | ((t.granularity == "") & t["rank"].isin([0, study.config["ranks"][0]]))]
     grain = t[(t.probe == "subnetwork") & (t.lam == main[1])]
     depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
-    asked = {name: {r.probe: {k: plain(getattr(r, c)) for k, c in of_.items()} | ({"interval": [plain(r.selectivity_low), plain(r.selectivity_high)]} if name == "selectivity" else {}) for r in t[t[column].notna()].itertuples()} for name, column, of_ in (
-        ("selectivity", "control", {"score": "score", "control": "control", "selectivity": "selectivity"}), ("code", "code", {"bits": "code", "compression": "compression"})) if column in t}
+    asked = {}
+    if "control" in t: asked["selectivity"] = {r.probe: {"score": plain(r.score), "control": plain(r.control), "selectivity": plain(r.selectivity), "interval": [plain(r.selectivity_low), plain(r.selectivity_high)]} for r in t[t.control.notna()].itertuples()}
+    if "code" in t: asked["code"] = {r.probe: {"bits": plain(r.code), "compression": plain(r.compression)} for r in t[t.code.notna()].itertuples()}
     return {"model": study.config["model"].split(" (")[0], "task": study.task, "metric": TASKS[study.task], "results": {r.probe: of(r) for r in first.itertuples()}, "granularity": {r.granularity: {k: of(r)[k] for k in ("score", "density", "bits", "empty")} for r in grain.itertuples()},
             "lambda": {f"{r.lam:g}": of(r) for r in t[(t.probe == "subnetwork") & (t.granularity == main[0])].itertuples()}, "ranks": {str(r.rank): of(r) for r in t[t.probe == "mlp"].itertuples()},
             "layers": [plain(d) for d in depth], "centre": {r.probe: {"centre": plain(r.centre), "interval": [plain(r.centre_low), plain(r.centre_high)]} for r in first[first.granularity != ""].itertuples()}, **asked, "notes": notes(study), "masks": [m for m in study.scores.get("mask", pd.Series(dtype=object)) if isinstance(m, str)], "config": study.config, "seconds": round(study.seconds, 1)}

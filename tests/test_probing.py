@@ -2,26 +2,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 import subnet_explorer.probing as chapter
+import subnet_explorer.space as spaces
 from subnet_explorer import masked
 from subnet_explorer.cli import main
-from subnet_explorer.controls import reset
+from subnet_explorer.apply import applied
+from subnet_explorer.controls import control_labels, reset
 from subnet_explorer.data import read_conllu, read_ner
 from subnet_explorer.evaluate import entity_scores, task_scores
 from subnet_explorer.gates import HardConcrete
-from subnet_explorer.heads import EntityTagger, fit, preserved
-from subnet_explorer.mask import Mask
-from subnet_explorer.objectives import Task
+from subnet_explorer.heads import EntityTagger, Tagger, fit, preserved
+from subnet_explorer.mask import Mask, Scores
+from subnet_explorer.objectives import Context, Task
 from subnet_explorer.plots import pareto
 from subnet_explorer.pocket import PROBING, load
-from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, online_code, plan, probe, probe_json, probe_report, run_cell, strongest, summary
+from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, notes, online_code, plan, probe, probe_json, probe_report, run_cell, strongest, summary, unseen
+from subnet_explorer.score import magnitude
+from subnet_explorer.search import lr_at
 from subnet_explorer.space import GRANULARITIES, Space, SpaceMismatch, SubnetError, granular
 from subnet_explorer.store import OtherRun
 
@@ -67,6 +73,75 @@ def test_granularities_are_what_their_names_say(name):
         with pytest.raises(SubnetError): granular(model, wrong)
 
 
+@pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
+@pytest.mark.parametrize("rows, cols", [(128, 1), (32, 4), (2, 128), (128, 128)])
+def test_strided_groups_are_the_published_ones(name, rows, cols):
+    "Weight (o, i) has logit (o mod out/rows, i mod in/cols): of masks, of soft gates, of their gradients, of magnitudes."
+    model, tok = load(name)
+    space, turn = granular(model, f"{rows}x{cols}-strided", layers=2), (lambda w: w.T) if name == "pocket-gpt2" else (lambda w: w)      # (out, in), and back
+    mask, rng = Mask.random(space, .5, seed=1), np.random.default_rng(0)
+    soft = Scores(space, {g.name: rng.random(g.shape, np.float32) for g in space.groups})
+    fine, ids, wide = mask.to("weight"), torch.tensor([tok("a robin is a kind of bird .").input_ids]), {}
+    for g in space.groups:
+        n_out, n_in = space.layout.widths(g.role)
+        o, i = np.ogrid[:n_out, :n_in]
+        at = o % (n_out // rows), i % (n_in // cols)
+        assert turn(mask[g.name]).shape == (n_out // rows, n_in // cols) and (turn(fine[g.name]) == turn(mask[g.name])[at]).all()
+        wide[g.name] = turn(turn(soft[g.name])[at])
+        weights = turn(np.abs(model.base_model.get_parameter(g.name).detach().numpy()))
+        assert np.allclose(turn(magnitude(model, space)[g.name]), weights.reshape(rows, n_out // rows, cols, n_in // cols).mean((0, 2)), atol=1e-6)
+    with torch.no_grad(), masked(model, soft): under = model(input_ids=ids).logits
+    values = {g.name: torch.tensor(soft[g.name], requires_grad=True) for g in space.groups}
+    with applied(model, space, values): model(input_ids=ids).logits.square().mean().backward()
+    model.zero_grad()
+    with preserved(model):
+        before = {n: model.base_model.get_parameter(n).detach().clone() for n in wide}
+        with torch.no_grad():
+            for n, v in wide.items(): model.base_model.get_parameter(n).mul_(torch.as_tensor(v))
+        plain = model(input_ids=ids).logits
+        plain.square().mean().backward()
+        for g in space.groups:
+            slope = turn((model.base_model.get_parameter(g.name).grad * before[g.name]).numpy())
+            n_out, n_in = slope.shape
+            want = slope.reshape(rows, n_out // rows, cols, n_in // cols).sum((0, 2))
+            assert np.allclose(turn(values[g.name].grad.numpy()), want, rtol=1e-3, atol=1e-4 * max(np.abs(want).max(), 1e-6))
+        model.zero_grad()
+    assert (under - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_strided_spaces_are_their_own(bert, tmp_path):
+    model, _ = bert
+    side, far = granular(model, "32x4"), granular(model, "32x4-strided")
+    assert [g.shape for g in side.groups] == [g.shape for g in far.groups] and side.id != far.id and "strided" not in json.dumps(side.to_json())
+    mask = Mask.random(far, .5, seed=0)
+    mask.save(tmp_path / "m.mask.safetensors")
+    assert Mask.load(tmp_path / "m.mask.safetensors") == mask and Space.from_json(far.to_json()) == far
+    with pytest.raises(SubnetError, match="cannot rebase"): mask.rebase(side)
+    for wrong in ("3x1-strided", "3x1", "256x1-strided", "0x1"):
+        with pytest.raises(SubnetError, match="do not fill|at least one row"): granular(model, wrong)
+    with pytest.raises(SubnetError, match="strided goes with"): Space.of(model, "weight", strided=True)
+
+
+def test_bits_of_the_published_grid(monkeypatch):
+    "Counts for BERT-base: those of the code, and the 72 matrices of the paper."
+    monkeypatch.setattr(spaces, "fingerprint", lambda *_: "none")
+    with torch.device("meta"): model = BertModel(BertConfig())
+    assert spaces.grid(model) == ("768x768", "768x192", "768x24", "768x6", "768x1", "192x1", "24x1", "6x1", "1x1")
+    for strided in (False, True): assert [granular(model, g).size for g in spaces.grid(model, strided)] == [144, 576, 4608, 18432, 110592, 442368, 3538944, 14155776, 84934656]
+    assert granular(model, "matrix").size == 72 and granular(model, "neuron").size == 12 * (5 * 768 + 3072)
+    with torch.device("meta"): small = BertModel(BertConfig(hidden_size=10, num_attention_heads=2, intermediate_size=40, num_hidden_layers=1))
+    assert spaces.grid(small) == ("10x10", "10x5", "10x2", "10x1", "5x1", "2x1", "1x1")
+
+
+def test_soft_gates_are_evaluated_as_published(bert):
+    "Without the temperature: sigmoid, stretched and clipped; .9 at the start, exactly 0 and 1 beyond ±2.398."
+    gate = HardConcrete(granular(bert[0], "matrix"))
+    assert gate.soft().values[gate.space.groups[0].name].item() == pytest.approx(.9, abs=1e-6)
+    at = torch.tensor([-5, -2.41, -2.38, 0, 1.0, 2.38, 2.41, 5])
+    z = gate.transform(at, None)[0]
+    assert torch.allclose(z, (1.2 / (1 + torch.exp(-at)) - .1).clamp(0, 1), atol=1e-6) and (z == 0).tolist() == [True, True] + [False] * 6 and (z == 1).tolist() == [False] * 6 + [True] * 2
+
+
 def test_an_input_feature_gated_is_the_feature_scaled(bert):
     "Soft gates of neurons equal scaled columns of the weight, to rounding."
     model, tok = bert
@@ -104,6 +179,53 @@ def test_every_task_has_its_probes(bert, task):
         out = run_cell(s, cell, None, False)
         assert 0 <= out["score"] <= 1 and ("density" in out) == (cell.probe == "subnetwork")
     with pytest.raises(SubnetError, match="Known: pos, dep, ner"): head_of("tags", bert[0], TRAIN, 0)
+
+
+@pytest.mark.parametrize("task", ["pos", "dep"])
+def test_special_tokens_are_learned_from_and_not_scored(bert, task):
+    "The loss is the mean over words, [CLS] and [SEP], which have the first label and the root as head; scores stay the same."
+    model, tok = bert
+    plain, more = (head_of(task, model, TRAIN, 0, **how, **PROBING["parser"] if task == "dep" else {}) for how in ({}, {"published": True}))
+    more.dropout = plain.dropout = 0.0
+    if task == "dep": more.inner = plain.inner = 0.0
+    assert plain.encode(tok, DEV[0]) == more.encode(tok, DEV[0]) and task_scores(model, tok, plain, DEV) == task_scores(model, tok, more, DEV)
+    assert repr(plain) != repr(more) and "specials" in repr(more) and "specials" not in repr(plain)
+    for words in (DEV[0], DEV[1]):
+        with torch.no_grad():
+            loss = Task([words], more).prepare(Context(model, tok, 1, 1, 0, learning=True))(0).item()
+            states = model.base_model(input_ids=torch.tensor([tok(list(words.words), is_split_into_words=True).input_ids])).last_hidden_state[0]
+            if task == "pos": want = F.cross_entropy(more.out(states), torch.tensor([0, *(more.labels.index(t) for t in words.upos), 0])).item()
+            else:
+                a, l = more.sizes
+                head, dep, over, under = F.relu(more.layer(states)).split([a, a, l, l], -1)
+                gold, rels = torch.tensor([0, *words.head, 0]), torch.tensor([0, *(more.labels.index(r) for r in words.deprel), 0])
+                arcs = more.arcs(head[None], dep[None])[0, :, :, 0]
+                want = (F.cross_entropy(arcs, gold) + F.cross_entropy(more.rels(over[None], under[None])[0, torch.arange(len(gold)), gold], rels)).item()
+        assert len(tok(list(words.words), is_split_into_words=True).input_ids) == len(words) + 2 and loss == pytest.approx(want, rel=1e-4)      # a piece for each word
+
+
+def test_a_batch_of_lessons_is_its_sentences(bert):
+    "Padding changes nothing where special tokens are learned from."
+    model, tok = bert
+    parser = head_of("dep", model, TRAIN, 0, published=True, **PROBING["parser"] | dict(inner=0.0, dropout=0.0))
+    loss = lambda sentences: Task(sentences, parser).prepare(Context(model, tok, 1, len(sentences), 0, learning=True))(0).item()
+    few = sorted(DEV[:12], key=len)[::5]
+    assert loss(few) == pytest.approx(np.average([loss([s]) for s in few], weights=[len(s) + 2 for s in few]), rel=1e-4)
+
+
+def test_labels_that_cannot_be_learned_count_as_wrong(bert):
+    model, tok = bert
+    for task, name in (("pos", "upos"), ("dep", "deprel")):
+        odd = [replace(s, **{name: ("odd", *getattr(s, name)[1:])}) for s in DEV[:5]] + DEV[5:]
+        assert unseen(task, TRAIN, odd) == {"odd": 5} | unseen(task, TRAIN, DEV)
+        s = replace(setting(bert, task), dev=odd)
+        head = s.head(Cell("linear", 0))
+        assert head.unseen == ["odd"] and "odd" not in head.labels and repr(head) == repr(setting(bert, task).head(Cell("linear", 0)))
+        before = task_scores(model, tok, setting(bert, task).head(Cell("linear", 0)), DEV)
+        assert task_scores(model, tok, head, odd)["score"] <= before["score"]
+    out = probe_json(probe(*bert, "pos", TRAIN, [replace(s, upos=("odd",) * len(s)) for s in DEV], baselines=("linear",), **FAST))
+    assert out["results"]["linear"]["score"] == 0 and "count as wrong" in out["notes"][0] and out["config"]["unseen"] == {"odd": sum(map(len, DEV))}
+    with pytest.raises(SubnetError, match="unknown label"): fit(model, tok, Task([replace(TRAIN[0], upos=("odd",) * len(TRAIN[0]))], Tagger(model, TRAIN)), steps=1, train="head")
 
 
 # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,6 +299,50 @@ def test_the_online_code_by_hand(bert):
         with pytest.raises(SubnetError, match="pos or ner" if says == "tags" else says): online_code(setting(bert, "dep") if says == "tags" else s, cell, wrong)
 
 
+def test_controls_within_the_study(bert, tmp_path, monkeypatch):
+    "Selectivity is the score less that of a probe of random labels; the code is that of `online_code`; both are kept."
+    monkeypatch.setattr(online_code, "__defaults__", ((.5, 1.0), False))
+    how = FAST | dict(steps=4, ranks=(4,), baselines=("linear", "mlp", "reset", "control", "code"), to=tmp_path)
+    found = probe(*bert, "pos", TRAIN, DEV, **how)
+    t, s = found.scores.set_index("probe"), setting(bert, steps=4)
+    assert len(found.scores) == 7 and t.control.notna().sum() == 3 and set(t.index[t.code.notna()]) == {"subnetwork", "mlp", "linear", "subnetwork_reset_encoder", "subnetwork_reset_all"}
+    random = replace(s, train=control_labels(TRAIN, 0), dev=control_labels(DEV, 0, TRAIN))
+    assert t.control["linear"] == pytest.approx(run_cell(random, Cell("linear", 0), None, False)["score"]) and t.selectivity["linear"] == pytest.approx(t.score["linear"] - t.control["linear"])
+    assert t.code["linear"] == pytest.approx(online_code(s, Cell("linear", 0), (.5, 1.0))["bits"]) and t.compression["linear"] == pytest.approx(online_code(s, Cell("linear", 0), (.5, 1.0))["compression"])
+    out = probe_json(found)
+    assert json.loads(json.dumps(out)) == out and set(out["selectivity"]) == {"subnetwork", "mlp", "linear"} and set(out["code"]) == set(t.index[t.code.notna()]) and out["selectivity"]["mlp"]["interval"] == [None, None]
+    assert {"control", "selectivity", "code", "compression"} <= set(found.summary()) and "not learned by heart" in probe_report(found, tmp_path.parent / "c.html").read_text()
+    monkeypatch.setattr(chapter, "run_cell", lambda s, cell, *a: (_ for _ in ()).throw(AssertionError(f"trained again: {cell}")))
+    again = probe(*bert, "pos", TRAIN, DEV, **how)
+    pd.testing.assert_frame_equal(again.scores.drop(columns="mask"), found.scores.drop(columns="mask"))
+    assert len(probe(*bert, "pos", TRAIN, DEV, **how | dict(baselines=("linear",))).scores) == 2      # what is there is not needed
+
+
+def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
+    "A weight of the density that switches everything off: a score, no NaN in the data, and a note."
+    found = probe(*bert, "pos", TRAIN, DEV, lambdas=(1e4, 1.0), baselines=("finetune",), **FAST | dict(steps=30))
+    row = found.scores[found.scores.lam == 1e4].iloc[0]
+    assert row["empty"] and row.density == 0 and 0 <= row.score <= 1 and found.masks.sel(lam=1e4)[0].count == 0
+    out = probe_json(found)
+    assert json.loads(json.dumps(out, allow_nan=False)) == out and out["results"]["subnetwork"]["empty"] == 1 and out["lambda"]["1"]["empty"] == 0 and out["centre"]["subnetwork"]["centre"] is None
+    assert len(out["notes"]) == 1 == len(notes(found)) and "the mask is empty in 1 of 1 seeds" in out["notes"][0] and out["notes"][0] in found._repr_html_()
+    assert centre(found).centre.isna().all() and centre(found, 1.0).centre.between(1, 4).all() and strongest(found, 1.0) == 1e4
+    assert "the mask is empty" in probe_report(found, tmp_path / "r.html").read_text()
+
+
+def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
+    "Strided groups, lessons with special tokens, constant rates, framework resets; another study than without."
+    seen = []
+    monkeypatch.setattr(chapter, "fit", lambda *a, **k: seen.append(k["schedule"]) or fit(*a, **k))
+    monkeypatch.setattr(chapter, "reset", lambda m, what, init, seed: seen.append(init) or reset(m, what, init, seed))
+    found = probe(*bert, "pos", TRAIN, DEV, granularity=("neuron", "matrix", "weight"), published=True, to=tmp_path, **FAST | dict(steps=2))
+    assert found.config["granularity"] == ["128x1-strided", "128x128-strided", "weight"] and found.config["published"] is True and found.config["init"] == "framework"
+    assert set(seen) == {"constant", "framework"} and all(g.strided for _, m in found.masks.sel(granularity="128x1-strided") for g in m.space.groups)
+    with pytest.raises(OtherRun, match="differs in"): probe(*bert, "pos", TRAIN, DEV, to=tmp_path, **FAST | dict(steps=2))
+    assert "published" not in probe(*bert, "pos", TRAIN, DEV, baselines=(), **FAST | dict(steps=2)).config
+    assert [lr_at(t, 100, "constant") for t in (4, 9, 10, 99)] == [.5, 1, 1, 1]
+
+
 def test_the_strongest_lambda(study):
     t = summary(study)
     mine = t[(t.probe == "subnetwork") & (t.granularity == "neuron")]
@@ -211,6 +377,10 @@ def test_tables(study):
         m = study.masks.sel(probe="subnetwork", granularity="neuron", lam=1.0, seed=r.seed)[0].table().query("layer == @r.layer")
         assert r.density == pytest.approx(m.kept.sum() / m["size"].sum())
     w = where[(where.probe == "subnetwork") & (where.seed == 0)]
+    each = centre(study).query("probe == 'subnetwork'").centre
+    row, half = t[(t.probe == "subnetwork") & (t.granularity == "neuron") & (t.lam == 1)].iloc[0], 12.706204736 * each.std(ddof=1) / np.sqrt(2)
+    assert (row.centre, row.centre_high) == pytest.approx((each.mean(), each.mean() + half)) and probe_json(study)["centre"]["subnetwork"]["interval"] == pytest.approx([row.centre_low, row.centre_high], abs=1e-5)
+    assert t[t.probe == "mlp"].centre.isna().all()
     assert centre(study).query("probe == 'subnetwork' and seed == 0").centre.item() == pytest.approx((w.layer * w.density).sum() / w.density.sum())
 
 
@@ -241,7 +411,8 @@ def test_a_study_goes_on(bert, tmp_path, monkeypatch):
 
 def test_probe_refuses(bert):
     for wrong, says in ((dict(task="pso"), "Known: pos"), (dict(granularity=("neurons",)), "did you mean neuron"), (dict(baselines=("mpl",)), "did you mean mlp"), (dict(seeds=(0, 0)), "different numbers"), (dict(lambdas=()), "at least one"),
-                        (dict(train=[]), "nothing to learn from"), (dict(dev=[]), "nothing to report on"), (dict(steps=0), "at least 1"), (dict(ranks=(0,)), "rank")):
+                        (dict(train=[]), "nothing to learn from"), (dict(dev=[]), "nothing to report on"), (dict(steps=0), "at least 1"), (dict(ranks=(0,)), "rank"), (dict(granularity=("48x1",)), "do not fill"),
+                        (dict(task="dep", baselines=("control",)), "with the task pos only"), (dict(task="dep", baselines=("code",)), "pos or ner")):
         args = dict(task="pos", train=TRAIN, dev=DEV) | {k: v for k, v in wrong.items() if k in ("task", "train", "dev")}
         with pytest.raises(SubnetError, match=says): probe(*bert, **args, **FAST | {k: v for k, v in wrong.items() if k not in args} | dict(steps=wrong.get("steps", 1)))
 
@@ -265,6 +436,12 @@ def test_the_command(tmp_path, capsys):
     assert all(Mask.load(m).space.kind == "block" for m in out["masks"]) and len(out["masks"]) == 2 and json.loads((tmp_path / "out" / "results.json").read_text())["results"] == out["results"]
     assert main(shell(tmp_path, "--granularity", "neuron,matrix")) == 0
     assert "density by layer" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
+
+
+def test_the_command_with_everything(tmp_path, capsys):
+    assert main(shell(tmp_path, "--published", "--granularity", "matrix,grid", "--baselines", "linear,control", "--steps", "1", "--json", "--no-report")) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert list(out["granularity"]) == list(spaces.grid(load("pocket-bert")[0], strided=True)) and set(out["selectivity"]) == {"subnetwork", "linear"} and out["config"]["published"]
 
 
 @pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambda", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)
