@@ -106,7 +106,7 @@ class Head(nn.Module):
         "How many numbers the probe before the head has; see `LowRank`."
         return {"weights": 0, "parameters": 0} if self.mlp is None else self.mlp.complexity()
 
-# %% ../nbs/11_heads.ipynb #c20ece0d
+# %% ../nbs/11_heads.ipynb #27720fba
 POOLS = ("last", "first", "mean")
 "Which pieces represent a word."
 
@@ -118,7 +118,7 @@ def word_rows(tok: Any, words: Sequence[str], pool: str = "last") -> tuple[list[
         if w is not None: pieces.setdefault(w, []).append(i)
     if len(coded.input_ids) > tok.model_max_length:
         raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer: {len(coded.input_ids)} tokens, {tok.model_max_length} allowed: {' '.join(words)[:60]!r}.")
-    if bare := [w for i, w in enumerate(words) if i not in pieces]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer.")
+    if bare := [w for i, w in enumerate(words) if i not in pieces]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer: leave its sentence out, as data.fitting does.")
     return coded.input_ids, [pieces[w] if pool == "mean" else pieces[w][-1 if pool == "last" else 0] for w in range(len(words))]
 
 def special_rows(tok: Any, words: Sequence[str]) -> list[int]:      # positions
