@@ -29,7 +29,7 @@ from .pocket import UnknownModel, pocket_path
 from .space import Layout, ModelId, SubnetError, check_model, is_causal, layout_of, reach
 
 # %% auto #0
-__all__ = ['Rest', 'remains', 'cuts', 'Compact', 'compact', 'under', 'probe', 'digest', 'report', 'save_compact', 'load_compact',
+__all__ = ['Rest', 'remains', 'cuts', 'Compact', 'compact', 'under', 'digest', 'report', 'save_compact', 'load_compact',
            'NotExpressible', 'export', 'plain', 'filled']
 
 # %% ../nbs/14_shrink.ipynb #199af23b
@@ -234,14 +234,14 @@ def _units(mask: Mask, keep: str | float | None) -> Mask:
     if not kinds: raise SubnetError(f"a mask over {', '.join(sorted(set().union(*roles.values()) or {'embeddings'}))} removes no whole unit: a head goes with its columns of the output matrix (o), a neuron with its column of the second one (down).")
     return mask.to("weight").to("+".join(kinds), keep=keep)
 
-# %% ../nbs/14_shrink.ipynb #add9220a
+# %% ../nbs/14_shrink.ipynb #6d6dd2ba
 @contextmanager
 def under(model: nn.Module, small: Compact, check: bool = False) -> Iterator[None]:
     "Run the full `model` under the masks that `small` was made by."
     with masked(model, small.mask, check=check), masked(model, small.units, check=False) if small.units is not small.mask else nullcontext(): yield
 
 
-def probe(model: nn.Module, batch: int = 8, length: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+def _drawn(model: nn.Module, batch: int = 8, length: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
     "Random token ids with padding."
     longest = getattr(model.config, "max_position_embeddings", None) or length + 4
     ids = torch.randint(5, model.base_model.get_input_embeddings().weight.shape[0], (batch, min(length, longest - 4)), generator=torch.Generator().manual_seed(seed))
@@ -249,6 +249,24 @@ def probe(model: nn.Module, batch: int = 8, length: int = 64, seed: int = 0) -> 
     real[1::4, -(ids.shape[1] // 4):] = 0
     device = parameter_like(model).device
     return {"input_ids": ids.to(device), "attention_mask": real.to(device)}
+
+
+def _answer(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    "The first output: logits, or hidden states."
+    with torch.no_grad(), evaluating(model): return model(**batch, **({"use_cache": False} if is_causal(model) else {}))[0]
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> float: return float((a.float() - b.float()).abs().max())
+
+# %% ../nbs/14_shrink.ipynb #9e17c214
+def _verify(small: Compact) -> None:
+    "Raise `SubnetError` where the compact model is not the masked one."
+    batch = _drawn(small.dense, 2, 16)
+    with under(small.dense, small): wanted = _answer(small.dense, batch)
+    try: far = _far(_answer(small.model, batch), wanted)
+    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise SubnetError(f"{type(small.model).__name__} cannot be made compact: its blocks do not run with fewer units ({type(e).__name__}: {str(e).splitlines()[0][:160]}). Use masked(model, mask) instead.") from e
+    if not far <= (1e-3 if wanted.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.float().abs().max())):
+        raise SubnetError(f"{type(small.model).__name__} cannot be made compact: its outputs would differ from the masked model's by {far:.2g}, so it holds something that depends on the removed units. Use masked(model, mask) instead.")
 
 
 def digest(model: nn.Module) -> str:
@@ -262,25 +280,7 @@ def digest(model: nn.Module) -> str:
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]: return {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if t is not None}      # tied ones once
 
-
-def _answer(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    "The first output: logits, or hidden states."
-    with torch.no_grad(), evaluating(model): return model(**batch, **({"use_cache": False} if is_causal(model) else {}))[0]
-
-
-def _far(a: torch.Tensor, b: torch.Tensor) -> float: return float((a.float() - b.float()).abs().max())
-
-
-def _verify(small: Compact) -> None:
-    "Raise `SubnetError` where the compact model is not the masked one."
-    batch = probe(small.dense, 2, 16)
-    with under(small.dense, small): wanted = _answer(small.dense, batch)
-    try: far = _far(_answer(small.model, batch), wanted)
-    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise SubnetError(f"{type(small.model).__name__} cannot be made compact: its blocks do not run with fewer units ({type(e).__name__}: {str(e).splitlines()[0][:160]}). Use masked(model, mask) instead.") from e
-    if not far <= (1e-3 if wanted.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.float().abs().max())):
-        raise SubnetError(f"{type(small.model).__name__} cannot be made compact: its outputs would differ from the masked model's by {far:.2g}, so it holds something that depends on the removed units. Use masked(model, mask) instead.")
-
-# %% ../nbs/14_shrink.ipynb #ff21e8c6
+# %% ../nbs/14_shrink.ipynb #2946090f
 def report(
     small: Compact,
     model: nn.Module | None = None,                            # the full model, if `small` was loaded from its weights
@@ -290,7 +290,7 @@ def report(
     "Compare the full, the masked and the compact model."
     if (dense := model or small.dense) is None: raise SubnetError("the full model is needed to compare with: this compact model was loaded from its own weights, and no report was saved with it. Use report(small, model).")
     if dense is not small.dense: check_model(small.mask.space, dense)
-    batch = probe(dense) if batch is None else batch
+    batch = _drawn(dense) if batch is None else batch
     ways = {"dense": (dense, nullcontext), "masked": (dense, lambda: under(dense, small)), "compact": (small.model, nullcontext)}
     took: dict[str, list[float]] = {n: [] for n in ways}
     answers: dict[str, torch.Tensor] = {}
@@ -378,7 +378,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Any) ->
         raise MaskFileError(f"the weights in {source} do not fit the mask beside them: {sorted(bad)[0]} is missing, superfluous, or of another shape. Was a file replaced?")
     for n, t in own.items(): t.data = tensors[n].to(t.device)
 
-# %% ../nbs/14_shrink.ipynb #1c3c9b3d
+# %% ../nbs/14_shrink.ipynb #944dc91b
 class NotExpressible(SubnetError):
     "No configuration of transformers describes this compact model."
 
@@ -408,7 +408,7 @@ def plain(small: Compact) -> nn.Module:
             raise no(f"with {config.num_attention_heads} heads in its configuration, {config.model_type} makes {n} of shape {tuple(own[n].shape)}, where {tuple(tensors[n].shape) if n in tensors else 'nothing'} is left (its head size follows from the hidden size)")
         own[n].data = tensors[n].detach().clone()
     out = out.to(parameter_like(small.model)).train(small.model.training)
-    batch = probe(small.model, 2, 16)
+    batch = _drawn(small.model, 2, 16)
     if not (far := _far(_answer(out, batch), _answer(small.model, batch))) <= 1e-3: raise no(f"the plain model would answer differently, by {far:.2g}")
     return out
 

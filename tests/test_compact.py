@@ -18,7 +18,7 @@ from subnet_explorer.mask import Mask, MaskFileError, Scores
 from subnet_explorer.objectives import MLM
 from subnet_explorer.pocket import UnknownModel, load, tiny
 from subnet_explorer.shrink import NotExpressible, digest, filled, remains, report
-from subnet_explorer.space import FAMILIES, Space, SpaceMismatch, SubnetError, family_of
+from subnet_explorer.space import FAMILIES, Space, SpaceMismatch, SubnetError, UnknownFamily, family_of
 
 IDS = torch.tensor([[7, 12, 33, 5, 21, 9, 14], [30, 6, 6, 25, 11, 2, 8]])
 REAL = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
@@ -151,13 +151,14 @@ def test_uneven_groups_under_both_attentions(implementation):
 
 
 @pytest.mark.parametrize("name", ANATOMIES)
-def test_half_precision(name):
+def test_half_precision(name, tmp_path):
     model = copy.deepcopy(MODELS[name]).bfloat16()
     mask = off(Space.of(model, "head+mlp+neuron"), *CASES["union"][1])
-    small = compact(model, mask).model
+    small = compact(model, mask)
     with masked(model, mask): wanted = logits(model)
-    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
-    close(logits(small), wanted, 0.05)
+    assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
+    close(logits(small.model), wanted, 0.05)
+    assert torch.equal(logits(load_compact(small.save(tmp_path)).model), logits(small.model))
 
 
 @settings(max_examples=20, deadline=None)
@@ -204,6 +205,17 @@ def test_weight_masks_with_a_rule(model):
     assert size(stricter.model) < size(small.model)
     with masked(model, mask), masked(model, stricter.units, check=False): wanted = logits(model)
     close(logits(stricter.model), wanted)
+
+
+def test_weight_masks_with_embeddings():
+    "Zeros in the word embedding, which the output shares."
+    model = MODELS["bert"]
+    space = Space.of(model, "weight", layers=[2], embeddings=True)
+    mask = Mask.random(space, 0.6, 0) & ~Mask.of(space, {g.name: np.isin(np.arange(g.shape[1]), [0, 1, 2, 3] if g.role == "o" else [])[None] & np.ones(g.shape, bool) for g in space.groups})
+    small = compact(model, mask, keep=0.5)
+    assert 0 not in remains(small.units)[1].heads
+    with masked(model, mask), masked(model, small.units, check=False): wanted = logits(model)
+    close(logits(small.model), wanted)
 
 
 def test_weight_masks_without_output_matrices():
@@ -335,6 +347,7 @@ def test_bad_input():
     with pytest.raises(SubnetError, match="harden scores"): compact(model, Scores(heads.space, {g.name: np.ones(g.shape) for g in heads.space.groups}))
     with pytest.raises(SubnetError, match="mixes weights"): compact(model, Mask.full(Space.of(model, "head+weight")), keep="any")
     with pytest.raises(SubnetError, match="already compact"): compact(compact(model, heads).model, heads)
+    with pytest.raises(UnknownFamily, match="no known layout fits BloomForCausalLM"): compact(tf.BloomForCausalLM(tf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4)), heads)
     odd = copy.deepcopy(model)
     odd.bert.encoder.layer[1].attention.self.query = type("Adapter", (torch.nn.Linear,), {})(16, 16)
     with pytest.raises(SubnetError, match="cannot cut a Adapter: merge adapters"): compact(odd, heads, check=False)
