@@ -199,5 +199,6 @@ BASELINES: dict[str, dict[str, Variant]] = {
     "probe-weights": _MASKING,
     "probe-neurons": _MASKING,
     **dict.fromkeys(("importance", "importance-pocket"), {"loop": lambda w: _importance(w, weights=True, eager=True), "loop, batch 1": lambda w: _importance(w, single=True), "activations": _importance, "forward": forward}),
+    "compact": {"dense": forward},
 }
-ANCHORS = {"critical": ("plain",)} | dict.fromkeys(("importance", "importance-pocket"), ("loop", "activations", "forward")) | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))
+ANCHORS = {"critical": ("plain",), "compact": ("masked", "dense")} | dict.fromkeys(("importance", "importance-pocket"), ("loop", "activations", "forward")) | dict.fromkeys(("cloze", "text", "probe-weights", "probe-neurons"), ("fine-tune", "parametrize", "activations"))

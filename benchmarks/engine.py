@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 from workloads import Batch, Critical, Workload
 
+from subnet_explorer.apply import masked
 from subnet_explorer.data import Blocks, Fact, Facts
 from subnet_explorer.engine import MaskOptimizer
 from subnet_explorer.gates import Concrete, HardConcrete, Threshold
+from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Density, Maintain, Sequences, Suppress
 from subnet_explorer.score import example_gradients
 from subnet_explorer.search import _open, _start, find, lr_at
+from subnet_explorer.shrink import compact
 from subnet_explorer.space import Space
 
 
@@ -133,6 +137,25 @@ def critical(noise: str = "shared", precision: str = "float32") -> Variant:
 
 
 BF16 = torch.bfloat16
+def halved(removed: bool) -> Variant:
+    "A forward pass without half the heads and half the neurons of every layer: masked, or removed."
+    def build(w: Workload) -> Step:
+        model, batches, inside = w.copy(), cycle(w.batches), ExitStack()
+        mask = Mask.random(Space.of(model, "head+neuron"), 0.5, seed=w.seed)
+        inside.enter_context(masked(model, mask, check=False))
+        if removed:
+            with torch.no_grad(): wanted = model(**w.batches[0]).logits
+            inside.close()
+            model = compact(model, mask).model
+            with torch.no_grad(): far = float((model(**w.batches[0]).logits - wanted).abs().max())
+            print(f"compact: {sum(p.numel() for p in model.parameters()):,} of {sum(p.numel() for p in w.model.parameters()):,} parameters, largest difference of a logit to the masked model's {far:.1g}")
+            if far > 1e-5: raise ArithmeticError(f"outputs differ by {far}")
+        def step(inside: ExitStack = inside) -> torch.Tensor:      # holds what keeps the mask on
+            with torch.no_grad(): return w.loss(model, next(batches))
+        return step
+    return build
+
+
 ENGINE: dict[str, dict[str, Variant]] = {
     "cloze": {"engine": cloze(), "engine, no compiler": cloze(plain=True), "engine, reachable": cloze("reachable"), "engine, sampled": cloze("sampled"),
               "engine, bf16": cloze(dtype=BF16), "engine, sampled, bf16": cloze("sampled", BF16)},
@@ -140,5 +163,6 @@ ENGINE: dict[str, dict[str, Variant]] = {
     "critical": {"engine": critical(), "engine, independent": critical("independent"), "engine, bf16": critical(precision="bfloat16")},
     "probe-weights": {"engine": probe},
     "probe-neurons": {"engine": probe},
+    "compact": {"masked": halved(False), "compact": halved(True)},
     **dict.fromkeys(("importance", "importance-pocket"), {"engine": importance, "engine, forward only": lambda w: importance(w, gates=False)}),
 }

@@ -23,7 +23,7 @@ from engine import ENGINE                               # noqa: E402
 from targets import TARGETS                             # noqa: E402
 from workloads import WORKLOADS                         # noqa: E402
 
-PARTS = ("machine", "cloze", "text", "critical", "probe", "importance", "masks", "growth")
+PARTS = ("machine", "cloze", "text", "critical", "probe", "importance", "compact", "masks", "growth")
 
 
 def variants_of(name: str) -> dict[str, Variant]:

@@ -35,6 +35,7 @@ TARGETS: list[Target] = [
     Target("importance-pocket", "engine", "speed", "forward", 0.455),
     Target("critical", "engine", "memory", "plain", 0.25),
     Target("critical", "engine, independent", "memory", "plain", 0.25),
+    Target("compact", "compact", "speed", "masked", 1.5),
     Target("masks", "jaccard", "speed", "bool tensors", 200.0, ours="overlaps"),
     Target("masks", "jaccard", "MB", "one mask", 10.7, ours="overlaps"),
     Target("masks", "threshold", "speed", "torch.topk", 10.0, ours="kth"),

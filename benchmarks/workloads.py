@@ -166,6 +166,13 @@ def importance(quick: bool = False, device: str = "cpu", batch: int = 32, length
     return Workload("importance", model, batches, list(range(model.config.num_hidden_layers)), "head")
 
 
+def compact(quick: bool = False, device: str = "cpu") -> Workload:
+    "A forward pass, as for importance, after half the heads and half the neurons of every layer were removed."
+    w = importance(quick, device)
+    w.name = "compact"
+    return w
+
+
 def importance_pocket(quick: bool = False, device: str = "cpu", batch: int = 64) -> Workload:
     "The same on a real, small model and real lengths: pocket-bert and the 400 development pairs of a pocket task, in batches sorted by length."
     from subnet_explorer.data import read_glue
@@ -198,5 +205,5 @@ def critical(quick: bool = False, device: str = "cpu", facts: tuple[int, int] = 
 
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-    "cloze": cloze, "text": text, "critical": critical, "importance": importance, "importance-pocket": importance_pocket,
+    "cloze": cloze, "text": text, "critical": critical, "importance": importance, "importance-pocket": importance_pocket, "compact": compact,
     "probe-weights": lambda **kw: probe("weight", **kw), "probe-neurons": lambda **kw: probe("neuron", **kw)}

@@ -21,6 +21,7 @@ _HOMES = {
     "parser": ("Parser",),
     "controls": ("reset", "control_labels", "selectivity"),
     "score": ("iterate",),
+    "shrink": ("compact", "load_compact"),
 }
 _MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "transfer", "widgets")
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
@@ -53,5 +54,6 @@ if TYPE_CHECKING:
     from subnet_explorer.parser import Parser
     from subnet_explorer.pocket import load
     from subnet_explorer.score import iterate
+    from subnet_explorer.shrink import compact, load_compact
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError
     from subnet_explorer.store import Run, Store

@@ -21,7 +21,7 @@ from .space import SubnetError
 
 # %% auto #0
 __all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'show_command', 'agreement_command',
-           'doctor_command', 'parser', 'main']
+           'compact_command', 'doctor_command', 'parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #817c7677
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -260,6 +260,24 @@ def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and value != value else value
 
+# %% ../nbs/20_cli.ipynb #d3dae8e9
+def compact_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Make a model compact, print the comparison, write mask, weights and, if asked, a plain model; return the JSON form."
+    from subnet_explorer.mask import Mask
+    from subnet_explorer.pocket import load
+    from subnet_explorer.shrink import compact
+    mask, keep = Mask.load(args.mask), args.keep
+    if keep not in (None, "any", "all"):
+        try: keep = float(keep)
+        except ValueError: raise SubnetError(f"cannot read the rule {keep!r}: give any, all, or the least share of weights that must be kept, e.g. 0.5.") from None
+    model, tok = load(args.model, device=_device(args.device))
+    small = compact(model, mask, keep)
+    exported = args.export and str(small.export(Path(args.out, args.export), args.export == "zeros", tok))
+    table = small.report
+    folder = small.save(args.out, weights=args.weights)
+    if not args.json: print(f"{small!r}\n\n{table.to_string(float_format='{:,.4g}'.format)}\n\n{table.milliseconds['masked'] / table.milliseconds['compact']:.2f} times as fast as masked. Saved in {folder}" + (f", as a plain model in {exported}." if exported else "."))
+    return {"model": args.model, "mask": mask.id, "units": small.units.id, "layers": [i + 1 for i in small.layers], "report": table.to_dict("index"), "faster": table.milliseconds["masked"] / table.milliseconds["compact"], "folder": str(folder), "exported": exported}
+
 # %% ../nbs/20_cli.ipynb #71007f0b
 def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     "Versions, devices, notebook front end, optional parts."
@@ -286,7 +304,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #4509a2ba
+# %% ../nbs/20_cli.ipynb #a357fb52
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -387,6 +405,14 @@ def parser() -> argparse.ArgumentParser:
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
     agree.add_argument("--kind", default="head", help="unit to count: head or mlp")
     agree.add_argument("--where", action="append", metavar="LABEL=VALUE", help="only the masks with this label, e.g. kind=good (may be given again)")
+    small = command("compact", compact_command, "remove what a mask switches off: a smaller, faster model with the same outputs")
+    small.add_argument("--model", required=True, help="the model that the mask was found on: pocket-bert, a folder, or a hub name")
+    small.add_argument("--mask", required=True, help="a mask file; see show")
+    small.add_argument("--out", required=True, help="folder for the mask, the weights that are left, and the comparison")
+    small.add_argument("--keep", metavar="RULE", help="for a mask over weights: a head or neuron stays if any or all of its weights are kept, or this share of them")
+    small.add_argument("--weights", action=argparse.BooleanOptionalAction, default=True, help="save the weights; without them, the mask and the name of the full model")
+    small.add_argument("--export", choices=["plain", "zeros"], help="also write a folder of this name in plain Hugging Face format: of the small shapes, or of the full shapes with zeros")
+    small.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     command("show", show_command, "say what a mask file, run or store holds").add_argument("path")
     command("doctor", doctor_command, "versions, devices, and what is missing")
     return top

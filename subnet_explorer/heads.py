@@ -351,7 +351,7 @@ def fit(
     return _fit(model, tok, goal, monitor, usual | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #95f5ef6e
+# %% ../nbs/11_heads.ipynb #3acbc967
 def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
@@ -359,7 +359,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
     if not isinstance(o["train"], Lora): o["train"] = {"lora": Lora()}.get(check_names([o["train"]], ["all", "head", "lora"], "way to train")[0], o["train"])
     lora, heads = isinstance(o["train"], Lora), [p for m in goal.modules() for p in m.parameters()]
     if o["train"] == "head" and not heads: raise SubnetError('nothing to train: the objective has no head, and train is "head".')
-    run = Run(to, dict(method="fit", model=str(model_id(model, layout_of(model))) if to else None, goal=goal.recipe(), monitor=monitor.recipe() if monitor else None, **{**o, "train": asdict(o["train"]) if lora else o["train"]}))
+    run = Run(to, dict(method="fit", model=str(model_id(model, layout_of(model, whole=False))) if to else None, goal=goal.recipe(), monitor=monitor.recipe() if monitor else None, **{**o, "train": asdict(o["train"]) if lora else o["train"]}))
     for m in goal.modules(): m.to(next(model.parameters()).device)
     with evaluating(model), adapted(model, o["train"], o["seed"]) if lora else frozen(model) if o["train"] == "head" else nullcontext(list(model.parameters())) as body:
         body = body or []

@@ -58,7 +58,7 @@ class Known(torch.autograd.Function):
         slopes, = ctx.saved_tensors
         return (grads[0][:, None] * slopes).to(slopes.dtype), None, None
 
-# %% ../nbs/05_objectives.ipynb #8cad6c8a
+# %% ../nbs/05_objectives.ipynb #9a17309d
 class Sequences:
     "Token sequences ready to be read by a model from block `first` on."
 
@@ -66,7 +66,7 @@ class Sequences:
                  recompute: bool | None = False) -> None:      # path: "auto" or "plain"; types: token types of pairs; recompute: see `run`; None: where more than `KEPT` bytes would be kept
         if not len(ids): raise SubnetError("there is nothing to read: no sequence was given.")
         check_names([path], ["auto", "plain"], "path")
-        self.model, self.first, self.layout, self.recompute = model, first, layout_of(model), recompute
+        self.model, self.first, self.layout, self.recompute = model, first, layout_of(model, whole=False), recompute
         self.device = next(model.parameters()).device
         self.ids = [torch.tensor(i, device=self.device) for i in ids]
         self.types = None if types is None else [torch.tensor(t, device=self.device) for t in types]

@@ -184,10 +184,14 @@ class Layout:
         "Stored shape of a role's weight."
         return self.widths(role)[::-1] if self.transposed else self.widths(role)
 
-# %% ../nbs/00_space.ipynb #f3326947
-def layout_of(model: Any) -> Layout:
+# %% ../nbs/00_space.ipynb #b835850c
+def layout_of(
+    model: Any,
+    whole: bool = True,      # False: also of a compact model, as before it was cut
+) -> Layout:
     "Read the `Layout` of a transformers model and verify it against its parameters."
     family, base, cfg = family_of(model), model.base_model, model.config
+    if whole and hasattr(base, "compacted"): raise SubnetError(f"this {type(model).__name__} is already compact: its blocks have shapes of their own, on which no mask can be made. Make masks on the full model, combine them there, and compact it once.")
     paths = FAMILIES[family]
     blocks = reach(base, paths["blocks"])
     roles = [r for r in ROLES if r in paths]
@@ -201,7 +205,7 @@ def layout_of(model: Any) -> Layout:
                  tuple(r for r in roles if getattr(mods[r], "bias", None) is not None),
                  next(n for n, p in base.named_parameters() if p is embedding), embedding.shape[0])
     for r in roles:
-        if tuple(mods[r].weight.shape) != out.shape(r):
+        if whole and tuple(mods[r].weight.shape) != out.shape(r):
             raise UnknownFamily(f"{type(model).__name__} looks like family {family!r}, but its {r!r} matrix has shape "
                                 f"{tuple(mods[r].weight.shape)} where {out.shape(r)} was expected.")
     return out

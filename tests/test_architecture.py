@@ -17,7 +17,7 @@ MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith(
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 WITHOUT_TORCH = ("space", "mask", "masks", "data", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
-WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
+WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent", "shrink"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
 modules, notebooks = pytest.mark.parametrize("name", MODULES), pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -120,6 +120,12 @@ def test_parser_and_controls_stand_on_heads():
     "A parser is a head like the others; what trains and scores it does not know it."
     assert siblings("parser") <= {"space", "objectives", "heads", "evaluate"}
     assert not any({"parser", "controls"} & siblings(name) for name in ("objectives", "evaluate", "search", "heads", "score"))
+
+
+def test_compact_stands_on_masks_alone():
+    "Removing what is masked needs no search and no data; only what runs it from outside may know it."
+    assert siblings("shrink") <= {"space", "mask", "apply", "packed", "pocket"}
+    assert not [n for n in set(MODULES) - {"cli", "recipes"} if "shrink" in siblings(n)]
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
