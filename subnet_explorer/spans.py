@@ -38,7 +38,7 @@ def best_span(
     a, b = np.unravel_index(sums.argmax(), sums.shape)
     return int(i[a]), int(j[b]), float(sums[a, b])
 
-# %% ../nbs/11_spans.ipynb #b4a5deae
+# %% ../nbs/11_spans.ipynb #e3a1951b
 @dataclass(frozen=True)
 class Windows:
     "Texts in overlapping windows, each behind its question, as examples for a model."
@@ -68,7 +68,7 @@ class Windows:
 
     def read(self, out: np.ndarray, best: int = 20, longest: int = 30) -> list[str]:
         "The answer to each question, cut from its text."
-        return [t[a:b] for t, (a, b, _) in zip(self.texts, self.found(out, best, longest))]
+        return [t[a:b].strip() for t, (a, b, _) in zip(self.texts, self.found(out, best, longest))]
 
 # %% ../nbs/11_spans.ipynb #3dad209b
 def _tight(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:      # (token, 2)

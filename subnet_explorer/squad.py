@@ -116,7 +116,7 @@ def _seen(what: Any) -> str:
     "What was found, in few words."
     return f"an object with {', '.join(map(repr, list(what)[:5])) or 'nothing'}" if isinstance(what, dict) else f"a list of {len(what)}" if isinstance(what, list) else repr(what)[:60]
 
-# %% ../nbs/06_squad.ipynb #d8d37eb2
+# %% ../nbs/06_squad.ipynb #15adba34
 def _bare(source: str | Path) -> str:
     "A source without the prefix of its kind."
     source = str(source).removeprefix("squad:")
@@ -151,9 +151,9 @@ def squad_files(source: str | Path) -> dict[str, Path | None]:      # train, dev
 
 
 def _from_file(source: str, part: str) -> tuple[Iterator[dict[str, Any]], str]:
-    "Rows of a part, and its name; a file given by itself is read whatever the part."
+    "Rows of a part, and its name; a file given by itself is the training part, or what its name says."
     files = squad_files(source)
-    if (path := Path(source) if Path(source).is_file() and part == "train" else files[part]) is None: raise BadQuestions(f"{source} has no {part} part: give two files with a comma between, squad:TRAIN,DEV, or a folder with both.")
+    if (path := Path(source) if Path(source).is_file() and (part == "train" or Path(source).name.startswith(part)) else files[part]) is None: raise BadQuestions(f"{source} has no {part} part: give two files with a comma between, squad:TRAIN,DEV, or a folder with both.")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: data = json.load(f)
     except json.JSONDecodeError as e: raise BadQuestions(f"{path} is no JSON file ({e}): SQuAD v1.1 is one object with 'data'.") from None

@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "data", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "data", "squad", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
@@ -120,6 +120,12 @@ def test_parser_and_controls_stand_on_heads():
     "A parser is a head like the others; what trains and scores it does not know it."
     assert siblings("parser") <= {"space", "objectives", "heads", "evaluate"}
     assert not any({"parser", "controls"} & siblings(name) for name in ("objectives", "evaluate", "search", "heads", "score"))
+
+
+def test_questions_stand_on_data_and_spans_on_heads():
+    "What trains and scores asks the task; only what makes heads knows the one for spans."
+    assert siblings("squad") <= {"space", "data", "pocket"} and siblings("spans") <= {"space", "heads"}
+    assert not any("spans" in siblings(name) for name in set(MODULES) - {"spans", "heads", "cli"})
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
