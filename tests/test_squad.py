@@ -393,4 +393,5 @@ def test_all_answers_of_squad_are_in_windows(real):
         windows = SpanFinder(model, length=192).code(tok, data)
         said = windows.read(perfect(windows, 192), longest=80)
         scores = answer_scores([[g[0]] for g in data.gold], said)
-        assert len(data) == n and windows.extra > 0 and windows.lost == 0 and scores["f1"].mean() > .995       # tokens can hold more than the answer, as in 1990s
+        assert len(data) == n and windows.extra > 0 and windows.lost == 0 and scores["f1"].mean() > .98
+        assert all(g[0] in a for g, a, f in zip(data.gold, said, scores["f1"]) if f < 1)      # where a word holds more than the answer, as 1817 does of 7
