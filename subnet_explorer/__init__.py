@@ -14,11 +14,13 @@ _HOMES = {
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
     "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Kept", "Density", "Ramp"),
     "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices", "read_texts", "Blocks", "blocks", "Sentence", "read_conllu", "read_ner", "fitting"),
+    "squad": ("Questions", "read_squad"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
     "search": ("find",),
     "heads": ("Tagger", "Classifier", "Regressor", "Chooser", "Lora", "head_for", "fit", "preserved", "relearning", "relearned"),
     "parser": ("Parser",),
+    "spans": ("SpanFinder",),
     "controls": ("reset", "control_labels", "selectivity"),
     "score": ("iterate",),
     "shrink": ("compact", "load_compact"),
@@ -56,4 +58,6 @@ if TYPE_CHECKING:
     from subnet_explorer.score import iterate
     from subnet_explorer.shrink import compact, load_compact
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError
+    from subnet_explorer.spans import SpanFinder
+    from subnet_explorer.squad import Questions, read_squad
     from subnet_explorer.store import Run, Store

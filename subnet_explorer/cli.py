@@ -72,7 +72,7 @@ def _reported(args: argparse.Namespace, out: dict[str, Any], write: Callable[[Pa
 def _say(text: str, args: argparse.Namespace) -> None:
     if not getattr(args, "quiet", False): print(text, file=sys.stderr)
 
-# %% ../nbs/20_cli.ipynb #42dc4a75
+# %% ../nbs/20_cli.ipynb #f07a8c5d
 def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run the study of lottery tickets as asked, print its table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.lottery import gains, task_data, table, tickets_json, tickets_report
@@ -85,7 +85,7 @@ def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
     tasks = {n: task_data(s, search=args.search, on_dev=args.on_dev, train=args.train, test=args.test, strict=not args.lenient) for n, s in sources.items()}
     usual = TUNING if args.model.startswith("pocket-") else {}
     training = {k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, k) if getattr(args, k) is not None else usual.get(k)) is not None}
-    study = tickets(model, tok, tasks, kind=args.kind, seeds=_numbers(args.seeds), length=args.length, drop=args.drop, floor=args.floor, supers=args.supers, longer=[float(n) for n in _numbers(args.longer)] if args.longer else (),
+    study = tickets(model, tok, tasks, kind=args.kind, seeds=_numbers(args.seeds), length=args.length, limit=args.limit, drop=args.drop, floor=args.floor, supers=args.supers, longer=[float(n) for n in _numbers(args.longer)] if args.longer else (),
                     random_init=args.random_init, processes=args.processes, to=args.out, progress=not args.quiet, **training, **(dict(published=True, mode="cumulative", normalise="published") if args.published else {}))
     out = tickets_json(study)
     atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
@@ -101,7 +101,7 @@ def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
 def _named(text: str) -> tuple[str, str]:
     "Name and source of a task."
     name, sign, source = text.partition("=")
-    return (name, source) if sign else (Path(text.removesuffix("/").rpartition(":")[2]).name.removesuffix(".gz").removesuffix(".tsv"), text)
+    return (name, source) if sign else (Path(text.removesuffix("/").rpartition(":")[2]).name.removesuffix(".gz").removesuffix(".tsv").removesuffix(".json"), text)
 
 # %% ../nbs/20_cli.ipynb #337a1f32
 def critical_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #a357fb52
+# %% ../nbs/20_cli.ipynb #332a00a9
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -341,13 +341,14 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(model="pocket-bert", facts="pocket", templates=None)
     tickets = command("tickets", tickets_command, "lottery tickets: fine-tune, prune and retrain good, random and bad subnetworks of any model on labelled sentences")
     tickets.add_argument("--model", required=True, help="pocket-bert, a folder, or a hub name")
-    tickets.add_argument("--task", required=True, nargs="+", metavar="[NAME=]SOURCE", help="pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG")
+    tickets.add_argument("--task", required=True, nargs="+", metavar="[NAME=]SOURCE", help="pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG; questions about texts: squad:TRAIN.json[,DEV.json], a folder with both, or datasets:squad")
     tickets.add_argument("--seeds", default="0,1,2,3,4", help="with commas")
     tickets.add_argument("--out", required=True, help="folder for masks, models, tables and the report; the same command continues there")
     tickets.add_argument("--kind", default="head+mlp", choices=["head+mlp", "head", "mlp", "weight"], help="what is pruned: by importance, or weights by magnitude")
     for name, of, text in (("epochs", float, "of fine-tuning; 3 if nothing is said"), ("lr", float, "peak learning rate; 2e-5 if nothing is said"), ("batch", int, "sentences per step; 32 if nothing is said"), ("train", int, "at most so many sentences to train on"), ("test", int, "at most so many sentences to report on")):
         tickets.add_argument(f"--{name}", type=of, help=text)
-    tickets.add_argument("--length", type=int, default=128, help="tokens that are read at most")
+    tickets.add_argument("--length", type=int, help="tokens that are read at most; 128 if nothing is said, 384 of questions with their texts")
+    tickets.add_argument("--limit", type=int, help="at most so many training sentences, others for every seed")
     tickets.add_argument("--search", type=float, default=0.2, help="share of the training sentences that is set aside for the search")
     tickets.add_argument("--on-dev", action="store_true", help="search on the sentences that are reported on, as published")
     tickets.add_argument("--drop", type=float, default=0.1, help="share of units removed in one step")

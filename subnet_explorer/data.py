@@ -715,7 +715,7 @@ def fitting(
     if not kept: raise BadSentences(f"none of {len(sentences)} sentences fits: {dict(skipped) or 'there is none'}.")
     return kept, dict(skipped)
 
-# %% ../nbs/06_data.ipynb #369533a4
+# %% ../nbs/06_data.ipynb #7926d793
 class BadTable(SubnetError):
     "A table of labelled sentences is broken, or is not the table of this task."
 
@@ -730,6 +730,8 @@ class LabelTask:
     metrics: tuple[str, ...] = ("accuracy",)                       # the first one counts
     dev: str = "dev"                                               # name of the development file
     bare: tuple[str, ...] = ()                                     # columns of a file without header
+    spans: bool = False                                            # whether answers are pieces of the second text
+    length: int = 128                                              # tokens that are usually read
 
 
 GLUE: dict[str, LabelTask] = {t.name: t for t in (
@@ -745,7 +747,7 @@ GLUE: dict[str, LabelTask] = {t.name: t for t in (
 )}
 "The tasks of GLUE by name."
 
-# %% ../nbs/06_data.ipynb #a6e4b882
+# %% ../nbs/06_data.ipynb #6831287b
 @dataclass(frozen=True)
 class Labelled:
     "Sentences or pairs of sentences with labels."
@@ -757,7 +759,16 @@ class Labelled:
     @property
     def real(self) -> bool:
         "Whether labels are numbers to be predicted, not classes."
-        return not self.task.labels
+        return not self.task.labels and not self.task.spans
+
+    @property
+    def gold(self) -> list[Any]:
+        "What is right for each row."
+        return [r["label"] for r in self]
+
+    def unit(self, row: Mapping[str, Any]) -> str:
+        "What must not be shared between parts: rows of one unit stay together."
+        return "\t".join(str(row[k]) for k in ("sentence", "pair") if k in row)
 
     @property
     def fingerprint(self) -> str:

@@ -222,9 +222,12 @@ def _joined(tok: Any, example: dict[str, Any], limit: int | None = None) -> list
         while len(one) + len(two) + len(between) > limit: (one if len(one) > len(two) else two).pop()
     return one + between + two
 
-# %% ../nbs/11_heads.ipynb #be949959
-def head_for(model: nn.Module, data: Labelled, seed: int = 0, length: int | None = None) -> Classifier:
-    "A new head for labelled sentences: a classifier, or a regressor if labels are numbers."
+# %% ../nbs/11_heads.ipynb #131f7ea6
+def head_for(model: nn.Module, data: Labelled, seed: int = 0, length: int | None = None) -> Head:
+    "A new head for labelled sentences: a classifier, or a regressor if labels are numbers; for questions about texts a `SpanFinder`."
+    if data.task.spans:
+        from subnet_explorer.spans import SpanFinder
+        return SpanFinder(model, seed, length)
     return (Regressor if data.real else Classifier)(model, data, seed, length)
 
 # %% ../nbs/11_heads.ipynb #f72615ef
@@ -297,13 +300,13 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../nbs/11_heads.ipynb #2953f3e6
+# %% ../nbs/11_heads.ipynb #f6cff733
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
-    head: Classifier                        # trained
+    head: Head                              # trained
     log: pd.DataFrame = field(repr=False)   # step, loss[, score]
-    cut: int                                # examples that were longer than what is read
+    cut: int                                # examples that were longer than what is read; of questions, those read in several windows
     steps: int                              # taken; fewer than planned if stopped early
 
 
@@ -324,6 +327,7 @@ def fit(
     batch: int = 32,
     seed: int = 0,
     length: int | None = None,         # tokens at most, for labelled sentences
+    limit: int | None = None,          # at most so many of the labelled sentences, others for every seed
     dev: Labelled | None = None,       # held-out sentences to watch, instead of a monitor
     monitor: Monitor | None = None,    # what to watch on held-out data
     every: int = 50,
@@ -339,19 +343,25 @@ def fit(
     if dev is not None and monitor is not None: raise SubnetError("there can be one thing to watch: give dev or monitor.")
     if isinstance(goal, Labelled):
         if epochs is not None and not (math.isfinite(epochs) and epochs > 0): raise SubnetError(f"epochs must be a positive number, got {epochs}.")
-        if len(set(e["label"] for e in goal)) < 2: raise SubnetError(f"nothing can be learned from {goal.name}: all labels of {len(goal)} sentences are equal.")
+        if limit is not None: goal = goal.take(_at_most(limit), seed)
+        if len(set(goal.gold)) < 2: raise SubnetError(f"nothing can be learned from {goal.name}: all labels of {len(goal)} sentences are equal.")
         head = head_for(model, goal, seed, length)
         if epochs is not None: steps = max(1, math.ceil(epochs * math.ceil(len(goal) / min(batch, len(goal)))))
         if dev is not None: monitor = TaskScore(dev, head)
         log = _fit(model, tok, Task(goal, head), monitor, usual | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
-                   patience=patience, train=train, length=length), to, checkpoint, progress)
+                   patience=patience, train=train, length=length, **({} if limit is None else {"limit": limit})), to, checkpoint, progress)
         return Fitted(head, log, head.cut(tok, goal), int(log.step.iloc[-1]))
-    for name, given in (("epochs", epochs), ("dev", dev), ("length", length)):
-        if given is not None: raise SubnetError(f"{name} goes with a table of labelled sentences; for an objective give {dict(epochs='steps', dev='monitor', length='its head a length')[name]}.")
+    for name, given in (("epochs", epochs), ("dev", dev), ("length", length), ("limit", limit)):
+        if given is not None: raise SubnetError(f"{name} goes with a table of labelled sentences; for an objective give {dict(epochs='steps', dev='monitor', length='its head a length', limit='it fewer examples')[name]}.")
     return _fit(model, tok, goal, monitor, usual | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #3acbc967
+# %% ../nbs/11_heads.ipynb #c128f07e
+def _at_most(limit: int) -> int:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2: raise SubnetError(f"limit is a number of examples, at least 2, got {limit!r}.")
+    return limit
+
+
 def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")

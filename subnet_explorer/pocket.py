@@ -174,7 +174,7 @@ def sentences(
         if part in (None, _part(" ".join(t["form"] for t in sentence))): out.append(sentence)
     return out
 
-# %% ../nbs/07_pocket.ipynb #c39118f5
+# %% ../nbs/07_pocket.ipynb #2365a197
 def treebank(n: int = 1000, seed: int = 0, part: str | None = None) -> str:
     "CoNLL-U text of `n` filler sentences, of all or of one part."
     lines = []
@@ -214,17 +214,23 @@ def choices(n: int = 500, seed: int = 0) -> list[dict[str, Any]]:
     return out
 
 
-def questions(n: int = 500, seed: int = 0) -> dict[str, Any]:
-    "SQuAD-v1.1-format questions whose answer is the object of one of three facts in the context."
-    rng, rows, paragraphs = random.Random(f"questions-{seed}"), pocket_rows(), []
-    for i in range(n):
+def questions(
+    n: int = 0,                # how many; 0: the usual number of the part
+    seed: int = 0,
+    part: str = "train",       # "train", "dev" or "test": no subject is in two of them
+) -> dict[str, Any]:           # in the format of SQuAD v1.1
+    "Draw questions whose answer is the object of one of three facts in the context."
+    check_names([part], PARTS, "part")
+    if n < 0: raise SubnetError(f"the number of questions is 0 (the usual one) or more, got {n}.")
+    rng, rows, paragraphs = random.Random(f"questions-{part}-{seed}"), [r for r in pocket_rows() if _part(r["sub_phrase"]) == part], []
+    for i in range(n or PARTS[part]):
         told = rng.sample(rows, 3)
-        said = [WORDINGS[r["pred"]][0].format(s=r["sub_phrase"], o=r["obj_label"]) for r in told]
-        context, at = " ".join(said), rng.randrange(3)
-        r = told[at]
-        start = sum(len(s) + 1 for s in said[:at]) + WORDINGS[r["pred"]][0].format(s=r["sub_phrase"], o="\0").index("\0")
-        question = WORDINGS[r["pred"]][0].format(s=r["sub_phrase"], o="what").replace(" .", " ?")
-        paragraphs.append(dict(context=context, qas=[dict(id=f"pocket-{seed}-{i}", question=question, answers=[dict(text=r["obj_label"], answer_start=start)])]))
+        while len({r["sub_phrase"] for r in told}) < 3: told = rng.sample(rows, 3)
+        wordings, at = [rng.choice(WORDINGS[r["pred"]][:5]) for r in told], rng.randrange(3)
+        said, r = [w.format(s=r["sub_phrase"], o=r["obj_label"]) for w, r in zip(wordings, told)], told[at]
+        start = sum(len(s) + 1 for s in said[:at]) + wordings[at].format(s=r["sub_phrase"], o="\0").index("\0")
+        question = rng.choice(WORDINGS[r["pred"]][:5]).format(s=r["sub_phrase"], o="what").rstrip(" .!") + " ?"
+        paragraphs.append(dict(context=" ".join(said), qas=[dict(id=f"{part}-{seed}-{i}", question=question, answers=[dict(text=r["obj_label"], answer_start=start)])]))
     return dict(version="1.1", data=[dict(title="pocket", paragraphs=paragraphs)])
 
 # %% ../nbs/07_pocket.ipynb #2eb92f10

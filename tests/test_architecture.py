@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "data", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "data", "squad", "knowledge", "compare", "maps", "patterns", "plots", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent", "shrink"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
@@ -126,6 +126,12 @@ def test_compact_stands_on_masks_alone():
     "Removing what is masked needs no search and no data; only what runs it from outside may know it."
     assert siblings("shrink") <= {"space", "mask", "apply", "packed", "pocket"}
     assert not [n for n in set(MODULES) - {"cli", "recipes"} if "shrink" in siblings(n)]
+
+
+def test_questions_stand_on_data_and_spans_on_heads():
+    "What trains and scores asks the task; only what makes heads knows the one for spans."
+    assert siblings("squad") <= {"space", "data", "pocket"} and siblings("spans") <= {"space", "heads"}
+    assert not any("spans" in siblings(name) for name in set(MODULES) - {"spans", "heads", "cli"})
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
