@@ -384,11 +384,12 @@ def tickets(
     said = lambda r: f"{r.kind} " + ("" if r.stage == "full" else f"{r.stage} ") + ("undefined" if np.isnan(r["mean"]) else f"{r['mean']:.2f}" + ("" if np.isnan(r.low) else f" ± {r['std']:.2f}" if spread == "std" else f" ({r.low:.2f} to {r.high:.2f})"))
     return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. " + " ".join(f"{task}: " + ", ".join(said(r) for _, r in data[data.task == task].iterrows()) + "." for task in tasks))
 
-# %% ../nbs/18_plots.ipynb #677424b2
+# %% ../nbs/18_plots.ipynb #44780da9
 def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",
     label: str = "share kept",
+    top: float | None = None,        # upper end of the scale, for figures that are to be compared; None: the largest share
 ) -> Figure:
     "Draw the share of kept weights by layer and matrix, and by attention head."
     check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")
@@ -398,7 +399,7 @@ def placement(
     grid = whole.set_axis([f"layer {i}" if i else "embedding" for i in whole.index]).rename(columns=name)
     per = {m: share(["matrix", "layer", "head"])[m].unstack("head") for m in heads}
     shown = [grid, *per.values()]
-    high, columns = max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
+    high, columns = top or max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
     deep, wide = 34 * max(3, len(grid)), max(600, 40 + 34 * sum(p.shape[1] for p in per.values()))
     fig = make_subplots(2 if heads else 1, columns, specs=[[{"colspan": columns}, *[None] * (columns - 1)], *([[{}] * columns] if heads else [])], horizontal_spacing=.05, vertical_spacing=55 / (2 * deep + 55) if heads else 0,
                         subplot_titles=["all matrices", *(f"{name(m)}, by head" for m in heads)])
