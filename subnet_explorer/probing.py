@@ -363,7 +363,7 @@ def _bits(s: Setting, head: Head, sentences: Sequence[Any], under: Any) -> float
     with evaluating(s.model), masked(s.model, under): out = torch.from_numpy(predict(s.model, head, coded)).double().log_softmax(-1)
     return float(-out.gather(1, torch.tensor([y for c in coded for y in c[2]])[:, None]).sum() / np.log(2))
 
-# %% ../nbs/13_probing.ipynb #a01ec3c8
+# %% ../nbs/13_probing.ipynb #b526aac8
 def where_figures(study: Probing, lam: float | None = None) -> list[Any]:
     "Heat-maps of `where`, one for the model and each control, and bars of `localisation`."
     from subnet_explorer import plots
@@ -372,7 +372,7 @@ def where_figures(study: Probing, lam: float | None = None) -> list[Any]:
     rows = [dict(condition=f"layer {i}", probe=said[p]) | dict(zip(("n", "value", "low", "high"), _student(x.to_numpy()))) for (p, i), x in share.groupby(["probe", "layer"], sort=False).share]
     bars = pd.DataFrame(rows).drop(columns="n").dropna(axis=1)
     return [plots.bars(bars, colour="probe", title="Soft gates of query, key and value by layer", label="share of the sum over layers"),
-            *(plots.placement(g, f"{said[n].capitalize()}: mean of {g.n.iloc[0]} mask{'s' * (g.n.iloc[0] != 1)}", "share kept", top=top) for n, g in t.groupby("probe", sort=False))]
+            *(plots.placement(g, f"{said[n].capitalize()}: mean of {g.n.iloc[0]} mask{'' if g.n.iloc[0] == 1 else 's'}", "share kept", top=top) for n, g in t.groupby("probe", sort=False))]
 
 # %% ../nbs/13_probing.ipynb #3e32f069
 def probe_report(study: Probing, path: str | Path) -> Path:
