@@ -402,6 +402,12 @@ def test_the_command(tmp_path, capsys):
     assert "density by layer" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
 
 
+def test_the_command_reads_gaps(tmp_path, capsys):
+    assert main(shell(tmp_path, "--train", "pocket-gaps", "--dev", "pocket-gaps", "--baselines", "", "--no-report")) == 0
+    assert pd.read_csv(tmp_path / "out" / "scores.csv").gaps.between(0, 1).all() and "gaps" in capsys.readouterr().out
+    assert main(shell(tmp_path, "--train", "pocket-gaps", "--model", "pocket-gpt2")) == 2 and "no mask token" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambda", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)
 def test_the_command_refuses(tmp_path, capsys, change, says):
     args = shell(tmp_path)
