@@ -73,7 +73,7 @@ def attention_soft(soft: Scores) -> list[float]:      # one number a layer
         at[0] += v.sum(); at[1] += v.size
     return [a / n for _, (a, n) in sorted(total.items())]
 
-# %% ../nbs/13_probing.ipynb #ec003c5f
+# %% ../nbs/13_probing.ipynb #610423a8
 PROBES = ("subnetwork", "mlp", "linear", "finetune", *(f"{p}_reset_{w}" for p in ("subnetwork", "mlp") for w in RESETS))
 "Probes and their controls."
 
@@ -220,7 +220,7 @@ def _bar(cells: Sequence[Cell], progress: bool) -> Any:
     with tqdm(total=len(cells), desc="probing", unit="cell", disable=not progress) as bar:
         for c in cells: bar.set_postfix(cell=c.name); yield c; bar.update()
 
-# %% ../nbs/13_probing.ipynb #78ff7ed5
+# %% ../nbs/13_probing.ipynb #8440ed55
 def summary(study: Probing) -> pd.DataFrame:      # probe, granularity, lam, rank, n, score, low, high, score_soft, density, bits, of_finetuning
     "Mean score of every probe over seeds, with a 95 % Student interval (none for one seed)."
     rows = []
@@ -253,7 +253,7 @@ def strongest(study: Probing, within: float = 0.1) -> float:
     if ok.empty: raise SubnetError(f"no subnetwork probe comes within {within:.0%} of fine-tuning: train longer, or give smaller lambdas.")
     return float(ok.lam.max())
 
-# %% ../nbs/13_probing.ipynb #1ff076d6
+# %% ../nbs/13_probing.ipynb #e1ea6188
 def where(study: Probing, lam: float | None = None) -> pd.DataFrame:      # columns probe, lam, layer, matrix, head, size, n, density, sd, kept
     "Density of the main masks by layer, matrix and head (0: the whole matrix), mean and deviation over seeds; of the strongest lambda, or another."
     rows = []
@@ -297,7 +297,7 @@ def _student(x: np.ndarray) -> tuple[int, float, float, float]:
     half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
     return len(x), float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../nbs/13_probing.ipynb #0b15e3df
+# %% ../nbs/13_probing.ipynb #cbfa217c
 SOURCE = "published, Cao et al. 2021, one run each, BERT-base on UD English, CoNLL-2003"
 "What the published numbers are."
 
@@ -363,18 +363,18 @@ def _bits(s: Setting, head: Head, sentences: Sequence[Any], under: Any) -> float
     with evaluating(s.model), masked(s.model, under): out = torch.from_numpy(predict(s.model, head, coded)).double().log_softmax(-1)
     return float(-out.gather(1, torch.tensor([y for c in coded for y in c[2]])[:, None]).sum() / np.log(2))
 
-# %% ../nbs/13_probing.ipynb #b526aac8
+# %% ../nbs/13_probing.ipynb #9a63ede7
 def where_figures(study: Probing, lam: float | None = None) -> list[Any]:
     "Heat-maps of `where`, one for the model and each control, and bars of `localisation`."
     from subnet_explorer import plots
     t, share = where(study, lam), localisation(study, lam)
-    said, top = {n: f"{n.replace('_', ' ', 1).replace('_', ' ')}, λ {g.lam.iloc[0]:g}" for n, g in t.groupby("probe", sort=False)}, float(t.density.max())
+    said, top = {n: f"{'pretrained' if n == 'subnetwork' else n.removeprefix('subnetwork_').replace('_', ' ')}, λ {g.lam.iloc[0]:g}" for n, g in t.groupby("probe", sort=False)}, float(t.density.max())
     rows = [dict(condition=f"layer {i}", probe=said[p]) | dict(zip(("n", "value", "low", "high"), _student(x.to_numpy()))) for (p, i), x in share.groupby(["probe", "layer"], sort=False).share]
     bars = pd.DataFrame(rows).drop(columns="n").dropna(axis=1)
     return [plots.bars(bars, colour="probe", title="Soft gates of query, key and value by layer", label="share of the sum over layers"),
             *(plots.placement(g, f"{said[n].capitalize()}: mean of {g.n.iloc[0]} mask{'' if g.n.iloc[0] == 1 else 's'}", "share kept", top=top) for n, g in t.groupby("probe", sort=False))]
 
-# %% ../nbs/13_probing.ipynb #3e32f069
+# %% ../nbs/13_probing.ipynb #26f4326f
 def probe_report(study: Probing, path: str | Path) -> Path:
     "Write the report of a study."
     from subnet_explorer import plots
