@@ -116,13 +116,14 @@ def survival_table(
     of = int(counts.iloc[0])
     return pd.DataFrame(where).assign(mean=per.mean(0), std=per.std(0, ddof=1) if len(per) > 1 else np.nan, of=of, stable=per.mean(0) > more_than * of + 1e-9)
 
-# %% ../nbs/15_compare.ipynb #52fab90d
+# %% ../nbs/15_compare.ipynb #e2aaf3b1
 def placement(masks: Mask | Masks) -> pd.DataFrame:      # columns layer, matrix, head, size, kept, density
     "Kept weights by layer, matrix and attention head (one-based; head 0: the whole matrix), mean over masks."
     every = [masks] if isinstance(masks, Mask) else _alike(masks, "place")[0]
-    if (space := every[0].space).kind not in ("weight", "block"): raise SubnetError(f"placement is about weights, and this is {space!r}: see .table() and survival_table for heads, MLPs and layers.")
+    space = every[0].space
+    if any(g.kind not in ("weight", "block", "bias") for g in space.groups): raise SubnetError(f"placement is about weights, and this is {space!r}: see .table() and survival_table for heads, MLPs and layers, or translate it: .to('weight', how='full').")
     rows = [dict(layer=g.layer + 1, matrix=matrix, head=h, size=bits[0].size, kept=float(np.mean([b.sum() for b in bits])))
-            for g in space.groups for matrix, h, bits in _pieces(g, space, [m[g.name] for m in every])]
+            for g in space.groups if g.kind != "bias" for matrix, h, bits in _pieces(g, space, [m[g.name] for m in every])]
     return pd.DataFrame(rows).assign(density=lambda t: t.kept / t["size"])
 
 

@@ -23,10 +23,10 @@ import pandas as pd
 from .space import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'SCHEMES', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop',
-           'object_id', 'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks', 'blocks',
-           'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'fitting', 'BadTable', 'LabelTask',
-           'Labelled', 'read_glue', 'BadChoices', 'read_choices']
+__all__ = ['TEMPLATES', 'SCHEMES', 'GAP', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split',
+           'two_hop', 'object_id', 'too_long', 'answerable', 'with_start', 'encode', 'BadTexts', 'read_texts', 'Blocks',
+           'blocks', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'coded_words',
+           'fitting', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices', 'read_choices']
 
 # %% ../nbs/06_data.ipynb #737fc13a
 class BadFacts(SubnetError):
@@ -511,12 +511,13 @@ def _rooted(head: Sequence[int], i: int) -> bool:
         if i: i = head[i - 1]
     return i == 0
 
-# %% ../nbs/06_data.ipynb #75f88b6e
+# %% ../nbs/06_data.ipynb #144dab19
 def read_conllu(
-    source: str | Path,        # CoNLL-U text, the path of a file, "pocket", or "datasets:NAME[/CONFIG]"
+    source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps", or "datasets:NAME[/CONFIG]"
     part: str = "train",       # "train", "dev" or "test" (not for text or a file)
 ) -> list[Sentence]:
     "Read a treebank; raise `BadSentences` with file and line where it is broken."
+    if str(source) == "pocket-gaps": return gapped(read_conllu("pocket", part))
     if str(source) == "pocket":
         from subnet_explorer.pocket import PARTS, treebank
         check_names([part], PARTS, "part"); source = treebank(PARTS[part], part=part)
@@ -543,7 +544,7 @@ def _conllu_rows(source: str | Path) -> Iterator[tuple[list[tuple[int, dict[str,
             rows.append((n, row))
         if rows: yield rows, where
 
-# %% ../nbs/06_data.ipynb #337e0052
+# %% ../nbs/06_data.ipynb #3b6e85a2
 def _named(source: str | Path) -> str: return "the text" if _is_text(source) else str(source)
 
 
@@ -552,7 +553,7 @@ def _is_text(source: str | Path) -> bool: return isinstance(source, str) and ("\
 
 def _source_lines(source: str | Path) -> list[str]:
     "The lines of a text, or of the file it names."
-    if not _is_text(source) and not (path := Path(source)).is_file(): raise BadSentences(f'there is no file {path}: give the text itself, the path of a file (possibly .gz), "pocket", or "datasets:NAME".')
+    if not _is_text(source) and not (path := Path(source)).is_file(): raise BadSentences(f'there is no file {path}: give the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", or "datasets:NAME".')
     text = source if _is_text(source) else _text(path, BadSentences)
     return [line.removesuffix("\r") for line in text.split("\n")]
 
@@ -630,18 +631,19 @@ def iob2(tags: Sequence[str]) -> list[str]:
     for kind, start, stop in chunks(tags): out[start:stop] = [f"{p}-{kind}".removesuffix("-") for p in "B" + "I" * (stop - start - 1)]
     return out
 
-# %% ../nbs/06_data.ipynb #edb1cc55
+# %% ../nbs/06_data.ipynb #a31775df
 SCHEMES = ("IOB1", "IOB2", "BIOES")
 "Schemes of entity labels."
 
 
 def read_ner(
-    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket", or "datasets:NAME[/CONFIG]" with columns tokens and ner_tags
+    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", or "datasets:NAME[/CONFIG]" with columns tokens and ner_tags
     scheme: str = "auto",      # one of `SCHEMES`; "auto": found out; "conlleval": unchecked
     part: str = "train",       # "train", "dev" or "test" (not for text or a file)
 ) -> list[tuple[list[str], list[str]]]:      # words, IOB2 labels
     "Read words with entity labels; raise `BadSentences` with file and line where they are broken."
     check_names([scheme], ["auto", *SCHEMES, "conlleval"], "scheme of entity labels")
+    if str(source) == "pocket-gaps": return gapped(read_ner("pocket", part=part))
     if str(source) == "pocket":
         from subnet_explorer.pocket import PARTS, entities
         check_names([part], PARTS, "part"); source = entities(PARTS[part], part=part)
@@ -694,7 +696,36 @@ def _check_scheme(found: Sequence[tuple[list[int], list[str], list[str]]], schem
     said = " and ".join(f"line {n}: {t!r} cannot stand there in {s}" for s, (n, t) in breaches.items())
     raise BadSentences(f"{where}, {said}. Correct the labels, name another scheme, or use scheme=\"conlleval\" to read them by its rules.")
 
-# %% ../nbs/06_data.ipynb #1adc4bc4
+# %% ../nbs/06_data.ipynb #df207b1d
+GAP = "[MASK]"
+"A word that was taken away; tokenisers are given their own mask token for it."
+
+
+def gapped(
+    sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
+    share: float = 0.3,            # of the words of each sentence, rounded
+    seed: int = 0,
+) -> list[Any]:
+    "Put gaps for a share of the words of every sentence; annotation stays as it is."
+    if not 0 <= share <= 1: raise SubnetError(f"the share of gaps is a fraction between 0 and 1, got {share}.")
+    return [_with_gaps(s, share, seed) for s in sentences]
+
+
+def _with_gaps(sentence: Any, share: float, seed: int) -> Any:
+    words = list(sentence.words if isinstance(sentence, Sentence) else sentence[0])
+    if GAP in words: raise BadSentences(f"the sentence {' '.join(words)[:60]!r} has gaps already: give the original.")
+    order = list(range(len(words)))
+    random.Random(f"gaps-{seed}-{' '.join(words)}").shuffle(order)
+    for i in order[:round(share * len(words))]: words[i] = GAP
+    return replace(sentence, words=tuple(words)) if isinstance(sentence, Sentence) else (words, sentence[1])
+
+
+def coded_words(tok: Any, words: Sequence[str], **more: Any) -> Any:      # what the tokenizer gives
+    "Tokenise words, gaps as the mask token; raise `BadSentences` if there is none."
+    if GAP in words and tok.mask_token is None: raise BadSentences(f"a sentence with gaps needs the tokenizer of a masked model, and {type(tok).__name__} has no mask token: {' '.join(words)[:60]!r}.")
+    return tok([tok.mask_token if w == GAP else w for w in words], is_split_into_words=True, **more)
+
+# %% ../nbs/06_data.ipynb #589409c5
 def fitting(
     sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
     tok: Any,                      # tokenizer
@@ -707,7 +738,7 @@ def fitting(
         words = list(s.words if isinstance(s, Sentence) else s[0])
         why = f"more than {longest} words" if len(words) > longest else f"fewer than {shortest} words" if len(words) < shortest else ""
         if not why:
-            coded = tok(words, is_split_into_words=True, verbose=False)
+            coded = coded_words(tok, words, verbose=False)
             if len(coded.input_ids) > tok.model_max_length: why = f"more than {tok.model_max_length} tokens"
             elif len({*coded.word_ids()} - {None}) < len(words): why = "a word without token"
         if why: skipped[why] += 1

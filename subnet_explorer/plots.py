@@ -384,11 +384,12 @@ def tickets(
     said = lambda r: f"{r.kind} " + ("" if r.stage == "full" else f"{r.stage} ") + ("undefined" if np.isnan(r["mean"]) else f"{r['mean']:.2f}" + ("" if np.isnan(r.low) else f" ± {r['std']:.2f}" if spread == "std" else f" ({r.low:.2f} to {r.high:.2f})"))
     return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. " + " ".join(f"{task}: " + ", ".join(said(r) for _, r in data[data.task == task].iterrows()) + "." for task in tasks))
 
-# %% ../nbs/18_plots.ipynb #677424b2
+# %% ../nbs/18_plots.ipynb #44780da9
 def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",
     label: str = "share kept",
+    top: float | None = None,        # upper end of the scale, for figures that are to be compared; None: the largest share
 ) -> Figure:
     "Draw the share of kept weights by layer and matrix, and by attention head."
     check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")
@@ -398,7 +399,7 @@ def placement(
     grid = whole.set_axis([f"layer {i}" if i else "embedding" for i in whole.index]).rename(columns=name)
     per = {m: share(["matrix", "layer", "head"])[m].unstack("head") for m in heads}
     shown = [grid, *per.values()]
-    high, columns = max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
+    high, columns = top or max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
     deep, wide = 34 * max(3, len(grid)), max(600, 40 + 34 * sum(p.shape[1] for p in per.values()))
     fig = make_subplots(2 if heads else 1, columns, specs=[[{"colspan": columns}, *[None] * (columns - 1)], *([[{}] * columns] if heads else [])], horizontal_spacing=.05, vertical_spacing=55 / (2 * deep + 55) if heads else 0,
                         subplot_titles=["all matrices", *(f"{name(m)}, by head" for m in heads)])
@@ -438,7 +439,7 @@ def removal(
     said = lambda r: f"{r['under']} {r['ratio']:.3g}" + (f" ({r['low']:.3g} to {r['high']:.3g})" if "low" in r and pd.notna(r["low"]) else "")
     return Figure(fig, table.reset_index(drop=True), f"{title}: perplexity relative to the full model. " + " ".join(f"{d}: " + ", ".join(said(r) for _, r in table[table.data == d].iterrows()) + "." for d in sets))
 
-# %% ../nbs/18_plots.ipynb #8fc2ae56
+# %% ../nbs/18_plots.ipynb #332f3ac3
 def pareto(
     table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits, and if known low, high: `probing.summary`
     title: str = "Score against complexity",
@@ -449,10 +450,11 @@ def pareto(
     name = lambda r: f"{r.granularity}, λ {r.lam:g}" if r.granularity else f"rank {r.rank}" if r.rank else ""
     sized, fig = table[table.bits.gt(0) & ~table.probe.isin(["linear", "finetune"])], go.Figure()
     if sized.empty: raise SubnetError("there is no probe with a complexity to draw.")
-    for i, (probe, rows) in enumerate(sized.groupby("probe", sort=False)):
-        rows = rows.sort_values("bits")
+    several = sized.groupby("probe").lam.nunique()
+    for i, ((probe, lam), rows) in enumerate(sized.groupby(["probe", "lam"], sort=False)):
+        rows, who = rows.sort_values("bits"), f"{probe}, λ {lam:g}" if several[probe] > 1 else probe
         error = dict(array=rows.high - rows.score, arrayminus=rows.score - rows.low, color="#333333", thickness=1) if {"low", "high"} <= set(rows) and not rows[["low", "high"]].isna().any(axis=None) else None
-        fig.add_trace(go.Scatter(x=rows.bits, y=rows.score, mode="lines+markers", name=_text(probe), error_y=error, line=dict(color=style(i)["color"], width=1.5), marker=style(i) | dict(size=8), text=[_text(name(r)) for r in rows.itertuples()], hoverinfo="text+x+y"))
+        fig.add_trace(go.Scatter(x=rows.bits, y=rows.score, mode="lines+markers", name=_text(who), error_y=error, line=dict(color=style(i)["color"], width=1.5), marker=style(i) | dict(size=8), text=[_text(name(r)) for r in rows.itertuples()], hoverinfo="text+x+y"))
     ends = [sized.bits.min(), sized.bits.max() if sized.bits.max() > sized.bits.min() else 10 * sized.bits.max()]
     for r, dash in zip(table[table.probe.isin(["linear", "finetune"])].itertuples(), ("dash", "dot")):
         fig.add_trace(go.Scatter(x=ends, y=[r.score] * 2, mode="lines", name=_text(r.probe), line=dict(color="#666666", width=1.5, dash=dash), hoverinfo="y+name"))

@@ -16,8 +16,9 @@ import subnet_explorer.space as spaces
 from subnet_explorer import masked
 from subnet_explorer.cli import main
 from subnet_explorer.apply import applied
+from subnet_explorer.compare import placement
 from subnet_explorer.controls import control_labels, reset
-from subnet_explorer.data import read_conllu, read_ner
+from subnet_explorer.data import GAP, gapped, read_conllu, read_ner
 from subnet_explorer.evaluate import entity_scores, task_scores
 from subnet_explorer.gates import HardConcrete
 from subnet_explorer.heads import EntityTagger, Tagger, fit, preserved
@@ -25,7 +26,7 @@ from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Context, Task
 from subnet_explorer.plots import pareto
 from subnet_explorer.pocket import PROBING, load
-from subnet_explorer.probing import PROBES, Cell, Setting, centre, head_of, layers, notes, online_code, plan, probe, probe_json, probe_report, run_cell, strongest, summary, unseen
+from subnet_explorer.probing import PROBES, SOURCE, TASKS, Cell, Setting, attention_soft, beside, centre, centres, gap_score, head_of, layers, localisation, notes, online_code, plan, probe, probe_json, probe_report, published, run_cell, strongest, summary, unseen, where, where_figures
 from subnet_explorer.score import magnitude
 from subnet_explorer.search import lr_at
 from subnet_explorer.space import GRANULARITIES, Space, SpaceMismatch, SubnetError, granular
@@ -354,6 +355,140 @@ def test_the_strongest_lambda(study):
     assert set(layers(study, 25.0).probe) == {"subnetwork"} and len(centre(study, 25.0)) == 2
 
 
+# ── gaps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("task", ["pos", "dep", "ner"])
+def test_gaps_alone_by_hand(bert, task):
+    "The share of right words among those taken away, sentence by sentence."
+    model, tok = bert
+    s, dev = setting(bert, task), gapped(NER[1] if task == "ner" else DEV)
+    head = s.head(Cell("linear", 0))
+    fit(model, tok, Task(s.train, head), steps=8, head_lr=.01, train="head", keep="last", progress=False)
+    right = []
+    for e in dev:
+        ids, places, gold = head.encode(tok, e)
+        with torch.no_grad():
+            states = head(model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0][places])
+            out = head.brief(head.fold(states, [len(places)], len(places))) if task == "dep" else states
+        told = head.read(out.numpy())
+        true = [(h, head.labels[k]) for h, k in gold] if task == "dep" else [head.labels[k] for k in gold]
+        right += [t == g for t, g, w in zip(told, true, e[0] if task == "ner" else e.words, strict=True) if w == GAP]
+    assert gap_score(model, tok, head, dev)["gaps"] == pytest.approx(np.mean(right)) and 0 < len(right)
+    assert gap_score(model, tok, head, NER[1] if task == "ner" else DEV) == {}
+    assert gap_score(model, tok, head, [*dev, *s.dev]) == gap_score(model, tok, head, dev)
+
+
+def test_gaps_are_in_the_study(bert):
+    found = probe(*bert, "pos", gapped(TRAIN), gapped(DEV), baselines=("linear",), **FAST)
+    assert found.scores.gaps.between(0, 1).all() and "gaps" in found.summary() and json.loads(json.dumps(probe_json(found)))
+
+
+# ── where ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_where_adds_up(study):
+    "Pieces of matrices add up to the mask, and their means to its densities by layer."
+    t, dense = where(study, 1.0), layers(study)
+    assert set(t.probe) == {p for p in PROBES if p.startswith("sub")} and t.n.eq(2).all() and t.lam.eq(1).all()
+    for name, part in t.groupby("probe"):
+        own = [m for _, m in study.masks.sel(probe=name, granularity="neuron", lam=1.0)]
+        assert part["size"].sum() == own[0].to("weight").space.size and part.kept.sum() == pytest.approx(np.mean([m.to("weight").count for m in own]))
+        assert (part[["kept", "size"]].groupby(part.layer).sum().pipe(lambda x: x.kept / x["size"])).to_numpy() == pytest.approx([np.mean([placed_density(m, i) for m in own]) for i in range(1, 5)])
+        assert part.groupby("matrix")["head"].max().to_dict() == dict(q=4, k=4, v=4, o=4, up=0, down=0)
+        a, b = (placement(m.to("weight")).density.to_numpy() for m in own)
+        assert part.density.to_numpy() == pytest.approx((a + b) / 2) and part.sd.to_numpy() == pytest.approx(abs(a - b) / np.sqrt(2))
+    assert set(dense.probe) == set(t.probe)
+
+
+def placed_density(mask: Mask, layer: int) -> float:
+    return (lambda t: t.kept.sum() / t["size"].sum())(mask.to("weight").table().query("layer == @layer"))
+
+
+def test_a_lambda_without_controls_stands_beside_those_of_the_main_one(study):
+    t = where(study, 25.0)
+    assert t.groupby("probe").lam.unique().map(list).to_dict() == {"subnetwork": [25.0], "subnetwork_reset_encoder": [1.0], "subnetwork_reset_all": [1.0]}
+    with pytest.raises(SubnetError, match="lambda"): where(study, 7.0)
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100"])
+def test_masks_of_any_granularity_are_placed_on_the_weights_they_switch(bert, granularity):
+    "Placed by head and matrix, a mask says of every weight what multiplying by it does."
+    space = granular(bert[0], granularity)
+    mask = Mask.random(space, .5, seed=1)
+    fine = mask.to("weight", how="full")
+    t = placement(fine).set_index(["layer", "matrix", "head"])
+    weights = {g.name: (g, fine[g.name]) for g in fine.space.groups if g.kind == "weight"}
+    for g, bits in weights.values():
+        for h in range(4) if g.role in "qkvo" else [None]:
+            part = bits if h is None else bits[:, 32 * h:32 * (h + 1)] if g.role == "o" else bits[32 * h:32 * (h + 1)]
+            assert t.density[g.layer + 1, g.role, 0 if h is None else h + 1] == pytest.approx(part.mean())
+    assert t["size"].sum() == sum(b.size for _, b in weights.values())
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100"])
+def test_soft_gates_of_attention_are_means_over_weights(bert, granularity):
+    gate = HardConcrete(granular(bert[0], granularity), init="normal", seed=0)
+    soft, found = gate.soft(), attention_soft(gate.soft())
+    for i, value in enumerate(found):
+        if granularity in ("head", "layer"): want = np.mean([soft[g.name].mean() for g in gate.space.groups if g.layer == i])
+        else:
+            tall, wide = {"weight": (1, 1), "neuron": (512, 1), "matrix": (512, 512)}.get(granularity, (16, 100))
+            want = np.mean([np.kron(soft[g.name], np.ones((tall, wide)))[:128, :128].mean() for g in gate.space.groups if g.layer == i and g.role in "qkv"])
+        assert value == pytest.approx(want, rel=1e-5)
+    assert len(found) == 4
+
+
+def test_the_published_quantity_survives_the_folder(bert, tmp_path):
+    "Read from cells, and from runs of cells that do not say it."
+    args = dict(baselines=(), seeds=(0, 1), to=tmp_path / "s", **FAST)
+    first = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
+    again = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
+    for file in (tmp_path / "s" / "cells").glob("*.json"):
+        kept = json.loads(file.read_text())
+        assert len(kept.pop("attention")) == 4
+        file.write_text(json.dumps(kept))
+    old = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
+    for other in (again, old): assert other.soft.to_numpy() == pytest.approx(first.soft.to_numpy(), abs=1e-6)
+    assert first.groupby("seed").share.sum().to_numpy() == pytest.approx(1)
+    in_memory = localisation(probe(*bert, "pos", TRAIN, DEV, **args | dict(to=None)), 1.0)
+    assert in_memory.soft.to_numpy() == pytest.approx(first.soft.to_numpy(), abs=1e-3)
+
+
+def test_centres_have_intervals(study):
+    t = centres(study, 1.0)
+    assert set(t.quantity) == {"density", "published"} and t.n.eq(2).all() and (t.low <= t.centre).all() and t.centre.between(1, 4).all()
+    own = centre(study).query("probe == 'subnetwork'").centre
+    row = t.query("probe == 'subnetwork' and quantity == 'density'").iloc[0]
+    assert row.centre == pytest.approx(own.mean()) and row.high - row.centre == pytest.approx(12.706204736 * own.std(ddof=1) / np.sqrt(2))
+    share = localisation(study, 1.0).query("probe == 'subnetwork_reset_all' and seed == 1")
+    both = localisation(study, 1.0).query("probe == 'subnetwork_reset_all'")
+    assert t.query("probe == 'subnetwork_reset_all' and quantity == 'published'").centre.item() == pytest.approx((both.layer * both.share).sum() / 2) and share.share.sum() == pytest.approx(1)
+
+
+def test_figures_of_where_have_one_scale(study):
+    bars, *maps = where_figures(study, 1.0)
+    assert len(maps) == 3 and len({m.plotly.layout.coloraxis.cmax for m in maps}) == 1
+    assert "λ 1" in maps[0].alt and "Reset all" not in maps[0].alt and "layer 4" in bars.alt
+    assert len(bars.plotly.data) == 3 and all(t.error_y.array is not None for t in bars.plotly.data)
+
+
+# ── published ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_published_numbers():
+    t = published()
+    assert len(t) == 54 and not t.duplicated(["task", "probe", "lam"]).any() and t.score.between(0, 1).all() and t.attrs["source"] == SOURCE and set(t.task) == set(TASKS)
+    at = t.set_index(["task", "probe", "lam"]).score
+    assert at["pos", "subnetwork", 1.0] == .9339 and at["dep", "mlp_reset_encoder", 0.0] == .5409 and at["ner", "subnetwork_reset_all", 125.0] == .0204 and at["ner", "finetune", 0.0] == .9368 and at["dep", "finetune_reset_all", 0.0] == .7448
+    assert set(t[t["rank"] == 768].probe) == {"mlp", "mlp_reset_encoder", "mlp_reset_all"}
+    with pytest.raises(SubnetError, match="Known: pos, dep, ner"): published("tree")
+
+
+def test_beside_the_published(study):
+    t = beside(study)
+    at = t.set_index(["probe", "lam"])
+    assert len(t) == 9 and at.published["subnetwork", 25.0] == .9066 and np.isnan(at.published["linear", 0.0]) and at.published["mlp", 0.0] == .9025
+    assert at.score["finetune", 0.0] == pytest.approx(study.scores.query("probe == 'finetune'").score.mean())
+
+
 # ── study ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_plan_has_every_cell_once():
@@ -391,7 +526,7 @@ def test_plain_data_and_figures(study, tmp_path):
     fig = pareto(study.summary())
     assert "subnetwork" in fig.alt and fig.save(tmp_path / "p.svg").read_text().startswith("<?xml")
     page = probe_report(study, tmp_path / "r.html").read_text()
-    for title in ("Scores", "Score against complexity", "Where", "How it was made"): assert title in page
+    for title in ("Scores", "Beside the published numbers", "Score against complexity", "Where", "How it was made"): assert title in page
 
 
 def test_a_study_goes_on(bert, tmp_path, monkeypatch):
@@ -442,6 +577,12 @@ def test_the_command_with_everything(tmp_path, capsys):
     assert main(shell(tmp_path, "--published", "--granularity", "matrix,grid", "--baselines", "linear,control", "--steps", "1", "--json", "--no-report")) == 0
     out = json.loads(capsys.readouterr().out)
     assert list(out["granularity"]) == list(spaces.grid(load("pocket-bert")[0], strided=True)) and set(out["selectivity"]) == {"subnetwork", "linear"} and out["config"]["published"]
+
+
+def test_the_command_reads_gaps(tmp_path, capsys):
+    assert main(shell(tmp_path, "--train", "pocket-gaps", "--dev", "pocket-gaps", "--baselines", "", "--no-report")) == 0
+    assert pd.read_csv(tmp_path / "out" / "scores.csv").gaps.between(0, 1).all() and "gaps" in capsys.readouterr().out
+    assert main(shell(tmp_path, "--train", "pocket-gaps", "--model", "pocket-gpt2")) == 2 and "no mask token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambda", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)

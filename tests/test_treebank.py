@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from subnet_explorer.data import SCHEMES, BadSentences, Sentence, chunks, fitting, iob2, read_conllu, read_ner
+from subnet_explorer.data import GAP, SCHEMES, BadSentences, Sentence, chunks, coded_words, fitting, gapped, iob2, read_conllu, read_ner
 from subnet_explorer.evaluate import attachment, entity_scores, tag_accuracy
-from subnet_explorer.pocket import PARTS, entities, sentences, treebank
+from subnet_explorer.pocket import PARTS, entities, load, sentences, treebank
 from subnet_explorer.space import SubnetError, UnknownName
 
 
@@ -310,6 +310,49 @@ def test_what_fits_can_be_encoded_and_the_rest_cannot(pocket_bert):
     assert fitting(trees, tok) == (trees, {})
     for none in ([], made[4:]):
         with pytest.raises(BadSentences, match=f"none of {len(none)} sentences fits"): fitting(none, tok)
+
+
+# ── gaps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@given(st.lists(trees(), min_size=1, max_size=6), st.floats(0, 1), st.floats(0, 1), st.integers(0, 5))
+def test_gaps_take_words_and_nothing_else(made, share, other, seed):
+    found = gapped(made, share, seed)
+    for s, g in zip(made, found, strict=True):
+        assert (g.upos, g.head, g.deprel, len(g)) == (s.upos, s.head, s.deprel, len(s))
+        assert all(w in (GAP, v) for w, v in zip(g.words, s.words)) and g.words.count(GAP) == round(share * len(s))
+    assert [gapped([s], share, seed)[0] for s in made] == found == gapped(made, share, seed)                   # whatever stands beside it, and again
+    low, high = (gapped(made, x, seed) for x in sorted((share, other)))
+    assert all(h == GAP for l, g in zip(low, high) for w, h in zip(l.words, g.words) if w == GAP)             # a larger share has these and more
+    assert [(list(g.words), list(g.upos)) for g in found] == gapped([s.tagged for s in made], share, seed)     # pairs, too
+
+
+def test_gaps_differ_by_seed_and_are_spread_evenly():
+    made = read_conllu("pocket", part="dev")
+    first, second = gapped(made, .3, 0), gapped(made, .3, 1)
+    assert sum(a != b for a, b in zip(first, second)) > .9 * len(made)
+    at = Counter((i, w == GAP) for s in first if len(s) == 7 for i, w in enumerate(s.words))
+    shares = [at[i, True] / (at[i, True] + at[i, False]) for i in range(7)]                                     # two of seven words
+    assert len([s for s in first if len(s) == 7]) > 80 and all(abs(x - 2 / 7) < .2 for x in shares)
+    assert read_conllu("pocket-gaps", part="dev") == first and read_ner("pocket-gaps", part="dev") == gapped(read_ner("pocket", part="dev"))
+
+
+def test_a_gap_is_one_mask_token(pocket_bert):
+    model, tok = pocket_bert
+    some = read_conllu("pocket-gaps", part="dev")[:40]
+    for s in some:
+        coded = coded_words(tok, s.words)
+        assert [coded.input_ids[i] == tok.mask_token_id for i, w in enumerate(coded.word_ids()) if w is not None] == [w == GAP for w in s.words]
+    assert fitting(some, tok) == (some, {})
+
+
+def test_gaps_refuse():
+    _, tok = load("pocket-gpt2")
+    some = read_conllu("pocket-gaps", part="dev")[:2]
+    with pytest.raises(SubnetError, match="between 0 and 1, got 30"): gapped(some, 30)
+    with pytest.raises(BadSentences, match="has gaps already"): gapped(some)
+    with pytest.raises(BadSentences, match="no mask token"): fitting(some, tok)
+    with pytest.raises(UnknownName): read_conllu("pocket-gaps", part="tests")
+
 
 
 # ── published data ───────────────────────────────────────────────────────────────────────────────────────────────────
