@@ -612,14 +612,16 @@ def predictions(
     fig.update_yaxes(title_text="rank")
     return Figure(fig, data, f"{title}. " + "; ".join(f"{n}: " + ", ".join(f"{r.token} {r.probability:.3f}" for r in data[data.under == n].itertuples()) for n in names) + ".")
 
-# %% ../nbs/18_plots.ipynb #1d136aca
+# %% ../nbs/18_plots.ipynb #eea70429
 def mask_attention(
     maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens, as `represent.attention` gives them
-    title: str = "Attention from [MASK]",
+    title: str | None = None,                              # None: says from where
+    everywhere: bool = False,                              # attention from all positions, their mean, so that no [MASK] is needed
 ) -> Figure:
-    "Draw what the position that predicts the answer attends to."
+    "Draw what the position that predicts the answer attends to, or what all positions do."
+    title, read = title or ("Attention from all tokens" if everywhere else "Attention from [MASK]"), (lambda m, _: m.mean(2)) if everywhere else from_mask
     if not maps: raise SubnetError('there is no attention to draw: give maps and tokens by condition, e.g. {"full model": represent.attention(model, tok, text)}.')
-    grids = {name: pd.DataFrame(from_mask(*m).mean(1), index=[f"layer {i + 1}" for i in range(len(m[0]))], columns=m[1]) for name, m in maps.items()}
+    grids = {name: pd.DataFrame(read(*m).mean(1), index=[f"layer {i + 1}" for i in range(len(m[0]))], columns=m[1]) for name, m in maps.items()}
     fig = make_subplots(1, len(grids), subplot_titles=list(map(_text, grids)), horizontal_spacing=.3 / (1 + len(grids)))
     for i, (name, grid) in enumerate(grids.items(), 1): _heat(fig, grid, "attention", at=(1, i), numbers=False)
     top = max(g.to_numpy().max() for g in grids.values())
