@@ -134,17 +134,17 @@ def _heat(
     fig.update_xaxes(tickvals=list(range(len(cols))), ticktext=cols, tickangle=-90 if sum(map(len, cols)) > 45 else 0, showline=False, ticks="", **where)
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showline=False, ticks="", **where)
 
-# %% ../nbs/18_plots.ipynb #deb3c8d1
+# %% ../nbs/18_plots.ipynb #4efa4716
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value", "qkv": "query, key, value", "o": "attention out", "gate": "MLP gate", "up": "MLP in", "down": "MLP out", "mlp": "MLP"}
 
 
 def cells(mask: Mask | Scores) -> pd.DataFrame:      # columns layer, part, value, size; an embedding and layers by name
     "The value of every head, and the mean over every other tensor: what a heat-map of layer by part shows."
-    rows = []
-    for g in mask.space.groups:
-        values, layer, what = np.asarray(mask[g.name], float), "embedding" if g.layer < 0 else f"layer {g.layer + 1}", ROLE_NAMES.get(g.role, g.role)
-        if g.kind == "head": rows += [dict(layer=layer, part=f"head {i + 1}", value=v, size=1) for i, v in enumerate(values.tolist())]
-        else: rows.append(dict(layer=layer, part=what + (" bias" if g.kind == "bias" else ""), value=float(values.mean()), size=g.size))
+    rows, shares = [], mask.table().density if isinstance(mask, Mask) else [float(np.mean(mask[g.name])) for g in mask.space.groups]
+    for g, share in zip(mask.space.groups, shares):
+        layer, what = "embedding" if g.layer < 0 else f"layer {g.layer + 1}", ROLE_NAMES.get(g.role, g.role)
+        if g.kind == "head": rows += [dict(layer=layer, part=f"head {i + 1}", value=v, size=1) for i, v in enumerate(np.asarray(mask[g.name], float).tolist())]
+        else: rows.append(dict(layer=layer, part=what + (" bias" if g.kind == "bias" else ""), value=share, size=g.size))
     return pd.DataFrame(rows)
 
 
