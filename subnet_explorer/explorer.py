@@ -25,8 +25,8 @@ from .space import SubnetError, check_model, check_names, same_space
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['TABS', 'Work', 'MOVES', 'collected', 'Explorer', 'status', 'unit_at', 'heat', 'rater_axis', 'nearby', 'layers_figure',
-           'figure_of', 'attention_view', 'save_state_of']
+__all__ = ['TABS', 'Work', 'MOVES', 'collected', 'Explorer', 'status', 'unit_at', 'heat', 'rater_axis', 'attention_figure',
+           'nearby', 'layers_figure', 'figure_of', 'attention_view', 'save_state_of']
 
 # %% ../nbs/19_explorer.ipynb #c8541ad0
 def collected(masks: Any) -> Masks:      # Masks, Mask, {name: Mask}, a sequence of masks, a Store, or a folder
@@ -45,7 +45,7 @@ def collected(masks: Any) -> Masks:      # Masks, Mask, {name: Mask}, a sequence
     if not len(masks): raise SubnetError("there is no mask to explore: give at least one.")
     return masks
 
-# %% ../nbs/19_explorer.ipynb #64d6f2df
+# %% ../nbs/19_explorer.ipynb #072689c1
 TABS = {"overlap": "Overlap", "agreement": "Agreement", "profile": "Layers", "map": "[CLS] map", "attention": "Attention", "predictions": "Predictions", "patterns": "Patterns"}
 "Names of the tabs; those from the fourth on need a model."
 Work = Generator[tuple[int, int], None, Any]      # yields how many parts of how many are done; returns the result
@@ -127,6 +127,23 @@ class Explorer:
     def undo(self) -> Explorer:
         "Take back the last edit or choice; at the beginning, do nothing."
         if self._past: self.at, self.mask = self._past.pop()
+        return self.changed()
+
+    def ask(self, prompt: str | None = None, sentence: str | None = None) -> Explorer:
+        "Set the prompt of the predictions (with one [MASK]) or the sentence whose attention is shown."
+        self.prompt, self.sentence = self.prompt if prompt is None else str(prompt), self.sentence if sentence is None else str(sentence)
+        return self.changed()
+
+    def colour(self, by: str) -> Explorer:
+        "Show the mask in hand (`mask`), or the share of shown masks that keep each part (`survival`)."
+        self.shade = check_names([by], ["mask", "survival"], "heat-map")[0]
+        return self.changed()
+
+    def pick(self, items: Sequence[int] | str) -> Explorer:
+        "Mark facts in the map, by position or by relation; they are marked under both conditions."
+        if isinstance(items, str): items = [i for i, f in enumerate(self.facts or ()) if f.relation == check_names([items], self.facts.relations, "relation")[0]]
+        if bad := [i for i in items if not 0 <= i < len(self.facts or ())]: raise SubnetError(f"there is no fact {bad[0]}: positions go from 0 to {len(self.facts or ()) - 1}.")
+        self.picked = tuple(sorted(set(map(int, items))))
         return self.changed()
 
     def name(self, name: str) -> Path | None: return _name(self, name)
@@ -370,7 +387,7 @@ def _scores(e: Explorer) -> Work:      # index under, a column for each metric
         return {k: v for k, v in (found if isinstance(found, dict) else {"score": found}).items() if not (k == "score" and isinstance(e.facts, Facts)) and not isinstance(v, str)}
     return pd.DataFrame((yield from _under(e, "scores", "", look))).T.rename_axis("under")
 
-# %% ../nbs/19_explorer.ipynb #37b0a394
+# %% ../nbs/19_explorer.ipynb #c0c1a970
 _TASKS: dict[str, tuple[Callable[[Explorer], Work], Callable[[Explorer], Any]]] = {      # how, and what it depends on
     "survival": (_survival, lambda e: (len(e.masks), e.shown)), "densities": (_densities, lambda e: len(e.masks)),
     "overlap": (_overlap, lambda e: (e.mask.id, e.at, len(e.masks), e.shown)), "agreement": (_agreement, lambda e: (len(e.masks), e.shown)), "profile": (_profile, lambda e: (e.mask.id, len(e.masks), e.shown)),
@@ -383,17 +400,20 @@ def _work(e: Explorer, what: str) -> Work:
     check_names([what], _TASKS, "work")
     do, depends = _TASKS[what]
     key = depends(e)
-    if what not in e._known or e._known[what][0] != key: e._known[what] = (key, (yield from do(e)))
-    return e._known[what][1]
+    if what in e._known and e._known[what][0] == key: return e._known[what][1]
+    found = yield from do(e)
+    if depends(e) == key: e._known[what] = (key, found)      # the state may have changed while the work was waiting
+    return found
 
-# %% ../nbs/19_explorer.ipynb #cd195ac2
+# %% ../nbs/19_explorer.ipynb #5ccf6c5c
 def _table(e: Explorer, tab: str) -> pd.DataFrame:
     "What a tab shows, as a table."
     found = e.result(check_names([tab], TABS, "tab")[0])
-    return _mask_attention(found).data if tab == "attention" else found
+    return attention_figure(found).data if tab == "attention" else found
 
 
-def _mask_attention(maps: Mapping[str, tuple[np.ndarray, list[str]]]) -> Figure:
+def attention_figure(maps: Mapping[str, tuple[np.ndarray, list[str]]]) -> Figure:      # by condition: maps (layer, head, from, to), tokens
+    "What the position that predicts an answer attends to, or, where there is none, what all tokens do."
     some, tokens = next(iter(maps.values()))
     return plots.mask_attention(maps, everywhere=tokens.count("[MASK]") != 1 and bool(np.triu(some, 1).any()))
 
@@ -419,7 +439,7 @@ def layers_figure(table: pd.DataFrame) -> Figure:
     fig.update_layout(margin_r=260)
     return Figure(fig, table, "Density by layer. " + "; ".join(f"{plots.UNIT_NAMES.get(p, p)}, {u}: " + ", ".join(f"{r.density:.2f}" for r in t.itertuples()) for (p, u), t in table.groupby(["part", "under"], sort=False)) + ".")
 
-# %% ../nbs/19_explorer.ipynb #77fe54b4
+# %% ../nbs/19_explorer.ipynb #fcf7e16d
 def figure_of(e: Explorer, tab: str | None = None) -> Figure:
     "The heat-map, or what a tab shows, as a figure."
     if tab is None:
@@ -429,7 +449,7 @@ def figure_of(e: Explorer, tab: str | None = None) -> Figure:
     found = e.result(check_names([tab], TABS, "tab")[0])
     if tab == "overlap": return nearby(found)
     if tab == "profile": return layers_figure(found)
-    if tab == "attention": return _mask_attention(found)
+    if tab == "attention": return attention_figure(found)
     if tab == "predictions": return plots.predictions(found, e.prompt)
     if tab == "patterns": return plots.patterns(found, by="under")
     if tab == "map": return plots.tsne(found.assign(relation=np.where(found["item"].isin(e.picked), found.relation, "not picked")) if e.picked else found, title="[CLS] vectors, t-SNE")

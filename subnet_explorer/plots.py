@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES', 'UNPACKED', 'STYLE', 'POLICY', 'Figure',
-           'CannotDraw', 'style', 'cells', 'by_layer', 'density', 'bars', 'jaccard', 'survival', 'overlap', 'consensus',
-           'importance', 'tickets', 'placement', 'removal', 'pareto', 'shades', 'patterns', 'tsne', 'curves',
-           'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair', 'report', 'draw']
+           'CannotDraw', 'style', 'cells', 'by_layer', 'density', 'densities', 'bars', 'jaccard', 'survival', 'overlap',
+           'consensus', 'importance', 'tickets', 'placement', 'removal', 'pareto', 'shades', 'patterns', 'tsne',
+           'curves', 'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair', 'report',
+           'draw']
 
 # %% ../nbs/18_plots.ipynb #fff47f91
 @dataclass(frozen=True, eq=False, repr=False)
@@ -169,6 +170,27 @@ def density(
     least, most, mean = data.loc[data.value.idxmin()], data.loc[data.value.idxmax()], np.average(data.value, weights=data["size"])
     return Figure(fig, data, f"{title}. Heat-map of {len(grid)} layers by {grid.shape[1]} columns: {label} {mean:.2f} on average, "
                              f"lowest {least.value:.2f} ({least.layer}, {least.part}), highest {most.value:.2f} ({most.layer}, {most.part}).")
+
+# %% ../nbs/18_plots.ipynb #98c1dd6e
+def densities(
+    masks: Mapping[str, Mask | Scores],      # by name
+    title: str = "Share kept",
+    said: str = "",                          # a sentence about them, for the description
+    label: str = "share kept",
+) -> Figure:
+    "Draw masks (or scores) of one space as heat-maps side by side."
+    if not masks: raise SubnetError("there is no mask to draw: give at least one, by name.")
+    some = list(masks.values())
+    for m in some: same_space(some[0].space, m.space, "draw")
+    data = pd.concat([cells(m).assign(mask=str(n)) for n, m in masks.items()], ignore_index=True)
+    grids = {n: by_layer(t) for n, t in data.groupby("mask", sort=False)}
+    first = next(iter(grids.values()))
+    low, high = (0, 1) if data.value.between(0, 1).all() else (data.value.min(), data.value.max())
+    fig = make_subplots(1, len(grids), subplot_titles=list(map(_text, grids)), horizontal_spacing=.25 / (1 + len(grids)))
+    for i, grid in enumerate(grids.values(), 1): _heat(fig, grid.rename(columns=lambda c: c.removeprefix("head ")), label, at=(1, i), numbers=first.size <= 60)
+    _layout(fig, title, 230 + len(grids) * (110 + 34 * max(4, first.shape[1])), 190 + 30 * max(3, len(first)), coloraxis=_scale(low, high, label))
+    means = "; ".join(f"{n} {np.average(t.value, weights=t['size']):.3f}" for n, t in data.groupby("mask", sort=False))
+    return Figure(fig, data, f"{title}. {said + '. ' if said else ''}Heat-maps of {len(first)} layers by {first.shape[1]} columns; {label} on average: {means}.")
 
 # %% ../nbs/18_plots.ipynb #8a8a395e
 def bars(
