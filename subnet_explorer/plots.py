@@ -655,7 +655,7 @@ def mask_attention(
         return ", ".join(f"{grid.columns[j]} {mean[j]:.2f}" for j in np.argsort(-mean)[:3])
     return Figure(fig, data, f"{title}: {' '.join(next(iter(grids.values())).columns)}. Most attended, mean over layers and heads: " + "; ".join(f"{n}: {most(g)}" for n, g in grids.items()) + ".")
 
-# %% ../nbs/18_plots.ipynb #63152145
+# %% ../nbs/18_plots.ipynb #47393c5e
 @dataclass(frozen=True, repr=False)
 class View:
     "A piece of HTML that needs nothing else."
@@ -688,7 +688,7 @@ def attention_pair(
     "Show the attention maps of several conditions side by side."
     static = {n: (files("subnet_explorer") / "static" / n).read_text("utf-8").replace("</script", "<\\/script") for n in ("jquery.min.js", "d3.min.js")}
     parts = [f'<section><b>{html.escape(name)}</b>{_head_view(m, t, layers, f"view-{i}")}</section>' for i, (name, (m, t)) in enumerate(maps.items())]
-    page = ('<!doctype html><meta charset="utf-8"><title>Attention</title><style>body{display:flex;flex-wrap:wrap;gap:2rem;margin:.5rem;font:14px sans-serif;background:#fff;color:#111}</style><body>'
+    page = ('<!doctype html><meta charset="utf-8"><title>Attention</title><style>body{display:flex;gap:1rem;margin:.5rem;font:14px sans-serif;background:#fff;color:#111}</style><body>'
             + "".join(f"<script>{s}</script>" for s in static.values())
             + UNPACKED + "<script>window.require={config(){}};window.requirejs=(names,f)=>f(window.jQuery,window.d3);</script>" + "".join(parts))
     alt = f"Attention of {len(next(iter(maps.values()))[0])} layers, side by side: " + "; ".join(f"{n}: {' '.join(t)}" for n, (_, t) in maps.items()) + "."

@@ -41,7 +41,7 @@ function render({model, el}) {
         const cell = make("td", line, "", {role: "gridcell", tabindex: "-1"});
         cell.addEventListener("click", () => { point(r, c, true); press(" "); });
         cell.addEventListener("mouseenter", () => say(r, c));
-        cell.addEventListener("focus", () => say(r, c));
+        cell.addEventListener("focus", () => { point(r, c, false); say(r, c); });
         return cell;
       }));
     });
