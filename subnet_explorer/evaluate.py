@@ -107,7 +107,7 @@ def _ranks(prompts: Prompts, logits: torch.Tensor, tok: Any, other: Mapping[tupl
                  filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.sub), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip(), **extra[i])
             for i, f in enumerate(prompts.facts)]
 
-# %% ../nbs/12_evaluate.ipynb #e1c35df5
+# %% ../nbs/12_evaluate.ipynb #a24eae2a
 def predictions(
     model: nn.Module,
     tok: Any,
@@ -124,7 +124,7 @@ def predictions(
     if causal and len(ids) > 1 and ids[-1] == tok.eos_token_id: ids = ids[:-1]
     at, rows = len(ids) - 1 if causal else ids.index(tok.mask_token_id), []
     with evaluating(model), torch.no_grad():
-        seqs = Sequences(model, [ids])
+        seqs = Sequences(model, [ids], path="plain")      # of one text nothing is packed
         for name, mask in under.items():
             with masked(model, mask, check=check): p = seqs.read(np.arange(1), [0], [at])[0].float().softmax(-1)
             if not p.isfinite().all(): raise SubnetError("the model gives NaN or infinite logits: it cannot be ranked. Was it trained to divergence, or is its precision too low?")

@@ -135,7 +135,7 @@ def _heat(
     fig.update_xaxes(tickvals=list(range(len(cols))), ticktext=cols, tickangle=-90 if sum(map(len, cols)) > 45 else 0, showline=False, ticks="", **where)
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showline=False, ticks="", **where)
 
-# %% ../nbs/18_plots.ipynb #4efa4716
+# %% ../nbs/18_plots.ipynb #0f906a6f
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value", "qkv": "query, key, value", "o": "attention out", "gate": "MLP gate", "up": "MLP in", "down": "MLP out", "mlp": "MLP"}
 
 
@@ -151,7 +151,10 @@ def cells(mask: Mask | Scores) -> pd.DataFrame:      # columns layer, part, valu
 
 def by_layer(cells: pd.DataFrame) -> pd.DataFrame:      # (layer, part)
     "Cells as a grid, in the order of the model; what a layer does not have is `nan`."
-    return cells.pivot(index="layer", columns="part", values="value").loc[cells.layer.unique(), cells.part.unique()]
+    (rows, layers), (columns, parts) = pd.factorize(cells.layer), pd.factorize(cells.part)
+    grid = np.full((len(layers), len(parts)), np.nan)
+    grid[rows, columns] = cells.value
+    return pd.DataFrame(grid, pd.Index(layers, name="layer"), pd.Index(parts, name="part"))
 
 
 def density(

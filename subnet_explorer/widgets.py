@@ -129,7 +129,7 @@ def _filters(a: App) -> list[Any]:
 def _refilter(a: App) -> None:
     a._box.parts["filters"].children, a._box.axes = _filters(a), [*a.axes, np.isnan(a.densities).any()]
 
-# %% ../nbs/19_widgets.ipynb #0d23ec37
+# %% ../nbs/19_widgets.ipynb #dc30557a
 def _app_box(a: App) -> Any:
     "All controls, and what they call."
     import ipywidgets as w
@@ -154,7 +154,7 @@ def _app_box(a: App) -> Any:
     hands = [w.HBox([p["layer"], p["unit"], p["switch"]]) if units else w.HTML("<small>Weights are shown by matrix: whole heads can be switched after mask.to(\"head+mlp\", keep=…).</small>"), w.HBox([p["undo"], p["name"], p["keep"]])]
     left = w.VBox([p["filters"], p["count"], p["list"]], layout=w.Layout(width="235px"))
     middle = w.VBox([p["shade"], p["status"], p["board"], *hands, p["scores"], p["answers"], p["busy"], p["message"]], layout=w.Layout(flex="0 1 auto", max_width="100%", min_width="330px"))
-    box = w.HBox([left, middle, w.VBox([p["tabs"]], layout=w.Layout(flex="1 1 700px", width="100%", min_width="0"))], layout=w.Layout(flex_flow="row wrap", width="100%"))
+    box = w.HBox([left, middle, w.VBox([p["tabs"]], layout=w.Layout(flex="1 1 700px", width="99%", min_width="0"))], layout=w.Layout(flex_flow="row wrap", width="100%"))
     box.parts, box.axes = p, None
     return box
 
@@ -205,7 +205,7 @@ def _draw_points(a: App, found: pd.DataFrame) -> None:
     rows = [[html.escape(str(v)) for v in (r.relation, r.sub, r.obj)] for r in one[one["item"].isin(a.picked)].head(30).itertuples()]
     p["picked"].value = html_table(["relation", "subject", "object"], rows, f"{len(a.picked)} picked") if rows else "<small>Drag a frame around points, or press the name of a relation, to pick them under both conditions.</small>"
 
-# %% ../nbs/19_widgets.ipynb #885b8fca
+# %% ../nbs/19_widgets.ipynb #e18961ab
 def _show_state(a: App) -> None:
     "Bring the face up to date."
     p, a._quiet = a._box.parts, True
@@ -229,7 +229,8 @@ def _show_state(a: App) -> None:
 
 
 def _draw_board(a: App) -> None:
-    values, kept = heat(a), by_layer(cells(a.mask))
+    kept = by_layer(cells(a.mask))
+    values = kept if a.shade == "mask" else heat(a)
     switchable = kept.apply(lambda column: column.map(lambda v: v if v in (0, 1) else np.nan)) if set(a.space.kind.split("+")) & {"head", "mlp", "layer"} else None
     grid = grid_of(values, status(a), "share kept" if a.shade == "mask" else f"share of {len(a.shown)} masks that keep it", switchable, by_layer(cells(a.read(a.at))))
     board = a._box.parts["board"]
