@@ -25,8 +25,8 @@ from .space import SubnetError, check_model, check_names, same_space
 if TYPE_CHECKING: from torch import nn
 
 # %% auto #0
-__all__ = ['TABS', 'Work', 'MOVES', 'collected', 'Explorer', 'status', 'unit_at', 'heat', 'rater_axis', 'attention_figure',
-           'nearby', 'layers_figure', 'figure_of', 'attention_view', 'save_state_of']
+__all__ = ['TABS', 'Work', 'MOVES', 'READ_AT_ONCE', 'collected', 'Explorer', 'status', 'unit_at', 'heat', 'rater_axis',
+           'attention_figure', 'nearby', 'layers_figure', 'figure_of', 'attention_view', 'save_state_of']
 
 # %% ../nbs/19_explorer.ipynb #c8541ad0
 def collected(masks: Any) -> Masks:      # Masks, Mask, {name: Mask}, a sequence of masks, a Store, or a folder
@@ -268,7 +268,7 @@ def _press(e: Explorer, key: str) -> None:
         if unit is None and set(e.space.kind.split("+")) & {"head", "mlp", "layer"}: raise SubnetError("there is nothing to switch here.")
         e.toggle(*(unit or (1, 1)))
 
-# %% ../nbs/19_explorer.ipynb #f24a33fb
+# %% ../nbs/19_explorer.ipynb #1056464f
 def _read(e: Explorer, positions: Sequence[int]) -> Generator[tuple[int, int], None, Masks]:
     "Read masks, some at a time."
     rows = []
@@ -288,12 +288,19 @@ def _densities(e: Explorer) -> Work:
 
 def _overlap(e: Explorer) -> Work:      # columns position, label, distance, chance, shared, shared_chance, size; nearest first
     others = [i for i in e.shown if i != e.at or e.edits]
+    unread = [i for i in others if not isinstance(e.masks._items[i], Mask)]
+    others = sorted({*others} - {*unread[READ_AT_ONCE:]})
     if not others: raise SubnetError("there is no other mask to compare with: widen the filters.")
     rows = []
-    for n, (i, row) in enumerate(zip(others, against(e.mask, map(e.read, others)))):
+    for n, i in enumerate(others):
+        [row] = against(e.mask, [e.read(i)])
         rows.append(dict(position=i, label=e.label(i) + (" (before edits)" if i == e.at else ""), **row))
-        if n % 32 == 31: yield n + 1, len(others)
+        if i in unread or n % 32 == 31: yield n + 1, len(others)
     return pd.DataFrame(rows).sort_values("distance", kind="stable", ignore_index=True)
+
+
+READ_AT_ONCE = 100
+"So many masks that were not read before are read for the overlap; with more shown, those come first."
 
 
 def rater_axis(e: Explorer) -> str:

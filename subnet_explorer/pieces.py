@@ -196,7 +196,7 @@ def attention(
         return plots.attention_pair(now["maps"], layers).html
     return Piece(_typed("Sentence", text, answer), lambda: attention_figure(now["maps"]), lambda: plots.attention_pair(now["maps"], layers))
 
-# %% ../nbs/19_pieces.ipynb #3658cc0c
+# %% ../nbs/19_pieces.ipynb #f4dfa507
 class Watch:
     "The metrics of a run while it goes on."
 
@@ -216,6 +216,7 @@ class Watch:
     @property
     def figure(self) -> Figure:
         "The curves so far, as a figure."
+        if self.metrics.empty: raise SubnetError(f"nothing was logged yet in {self.folder or 'this run'}: there is no metric to draw.")
         return plots.curves(_columns(self.metrics), f"Search in {self.folder.name}" if self.folder is not None else "Search")
 
     def save(self, path: str | Path) -> Path: return self.figure.save(path)

@@ -28,13 +28,13 @@ if TYPE_CHECKING: from torch import nn
 # %% auto #0
 __all__ = ['App', 'explore', 'Annotator', 'annotator_figure']
 
-# %% ../nbs/19_widgets.ipynb #8dd68d3f
+# %% ../nbs/19_widgets.ipynb #f81684fd
 def _tab_html(e: Explorer, tab: str, found: Any) -> str:
     "What a tab shows, as HTML."
     esc = lambda v: html.escape(str(v))
     if tab == "overlap":
         rows = [[esc(r.label), bar(r.distance, r.chance), f"{r.chance:.3f}", f"{r.shared:,.0f}", f"{r.shared_chance:,.1f}", f"{r.size:,.0f}"] for r in found.head(40).itertuples()]
-        return html_table(["mask", "Jaccard distance (line: chance)", "chance", "shared", "by chance", "keeps"], rows, f"The mask in hand keeps {e.mask.count:,}. " + (f"The nearest 40 of {len(found)} masks are listed; all are in .table(\"overlap\")." if len(found) > 40 else f"{len(found)} masks, nearest first."))
+        return html_table(["mask", "Jaccard distance (line: chance)", "chance", "shared", "by chance", "keeps"], rows, f"The mask in hand keeps {e.mask.count:,}. " + (f"Compared with {len(found)} of {len(e.shown)} shown masks; narrow the filters to read the others. " if len(found) < len(e.shown) - 1 else "") + (f"The nearest 40 of {len(found)} masks are listed; all are in .table(\"overlap\")." if len(found) > 40 else f"{len(found)} masks, nearest first."))
     if tab == "agreement":
         rows = [[esc(r.group), esc(r.kind), str(len(r.seeds)), f"{r.prevalence:.3f}", f"{r.raw_agreement:.3f}", esc(r.notes.get("kappa", "undefined")) if np.isnan(r.kappa) else f"{r.kappa:.3f} ({r.low:.3f} to {r.high:.3f})", bar(r.mean_jaccard_distance, r.jaccard_chance)] for r in found.itertuples()]
         return html_table(["masks", "units", "raters", "prevalence", "raw agreement", "Fleiss' κ, 95 % interval", "Jaccard distance (line: chance)"], rows, "κ corrects agreement for chance; it is low where nearly all units are kept or removed, so read it with the prevalence.")
