@@ -20,7 +20,7 @@ __all__ = ['PAIRWISE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against
            'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'holm', 'mcnemar', 'consensus', 'correlation',
            'stability', 'resampled', 'interval']
 
-# %% ../nbs/15_compare.ipynb #64e112ff
+# %% ../nbs/15_compare.ipynb #5f0b68bc
 def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance of two masks, 0 (equal) … 1 (disjoint); two empty masks have distance 0."
     both = overlaps(Masks([({}, a), ({}, b)])).astype(float)                         # (mask, mask, tensor)
@@ -35,9 +35,13 @@ def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
 
 def _shares(space: Space, kept: np.ndarray) -> np.ndarray:      # (…, tensor)
     "Share of kept coordinates in what a random mask is matched on: a tensor, or all heads, MLPs or layers."
-    pool = np.array([g.kind if g.kind in ("head", "mlp", "layer") else g.name for g in space.groups])
-    together = (pool[:, None] == pool).astype(float)
+    together = _together(space)
     return kept @ together / (_sizes(space) @ together)
+
+
+def _together(space: Space) -> np.ndarray:      # (tensor, tensor), 1 where two tensors are matched as one
+    pool = np.array([g.kind if g.kind in ("head", "mlp", "layer") else g.name for g in space.groups])
+    return (pool[:, None] == pool).astype(float)
 
 
 def _sizes(space: Space) -> np.ndarray: return np.array([g.size for g in space.groups], float)
@@ -70,7 +74,7 @@ def jaccard(
     out = pd.DataFrame(rows).groupby(["a", "b"], sort=False).mean().reset_index()
     return out.sort_values(["a", "b"], key=lambda c: c.map(order.index), ignore_index=True)
 
-# %% ../nbs/15_compare.ipynb #7a6a7f89
+# %% ../nbs/15_compare.ipynb #fc7b8240
 def against(
     mask: Mask,
     others: Iterable[Mask],
@@ -81,14 +85,14 @@ def against(
     space, ends = mask.space, np.cumsum([0, *map(len, mask.packed)])[:-1]
     bits = lambda m: np.frombuffer(b"".join(m.packed), np.uint8)
     count = lambda b: np.add.reduceat(np.bitwise_count(b), ends, dtype=np.int64).astype(float)      # (tensor,)
-    own = bits(mask)
-    kept, sizes = count(own), _sizes(space)
+    own, sizes, together = bits(mask), _sizes(space), _together(space)
+    kept, pools = count(own), sizes @ together
     for other in others:
         same_space(space, other.space, "compare")
         theirs = bits(other)
         n, both = count(theirs), count(own & theirs)
-        p, q = _shares(space, np.array([kept, n]))
-        yield dict(distance=_jaccard(both, kept + n - both, average), chance=_expected(space, p, q, average), shared=float(both.sum()), shared_chance=float((sizes * p * q).sum()), size=float(n.sum()))
+        p, q = kept @ together / pools, n @ together / pools
+        yield dict(distance=_jaccard(both, kept + n - both, average), chance=_jaccard(sizes * p * q, sizes * (p + q - p * q), average), shared=float(both.sum()), shared_chance=float((sizes * p * q).sum()), size=float(n.sum()))
 
 # %% ../nbs/15_compare.ipynb #fb287839
 def _kinds(space: Space) -> dict[str, list[int]]:

@@ -268,7 +268,7 @@ def _press(e: Explorer, key: str) -> None:
         if unit is None and set(e.space.kind.split("+")) & {"head", "mlp", "layer"}: raise SubnetError("there is nothing to switch here.")
         e.toggle(*(unit or (1, 1)))
 
-# %% ../nbs/19_explorer.ipynb #1056464f
+# %% ../nbs/19_explorer.ipynb #c4f5f736
 def _read(e: Explorer, positions: Sequence[int]) -> Generator[tuple[int, int], None, Masks]:
     "Read masks, some at a time."
     rows = []
@@ -292,8 +292,7 @@ def _overlap(e: Explorer) -> Work:      # columns position, label, distance, cha
     others = sorted({*others} - {*unread[READ_AT_ONCE:]})
     if not others: raise SubnetError("there is no other mask to compare with: widen the filters.")
     rows = []
-    for n, i in enumerate(others):
-        [row] = against(e.mask, [e.read(i)])
+    for n, (i, row) in enumerate(zip(others, against(e.mask, map(e.read, others)))):
         rows.append(dict(position=i, label=e.label(i) + (" (before edits)" if i == e.at else ""), **row))
         if i in unread or n % 32 == 31: yield n + 1, len(others)
     return pd.DataFrame(rows).sort_values("distance", kind="stable", ignore_index=True)

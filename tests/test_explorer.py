@@ -355,19 +355,37 @@ def test_attention_values_survive_packing():
 # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_watch_follows_another_process(tmp_path):
-    code = ("import sys; from subnet_explorer import *; model, tok = load('pocket-bert'); "
-            "find(model, tok, Threshold(Space.of(model, 'weight', layers=4)), Cloze(read_facts('pocket', 'MadeOf')), steps=6, every=2, to=sys.argv[1], progress=False)")
+    code = """
+import sys, time
+from subnet_explorer.mask import Mask
+from subnet_explorer.space import unit_space
+from subnet_explorer.store import Run
+run = Run(sys.argv[1], {"steps": 6})
+for step in (2, 4, 6): run.log(step=step, loss=1 / step, density=.5, score=step / 10); time.sleep(.2)
+run.finish(Mask.full(unit_space(2, 2)))
+"""
     w = watch(tmp_path / "run", every=.05)
-    box = w.widget
+    box, seen = w.widget, []
+    box.observe(lambda change: seen.append(change["new"]), "value")
     assert "waiting" in box.value
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     until = time.time() + 20
     while "done" not in box.value and time.time() < until: time.sleep(.05)
-    assert "done, step 6" in box.value and "<polyline" in box.value and list(w.metrics.step)[-1] == 6
+    assert "done, step 6" in box.value and box.value.count("<polyline") == 3 and any("running" in v for v in seen)
     figure = w.figure
-    assert {"loss", "density"} <= set(figure.data.metric) and w.save(tmp_path / "w.svg").exists() and w.refresh()
+    assert {"loss", "density", "score"} == set(figure.data.metric) and w.save(tmp_path / "w.svg").exists() and w.refresh()
     with pytest.raises(SubnetError, match="seconds above 0"): watch(tmp_path, every=0)
+
+
+def test_watch_follows_a_busy_cell(model, tmp_path):
+    from subnet_explorer import Cloze, Threshold, find
+    w = watch(tmp_path / "run", every=.02)
+    box = w.widget
+    run = find(*model, Threshold(Space.of(model[0], "weight", layers=4)), Cloze(read_facts("pocket", "MadeOf")), steps=4, every=2, to=tmp_path / "run", progress=False)
+    until = time.time() + 20
+    while "done" not in box.value and time.time() < until: time.sleep(.02)
+    assert "done, step 4" in box.value and {"loss", "density"} <= set(w.figure.data.metric) and list(w.metrics.step) == run.metrics.step.tolist() == watch(run).metrics.step.tolist()
 
 
 def test_watch_stops_when_told(tmp_path):
