@@ -45,7 +45,7 @@ def collected(masks: Any) -> Masks:      # Masks, Mask, {name: Mask}, a sequence
     if not len(masks): raise SubnetError("there is no mask to explore: give at least one.")
     return masks
 
-# %% ../nbs/19_explorer.ipynb #072689c1
+# %% ../nbs/19_explorer.ipynb #ea7965b9
 TABS = {"overlap": "Overlap", "agreement": "Agreement", "profile": "Layers", "map": "[CLS] map", "attention": "Attention", "predictions": "Predictions", "patterns": "Patterns"}
 "Names of the tabs; those from the fourth on need a model."
 Work = Generator[tuple[int, int], None, Any]      # yields how many parts of how many are done; returns the result
@@ -105,10 +105,15 @@ class Explorer:
         known = self.masks.index["density"].tolist() if "density" in self.masks.index else [np.nan] * len(self.masks)
         return [m.density if isinstance(m, Mask) else k for m, k in zip(self.masks._items, known)]
 
-    def label(self, i: int) -> str:
-        "A mask's labels in words."
-        said = [f"{k}={v}" for k, v in self.masks.index.iloc[i].items() if not pd.isna(v) and k != "density"]
-        return ", ".join(said) or f"mask {i + 1}"
+    @property
+    def labels(self) -> list[str]:
+        "The labels of each mask in words."
+        if self._known.get("labels", (0,))[0] != len(self.masks):
+            said = [", ".join(f"{k}={v}" for k, v in r.items() if not pd.isna(v) and k != "density") or f"mask {i + 1}" for i, r in enumerate(self.masks.index.to_dict("records"))]
+            self._known["labels"] = (len(self.masks), said)
+        return self._known["labels"][1]
+
+    def label(self, i: int) -> str: return self.labels[i]
 
     def read(self, i: int) -> Mask:
         "A mask of the collection; raise `SpaceMismatch` if it does not belong to the others."
