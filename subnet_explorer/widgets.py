@@ -90,7 +90,7 @@ def explore(
     "Look at masks, compare them, and change one with mouse or keyboard; raise `SpaceMismatch` if they do not belong together or to the model."
     return App(masks, model, data, tok=tok, head=head, to=to, batch=batch)
 
-# %% ../nbs/19_widgets.ipynb #a2f2f497
+# %% ../nbs/19_widgets.ipynb #f7540e85
 def _try(a: App, act: Callable[[], Any]) -> None:
     "Do something for the user, who is told if it cannot be done."
     try: a.message = ""; act()
@@ -121,28 +121,33 @@ def _filters(a: App) -> list[Any]:
         part = w.Button(description="Read densities", tooltip="Read all mask files, so that they can be filtered by density", layout=wide)
         part.on_click(lambda _: _start(a, [("densities", lambda found: _refilter(a))]))
     else:
-        part = w.FloatRangeSlider(value=tuple(a.filters.get("density", (0, 1))), min=0, max=1, step=.01, description="density", layout=wide, continuous_update=False, readout_format=".2f")
-        _heard(a, part, lambda v: a.select(density=None if tuple(v) == (0, 1) else tuple(v)))
+        low, high = a.filters.get("density", (0., 1.))
+        ends = [w.BoundedFloatText(value=v, min=0, max=1, step=.05, description=d, layout=wide) for v, d in ((low, "density ≥"), (high, "density ≤"))]
+        def between(_: float) -> None:
+            span = tuple(e.value for e in ends)
+            a.select(density=None if span == (0, 1) else span)
+        for e in ends: _heard(a, e, between)
+        return [*out, *ends]
     return [*out, part]
 
 
 def _refilter(a: App) -> None:
     a._box.parts["filters"].children, a._box.axes = _filters(a), [*a.axes, np.isnan(a.densities).any()]
 
-# %% ../nbs/19_widgets.ipynb #dc30557a
+# %% ../nbs/19_widgets.ipynb #1a558129
 def _app_box(a: App) -> Any:
     "All controls, and what they call."
     import ipywidgets as w
     button = lambda text, hint, act: (b := w.Button(description=text, tooltip=hint, layout=w.Layout(width="auto")), b.on_click(lambda _: _try(a, act)))[0]
     p: dict[str, Any] = {n: w.HTML() for n in ("message", "status", "scores", "answers", "count", "still")}
-    p["filters"], p["list"] = w.VBox(), w.Select(rows=14, layout=w.Layout(width="220px"))
+    p["filters"], p["list"] = w.VBox(), w.Select(rows=14, description="masks", style={"description_width": "0px"}, layout=w.Layout(width="220px"))
     p["shade"] = w.ToggleButtons(options=[("Mask in hand", "mask"), ("Survival", "survival")], style={"button_width": "auto"})
     p["board"] = _board(a)
     layers, units = sorted({g.layer + 1 for g in a.space.groups if g.layer >= 0}), [*range(1, 1 + max((g.size for g in a.space.groups if g.kind == "head"), default=0)), *(k for k in ("mlp", "layer") if k in a.space.kind.split("+"))]
-    p["layer"], p["unit"] = (w.Dropdown(options=[(f"{what} {v}" if isinstance(v, int) else v, v) for v in values], layout=w.Layout(width="100px")) for what, values in (("layer", layers), ("head", units)))
+    p["layer"], p["unit"] = (w.Dropdown(options=[(f"{what} {v}" if isinstance(v, int) else v, v) for v in values], description=f"switch which {what}", style={"description_width": "0px"}, layout=w.Layout(width="100px")) for what, values in (("layer", layers), ("head", units)))
     p["switch"] = button("Switch (Space)", "Switch this unit on or off", lambda: a.toggle(p["layer"].value, p["unit"].value))
     p["undo"] = button("Undo (z)", "Take back the last edit or choice", a.undo)
-    p["name"] = w.Text(placeholder="name of this mask", layout=w.Layout(width="170px"))
+    p["name"] = w.Text(placeholder="name of this mask", description="name", style={"description_width": "0px"}, layout=w.Layout(width="170px"))
     p["keep"] = button("Save (s)", "Keep the mask under this name" + (f", in {a.to}" if a.to else ""), lambda: _keep(a, p["name"].value))
     p["progress"], p["stop"] = w.IntProgress(layout=w.Layout(width="170px")), button("Stop", "Stop what is being computed", lambda: _halt(a))
     p["busy"] = w.HBox([p["progress"], p["stop"]], layout=w.Layout(display="none"))

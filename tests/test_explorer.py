@@ -227,6 +227,9 @@ def test_controls(alive, tmp_path):
     p["undo"].click(); assert alive.mask == here
     task = next(f for f in p["filters"].children if f.description == "task")
     task.value = "CoLA"; assert [i for _, i in p["list"].options] == [3, 4, 5] and "<b>3</b> of 7" in p["count"].value
+    low = next(f for f in p["filters"].children if f.description == "density ≥")
+    low.value = .99; assert alive.shown == [] and alive.filters["density"] == [.99, 1]
+    low.value = 0; assert alive.shown == [3, 4, 5] and "density" not in alive.filters
     p["list"].value = 5; assert alive.at == 5 and "seed=2" in p["status"].value
     p["shade"].value = "survival"; assert "share of 3 masks" in p["board"].grid["label"]
 
