@@ -273,7 +273,7 @@ def _press(e: Explorer, key: str) -> None:
         if unit is None and set(e.space.kind.split("+")) & {"head", "mlp", "layer"}: raise SubnetError("there is nothing to switch here.")
         e.toggle(*(unit or (1, 1)))
 
-# %% ../nbs/19_explorer.ipynb #c4f5f736
+# %% ../nbs/19_explorer.ipynb #3c61c18c
 def _read(e: Explorer, positions: Sequence[int]) -> Generator[tuple[int, int], None, Masks]:
     "Read masks, some at a time."
     rows = []
@@ -320,7 +320,7 @@ def _agreement(e: Explorer) -> Work:      # what compare.consensus gives, by the
     rest = [c for c in masks.index.columns if c not in (over, "density")]
     named = masks.index[rest].astype(object).where(masks.index[rest].notna(), None)
     group = [", ".join(f"{k}={v}" for k, v in r.items() if v is not None) or "all" for r in named.to_dict("records")]
-    groups = [g for g in dict.fromkeys(group) if group.count(g) > 1][:24]
+    groups = [g for g in dict.fromkeys(group) if group.count(g) > 1]
     if not groups: raise SubnetError(f"no two of the shown masks differ in {over} only, so there is no agreement to measure: widen the filters.")
     parts = []
     for n, g in enumerate(groups):

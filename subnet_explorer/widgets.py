@@ -134,7 +134,7 @@ def _filters(a: App) -> list[Any]:
 def _refilter(a: App) -> None:
     a._box.parts["filters"].children, a._box.axes = _filters(a), [*a.axes, np.isnan(a.densities).any()]
 
-# %% ../nbs/19_widgets.ipynb #1a558129
+# %% ../nbs/19_widgets.ipynb #60c0a656
 def _app_box(a: App) -> Any:
     "All controls, and what they call."
     import ipywidgets as w
@@ -159,7 +159,7 @@ def _app_box(a: App) -> Any:
     hands = [w.HBox([p["layer"], p["unit"], p["switch"]]) if units else w.HTML("<small>Weights are shown by matrix: whole heads can be switched after mask.to(\"head+mlp\", keep=…).</small>"), w.HBox([p["undo"], p["name"], p["keep"]])]
     left = w.VBox([p["filters"], p["count"], p["list"]], layout=w.Layout(width="235px"))
     middle = w.VBox([p["shade"], p["status"], p["board"], *hands, p["scores"], p["answers"], p["busy"], p["message"]], layout=w.Layout(flex="0 1 auto", max_width="100%", min_width="330px"))
-    box = w.HBox([left, middle, w.VBox([p["tabs"]], layout=w.Layout(flex="1 1 700px", width="99%", min_width="0"))], layout=w.Layout(flex_flow="row wrap", width="100%"))
+    box = w.HBox([left, middle, w.VBox([p["tabs"]], layout=w.Layout(flex="1 1 560px", width="99%", min_width="0"))], layout=w.Layout(flex_flow="row wrap", width="100%"))
     box.parts, box.axes = p, None
     return box
 
