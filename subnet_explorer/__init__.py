@@ -24,8 +24,10 @@ _HOMES = {
     "controls": ("reset", "control_labels", "selectivity"),
     "score": ("iterate",),
     "shrink": ("compact", "load_compact"),
+    "pieces": ("show", "compare_view", "watch"),
+    "widgets": ("explore",),
 }
-_MODULES = ("compare", "evaluate", "knowledge", "patterns", "plots", "recipes", "represent", "score", "transfer", "widgets")
+_MODULES = ("compare", "evaluate", "knowledge", "patterns", "pieces", "plots", "recipes", "represent", "score", "transfer", "widgets")
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*_WHERE, *_MODULES]
 
@@ -43,7 +45,7 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 
 
 if TYPE_CHECKING:
-    from subnet_explorer import compare, evaluate, knowledge, patterns, plots, recipes, represent, score, transfer, widgets
+    from subnet_explorer import compare, evaluate, knowledge, patterns, pieces, plots, recipes, represent, score, transfer, widgets
     from subnet_explorer.apply import masked
     from subnet_explorer.data import Blocks, Fact, Facts, Labelled, Sentence, answerable, blocks, fitting, read_choices, read_conllu, read_facts, read_glue, read_ner, read_texts, split
     from subnet_explorer.search import find
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from subnet_explorer.masks import Masks
     from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Kept, Maintain, Ramp, Suppress, Task
     from subnet_explorer.parser import Parser
+    from subnet_explorer.pieces import compare_view, show, watch
     from subnet_explorer.pocket import load
     from subnet_explorer.score import iterate
     from subnet_explorer.shrink import compact, load_compact
@@ -61,3 +64,4 @@ if TYPE_CHECKING:
     from subnet_explorer.spans import SpanFinder
     from subnet_explorer.squad import Questions, read_squad
     from subnet_explorer.store import Run, Store
+    from subnet_explorer.widgets import explore

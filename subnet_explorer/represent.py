@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['Condition', 'NORMS', 'Text', 'Vectors', 'vectors', 'tsne', 'value_norms', 'each_attention', 'attention_maps',
-           'attention', 'from_mask']
+__all__ = ['Condition', 'NORMS', 'Text', 'Vectors', 'vectors', 'tsne', 'value_norms', 'each_attention', 'token_ids',
+           'attention_maps', 'attention', 'from_mask']
 
 # %% ../nbs/16_represent.ipynb #967dd56c
 Condition = Any      # None | Mask | Scores | dict[relation, None | Mask | Scores]
@@ -142,7 +142,7 @@ def _outputs(model: nn.Module, layout: Layout) -> list[torch.Tensor]:      # per
         out.append((o(unit) - o(torch.zeros_like(unit))).T)
     return out
 
-# %% ../nbs/16_represent.ipynb #4669e76d
+# %% ../nbs/16_represent.ipynb #f42da22a
 Text = Any      # str, or a pair (str, str)
 
 def each_attention(
@@ -161,7 +161,7 @@ def each_attention(
     if batch < 1: raise SubnetError(f"batch={batch}: give at least 1.")
     if under is not None: check_model(under.space, model)
     if normed == "as_published" and isinstance(under, Scores): raise SubnetError("the published norm takes removed heads out of the output projection, which soft scores do not say: harden them first, e.g. with .top(density).")
-    coded = [_ids(model, tok, t, i) for i, t in enumerate(texts)]
+    coded = [token_ids(model, tok, t, i) for i, t in enumerate(texts)]
     layout, device, outputs = layout_of(model), next(model.parameters()).device, None
     types = segments and getattr(model.config, "type_vocab_size", 0) > 1
     groups: dict[int, list[int]] = {}
@@ -187,8 +187,8 @@ def _kept(under: Mask | Scores | None, layer: int) -> list[int] | None:
     return np.flatnonzero(np.prod(of, 0)).tolist() if of else None
 
 
-def _ids(model: nn.Module, tok: Any, text: Text, position: int) -> tuple[list[int], list[int]]:
-    "Token ids and segments of a text."
+def token_ids(model: nn.Module, tok: Any, text: Text, position: int = 0) -> tuple[list[int], list[int]]:      # position: of the text among others, for messages
+    "Token ids and segments of a text, as the model reads it; raise `SubnetError` when it is too long or empty."
     parts = [text] if isinstance(text, str) else list(text) if isinstance(text, (tuple, list)) else []
     if len(parts) not in (1, 2) or not all(isinstance(p, str) for p in parts): raise SubnetError(f"text {position} is {text!r:.80}, expected a string or a pair of strings.")
     if is_causal(model):
