@@ -33,7 +33,7 @@ from .store import Run
 __all__ = ['READ_ERRORS', 'MANIFEST', 'SITE_POLICY', 'ONE_BY_ONE', 'MOST_WORK', 'Entry', 'look', 'Found', 'discover', 'Site',
            'publish']
 
-# %% ../nbs/19_site.ipynb #cbaf728f
+# %% ../nbs/19_site.ipynb #ec894120
 @dataclass
 class Entry:
     "What the index says about one run."
@@ -42,7 +42,7 @@ class Entry:
     labels: dict[str, Any] = field(default_factory=dict)
     state: str = "broken"                       # "done", "unfinished" or "broken"
     error: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)      # method, model, space, group, weights, density, steps, loss, score, started
+    facts: dict[str, Any] = field(default_factory=dict)      # method, model, space, group, weights, density, steps, loss, score, started, …
 
     @property
     def name(self) -> str: return ", ".join(f"{k}={v}" for k, v in self.labels.items()) or Path(self.path).name or "run"
@@ -65,7 +65,7 @@ def _key(*parts: Any) -> str:
         h.update(b"\0")
     return h.hexdigest()[:20]
 
-# %% ../nbs/19_site.ipynb #7360a470
+# %% ../nbs/19_site.ipynb #bfca09f9
 READ_ERRORS = (SubnetError, ValueError, OSError, KeyError, TypeError, AttributeError, IndexError)
 "What reading a damaged folder may raise; everything else is a bug and stays one."
 
@@ -90,7 +90,7 @@ def look(
         if run.done:
             entry.facts |= _mask_facts(run.mask)
             entry.state = "done"
-    except READ_ERRORS as e: entry.state, entry.error = "broken", f"{type(e).__name__}: {e}"
+    except READ_ERRORS as e: entry.state, entry.error = "broken", f"{type(e).__name__}: {e}".replace(str(folder), path)      # pages travel: no folders of this machine
     return entry
 
 
@@ -110,7 +110,7 @@ def _started(folder: Path) -> str:
 def _mask_facts(mask: Mask) -> dict[str, Any]:
     "What the index and the comparisons know about a mask."
     space = mask.space
-    return dict(density=mask.density, kept=mask.count, size=space.size, kind=space.kind, space=repr(space), where=f"{space.kind} of {space.model.name}, layers {layer_text([i for i in space.layers if i >= 0])}", model=str(space.model), mask=mask.id, weights=space.model.weights,
+    return dict(density=mask.density, kept=mask.count, size=space.size, kind=space.kind, where=f"{space.kind} masks of {space.model.name}, layers {layer_text([i for i in space.layers if i >= 0])} of {space.layout.n_layers}", model=str(space.model), mask=mask.id, weights=space.model.weights,
                 group=_key(space.model.name, *((g.name, g.kind, g.layer, g.role, g.shape) for g in space.groups)), bytes=sum(map(len, mask.packed)))
 
 # %% ../nbs/19_site.ipynb #2873fdbd
@@ -190,13 +190,14 @@ def _figure(fig: Figure, name: str) -> str:
 
 def _pre(text: str, what: str) -> str: return f'<pre tabindex="0" role="region" aria-label="{_esc(what)}"><code>{_esc(text)}</code></pre>'
 
-# %% ../nbs/19_site.ipynb #68f66478
+# %% ../nbs/19_site.ipynb #faf66645
 def _table(
     table: pd.DataFrame,
     caption: str,
     links: Mapping[str, Sequence[str]] = {},      # column → address of every row
     classes: Mapping[str, Sequence[str]] = {},    # column → class of every row
     name: str = "",                               # id; sortable if given
+    filters: pd.DataFrame | None = None,          # values to filter rows by, where they are not columns
 ) -> str:
     "A table with caption, column headers and right-aligned numbers."
     numeric = {c: pd.api.types.is_numeric_dtype(table[c]) and not pd.api.types.is_bool_dtype(table[c]) for c in table}
@@ -207,22 +208,23 @@ def _table(
         raw = "" if _shown(v) == "–" else v
         return f"<td{f' class={css}' if css else ''}" + (f' data-v="{_esc(raw)}"' if numeric[c] else "") + f">{text}</td>"
     head = "".join(f'<th scope="col"{" class=n" if numeric[c] else ""}' + (f' aria-sort="none"><button type="button">{_esc(c)}</button></th>' if name else f">{_esc(c)}</th>") for c in table)
-    rows = "\n".join("<tr>" + "".join(cell(c, i, v) for c, v in zip(table, row)) + "</tr>" for i, row in enumerate(table.itertuples(index=False, name=None)))
+    marks = ["" if filters is None else f" data-f=\"{_esc(json.dumps([_shown(v) for v in row]))}\"" for row in (table if filters is None else filters).itertuples(index=False, name=None)]
+    rows = "\n".join(f"<tr{marks[i]}>" + "".join(cell(c, i, v) for c, v in zip(table, row)) + "</tr>" for i, row in enumerate(table.itertuples(index=False, name=None)))
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(caption)}"><table{f" id={name}" if name else ""}><caption>{_esc(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _filters(table: pd.DataFrame, columns: Sequence[str], name: str) -> str:
-    "A form that site.js makes useful: one list per column, and a search."
+def _filters(table: pd.DataFrame, name: str) -> str:
+    "A form that site.js makes useful: a search, and one list per column of what rows are filtered by."
     selects = []
-    for c in columns:
+    for n, c in enumerate(table):
         values = sorted({_shown(v) for v in table[c]}, key=lambda v: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", v)])
         if not 1 < len(values) <= 60: continue
         options = "".join(f"<option>{_esc(v)}</option>" for v in values)
-        selects.append(f'<label>{_esc(c)}<select data-column="{list(table).index(c)}"><option value="">all</option>{options}</select></label>')
+        selects.append(f'<label>{_esc(c)}<select data-column="{n}"><option value="">all</option>{options}</select></label>')
     return (f'<form class="filters" data-table="{name}" hidden aria-label="Filter the table"><label>search<input type="search" name="search" autocomplete="off"></label>{"".join(selects)}'
             f'<button type="reset">Show all</button><output aria-live="polite"></output></form>')
 
-# %% ../nbs/19_site.ipynb #5415a08a
+# %% ../nbs/19_site.ipynb #ec3bb55b
 def _run_page(entry: Entry, found: Found, trail: Sequence[tuple[str, str]], related: Sequence[tuple[str, str]]) -> str:
     "The page of one run; whatever cannot be read is said, and the rest is shown."
     folder, parts, figures = found.root / entry.path, [], []
@@ -230,7 +232,7 @@ def _run_page(entry: Entry, found: Found, trail: Sequence[tuple[str, str]], rela
     if entry.error: parts.append(f'<div class="note error" role="note"><p><strong>This run cannot be read completely.</strong> {_esc(entry.error)}</p></div>')
     if related: parts.append('<ul class="links">' + "".join(f'<li><a href="{_esc(href)}">{_esc(text)}</a></li>' for text, href in related) + "</ul>")
     f = entry.facts
-    said = {**entry.labels, "method": f.get("method"), "model": f.get("model"), "coordinates": f.get("space"), "kept": f"{f['kept']:,} of {f['size']:,}" if "kept" in f else None,
+    said = {**entry.labels, "method": f.get("method"), "model": f.get("model"), "coordinates": f.get("where"), "kept": f"{f['kept']:,} of {f['size']:,}" if "kept" in f else None,
             "density": f.get("density"), "mask": f.get("mask"), "started": f.get("started"), "folder": entry.path}
     parts.append("<dl>" + "".join(f"<dt>{_esc(k)}</dt><dd>{_esc(_shown(v))}</dd>" for k, v in said.items() if v not in (None, "")) + "</dl>")
     try: run, mask = Run.open(folder), None
@@ -287,34 +289,33 @@ def _environment(folder: Path) -> str:
     except (OSError, ValueError): return ""
     return "<details><summary>Versions</summary>" + _pre(json.dumps(found, indent=1, ensure_ascii=False), "Versions") + "</details>"
 
-# %% ../nbs/19_site.ipynb #916453a1
+# %% ../nbs/19_site.ipynb #e588aa2d
 ONE_BY_ONE, MOST_WORK = 30, 60_000_000_000
 "Masks that are compared one by one; and bytes that a comparison may read (about half a minute)."
 
 
 def _compare_page(entries: Sequence[Entry], found: Found, trail: Sequence[tuple[str, str]]) -> str:
     "The page that compares masks on the same coordinates."
-    parts, figures, notes = [], [], []
+    title, parts, figures, notes = f"Comparison: {entries[0].facts['kind']} masks of {entries[0].facts['model']}", [f"<p>{len(entries)} {_esc(entries[0].facts['where'])}: {entries[0].facts['size']:,} coordinates.</p>"], [], []
+    if len(entries) ** 2 / 2 * entries[0].facts["bytes"] > MOST_WORK: return _frame(title, parts[0] + "<p>They are too large and too many for a page. Compare some of them: <code>compare.jaccard(Store(…).masks(…), by=…)</code>.</p>", "../", trail)
     first = Mask.load(found.root / entries[0].path / "mask.safetensors").space
     labels = list(dict.fromkeys(k for e in entries for k in e.labels))
     names = [e.name for e in entries] if len({e.name for e in entries}) == len(entries) else [f"{e.name} ({e.path})" for e in entries]
     masks = Masks([({**{k: _shown(e.labels.get(k)) for k in labels}, "_name": n}, Mask.load(found.root / e.path / "mask.safetensors").rebase(first)) for e, n in zip(entries, names)])
     if len({e.facts["weights"] for e in entries}) > 1: notes.append("These masks were found on models with different weights (fine-tuned copies); coordinates are compared by their place.")
-    parts.append(f"<p>{len(entries)} masks over {_esc(repr(first))}.</p>")
     varied = [k for k in labels if 1 < masks.index[k].nunique()]
     shown = [("_name", "")] if len(masks) <= ONE_BY_ONE else [(k, k) for k in varied if masks.index[k].nunique() <= ONE_BY_ONE]
-    parts.append("<h2>Overlap</h2><p>Jaccard distance: 0 for equal masks, 1 for masks that share nothing. Chance is the distance of random masks of the same sizes; only what lies clearly below it says that two searches found the same.</p>")
+    parts.append(f"<h2>Overlap</h2><p>Jaccard distance: 0 for equal masks, 1 for masks that share nothing. Chance is the distance of random masks of the same sizes; only what lies clearly below it says that two searches found the same.{' Groups show means over pairs of masks, without a mask and itself.' if any(w for _, w in shown) else ''}</p>")
     if not shown: notes.append(f"{len(masks)} masks are too many to compare one by one, and no label sorts them into at most {ONE_BY_ONE} groups.")
-    if (len(masks) ** 2 / 2) * entries[0].facts["bytes"] > MOST_WORK: shown, varied = [], []; notes.append("These masks are too large and too many for a page; compare some of them with compare.jaccard(Store(…).masks().sel(…), by=…).")
     parts[1:1] = [f'<div class="note" role="note"><p>{_esc(n)}</p></div>' for n in notes]
     for column, word in shown:
         t = jaccard(masks, column)
         pairs = t[t.a != t.b]
-        figures += _tried(parts, lambda: plots.jaccard(t, f"Jaccard distance{f', mean over masks of the same {word}' if word else ''}"), f"jaccard-{column}")
+        figures += _tried(parts, lambda: plots.jaccard(t, f"Jaccard distance{f' by {word}' if word else ''}"), f"jaccard-{column}")
         if len(pairs): parts.append(f"<details><summary>The numbers{f' by {_esc(word)}' if word else ''}</summary>" + _table(t[(t.a != t.b) | bool(word)].assign(below=lambda t: t.chance - t.distance).rename(columns={"below": "below chance"}), "Jaccard distance of pairs, with chance", name=f"pairs-{column}") + "</details>")
     figures += _survivors(parts, masks, varied)
     _agree(parts, masks, labels if shown else [])
-    return _frame(f"Comparison: {first.kind} masks of {first.model.name}", "\n".join(parts), "../", trail, bool(figures))
+    return _frame(title, "\n".join(parts), "../", trail, bool(figures))
 
 # %% ../nbs/19_site.ipynb #c6f23fbd
 def _survivors(parts: list[str], masks: Masks, varied: Sequence[str]) -> list[str]:
@@ -340,7 +341,7 @@ def _agree(parts: list[str], masks: Masks, labels: Sequence[str]) -> None:
     t = agreement(Masks(rows), "seed", by="case").rename(columns={"low": "κ low", "high": "κ high", "kappa": "κ", "alpha": "α"})
     parts.append("<h2>Agreement of seeds</h2><p>Fleiss' κ with its bootstrap interval (95 %), beside prevalence and raw agreement: with a very high or very low prevalence even good agreement has a small κ.</p>" + _table(t, "Agreement over seeds", name="agreement"))
 
-# %% ../nbs/19_site.ipynb #5336d3d4
+# %% ../nbs/19_site.ipynb #58f42926
 def _study_page(study: Path, found: Found, to: Path, trail: Sequence[tuple[str, str]]) -> str:
     "The page of one study."
     parts, runs = [], found.of(study)
@@ -350,7 +351,7 @@ def _study_page(study: Path, found: Found, to: Path, trail: Sequence[tuple[str, 
     parts.append(f"<p>{_counted(count)}</p>" if runs else "<p>This study keeps no masks.</p>")
     if (made := [n for n in ("report.html", "results.json", "items.csv", "scores.csv") if (study / n).is_file()]):
         parts.append('<ul class="links">' + "".join(f'<li><a href="{quote(os.path.relpath(study / n, to / "study").replace(os.sep, "/"))}">{n}</a></li>' for n in made) + "</ul>")
-    if runs: parts.append("<h2>Runs</h2>" + _runs_table(runs, "../", "runs"))
+    if runs: parts.append("<h2>Runs</h2>" + _runs_table(runs, found, "../", "runs"))
     if len(cells := _cells(study)): parts.append("<h2>Cells</h2>" + _table(cells, "Single measurements", name="cells"))
     for n, file in enumerate(sorted(study.glob("tables/*.json"))[:40]):
         try: table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
@@ -368,7 +369,7 @@ def _cells(study: Path) -> pd.DataFrame:
         try: found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e: rows.append({"cell": file.stem, "error": str(e)}); continue
         for part in found if isinstance(found, list) else [found]:
-            rows.append({"cell": file.stem, **({k: v for k, v in part.items() if isinstance(v, (int, float, str, bool))} if isinstance(part, dict) else {"value": str(part)})})
+            rows.append({"cell": file.stem, **({k: v for k, v in part.items() if isinstance(v, (int, float, str, bool)) and k != "mask"} if isinstance(part, dict) else {"value": str(part)})})
     return pd.DataFrame(rows)
 
 
@@ -380,25 +381,22 @@ def _counted(count: Mapping[str, int]) -> str:
     total = sum(count.values())
     return f"{total} run{'s' * (total != 1)}: " + ", ".join(f'<span class="{s}">{count[s]} {s}</span>' for s in ("done", "unfinished", "broken") if count.get(s)) + "."
 
-# %% ../nbs/19_site.ipynb #437e974f
-def _runs_frame(runs: Sequence[Entry]) -> pd.DataFrame:
-    "Rows of the index."
-    labels = list(dict.fromkeys(k for e in runs for k in e.labels))
-    rows = [{"run": e.name if e.labels else Path(e.path).name or e.path, "state": e.state, **{k: e.labels.get(k) for k in labels},
+# %% ../nbs/19_site.ipynb #2b789d87
+def _runs_table(runs: Sequence[Entry], found: Found, up: str, name: str) -> str:
+    "The table of runs with its filters."
+    labels, alike_labels = list(dict.fromkeys(k for e in runs for k in e.labels)), len({tuple(e.labels) for e in runs if e.state != "broken"}) < 2
+    study = {e.path: next((_study_name(s, found).removeprefix("Study ") for s in reversed(found.studies) if e in found.of(s)), None) for e in runs}
+    rows = [{"run": Path(e.path).name or e.path if alike_labels else e.name, "study": study[e.path], "state": e.state, **{k: e.labels.get(k) for k in labels},
              **{n: e.facts.get(k) for n, k in (("method", "method"), ("model", "model"), ("coordinates", "kind"), ("density", "density"), ("step", "steps"), ("loss", "loss"), ("score", "score"), ("started", "started"))}} for e in runs]
     t = pd.DataFrame(rows)
     for c in ("density", "step", "loss", "score"): t[c] = pd.to_numeric(t[c], errors="coerce")
-    return t.drop(columns=[c for c in t if c not in ("run", "state", "density", *labels) and (t[c].isna() | (t[c].astype(str) == "")).all()])
-
-
-def _runs_table(runs: Sequence[Entry], up: str, name: str) -> str:
-    "The table of runs with its filters; what all runs share stands above it."
-    t = _runs_frame(runs)
+    t = t.drop(columns=[c for c in t if (t[c].isna() | (t[c].astype(str) == "")).all()])
     alike = {c: _shown(t[c].iloc[0]) for c in t if c not in ("run", "state", "density") and len(t) > 1 and t[c].map(_shown).nunique() == 1}
     t = t.drop(columns=list(alike))
-    labels = [c for c in t if c not in ("run", "density", "step", "loss", "score", "started")]
+    by = t[[c for c in t if c not in ("run", "density", "step", "loss", "score", "started")]]
+    if not alike_labels: t = t.drop(columns=[k for k in labels if k in t])
     said = f'<p class="quiet">The same for all: {_esc(", ".join(f"{k} {v}" for k, v in alike.items()))}.</p>' if alike else ""
-    return said + _filters(t, labels, name) + _table(t, "Runs; press a header to sort", {"run": [up + e.page for e in runs]}, {"state": [e.state for e in runs]}, name)
+    return said + _filters(by, name) + _table(t, "Runs; press a header to sort", {"run": [up + e.page for e in runs]}, {"state": [e.state for e in runs]}, name, by)
 
 
 def _index_page(found: Found, pages: Mapping[str, tuple[str, str]]) -> str:
@@ -408,7 +406,7 @@ def _index_page(found: Found, pages: Mapping[str, tuple[str, str]]) -> str:
     for kind, heading in (("study", "Studies"), ("compare", "Comparisons")):
         if links := [(text, page) for page, (text, _) in pages.items() if page.startswith(kind + "/")]:
             parts.append(f"<h2>{heading}</h2><ul>" + "".join(f'<li><a href="{_esc(p)}">{_esc(t)}</a></li>' for t, p in links) + "</ul>")
-    if found.runs: parts.append("<h2>Runs</h2>" + _runs_table(found.runs, "", "runs"))
+    if found.runs: parts.append("<h2>Runs</h2>" + _runs_table(found.runs, found, "", "runs"))
     if broken := [e for e in found.runs if e.state == "broken"]:
         parts.append("<h2>What cannot be read</h2>" + _table(pd.DataFrame([{"run": e.path, "error": e.error} for e in broken]), "Broken runs", {"run": [e.page for e in broken]}))
     return _frame(title, "\n".join(parts))
@@ -470,7 +468,7 @@ def _assets(to: Path) -> None:
     script = get_plotlyjs()
     if not (file := to / "assets" / "plotly.min.js").exists() or file.stat().st_size != len(script.encode()): atomic_write(file, script)
 
-# %% ../nbs/19_site.ipynb #31e25b23
+# %% ../nbs/19_site.ipynb #240491b2
 def _plan(found: Found, to: Path) -> dict[str, tuple[str, str, Callable[[], str]]]:
     "Title, key and maker of every page."
     style, home = _key(*((files("subnet_explorer") / "static" / n).read_text("utf-8") for n in ("site.css", "site.js"))), ("Runs", "../index.html")
@@ -484,7 +482,7 @@ def _plan(found: Found, to: Path) -> dict[str, tuple[str, str, Callable[[], str]
         inputs = [s / "study.json", *sorted(s.glob("cells/*.json")), *sorted(s.glob("tables/*.json"))]
         pages[page] = (_study_name(s, found), _key(style, *(e.key for e in found.of(s)), *(p.name for p in inputs), *inputs, *((s / n).exists() for n in ("report.html", "results.json", "items.csv", "scores.csv"))), lambda s=s: _study_page(s, found, to, [home]))
     for page, some in compared.items():
-        pages[page] = (f"{len(some)} masks: {some[0].facts['where']}", _key(style, *(e.path for e in some), *(e.key for e in some)), lambda some=some: _compare_page(some, found, [home]))
+        pages[page] = (f"{len(some)} {some[0].facts['where']}", _key(style, *(e.path for e in some), *(e.key for e in some)), lambda some=some: _compare_page(some, found, [home]))
     for e in found.runs:
         inside = [(_study_name(s, found), "../" + page) for page, s in studies.items() if e in found.of(s)]
         related = [("Comparison with other masks", "../" + page) for page, some in compared.items() if e in some]

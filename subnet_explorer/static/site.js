@@ -39,7 +39,8 @@ function filter(form) {
   let shown = 0;
   for (const row of rows) {
     const text = row.textContent.toLowerCase();
-    row.hidden = !(words.every(w => text.includes(w)) && wanted.every(([at, v]) => row.cells[at].textContent.trim() === v));
+    const marks = JSON.parse(row.dataset.f);
+    row.hidden = !(words.every(w => text.includes(w)) && wanted.every(([at, v]) => marks[at] === v));
     shown += !row.hidden;
   }
   form.querySelector("output").textContent = `${shown} of ${rows.length} shown`;
