@@ -289,14 +289,14 @@ def _environment(folder: Path) -> str:
     except (OSError, ValueError): return ""
     return "<details><summary>Versions</summary>" + _pre(json.dumps(found, indent=1, ensure_ascii=False), "Versions") + "</details>"
 
-# %% ../nbs/19_site.ipynb #e588aa2d
+# %% ../nbs/19_site.ipynb #6a4685f5
 ONE_BY_ONE, MOST_WORK = 30, 60_000_000_000
 "Masks that are compared one by one; and bytes that a comparison may read (about half a minute)."
 
 
 def _compare_page(entries: Sequence[Entry], found: Found, trail: Sequence[tuple[str, str]]) -> str:
     "The page that compares masks on the same coordinates."
-    title, parts, figures, notes = f"Comparison: {entries[0].facts['kind']} masks of {entries[0].facts['model']}", [f"<p>{len(entries)} {_esc(entries[0].facts['where'])}: {entries[0].facts['size']:,} coordinates.</p>"], [], []
+    title, parts, figures, notes = "Comparison: " + entries[0].facts["where"].split(", layers")[0], [f"<p>{len(entries)} {_esc(entries[0].facts['where'])}: {entries[0].facts['size']:,} coordinates.</p>"], [], []
     if len(entries) ** 2 / 2 * entries[0].facts["bytes"] > MOST_WORK: return _frame(title, parts[0] + "<p>They are too large and too many for a page. Compare some of them: <code>compare.jaccard(Store(…).masks(…), by=…)</code>.</p>", "../", trail)
     first = Mask.load(found.root / entries[0].path / "mask.safetensors").space
     labels = list(dict.fromkeys(k for e in entries for k in e.labels))
