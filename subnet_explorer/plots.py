@@ -63,7 +63,11 @@ class Figure:
 
 
 class CannotDraw(SubnetError):
-    "The file type, or something in the figure, is unknown to the writer."
+    """The file type, or something in the figure, is unknown to the writer.
+
+    Cause: SVG, PNG and PDF are drawn without a browser, by a writer that knows the kinds of traces the library makes; other file types have no writer.
+    Fix: Save as .html, which draws everything, or use .svg, .png or .pdf for the library's own figures.
+    """
 
 
 def _text(value: Any) -> str:

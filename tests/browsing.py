@@ -83,6 +83,7 @@ def lab(folder: Path) -> Iterator[str]:
                                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--ServerApp.root_dir={folder}"], stdout=log, stderr=log, cwd=folder,
                               env={**os.environ, **own, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep), "HF_HUB_OFFLINE": "1"})
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    SHOTS.mkdir(parents=True, exist_ok=True)
     try:
         while True:
             try: urllib.request.urlopen(f"{address}/api/status", timeout=2).close(); break
@@ -118,17 +119,22 @@ def in_lab(browser, address: str, notebook: Path) -> Opened:
 
 
 def run_all(seen: Opened, notebook: Path, timeout: float = 120) -> list[dict]:
-    "Run all cells from the menu, as a reader would; gives the saved code cells, and fails on the first error."
+    "Run all cells from the menu, as a reader would; give the saved code cells, and fails on the first error."
     page = seen.page
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    until = time.monotonic() + timeout
-    while True:
-        page.wait_for_timeout(700)
-        page.keyboard.press("Control+s")
+    until, prompts = time.monotonic() + timeout, page.locator(".jp-CodeCell .jp-InputPrompt")
+    for _ in range(3):                                                                       # a click may come before the front end listens
+        page.get_by_role("menuitem", name="Run", exact=True).click()
         page.wait_for_timeout(300)
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(1500)
+        if any(re.search(r"[\d*]", p) for p in prompts.all_inner_texts()): break
+    while True:
+        page.wait_for_timeout(1500)
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(500)
         try: cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         except ValueError: continue                                                          # saved right now
         if wrong := [(o["ename"], o["evalue"]) for c in cells for o in c["outputs"] if o["output_type"] == "error"]: raise AssertionError(f"{notebook.name}: {wrong}")
         if all(c["execution_count"] for c in cells if "".join(c["source"]).strip()): return cells
+        if time.monotonic() > until: page.screenshot(path=SHOTS / f"failed-{notebook.stem}.png")
         assert time.monotonic() < until, f"{notebook.name} did not finish: {sum(bool(c['execution_count']) for c in cells)} of {len(cells)} cells"
