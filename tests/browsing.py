@@ -105,6 +105,7 @@ def copied(notebook: str, folder: Path, keep: int | None = None) -> Path:
     code = [c for c in nb["cells"] if c["cell_type"] == "code"][:keep]
     nb["cells"] = [c for c in nb["cells"] if c["cell_type"] != "code" or c in code]
     for c in code: c["outputs"], c["execution_count"], c["source"] = [], None, re.sub(r"\bsteps=\d{3,}", "steps=20", "".join(c["source"]))
+    nb["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     (to := folder / Path(notebook).name).write_text(json.dumps(nb), encoding="utf-8")
     if (images := ROOT / "nbs" / "images").is_dir(): shutil.copytree(images, folder / "images", dirs_exist_ok=True)
     return to
@@ -118,11 +119,23 @@ def in_lab(browser, address: str, notebook: Path) -> Opened:
     return seen
 
 
+def settle(page) -> None:
+    "Answer a dialog as a reader would, with its default; an error in it is an error."
+    for _ in range(3):
+        if not (dialog := page.locator("dialog.jp-Dialog").first).is_visible(): return
+        text = dialog.inner_text()
+        if "error" in text.lower(): page.screenshot(path=SHOTS / "dialog.png"); raise AssertionError(f"JupyterLab says: {text}")
+        print("dialog:", text)
+        dialog.locator("button.jp-mod-accept").click()
+        page.wait_for_timeout(500)
+
+
 def run_all(seen: Opened, notebook: Path, timeout: float = 120) -> list[dict]:
     "Run all cells from the menu, as a reader would; give the saved code cells, and fails on the first error."
     page = seen.page
     until, prompts = time.monotonic() + timeout, page.locator(".jp-CodeCell .jp-InputPrompt")
     for _ in range(3):                                                                       # a click may come before the front end listens
+        settle(page)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.wait_for_timeout(300)
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
