@@ -1,6 +1,4 @@
 "What people see: reports, sites, figures and JupyterLab in a real browser, with the network off."
-import json
-from pathlib import Path
 
 import pytest
 from browsing import chromium as start
@@ -155,10 +153,10 @@ def jupyter(tmp_path_factory):
     with lab(folder) as address: yield address, folder
 
 
-@pytest.mark.parametrize("notebook, figures", [("index.ipynb", 0), ("tutorials/critical.ipynb", 0), ("tutorials/lamp.ipynb", 1)])
+@pytest.mark.parametrize("notebook, figures", [("index.ipynb", 0), ("tutorials/critical.ipynb", 0), ("tutorials/lamp.ipynb", 1)], ids=["index", "critical", "lamp"])
 def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figures):
     address, folder = jupyter
-    file = copied(notebook, folder, keep=8)
+    file = copied(notebook, folder, keep=7)
     seen = in_lab(browser, address, file)
     cells = run_all(seen, file)
     assert len(cells) >= 3 and any(c["outputs"] for c in cells) and not seen.errors
