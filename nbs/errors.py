@@ -33,7 +33,7 @@ EXAMPLES = {
     "BadMap": "import numpy as np\nfrom subnet_explorer.maps import check_map\ncheck_map(np.zeros((4, 5)))",
     "BadLabels": "from subnet_explorer.maps import read_labels\nopen('labels.txt', 'w').write('block 0001')\nread_labels('labels.txt')",
     "CannotDraw": "from subnet_explorer import Mask, Space, load, plots\nmodel, tok = load('pocket-bert')\nplots.density(Mask.full(Space.of(model, 'head'))).save('heads.bmp')",
-    "UnknownModel": "from subnet_explorer import load\nload('pocket-berd')",
+    "UnknownModel": "import os\nfrom subnet_explorer import load\nos.makedirs('bert/empty')\nload('bert')",
     "NoFloor": None,            # needs a model that learned nothing
     "Diverged": None,           # needs a search that diverges
     "WrongProcesses": None,     # needs a launcher
@@ -74,7 +74,7 @@ def message(code: str, name: str) -> str:
         try: exec(code, {})
         except SubnetError as e:
             if type(e).__name__ != name: raise
-            return f"{name}: {e}".replace(here + "/", "")
+            return re.sub(r"\((?:We|Can|Unrec|bert )[^)]*\)", "(…)", f"{name}: {e}".replace(here + "/", ""))      # other libraries' words differ by version
     raise AssertionError(f"the example of {name} raises nothing")
 
 

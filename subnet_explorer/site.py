@@ -289,9 +289,9 @@ def _environment(folder: Path) -> str:
     except (OSError, ValueError): return ""
     return "<details><summary>Versions</summary>" + _pre(json.dumps(found, indent=1, ensure_ascii=False), "Versions") + "</details>"
 
-# %% ../nbs/19_site.ipynb #6a4685f5
-ONE_BY_ONE, MOST_WORK = 30, 60_000_000_000
-"Masks that are compared one by one; and bytes that a comparison may read (about half a minute)."
+# %% ../nbs/19_site.ipynb #adbab9ba
+ONE_BY_ONE = 30                # masks
+MOST_WORK = 60_000_000_000     # bytes that a comparison may read: about half a minute
 
 
 def _compare_page(entries: Sequence[Entry], found: Found, trail: Sequence[tuple[str, str]]) -> str:
