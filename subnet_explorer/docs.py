@@ -18,13 +18,16 @@ from nbdev.process import Processor
 # %% auto #0
 __all__ = ['with_types', 'library_docs']
 
-# %% ../nbs/21_docs.ipynb #c11f1bc4
+# %% ../nbs/21_docs.ipynb #1efa30a8
 def with_types(name: str) -> ModuleType:
     "Import a module of the library together with what it imports for type checkers only."
     module = import_module(f"subnet_explorer.{name}")
     for node in ast.parse(inspect.getsource(module)).body:
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"): continue
         for part in node.body:
+            if isinstance(part, ast.Import):
+                for a in part.names: setattr(module, a.asname or a.name.split(".")[0], import_module(a.name if a.asname else a.name.split(".")[0]))
+                continue
             source = import_module("." * part.level + (part.module or ""), "subnet_explorer")
             for a in part.names: setattr(module, a.asname or a.name, getattr(source, a.name))
     return module
