@@ -9,6 +9,7 @@ import ast
 import re
 import tempfile
 import textwrap
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def parts(error: type[SubnetError]) -> dict[str, str]:
     return {"symptom": first.strip()} | {k.lower(): v.strip() for k, v in re.findall(r"^\s*(Cause|Fix): (.+)$", rest, re.M)}
 
 
-def raised(name: str) -> list[tuple[str, str]]:
-    "Module and public function or class that raises an error, or whose helper does."
-    found = []
+@cache
+def raises() -> dict[str, set[tuple[str, str]]]:
+    "Modules and functions or classes that raise each error."
+    found: dict[str, set[tuple[str, str]]] = {}
     for file in sorted((ROOT / "subnet_explorer").glob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and any(isinstance(n, ast.Raise) and n.exc is not None and re.match(rf"{name}\b", ast.unparse(n.exc)) for n in ast.walk(node)): found.append((file.stem, node.name))
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
+            for n in ast.walk(node):
+                if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call) and isinstance(n.exc.func, ast.Name): found.setdefault(n.exc.func.id, set()).add((file.stem, node.name))
     return found
 
 
@@ -82,7 +86,7 @@ def page(name: str, error: type[SubnetError]) -> str:
     "The page of one error."
     p, module = parts(error), error.__module__.rpartition(".")[2]
     notebook = {f.stem[3:]: f"../{f.name}" for f in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
-    where = sorted({(m, f) for m, f in raised(name)} if name != "SubnetError" else set())
+    where = sorted(raises().get(name, ()) if name != "SubnetError" else ())
     public = [(m, f) for m, f in where if not f.startswith("_")]
     home = sorted({m for m, _ in where})
     text = [f"---\ntitle: {name}\ndescription: \"{p['symptom']}\"\n---", p["symptom"], "## Symptom"]
