@@ -1,18 +1,23 @@
 # make demo   set up .venv and run the main job: sixteen relation-specific subnetworks of the pocket model
 # make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
+# make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test docs clean export python bench bench-quick
+.PHONY: demo test test-browser docs pages readme clean export python bench bench-quick
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
 # notebooks first, then pytest: one thread each, two at a time
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+# screenshots are kept in build/screenshots
+test-browser: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_browser.py
 
 # measure against plain fine-tuning, parametrize and the limits of the machine; bench-quick: a small model, under three minutes
 bench: $(STAMP)
@@ -25,7 +30,7 @@ bench-quick: $(STAMP)
 export: $(STAMP)
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
-docs: $(STAMP)
+docs: $(STAMP) pages
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto: pip install quarto-cli"; exit 1; }
 	cp $$($(BIN)/python -c "import plotly; print(plotly.__path__[0])")/package_data/plotly.min.js nbs/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs --n_workers 2
@@ -46,3 +51,7 @@ clean:
 # nbs/index.ipynb -> README.md, without Quarto
 readme: $(STAMP)
 	$(BIN)/python nbs/readme.py
+
+# the pages about errors, from docstrings
+pages: $(STAMP)
+	$(BIN)/python nbs/errors.py

@@ -22,7 +22,7 @@ def readme() -> str:
             if "text/markdown" in data: data.pop("text/plain", None)
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"```\w*\n\n```\n", "", body).replace("\n```\nfrom subnet_explorer", "\n```python\nfrom subnet_explorer")
-    body = re.sub(r"\]\((?!http)([\w/]+\.(?:ipynb|png))\)", r"](nbs/\1)", body)
+    body = re.sub(r"\]\((?!http)([\w/]+\.(?:ipynb|png|qmd))\)", r"](nbs/\1)", body)
     return "<!-- made from nbs/index.ipynb by make readme: edit that -->\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 

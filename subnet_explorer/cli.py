@@ -20,8 +20,8 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'show_command', 'agreement_command',
-           'compact_command', 'doctor_command', 'parser', 'main']
+__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'show_command', 'report_command',
+           'agreement_command', 'compact_command', 'doctor_command', 'parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #817c7677
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,6 +196,16 @@ def show_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
     return {"kind": "store", "runs": rows}
 
+# %% ../nbs/20_cli.ipynb #89440e85
+def report_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Write a site about a folder of runs."
+    from subnet_explorer.site import publish
+    site = publish(args.folder, args.out, args.fresh)
+    if not args.json:
+        print(f"{site.runs} runs; {site.written} pages written, {site.kept} unchanged" + (f", {site.removed} removed" if site.removed else ""))
+        print("".join(f"cannot be read: {path}: {why}\n" for path, why in site.broken.items()) + f"Open {site.index}.")
+    return {"index": str(site.index)} | {k: v for k, v in vars(site).items() if k != "index"}
+
 # %% ../nbs/20_cli.ipynb #654b1641
 def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
     "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
@@ -304,7 +314,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #332a00a9
+# %% ../nbs/20_cli.ipynb #d6065276
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -414,6 +424,10 @@ def parser() -> argparse.ArgumentParser:
     small.add_argument("--weights", action=argparse.BooleanOptionalAction, default=True, help="save the weights; without them, the mask and the name of the full model")
     small.add_argument("--export", choices=["plain", "zeros"], help="also write a folder of this name in plain Hugging Face format: of the small shapes, or of the full shapes with zeros")
     small.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    pages = command("report", report_command, "a site about a folder of runs or studies, which opens from the disk with the network off")
+    pages.add_argument("folder", help="runs or studies, at any depth")
+    pages.add_argument("--out", help="folder for the pages; report inside the folder if nothing is said")
+    pages.add_argument("--fresh", action="store_true", help="write all pages anew, not only those that changed")
     command("show", show_command, "say what a mask file, run or store holds").add_argument("path")
     command("doctor", doctor_command, "versions, devices, and what is missing")
     return top

@@ -30,7 +30,11 @@ __all__ = ['TEMPLATES', 'SCHEMES', 'GAP', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact
 
 # %% ../nbs/06_data.ipynb #737fc13a
 class BadFacts(SubnetError):
-    "A facts file is broken, or facts do not suffice for what was asked."
+    """A facts file is broken, or facts do not suffice for what was asked.
+
+    Cause: A line that is not in the format of its file, a prompt without exactly one [MASK], an object that is more than one token, or too few facts to split.
+    Fix: Correct the line in the message, or pass strict=False (--lenient in the shell) to leave such lines out and count them.
+    """
 
 class BadPrompt(BadFacts):
     "A prompt does not have exactly one [MASK]."
@@ -382,7 +386,11 @@ def encode(
 
 # %% ../nbs/06_data.ipynb #6116b061
 class BadTexts(SubnetError):
-    "A text file is broken or empty, or there is too little text for what was asked."
+    """A text file is broken or empty, or there is too little text for what was asked.
+
+    Cause: The file is not UTF-8, holds only blank lines, or is shorter than one block or batch.
+    Fix: Give more or longer text, or smaller blocks.
+    """
 
 
 def read_texts(
@@ -475,7 +483,11 @@ def blocks(
 
 # %% ../nbs/06_data.ipynb #4b724222
 class BadSentences(SubnetError):
-    "Annotated sentences are broken, or there are none."
+    """Annotated sentences are broken, or there are none.
+
+    Cause: A CoNLL-U line without ten columns, heads that are no tree, or a tag file without tags.
+    Fix: Correct the line in the message; look at the number of columns and at blank lines between sentences.
+    """
 
 @dataclass(frozen=True)
 class Sentence:
@@ -748,7 +760,11 @@ def fitting(
 
 # %% ../nbs/06_data.ipynb #7926d793
 class BadTable(SubnetError):
-    "A table of labelled sentences is broken, or is not the table of this task."
+    """A table of labelled sentences is broken, or is not the table of this task.
+
+    Cause: A column is missing, a row has too many or too few cells, or a label is not one of the task's.
+    Fix: Check that file and task belong together and that columns are separated by tabs; strict=False (--lenient) leaves broken rows out and counts them.
+    """
 
 @dataclass(frozen=True)
 class LabelTask:
@@ -912,7 +928,11 @@ def _classes(items: list[dict[str, Any]], task: LabelTask, where: str) -> tuple[
 
 # %% ../nbs/06_data.ipynb #edc42599
 class BadChoices(SubnetError):
-    "A file of multiple-choice questions is broken."
+    """A file of multiple-choice questions is broken.
+
+    Cause: A line that is neither CommonsenseQA nor COPA as JSON, an answer that is none of the choices, or a test part without answers.
+    Fix: Correct the line in the message, or take a part with answers.
+    """
 
 
 def read_choices(source: str | Path) -> list[dict[str, Any]]:      # question, choices, label, id[, concept][, kind]

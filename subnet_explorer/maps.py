@@ -36,10 +36,18 @@ def pattern_of(name: str) -> str:
 
 # %% ../nbs/17_maps.ipynb #92e1ada0
 class BadMap(SubnetError):
-    "An array is no attention map, or one that cannot be used."
+    """An array is no attention map, or one that cannot be used.
+
+    Cause: It is not square, too short for a pattern, negative, not finite, or all zero because the head was removed.
+    Fix: Give one head of one text after the softmax, without padding, e.g. maps[layer, head] of represent.attention.
+    """
 
 class BadLabels(SubnetError):
-    "A file of labelled maps is broken."
+    """A file of labelled maps is broken.
+
+    Cause: A line that is neither a list of numbers after a label nor a file name and a label, or a map that is not there.
+    Fix: Correct the line in the message; both formats are shown in it.
+    """
 
 
 def check_map(

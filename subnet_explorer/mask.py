@@ -422,7 +422,11 @@ def _expand(data: np.ndarray, size: int, rare: int) -> bytes:
 
 # %% ../nbs/01_mask.ipynb #e9d3378c
 class MaskFileError(SubnetError):
-    "A mask file is missing, truncated, or not a mask file."
+    """A mask file is missing, truncated, or not a mask file.
+
+    Cause: The path is wrong, a copy or download was cut off, or the file holds something else, such as a state dict.
+    Fix: Check the path and copy the file again. Masks that others published as arrays are read by Store.read.
+    """
 
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
     "Write `data` to `path` completely or not at all."

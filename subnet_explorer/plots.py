@@ -40,7 +40,7 @@ __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES',
            'curves', 'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair', 'report',
            'draw']
 
-# %% ../nbs/18_plots.ipynb #fff47f91
+# %% ../nbs/18_plots.ipynb #21333d58
 @dataclass(frozen=True, eq=False, repr=False)
 class Figure:
     "A plotly figure with its data and a description in words."
@@ -65,7 +65,11 @@ class Figure:
 
 
 class CannotDraw(SubnetError):
-    "The file type, or something in the figure, is unknown to the writer."
+    """The file type, or something in the figure, is unknown to the writer.
+
+    Cause: SVG, PNG and PDF are drawn without a browser, by a writer that knows the kinds of traces the library makes; other file types have no writer.
+    Fix: Save as .html, which draws everything, or use .svg, .png or .pdf for the library's own figures.
+    """
 
 
 def _text(value: Any) -> str:
@@ -82,7 +86,7 @@ def _div(fig: Figure, name: str = "") -> str:
     "The figure as HTML that expects plotly.js in the page."
     name = name or "figure-" + hashlib.sha256(fig.plotly.to_json().encode()).hexdigest()[:12]
     body = fig.plotly.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config={"displaylogo": False})
-    return f'<div role="img" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
+    return f'<div role="figure" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
 
 # %% ../nbs/18_plots.ipynb #2d2ece91
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A800")
@@ -114,7 +118,7 @@ def _scale(low: float, high: float, title: str, **more: Any) -> dict[str, Any]:
     "A labelled colour axis."
     return dict(colorscale="Cividis", cmin=low, cmax=high, colorbar=dict(title=dict(text=_text(title), side="right"), **more))
 
-# %% ../nbs/18_plots.ipynb #ca4b78e0
+# %% ../nbs/18_plots.ipynb #09e5b7a5
 def _heat(
     fig: go.Figure,
     grid: pd.DataFrame,                   # values; labels in index and columns
@@ -130,7 +134,7 @@ def _heat(
     show = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.{digits}f}", otypes=[str])(cells)
     hover = [[f"{r}, {c}<br>{_text(name)} {show[i, j] or 'missing'}" + (f" {small[i, j].replace('<br>', ' ')}" if small is not None else "") for j, c in enumerate(cols)] for i, r in enumerate(rows)]
     if small is not None: show = np.vectorize(lambda v, w: f'{v}<br><span style="font-size:75%">{w}</span>' if v and w else v, otypes=[str])(show, small)
-    fig.add_trace(go.Heatmap(z=cells, coloraxis="coloraxis", text=show if numbers else None, texttemplate="%{text}" if numbers else None,
+    fig.add_trace(go.Heatmap(z=cells, coloraxis="coloraxis", text=show if numbers else None, texttemplate="%{text}" if numbers else None, textfont=dict(size=12) if small is not None else None,
                              hovertext=hover, hoverinfo="text", xgap=1, ygap=1, showscale=True), **where)
     fig.update_xaxes(tickvals=list(range(len(cols))), ticktext=cols, tickangle=-90 if sum(map(len, cols)) > 45 else 0, showline=False, ticks="", **where)
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showline=False, ticks="", **where)
@@ -723,7 +727,7 @@ UNPACKED = """<script>function unpacked(code, shape, top) {
   return part(0);
 }</script>"""
 
-# %% ../nbs/18_plots.ipynb #74ff6172
+# %% ../nbs/18_plots.ipynb #152040a8
 STYLE = ("""<style>:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
 figure{margin:1.2rem 0;padding:.5rem;overflow-x:auto;border-radius:.4rem}figure.paper{background:#fff;color:#111;color-scheme:light}details{font-size:.9em;margin:.3rem .5rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #8886}</style>""")
@@ -749,10 +753,10 @@ def _card(item: Any, n: int) -> str:
     "One item of a page."
     if isinstance(item, pd.DataFrame):
         with pd.option_context("display.max_colwidth", None):
-            return f"<figure>{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex), float_format='{:.3f}'.format, na_rep='–')}</figure>"
+            return f"<figure tabindex=\"0\">{item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex), float_format='{:.3f}'.format, na_rep='–')}</figure>"
     if not isinstance(item, Figure) and not hasattr(item, "_repr_html_"): raise SubnetError(f"cannot put a {type(item).__name__} into a page: give a Figure, a View, a DataFrame, or something with an HTML form.")
     words = f"<details><summary>In words</summary>{html.escape(item.alt)}</details>" if isinstance(item, (Figure, View)) else ""
-    return f'<figure class="paper">{_div(item, f"figure-{n}") if isinstance(item, Figure) else item._repr_html_()}{words}</figure>'
+    return f'<figure class="paper" tabindex="0">{_div(item, f"figure-{n}") if isinstance(item, Figure) else item._repr_html_()}{words}</figure>'
 
 
 def _page(title: str, body: str) -> str:

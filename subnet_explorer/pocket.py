@@ -24,7 +24,11 @@ __all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'PARTS', 'POCKET_TASKS', 'TUNING', '
 
 # %% ../nbs/07_pocket.ipynb #69cbbeaf
 class UnknownModel(SubnetError):
-    "A model could not be loaded from the given name or path."
+    """A model could not be loaded from the given name or path.
+
+    Cause: No such folder, no such name on the hub, no network, or files that are no model.
+    Fix: Name a pocket model, a folder with config.json and weights, or a hub name; with a network, download it once beforehand.
+    """
 
 def pocket_path(*parts: str) -> Path:
     "Path of a file of the pocket world: inside the installed package, or in the checkout."

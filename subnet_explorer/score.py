@@ -348,7 +348,11 @@ def _heads(goal: Objective | None, monitor: Monitor) -> dict[str, str]:
 
 
 class NoFloor(SubnetError):
-    "The full model scores too low to prune against."
+    """The full model scores too low to prune against.
+
+    Cause: Pruning stops when a share of the full model's score is lost; a score that is not above chance, zero or undefined gives no such point.
+    Fix: Train the model longer or with another learning rate, use more data, or choose another metric.
+    """
 
 
 def _floor(full: float, share: float, least: float | None) -> float:

@@ -48,7 +48,11 @@ def lr_at(step: int, steps: int, schedule: str = "linear", warmup: float = 0.1) 
 
 # %% ../nbs/09_search.ipynb #c1896583
 class Diverged(SubnetError):
-    "The loss or a gradient became NaN or infinite; the last saved state is kept."
+    """The loss or a gradient became NaN or infinite; the last saved state is kept.
+
+    Cause: The learning rate is too high, a weight of the objective too large, or numbers overflow in half precision.
+    Fix: Lower lr, clip the gradient, or compute in float32; the same call then needs another folder, since its configuration differs.
+    """
 
 class Monitor(Protocol):
     "Something to watch on held-out data: prepared like an objective, returns a score to be maximised, alone or as `score` among other things for the log."
@@ -164,7 +168,11 @@ def _optimizer(engine: str, c: Mapping[str, Any], model: nn.Module, gate: Gate, 
 
 # %% ../nbs/09_search.ipynb #7fbe26a3
 class WrongProcesses(SubnetError):
-    "The launcher started another number of processes than was asked for."
+    """The launcher started another number of processes than was asked for.
+
+    Cause: Some launchers silently start one process on a CPU, or the number given to the launcher and to find differ.
+    Fix: Start with torchrun --nproc_per_node N, or ask for the number of processes that there are.
+    """
 
 
 class Team:

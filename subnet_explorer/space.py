@@ -25,19 +25,39 @@ __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'GRANULARITIES', 'SubnetError', 'SpaceM
 
 # %% ../nbs/00_space.ipynb #b4117556
 class SubnetError(ValueError):
-    "Base of every error that the library raises on purpose."
+    """Base of every error that the library raises on purpose.
+
+    Cause: Something was asked that cannot be done as it was said; the message names what was expected, what was found, and what to do.
+    Fix: Follow the message. Catch this class to catch all errors below it; anything else that is raised is a bug.
+    """
 
 class SpaceMismatch(SubnetError):
-    "Two masks, or a mask and a model, do not belong to the same space."
+    """Two masks, or a mask and a model, do not belong to the same space.
+
+    Cause: The masks were found on different models, on other weights of one model (a fine-tuned copy), on other layers, or over other coordinates (heads against weights).
+    Fix: Load the model the mask was found on, or bring both to one kind with mask.to(kind). Only if the coordinates are the same and the other weights are meant: mask.rebase(space).
+    """
 
 class UnknownFamily(SubnetError):
-    "The architecture of a model is not known, by name or by structure."
+    """The architecture of a model is not known, by name or by structure.
+
+    Cause: The blocks of the model could not be found under the names that the known families use.
+    Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten lines.
+    """
 
 class UnknownName(SubnetError):
-    "A name (relation, role, kind, column …) does not exist; the nearest ones are given."
+    """A name (relation, role, kind, column …) does not exist; the nearest ones are given.
+
+    Cause: A typing error, or a name of another data set, model or table.
+    Fix: Take one of the names in the message.
+    """
 
 class LayerRange(SubnetError):
-    "A layer specification does not fit the model."
+    """A layer specification does not fit the model.
+
+    Cause: Layers count from 1 and ranges include both ends, as in the papers; the model has fewer layers than were asked for, or the text is no range.
+    Fix: Write for example 7-12, 1,3,5-6 or top-half.
+    """
 
 # %% ../nbs/00_space.ipynb #3813d690
 def check_names(

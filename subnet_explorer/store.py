@@ -29,7 +29,11 @@ __all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_s
 
 # %% ../nbs/08_store.ipynb #ce419607
 class OtherRun(SubnetError):
-    "The folder already holds a different run, or something that is no run."
+    """The folder already holds a different run, or something that is no run.
+
+    Cause: A folder keeps one configuration. Something in the call differs from the call that made the folder, or the folder is used by something else.
+    Fix: Repeat the first call to continue that run; choose another folder for another run; or delete the folder.
+    """
 
 class Run:
     "One search, in a folder or in memory."
@@ -186,7 +190,11 @@ class Store:
 
 # %% ../nbs/08_store.ipynb #3138b002
 class BadMasks(SubnetError):
-    "A folder of published masks cannot be read: something in it is not a mask, or is missing."
+    """A folder of published masks cannot be read: something in it is not a mask, or is missing.
+
+    Cause: A seed folder with another name, an array that holds scores instead of zeros and ones, or masks of models of different shapes in one folder.
+    Fix: Arrange them as TASK/seed_NUMBER/head_mask.npy and mlp_mask.npy; the message names the file.
+    """
 
 
 def read_masks(

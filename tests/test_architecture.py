@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "data", "squad", "knowledge", "compare", "maps", "patterns", "plots", "explorer", "pieces", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "data", "squad", "knowledge", "compare", "maps", "patterns", "plots", "site", "explorer", "pieces", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent", "shrink"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]

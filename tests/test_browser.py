@@ -1,54 +1,60 @@
-"What people see: reports and figures in a real browser, with the network off."
-import shutil
-from pathlib import Path
+"What people see: reports, sites, figures and JupyterLab in a real browser, with the network off."
 
 import pytest
+from browsing import chromium as start
+from browsing import copied, in_lab, lab, opened, run_all, shot, violations
 
-from subnet_explorer import load, plots, read_facts, recipes
+from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
+from subnet_explorer.site import publish
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def browser(chromium):
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    with start(chromium) as b: yield b
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "lamp"
     model, tok = load("pocket-bert")
-    study = recipes.lamp(model, tok, read_facts("pocket", "MadeOf,Desires,HasA"), steps=20, random=1, progress=False)
-    return recipes.lamp_report(study, model, tok, tmp_path_factory.mktemp("report") / "report.html")
+    study = recipes.lamp(model, tok, read_facts("pocket", "MadeOf,Desires,HasA"), steps=20, random=1, to=folder, progress=False)
+    recipes.lamp_report(study, model, tok, folder / "report.html")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"])
-        yield b
-        b.close()
+def site(study, pocket_bert):
+    "A study of weights, a store of heads with an unfinished run and a broken one, and labels that are markup."
+    store, space = Store(study.parent / "heads"), Space.of(pocket_bert[0], "head+mlp")
+    for i, (task, seed) in enumerate([("a<b>&amp;", 0), ("a<b>&amp;", 1), ("plain", 0), ("plain", 1), ("late", 0), ("torn", 0)]):
+        labels, config = dict(task=task, seed=seed), dict(method="<script>document.title='broken'</script>", n=i)
+        run = Run(store.path(dict(n=i), config), config, labels)
+        for step in (10, 20, 30): run.log(step=step, loss=1 / step, score=step / 40)
+        if task != "late": run.finish(Mask.random(space, .5, seed=i))
+        if task == "torn": (run.folder / "mask.safetensors").write_bytes(b"torn")
+    return publish(study.parent)
 
 
-def opened(browser, path):
-    "The page, the addresses it asked for, and its errors."
-    context = browser.new_context(offline=True)
-    page, asked, errors = context.new_page(), [], []
-    page.on("request", lambda r: asked.append(r.url))
-    page.on("pageerror", lambda e: errors.append(str(e)))
-    page.goto(Path(path).as_uri(), wait_until="load")
-    page.wait_for_timeout(1500)
-    return page, [u for u in asked if not u.startswith(("file:", "data:", "about:", "blob:"))], errors
+# ── reports and saved files ──────────────────────────────────────────────────────────────────────────────────────────
 
-
-def test_the_report_stands_alone(report, browser):
-    page, asked, errors = opened(browser, report)
-    assert asked == [] and errors == []
+def test_the_report_stands_alone(study, browser):
+    seen = opened(browser, study / "report.html", wait=1500)
+    page = seen.page
+    assert seen.asked == [] and seen.errors == []
     assert page.locator("h1").inner_text() == "Relation-specific subnetworks of pocket-bert"
     assert page.locator(".js-plotly-plot .main-svg").count() >= 5                      # every figure is drawn …
     assert page.locator(".js-plotly-plot .hm image, .js-plotly-plot .heatmaplayer image").count() >= 3   # … with its heat-maps
     for name in ("full", "subnetwork", "random", "mismatched", "majority"): assert page.get_by_role("cell", name=name, exact=True).count() >= 1
-    assert page.locator("[role=img][aria-label]").count() >= 5                         # and says in words what it shows
+    assert page.locator("[role=figure][aria-label]").count() >= 5                      # and says in words what it shows
+    assert violations(page) == []
+    shot(page, "report", whole=False)
 
 
-def test_attention_views_react(report, browser):
-    page, *_ = opened(browser, report)
+def test_attention_views_react(study, browser):
+    page = opened(browser, study / "report.html", wait=1500).page
     frame = page.frame_locator("iframe").first
     lines = frame.locator("svg line")
     before = lines.evaluate_all("ls => ls.map(l => l.getAttribute('stroke-opacity') + l.getAttribute('stroke')).join()")
@@ -58,15 +64,28 @@ def test_attention_views_react(report, browser):
     assert lines.count() > 0 and lines.evaluate_all("ls => ls.map(l => l.getAttribute('stroke-opacity') + l.getAttribute('stroke')).join()") != before
 
 
+def test_saved_attention_is_small_and_draws(tmp_path, browser, pocket_bert):
+    model, tok = pocket_bert
+    maps, tokens = represent.attention(model, tok, " ".join(["a sparrow can fly and"] * 8))
+    assert len(tokens) >= 40
+    file = plots.attention_pair({"full": (maps, tokens), "again": (maps, tokens)}).save(tmp_path / "a.html")
+    assert file.stat().st_size < 1_500_000
+    seen = opened(browser, file)
+    frame = seen.page.frame_locator("iframe")
+    assert seen.asked == [] and seen.errors == [] and frame.locator("svg").count() >= 2 and frame.locator("svg line").count() > 100
+    assert violations(seen.page) == []
+    shot(seen.page, "attention")
+
+
 def test_text_from_data_stays_text(tmp_path, browser):
     import pandas as pd
     evil = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
     figure = plots.bars(pd.DataFrame({"condition": [evil, "b"], "value": [.5, .2]}), title=evil)
-    page, asked, errors = opened(browser, plots.report(tmp_path / "r.html", evil, [(evil, evil, [figure, pd.DataFrame({evil: [evil]})])]))
-    assert page.title() != "broken" and errors == [] and asked == []
-    assert evil in page.locator("h1").inner_text()
-    alone, *_ = opened(browser, figure.save(tmp_path / "f.html"))
-    assert alone.title() != "broken" and alone.locator(".main-svg").count() >= 1
+    seen = opened(browser, plots.report(tmp_path / "r.html", evil, [(evil, evil, [figure, pd.DataFrame({evil: [evil]})])]))
+    assert seen.page.title() != "broken" and seen.errors == [] and seen.asked == []
+    assert evil in seen.page.locator("h1").inner_text()
+    alone = opened(browser, figure.save(tmp_path / "f.html"))
+    assert alone.page.title() != "broken" and alone.page.locator(".main-svg").count() >= 1 and violations(alone.page) == []
 
 
 def test_saved_figures_need_no_browser(tmp_path):
@@ -74,7 +93,6 @@ def test_saved_figures_need_no_browser(tmp_path):
 
     from PIL import Image
     model, _ = load("pocket-bert")
-    from subnet_explorer import Mask, Space
     figure = plots.density(Mask.random(Space.of(model, "weight"), .5, seed=0))
     svg, png, pdf = (figure.save(tmp_path / f"f.{kind}") for kind in ("svg", "png", "pdf"))
     text = " ".join(t for t in ET.parse(svg).getroot().itertext() if t.strip())
@@ -82,3 +100,70 @@ def test_saved_figures_need_no_browser(tmp_path):
     assert Image.open(png).size[0] > 500 and pdf.read_bytes()[:5] == b"%PDF-"
     with pytest.raises(plots.CannotDraw): figure.save(tmp_path / "f.bmp")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.pdf", "f.png", "f.svg"]
+
+
+# ── the site of a folder of runs ─────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_kind_of_page_stands_alone(site, browser, scheme):
+    at = site.index.parent
+    head = {k: sorted(at.glob(f"{k}/*.html")) for k in ("compare", "study")}
+    pages = {"index": site.index, "comparison": next(p for p in head["compare"] if "head" in p.name), "study": head["study"][0], "run": next(iter(sorted(at.glob("run/lamp*.html"))))}
+    for name, file in pages.items():
+        seen = opened(browser, file, scheme, wait=300)
+        assert seen.asked == [] and seen.errors == [] and seen.page.title() not in ("", "broken"), name
+        drawn = seen.page.locator(".plot .main-svg").count()
+        assert drawn >= {"index": 0, "study": 0, "run": 2, "comparison": 2}[name], f"{name} draws {drawn} figures"
+        assert violations(seen.page) == [], f"{name}, {scheme}"
+        dark = seen.page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert dark == (scheme == "dark")
+        shot(seen.page, f"site-{name}-{scheme}", whole=False)
+        seen.page.context.close()
+
+
+def test_the_index_sorts_and_filters_by_keyboard(site, browser):
+    page = opened(browser, site.index).page
+    names = lambda: page.locator("#runs tbody tr:visible td:first-child").all_inner_texts()
+    everything = names()
+    assert len(everything) == site.runs
+    page.keyboard.press("Tab")
+    assert page.locator(":focus").inner_text() == "Skip to the content"
+    page.get_by_role("button", name="run").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#runs th").first.get_attribute("aria-sort") == "ascending" and names() != everything or names() == sorted(everything)
+    page.keyboard.press("Enter")
+    assert page.locator("#runs th").first.get_attribute("aria-sort") == "descending" and set(names()) == set(everything)
+    page.get_by_label("task").select_option("a<b>&amp;")
+    assert len(names()) == 2 and page.locator("output").inner_text() == f"2 of {site.runs} shown"
+    page.get_by_role("button", name="Show all").press("Enter")
+    page.get_by_label("search").fill("unfinished")
+    assert len(names()) == 1 and names()[0].startswith("4-")
+    page.get_by_label("search").fill("")
+    page.locator("#runs tbody a", has_text="5-").press("Enter")
+    page.wait_for_load_state()
+    assert page.locator(".note.error").count() == 1 and "MaskFileError" in page.locator(".note.error").inner_text()
+
+
+# ── JupyterLab ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="module")
+def jupyter(tmp_path_factory):
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install jupyterlab")
+    folder = tmp_path_factory.mktemp("lab")
+    with lab(folder) as address: yield address, folder
+
+
+@pytest.mark.parametrize("notebook, figures", [("index.ipynb", 0), ("tutorials/critical.ipynb", 0), ("tutorials/lamp.ipynb", 1)], ids=["index", "critical", "lamp"])
+def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figures):
+    address, folder = jupyter
+    file = copied(notebook, folder, keep=7)
+    seen = in_lab(browser, address, file)
+    cells = run_all(seen, file)
+    assert len(cells) >= 3 and any(c["outputs"] for c in cells) and not seen.errors
+    drawn = [o for c in cells for o in c["outputs"] if "application/vnd.plotly.v1+json" in o.get("data", {})]
+    assert len(drawn) >= figures
+    if figures:
+        seen.page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=20_000)       # drawn by the front end, with the network off
+        seen.page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
+    shot(seen.page, f"lab-{file.stem}", whole=False)
+    seen.page.context.close()
