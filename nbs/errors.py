@@ -27,6 +27,7 @@ EXAMPLES = {
     "LayerRange": "from subnet_explorer import Space, load\nmodel, tok = load('pocket-bert')\nSpace.of(model, 'head', layers='3-9')",
     "MaskFileError": "from subnet_explorer import Mask\nMask.load('made-of.mask.safetensors')",
     "BadFacts": "from subnet_explorer import read_facts\nopen('facts.jsonl', 'w').write('a sparrow can fly')\nread_facts('facts.jsonl')",
+    "BadPrompt": None,          # readers of files say it as BadFacts, with file and line
     "BadTexts": "from subnet_explorer import read_texts\nopen('texts.txt', 'w').close()\nread_texts('texts.txt')",
     "BadSentences": "from subnet_explorer import read_conllu\nopen('train.conllu', 'w').close()\nread_conllu('train.conllu')",
     "BadTable": "from subnet_explorer import read_glue\nread_glue('RTE.tsv', task='RTE')",
@@ -39,6 +40,9 @@ EXAMPLES = {
     "Diverged": None,           # needs a search that diverges
     "WrongProcesses": None,     # needs a launcher
     "OtherRun": "from subnet_explorer import Run\nRun('runs/a', {'seed': 0})\nRun('runs/a', {'seed': 1})",
+    "BadQuestions": "from subnet_explorer import read_squad\nopen('train.json', 'w').write('[]')\nread_squad('train.json')",
+    "MisplacedAnswers": "import json\nfrom subnet_explorer import read_squad\nasked = {'id': '1', 'question': 'Who sang?', 'answers': [{'text': 'Anna', 'answer_start': 4}]}\nopen('train.json', 'w').write(json.dumps({'data': [{'title': 't', 'paragraphs': [{'context': 'Anna sang.', 'qas': [asked]}]}]}))\nread_squad('train.json')",
+    "NotExpressible": "from subnet_explorer import Mask, Space, compact, load\nmodel, tok = load('pocket-bert')\ncompact(model, Mask.random(Space.of(model, 'head'), .5, seed=0)).export('small')",
     "BadMasks": "from subnet_explorer import Store\nStore.read('masks')",
 }
 
@@ -49,7 +53,8 @@ def named_errors() -> dict[str, type[SubnetError]]:
     for file in sorted((ROOT / "subnet_explorer").glob("*.py")):
         if file.stem.startswith("_"): continue
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and any("SubnetError" in ast.unparse(b) for b in node.bases): found[node.name] = getattr(import_module(f"subnet_explorer.{file.stem}"), node.name)
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"): continue
+            if issubclass(made := getattr(import_module(f"subnet_explorer.{file.stem}"), node.name), SubnetError): found[node.name] = made
     return found
 
 

@@ -28,7 +28,7 @@ __all__ = ['TEMPLATES', 'SCHEMES', 'GAP', 'GLUE', 'BadFacts', 'BadPrompt', 'Fact
            'blocks', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'coded_words',
            'fitting', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices', 'read_choices']
 
-# %% ../nbs/06_data.ipynb #737fc13a
+# %% ../nbs/06_data.ipynb #b0f7f0fa
 class BadFacts(SubnetError):
     """A facts file is broken, or facts do not suffice for what was asked.
 
@@ -37,7 +37,11 @@ class BadFacts(SubnetError):
     """
 
 class BadPrompt(BadFacts):
-    "A prompt does not have exactly one [MASK]."
+    """A prompt does not have exactly one [MASK].
+
+    Cause: The template or the text of a fact has no blank for the object, or several.
+    Fix: Write [MASK] once, where the object stands.
+    """
     relation = ""
 
 @dataclass(frozen=True)

@@ -378,9 +378,13 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Any) ->
         raise MaskFileError(f"the weights in {source} do not fit the mask beside them: {sorted(bad)[0]} is missing, superfluous, or of another shape. Was a file replaced?")
     for n, t in own.items(): t.data = tensors[n].to(t.device)
 
-# %% ../nbs/14_shrink.ipynb #944dc91b
+# %% ../nbs/14_shrink.ipynb #ced2c899
 class NotExpressible(SubnetError):
-    "No configuration of transformers describes this compact model."
+    """No configuration of transformers describes this compact model.
+
+    Cause: Plain Hugging Face models have the same number of heads and neurons in every layer, and some families fix the size of a head; this mask leaves another shape.
+    Fix: Save it with `save` and load it with `load_compact`, or export the full shapes with zeros: `export(folder, zero_filled=True)`.
+    """
 
 
 def export(

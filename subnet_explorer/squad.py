@@ -24,12 +24,20 @@ from .space import SubnetError, check_names
 __all__ = ['SQUAD', 'MISPLACED', 'BadQuestions', 'MisplacedAnswers', 'Questions', 'read_squad', 'is_squad', 'squad_files',
            'read_task', 'alone', 'normalised_answer', 'answer_scores']
 
-# %% ../nbs/06_squad.ipynb #4d4502b1
+# %% ../nbs/06_squad.ipynb #342c8dfc
 class BadQuestions(SubnetError):
-    "A file of questions is broken, or is not in the format of SQuAD v1.1."
+    """A file of questions is broken, or is not in the format of SQuAD v1.1.
+
+    Cause: The file is no JSON with data, paragraphs, qas and answers, or there is no question in it.
+    Fix: Give a SQuAD v1.1 file, plain or compressed with gzip, a folder of train-*.json and dev-*.json, or "datasets:NAME".
+    """
 
 class MisplacedAnswers(BadQuestions):
-    "Answers do not stand in their contexts where the file says."
+    """Answers do not stand in their contexts where the file says.
+
+    Cause: Contexts were cleaned or cut after the answers were marked, or offsets count bytes instead of characters.
+    Fix: Correct the file, or read it with `misplaced="move"` (the answer is looked for elsewhere in its context) or `misplaced="drop"`; both are counted.
+    """
 
 SQUAD = LabelTask("SQuAD", ("question",), ("context",), ("answers",), metrics=("f1", "exact"), spans=True, length=384)
 "How questions about a text are laid out and scored."
