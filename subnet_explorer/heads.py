@@ -277,7 +277,7 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../nbs/11_heads.ipynb #5dee94b1
+# %% ../nbs/11_heads.ipynb #34c36fbb
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
@@ -297,6 +297,7 @@ def fit(
     lr: float = 3e-4,                  # peak; warm-up, then linear to zero
     head_lr: float = 1e-3,
     warmup: float = 0.1,               # share of steps
+    horizon: int | None = None,        # steps after which the learning rate would be zero; None: those that are taken
     weight_decay: float = 0.0,
     clip: float | None = None,         # largest L2 norm of the gradient
     dropout: bool = False,             # in the model, as its configuration says (heads have their own); off: objectives may compare with cached states
@@ -315,26 +316,28 @@ def fit(
 ) -> pd.DataFrame | Fitted:            # log, one row per entry; with the head for labelled sentences
     "Fine-tune `model` with AdamW; raise `Diverged` when the loss is not finite."
     if dev is not None and monitor is not None: raise SubnetError("there can be one thing to watch: give dev or monitor.")
+    later = {} if horizon is None else {"horizon": horizon}
     if isinstance(goal, Labelled):
         if epochs is not None and not (math.isfinite(epochs) and epochs > 0): raise SubnetError(f"epochs must be a positive number, got {epochs}.")
         if len(set(e["label"] for e in goal)) < 2: raise SubnetError(f"nothing can be learned from {goal.name}: all labels of {len(goal)} sentences are equal.")
         head = head_for(model, goal, seed, length)
         if epochs is not None: steps = max(1, math.ceil(epochs * math.ceil(len(goal) / min(batch, len(goal)))))
         if dev is not None: monitor = TaskScore(dev, head)
-        log = _fit(model, tok, Task(goal, head), monitor, dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
+        log = _fit(model, tok, Task(goal, head), monitor, dict(**later, steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                    patience=patience, train=train, length=length), to, checkpoint, progress)
         return Fitted(head, log, head.cut(tok, goal), int(log.step.iloc[-1]))
     for name, given in (("epochs", epochs), ("dev", dev), ("length", length)):
         if given is not None: raise SubnetError(f"{name} goes with a table of labelled sentences; for an objective give {dict(epochs='steps', dev='monitor', length='its head a length')[name]}.")
-    return _fit(model, tok, goal, monitor, dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
+    return _fit(model, tok, goal, monitor, dict(**later, steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #95f5ef6e
+# %% ../nbs/11_heads.ipynb #d0a550fc
 def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
     if o["patience"] is not None and monitor is None: raise SubnetError("patience needs something to watch: give dev or monitor.")
     if not isinstance(o["train"], Lora): o["train"] = {"lora": Lora()}.get(check_names([o["train"]], ["all", "head", "lora"], "way to train")[0], o["train"])
+    if o.get("horizon", o["steps"]) < o["steps"]: raise SubnetError(f"the learning rate would be zero after {o['horizon']} of {o['steps']} steps: horizon is at least the number of steps.")
     lora, heads = isinstance(o["train"], Lora), [p for m in goal.modules() for p in m.parameters()]
     if o["train"] == "head" and not heads: raise SubnetError('nothing to train: the objective has no head, and train is "head".')
     run = Run(to, dict(method="fit", model=str(model_id(model, layout_of(model))) if to else None, goal=goal.recipe(), monitor=monitor.recipe() if monitor else None, **{**o, "train": asdict(o["train"]) if lora else o["train"]}))
@@ -358,7 +361,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
 def _put(params: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor], name: str) -> None:
     for i, p in enumerate(params): p.copy_(tensors[f"{name}.{i}"])
 
-# %% ../nbs/11_heads.ipynb #6e63ab40
+# %% ../nbs/11_heads.ipynb #75bd808f
 class Fitting:
     "The steps of one fine-tuning."
 
@@ -378,7 +381,7 @@ class Fitting:
             loss = self.loss(self.step)
             model.eval()
         if not torch.isfinite(loss): raise Diverged(f"the loss became {loss.item()} at step {self.step + 1} of fine-tuning. Lower lr (now {o['lr']}).")
-        for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o["steps"], warmup=o["warmup"])
+        for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o.get("horizon", o["steps"]), warmup=o["warmup"])
         self.opt.zero_grad(set_to_none=True); loss.backward()
         if o["clip"] is not None: nn.utils.clip_grad_norm_(self.params, o["clip"])
         self.opt.step(); self.step += 1
