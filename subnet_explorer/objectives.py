@@ -26,10 +26,10 @@ from .packed import Packing, again, answering, fits, run
 from .space import SubnetError, check_names, is_causal, layout_of, model_id
 
 # %% auto #0
-__all__ = ['IN_MEMORY', 'LOGITS', 'KEPT', 'POSITIONS', 'NOISE', 'STATES', 'room', 'Known', 'Rows', 'Sequences', 'longest',
-           'block_ids', 'Prompts', 'batch_at', 'epoch_batches', 'Context', 'Objective', 'Ramp', 'Sum', 'Kept', 'Pass',
-           'passes', 'Cloze', 'LanguageHead', 'MLM', 'Examples', 'dropping', 'Task', 'Reference', 'Suppress',
-           'Maintain', 'Teacher', 'Hidden', 'Density']
+__all__ = ['IN_MEMORY', 'LOGITS', 'KEPT', 'POSITIONS', 'NOISE', 'room', 'Known', 'Rows', 'Sequences', 'longest', 'block_ids',
+           'Prompts', 'batch_at', 'epoch_batches', 'Context', 'Objective', 'Ramp', 'Sum', 'Kept', 'Pass', 'passes',
+           'Cloze', 'LanguageHead', 'MLM', 'Examples', 'dropping', 'Task', 'Reference', 'Suppress', 'Maintain',
+           'Teacher', 'Hidden', 'Density']
 
 # %% ../nbs/05_objectives.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
@@ -70,7 +70,7 @@ class Rows:
         if self.count % 512 == 0: release(self.ids)
         return torch.from_numpy(self.ids[i].astype(np.int64)).to(self.device)
 
-# %% ../nbs/05_objectives.ipynb #add1ee10
+# %% ../nbs/05_objectives.ipynb #1aee17ca
 class Sequences:
     "Token sequences ready to be read by a model from block `first` on."
 
@@ -82,6 +82,7 @@ class Sequences:
         self.device = next(model.parameters()).device
         even = isinstance(ids, np.ndarray)
         self.ids = Rows(ids, self.device) if even else [torch.tensor(i, device=self.device) for i in ids]
+        self.mapped = isinstance(ids, np.memmap)
         self.types = None if types is None else [torch.tensor(t, device=self.device) for t in types]
         self.lengths = np.full(len(ids), ids.shape[1]) if even else np.array([len(i) for i in ids])
         self.extra = {"use_cache": False} if is_causal(model) else {}
@@ -264,7 +265,7 @@ def epoch_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> tupl
     batches = [b for w in windows for b in np.array_split(w, range(size, len(w), size))]
     return batches, rng.permutation(len(batches))
 
-# %% ../nbs/05_objectives.ipynb #11b21758
+# %% ../nbs/05_objectives.ipynb #8712f5f2
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -292,7 +293,8 @@ class Context:
         return self.cache[key]
 
     def sequences(self, ids: Sequence[Sequence[int]] | np.ndarray, first: int | None = None, types: Sequence[Sequence[int]] | None = None) -> Sequences:
-        "Token sequences, read as this context says."
+        "Token sequences, read as this context says; of what is too large for memory nothing is kept."
+        if isinstance(ids, np.memmap): first = 0
         return Sequences(self.model, ids, self.first if first is None else first, self.path, types, self.recompute)
 
     def part(self, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
@@ -410,7 +412,7 @@ class Cloze(Objective):
 
     def recipe(self) -> dict[str, Any]: return {"objective": "Cloze", "facts": self.facts.fingerprint, "n": len(self.facts), "batch": self.batch}
 
-# %% ../nbs/05_objectives.ipynb #f1dd0217
+# %% ../nbs/05_objectives.ipynb #25b706a5
 class LanguageHead(nn.Module):
     "A copy of a model's language-modelling head over the embedding of the full model; with `train`, all of it but a tied decoder is trained."
 
@@ -422,7 +424,8 @@ class LanguageHead(nn.Module):
         copied = copy.deepcopy(model, {id(t): t for t in [*model.base_model.parameters(), *model.base_model.buffers()] if not (tied and t is words)})
         below = {id(p) for p in copied.base_model.parameters()}
         if tied: copied.get_output_embeddings().weight.requires_grad_(False)
-        self.copied, self.learns, self.own = (copied,), train, nn.ParameterList([p.requires_grad_(train) for p in copied.parameters() if id(p) not in below])
+        self.copied, self.own = (copied,), nn.ParameterList([p.requires_grad_(train) for p in copied.parameters() if id(p) not in below])
+        self.learns = train and len(self.own) > 0
 
     def over(self, seqs: Sequences) -> Sequences:
         "The same sequences, predicted by this head."
@@ -663,10 +666,7 @@ def _position(o: Suppress | Maintain) -> dict[str, str]:
     check_names([o.position], POSITIONS, "position")
     return {"position": o.position} if o.position != POSITIONS[0] else {}
 
-# %% ../nbs/05_objectives.ipynb #50b8f8a1
-STATES = 1 << 34         # bytes of hidden states that are kept; those of larger texts are computed anew
-
-
+# %% ../nbs/05_objectives.ipynb #aeef3318
 def _read_by(model: nn.Module | None, seqs: Sequences) -> Sequences:
     "The same sequences read by another model, which must have the same shape."
     if model is None or model is seqs.model: return seqs
@@ -680,14 +680,14 @@ def _read_by(model: nn.Module | None, seqs: Sequences) -> Sequences:
     if seqs.first: out.states = _below(out)
     return out
 
-# %% ../nbs/05_objectives.ipynb #0956fc30
+# %% ../nbs/05_objectives.ipynb #727e24c2
 class Teacher:
     "Hidden states of the full model, computed ahead of a step."
 
     def __init__(self, seqs: Sequences, context: Context, ids: Callable[[int, np.ndarray], torch.Tensor | None], keep: bool, batch: int | None = None,
-                 model: nn.Module | None = None) -> None:      # keep: where they fit in STATES bytes; model: another one than is trained
+                 model: nn.Module | None = None) -> None:      # keep: unless the text lies in a mapped file; model: another one than is trained
         self.seqs, self.theirs = seqs, _read_by(model, seqs)
-        keep &= 4 * int(seqs.lengths.sum()) * seqs.layout.n_layers * seqs.layout.hidden <= STATES
+        keep &= not seqs.mapped
         self.keep, self.known, self.now = keep, np.zeros(len(seqs.lengths), bool), torch.empty(0)
         self.first = seqs.first if ids(0, np.array([0])) is None else 0                 # states from a cache begin there
         depth, tokens, width = seqs.layout.n_layers - self.first, int(seqs.lengths.sum()), seqs.layout.hidden
@@ -706,7 +706,7 @@ class Teacher:
         goal = self.all[self.seqs.tokens(index).to(self.all.device)].to(every[0].device).unbind(1) if self.keep else self.now
         return sum(1 - F.cosine_similarity(h, g, dim=-1) for h, g in zip(every, goal)) / self.seqs.layout.n_layers
 
-# %% ../nbs/05_objectives.ipynb #3e34abd9
+# %% ../nbs/05_objectives.ipynb #6ca208e6
 def _teacher(model: nn.Module | None) -> dict[str, str]: return {"teacher": str(model_id(model, layout_of(model)))} if model is not None else {}
 
 
@@ -721,8 +721,7 @@ class Hidden(Objective):
     def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
         if not len(self.texts): raise SubnetError("there is nothing to read: no text was given.")
         ids = block_ids(self.texts, context.model, context.tok) if isinstance(self.texts, Blocks) else [context.tok(t, truncation=True).input_ids for t in self.texts]
-        large = isinstance(self.texts, Blocks) and 4 * ids.size * layout_of(context.model).hidden > STATES
-        seqs = context.sequences(ids, 0 if large or self.padding else None)
+        seqs = context.sequences(ids, 0 if self.padding else None)
         if self.padding: return _padded(self, seqs, context)
         teacher = Teacher(seqs, context, lambda step, index: None, True, self.batch, self.teacher)
         def loss(step: int) -> torch.Tensor:

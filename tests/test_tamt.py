@@ -122,25 +122,28 @@ from subnet_explorer.pocket import load
 from subnet_explorer.search import find
 from subnet_explorer.space import Space
 model, tok = load("pocket-bert")
-text = read_blocks(tok, sys.argv[1], 64, cache=sys.argv[2])
-for goal in (MLM(text), Hidden(text)): find(model, tok, TopK(Space.of(model, "weight"), .5), goal, steps=3, batch=4, progress=False)
-print(len(text), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+for file in sys.argv[2:]:
+    text = read_blocks(tok, file, 64, cache=sys.argv[1])
+    for goal in (MLM(text), Hidden(text)): find(model, tok, TopK(Space.of(model, "weight"), .5), goal, steps=3, batch=4, progress=False)
+    print(len(text), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 '''
 
 
-def peak(folder: Path, megabytes: float) -> tuple[int, int]:
-    "Blocks of a generated file, and megabytes that a process needs at most to read it and train on it."
-    text, file = "\n".join(TEXTS) + "\n", folder / f"{megabytes}.txt"
-    with file.open("w") as f:
-        for _ in range(int(megabytes * 1e6 / len(text))): f.write(text)
-    out = subprocess.run([sys.executable, "-c", MEMORY, file, folder / "cache"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def peaks(folder: Path, *megabytes: float) -> list[tuple[int, int]]:
+    "Of generated files, one after another in one process: their blocks, and the megabytes that it needed at most to read and train."
+    text, files = "\n".join(TEXTS) + "\n", [folder / f"{m}.txt" for m in megabytes]
+    for file, m in zip(files, megabytes):
+        with file.open("w") as f:
+            for _ in range(int(m * 1e6 / len(text))): f.write(text)
+    out = subprocess.run([sys.executable, "-c", MEMORY, folder / "cache", *files], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr
-    return tuple(map(int, out.stdout.split()))
+    return [tuple(map(int, line.split())) for line in out.stdout.splitlines()]
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
-    (few, small), (many, large) = peak(tmp_path, .2), peak(tmp_path, 6)
-    assert many > 25 * few and large - small < 60
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    "Hidden states of the larger one would take 400 MB."
+    (few, small), (many, large) = peaks(tmp_path, .3, 3)
+    assert many > 9 * few and large - small < 60
 
 
 # ── objectives ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,6 +219,29 @@ def test_the_head_reads_the_embedding_of_the_full_model(world, space):
     assert run.config["goal"]["head"] and torch.equal(head.copied[0].get_output_embeddings().weight, w)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "mpnet", "gpt2"])
+def test_heads_of_every_family(family):
+    "The copy predicts what the model predicts, is trained alone, and leaves the model as it is."
+    model, ids = tiny(family), [[5, 6, 7, 8], [9, 8, 5]]
+    before, head = state(model), LanguageHead(model)
+    seqs = Sequences(model, ids)
+    states = seqs.hidden(np.arange(2), [0, 1], [1, 2]).detach()
+    assert torch.allclose(head.over(seqs).predict(states), seqs.predict(states), atol=1e-6) and head.learns == (family != "gpt2")
+    head.over(seqs).mean(states.requires_grad_(), lambda logits, part: -logits.log_softmax(-1)[:, 5]).sum().backward()
+    assert states.grad.any() and (not head.learns or any(p.grad is not None and p.grad.any() for p in head.own)) and all(p.grad is None for p in model.parameters())
+    with torch.no_grad(): [p.add_(1) for p in head.own]
+    assert same(model, before)
+
+
+def test_a_causal_model(tmp_path):
+    model, tok = load("pocket-gpt2")
+    space = Space.of(model, "weight", embeddings=True)
+    run = find(model, tok, TopK(space, .5, init=first_mask(model, space, .5)), objective("mlm+kd", model, blocks(tok, TEXTS, 24)), steps=3, lr=2e-2, to=tmp_path / "r", progress=False)
+    assert run.mask.table().kept.tolist() == [round(.5 * g.size) for g in space.groups] and run.mask != first_mask(model, space, .5)
+    ladder_ = imp(model, tok, TEXTS, Space.of(model, "weight"), [.8], **LADDER)
+    assert ladder_.mask.density == pytest.approx(.8, abs=1e-4)
+
+
 def test_a_teacher_must_have_the_same_shape(world):
     model, tok = world
     for goal in (Hidden(TEXTS, teacher=tiny("bert")), MLM(TEXTS, distil=1.0, teacher=tiny("bert")), Hidden(TEXTS, padding=True, teacher=tiny("bert"))):
@@ -255,8 +281,9 @@ def test_choosing_every_few_steps(world):
     class Seen:
         def recipe(self): return {"monitor": "seen"}
         def prepare(self, c): return lambda: {"score": 0.0, "chosen": Mask.of(space, {g.name: c.gate.multiplier(i)[0].numpy() for i, g in enumerate(space.groups)}).id}
-    ids = lambda every: find(model, tok, TopK(space, .3, init=first_mask(model, space, .3), every=every), MLM(TEXTS), steps=8, lr=3e-3, every=1, monitor=Seen(), progress=False).metrics.chosen.tolist()
-    assert len(set(ids(1))) == 8 and len(set(ids(4)[:3])) == 1 and len(set(ids(4))) == 3
+    ids = lambda every: find(model, tok, TopK(space, .3, init=first_mask(model, space, .3), every=every), MLM(TEXTS), steps=8, lr=2e-2, warmup=0.0, every=1, monitor=Seen(), progress=False).metrics.chosen.tolist()
+    one, four = ids(1), ids(4)
+    assert len(set(one)) == 8 and len(set(four[:3])) == 1 and four[3] != four[2] and len(set(four[3:7])) == 1 and len(set(four)) == 3
 
 
 def test_the_gradient_is_that_of_the_relaxed_mask(world):
@@ -339,11 +366,11 @@ def test_a_stopped_ladder_goes_on(world, tmp_path, when, rewind, monkeypatch):
 
 # ── the study ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL = dict(densities=(.6,), steps=4, lr=2e-3, batch=8, snapshots=2, tuning=dict(epochs=1, lr=1e-3), tuning_seeds=(0, 1), progress=False)
+SMALL = dict(densities=(.6,), steps=4, lr=2e-2, batch=8, snapshots=2, tuning=dict(epochs=1, lr=1e-3), tuning_seeds=(0,), progress=False)
 
 
 @pytest.fixture(scope="module")
-def tasks(): return {t: task_data(f"pocket:{t}", train=48, test=40) for t in ("entails", "similar")}
+def tasks(): return {t: task_data(f"pocket:{t}", train=32, test=32) for t in ("entails", "similar")}
 
 
 @pytest.fixture(scope="module")
@@ -354,15 +381,15 @@ def straight(world, tasks, tmp_path_factory):
 
 def test_the_study(world, straight, tasks):
     study, to = straight
-    assert study.scores.method.tolist() == ["full", "omp", "random", "random", "imp", "imp", "mlm", "mlm"] and len(study.transfer) == 2 * 2 * 8
+    assert study.scores.method.tolist() == ["full", "omp", "random", "random", "imp", "imp", "mlm", "mlm"] and len(study.transfer) == 2 * 8
     assert all(m.table().kept.tolist() == [round(.6 * g.size) for g in m.space.groups] for _, m in study.masks)
     head = HeldOut(*world, MLM(DEV, head=LanguageHead(world[0], False)))
     for (labels, m), r in zip(study.masks, study.scores[1:].itertuples()): assert head(m) == pytest.approx(r.mlm_loss, rel=1e-5)
     full, random = study.scores.mlm_loss[0], study.scores.query("method == 'random'").mlm_loss
-    assert (full < study.scores.mlm_loss[1:]).all() and (study.scores.query("method != 'random'").mlm_loss < random.min()).all()
+    assert full < random.min() and study.scores.query("method in ('omp', 'imp')").mlm_loss.max() < random.min()
     assert set(study.curves[study.curves.method == "mlm"].step) == {0, 2, 4} and (study.curves[study.curves.step == 0].moved == 0).all()
     t = study.summary()
-    assert t.loc[0, "mean"] == pytest.approx(study.transfer.query("method == 'full'").score.mean()) and t.n.tolist() == [2, 2, 4, 4, 4]
+    assert t.loc[0, "mean"] == pytest.approx(study.transfer.query("method == 'full'").score.mean()) and t.n.tolist() == [1, 1, 2, 2, 2]
 
 
 def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch):
@@ -370,7 +397,8 @@ def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch)
     study, to = straight
     def no(*args, **more): raise AssertionError("trained again")
     with monkeypatch.context() as m:
-        for name in ("find", "fit", "transferred"): m.setattr(here, name, no)
+        for name in ("fit", "transferred"): m.setattr(here, name, no)
+        m.setattr("subnet_explorer.search.Search.one", no)
         again = tamt(*world, TEXTS, DEV, methods=("omp", "random", "imp", "mlm"), seeds=(0, 1), tasks=tasks, to=to, **SMALL)
     for name in ("scores", "curves", "transfer"): assert getattr(again, name).equals(getattr(study, name)), name
     more = tamt(*world, TEXTS, DEV, methods=("omp", "kd"), seeds=(0,), tasks={}, to=to, **SMALL)
@@ -381,7 +409,7 @@ def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch)
 def test_a_stopped_study_goes_on(world, straight, tasks, tmp_path, monkeypatch):
     from subnet_explorer import tamt as here
     study, _ = straight
-    real, left = here.transferred, [5]
+    real, left = here.transferred, [4]
     def stopping(*args, **more):
         left[0] -= 1
         if left[0] == 0: raise Stop
@@ -403,7 +431,7 @@ def test_json_and_report(straight, tmp_path):
         cell = by["0.6"]
         assert list(cell) == ["density", "mlm_loss", "hidden_loss", "steps", "seconds", "masks", "tasks"] and len(cell["masks"]) == (1 if m == "omp" else 2)
         assert [Mask.load(p).density for p in cell["masks"]] == pytest.approx([cell["density"]] * len(cell["masks"]), abs=1e-6)
-        assert all(list(t) == ["mean", "std", "scores"] and len(t["scores"]) == 2 * len(cell["masks"]) for t in cell["tasks"].values()) and list(cell["tasks"]) == ["entails", "similar"]
+        assert all(list(t) == ["mean", "std", "scores"] and len(t["scores"]) == len(cell["masks"]) for t in cell["tasks"].values()) and list(cell["tasks"]) == ["entails", "similar"]
         assert cell["steps"] == {"omp": 0, "random": 0, "imp": 3 * 1, "mlm": 4}[m]
     n, j = len(out["jaccard"]["labels"]), out["jaccard"]
     assert n == 4 and np.shape(j["distance"]) == np.shape(j["chance"]) == (4, 4)
