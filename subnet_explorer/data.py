@@ -450,8 +450,9 @@ def _rows(name: str, part: str) -> Iterator[str]:
     for i in range(0, len(rows), 1000):      # a thousand at a time: a column as a whole may not fit in memory
         for row in rows[i:i + 1000]["text"]: yield from str(row).splitlines() or [""]
 
-# %% ../nbs/06_data.ipynb #f249e248
-PIECE, LINE = 1 << 18, 1 << 20      # letters that are read at a time, and that a line may have before it is cut
+# %% ../nbs/06_data.ipynb #36552d7e
+PIECE = 1 << 18      # letters that are read at a time
+LINE = 1 << 20       # letters that a line may have before it is cut
 
 
 def _pieces_of(path: Path) -> Iterator[str]:

@@ -211,7 +211,7 @@ class Team:
         "Until all processes are here."
         if self.world > 1: torch.distributed.barrier()
 
-# %% ../nbs/09_search.ipynb #387ad84e
+# %% ../nbs/09_search.ipynb #729ac9f5
 class Search:
     "The steps of one search."
 
@@ -228,7 +228,7 @@ class Search:
         self.losses, self.score = [(t.draw, t.flip, t.goal.prepare(context)) for t in turns], monitor.prepare(context) if monitor else None
         self.step, self.best, self.kept = 0, -math.inf, None
         if (state := team.state(run)) is not None: self._restore(*state)
-        elif team.rank == 0: self.keep()
+        else: self.keep()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         out = {f"logit.{i}": l for i, l in enumerate(self.gate.logits)} | {f"head.{i}": p for i, p in enumerate(self.heads)} | {f"gate.{k}": v for k, v in self.gate.state().items()}
