@@ -469,7 +469,7 @@ def _pieces_of(path: Path) -> Iterator[str]:
     _check_text(path, False, blank)
     yield from rest.splitlines()
 
-# %% ../nbs/06_data.ipynb #378aef4b
+# %% ../nbs/06_data.ipynb #f7b4e2c4
 @dataclass(frozen=True, eq=False)
 class Blocks:
     "Running text as token ids, cut into blocks of equal size."
@@ -505,8 +505,8 @@ class Blocks:
 
 
 def _by_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    "All rows, some megabytes at a time."
-    rows = max(1, (1 << 22) // max(1, ids.shape[1]))
+    "All rows, a megabyte at a time."
+    rows = max(1, (1 << 18) // max(1, ids.shape[1]))
     for i in range(0, len(ids), rows): yield ids[i:i + rows]; release(ids)
 
 
