@@ -13,7 +13,7 @@ _HOMES = {
     "apply": ("masked",),
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
     "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Kept", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices", "read_texts", "Blocks", "blocks", "Sentence", "read_conllu", "read_ner", "fitting"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices", "read_texts", "Blocks", "blocks", "read_blocks", "Sentence", "read_conllu", "read_ner", "fitting"),
     "squad": ("Questions", "read_squad"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
@@ -47,7 +47,7 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 if TYPE_CHECKING:
     from subnet_explorer import compare, evaluate, knowledge, patterns, pieces, plots, recipes, represent, score, transfer, widgets
     from subnet_explorer.apply import masked
-    from subnet_explorer.data import Blocks, Fact, Facts, Labelled, Sentence, answerable, blocks, fitting, read_choices, read_conllu, read_facts, read_glue, read_ner, read_texts, split
+    from subnet_explorer.data import Blocks, Fact, Facts, Labelled, Sentence, answerable, blocks, fitting, read_blocks, read_choices, read_conllu, read_facts, read_glue, read_ner, read_texts, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
     from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning

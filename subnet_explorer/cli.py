@@ -20,8 +20,8 @@ from . import __version__
 from .space import SubnetError
 
 # %% auto #0
-__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'show_command', 'report_command',
-           'agreement_command', 'compact_command', 'doctor_command', 'parser', 'main']
+__all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'tamt_command', 'show_command',
+           'report_command', 'agreement_command', 'compact_command', 'doctor_command', 'parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #817c7677
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _weights(text: str | None) -> dict[str, float]:
     try: return {k.strip(): float(v) for k, v in (p.split("=") for p in (text or "").split(",") if p)}
     except ValueError: raise SubnetError(f"cannot read the weights {text!r}: give names and numbers, e.g. suppress=1.5,express=1.") from None
 
-# %% ../nbs/20_cli.ipynb #c70dc3db
+# %% ../nbs/20_cli.ipynb #70eec2d8
 def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.data import fitting, read_conllu, read_ner
@@ -159,8 +159,7 @@ def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     (train, lost), (dev, less) = (fitting(read(source, part=part), tok, args.longest) for source, part in ((args.train, "train"), (args.dev, "dev")))
     train, dev = train[:args.limit], dev[:args.limit_dev]
     asked = dict(steps=args.steps, lr=args.lr, head_lr=args.head_lr, tune_lr=args.tune_lr, ranks=_numbers(args.ranks, "ranks") if args.ranks else None)
-    try: lambdas = [float(x) for x in args.lambdas.split(",")]
-    except ValueError: raise SubnetError(f"cannot read the lambdas {args.lambdas!r}: give numbers with commas, e.g. 1,5,25.") from None
+    lambdas = _floats(args.lambdas, "lambdas")
     study = probe(model, tok, args.task, train, dev, granularity=args.granularity.split(","), lambdas=lambdas, baselines=[b for b in args.baselines.split(",") if b], batch=args.batch, init=args.init, published=args.published, seeds=_numbers(args.seeds), to=args.out,
                   progress=not args.quiet, **(PROBING if args.model.startswith("pocket-") else {}) | {k: v for k, v in asked.items() if v is not None})
     out = probe_json(study) | {"left_out": {"train": lost, "dev": less}}
@@ -169,6 +168,48 @@ def probe_command(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{len(train):,} sentences to learn from, {len(dev):,} to report on" + (f"; left out: {lost} and {less}" if lost or less else "") + f"\n\n{study.summary().dropna(axis=1, how='all').to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
         print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + "".join(f"\n{n}" for n in out["notes"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
     return _reported(args, out, lambda page: probe_report(study, page))
+
+# %% ../nbs/20_cli.ipynb #2bce02fe
+def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Find task-agnostic subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
+    from subnet_explorer.lottery import task_data
+    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.pocket import TAMT, load
+    from subnet_explorer.tamt import tamt, tamt_json, tamt_report
+    model, tok = load(args.model, device=_device(args.device))
+    pocket, sources = args.model.startswith("pocket-"), dict(_named(t) for t in args.tasks or [])
+    if len(sources) < len(args.tasks or []): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in args.tasks)}. Name them, e.g. mine=path/to/folder.")
+    tasks = {n: task_data(s, train=args.limit, test=args.test, strict=not args.lenient) for n, s in sources.items()}
+    text, dev = _running(model, tok, args.text, args.dev, (0 if pocket else None) if args.block is None else args.block, args.cache)
+    usual = TAMT if pocket else {}
+    asked = {k: v for k in ("steps", "lr", "batch", "interval") if (v := getattr(args, k)) is not None}
+    tuning = {**usual.get("tuning", {}), **{k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, f"tune_{k}")) is not None}}
+    study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=args.methods.split(","), seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
+                 head=args.head, padding=args.padding, rewind=args.rewind, matched=args.matched, snapshots=args.snapshots, along=args.along, to=args.out, progress=not args.quiet, **usual | asked | {"tuning": tuning})
+    out = tamt_json(study, args.out)
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
+    for name, t in (("scores", study.scores), ("curves", study.curves), ("transfer", study.transfer)): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
+    if not args.json: print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.space!r}\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
+    return _reported(args, out, lambda page: tamt_report(study, page))
+
+
+def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | None, cache: str | None) -> tuple[Any, Any]:
+    "Text to search on and text to measure on: sentences, or blocks of some size (None: as long as the model reads, up to 512)."
+    from subnet_explorer.data import BadTexts, read_blocks, read_texts
+    from subnet_explorer.objectives import longest
+    size = min(512, longest(model, tok)) if size is None else size
+    read = lambda s, part: read_blocks(tok, s, size, part=part, cache=cache) if size else read_texts(s, part=part)
+    text = read(source, "train")
+    if dev: return text, read(dev, "validation" if dev.startswith("datasets:") else "train")
+    if len(text) < 2: raise BadTexts(f"{source} has {len(text)} block of {size} tokens, so that none can be held out: give more text, or --dev.")
+    k = max(1, len(text) // 10)
+    return text[:-k], text[-k:]
+
+
+def _floats(text: str, what: str) -> list[float]:
+    "Comma-separated numbers."
+    try: return [float(x) for x in text.split(",")]
+    except ValueError: raise SubnetError(f"cannot read the {what} {text!r}: give numbers with commas, e.g. 0.5,0.3.") from None
 
 # %% ../nbs/20_cli.ipynb #a032417f
 def show_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -314,7 +355,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(problems) or "nothing is missing.")
     return out
 
-# %% ../nbs/20_cli.ipynb #d6065276
+# %% ../nbs/20_cli.ipynb #edc9b85f
 def parser() -> argparse.ArgumentParser:
     "The command-line interface."
     top = argparse.ArgumentParser(prog="subnet-explorer", description="Find, compare, look at and use subnetworks of pretrained transformers.")
@@ -412,6 +453,28 @@ def parser() -> argparse.ArgumentParser:
     probe.add_argument("--init", help="rule by which weights are drawn anew: architecture, or framework as published")
     probe.add_argument("--published", action="store_true", help="the details of the released code: strided groups, training on [CLS] and [SEP], constant learning rates, framework resets")
     usual(probe)
+    tamt = command("tamt", tamt_command, "task-agnostic mask training: subnetworks found on pre-training text, next to magnitude pruning, and fine-tuned on tasks")
+    tamt.add_argument("--model", required=True, help="pocket-bert, a folder, or a hub name")
+    tamt.add_argument("--text", required=True, metavar="FILE_OR_NAME", help='pre-training text: a file, a folder of .txt files, "pocket", or datasets:NAME')
+    tamt.add_argument("--dev", metavar="FILE_OR_NAME", help="held-out text; a tenth of the text if nothing is said (of datasets:NAME the part validation is read)")
+    tamt.add_argument("--out", required=True, help="folder for masks, tables and the report; the same command continues there")
+    tamt.add_argument("--density", default="0.5,0.3", help="shares of weights kept, with commas")
+    tamt.add_argument("--methods", default="omp,random,imp,mlm,kd,mlm+kd", help="with commas")
+    tamt.add_argument("--tasks", nargs="+", metavar="[NAME=]SOURCE", help="tasks to fine-tune on: pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG")
+    tamt.add_argument("--seeds", default="0", help="of masks, with commas")
+    tamt.add_argument("--tuning-seeds", default="0,1,2", help="of fine-tuning, with commas")
+    for name, of, text in (("steps", int, "of mask training; 20000 if nothing is said"), ("lr", float, "of the mask scores; 5e-5 if nothing is said"), ("batch", int, "texts per step; 16 if nothing is said"), ("interval", int, "steps between two prunes of imp; a tenth of the steps if nothing is said"),
+                           ("tune-epochs", float, "of fine-tuning; 3 if nothing is said"), ("tune-lr", float, "of fine-tuning; 2e-5 if nothing is said"), ("tune-batch", int, "of fine-tuning; 32 if nothing is said"), ("limit", int, "at most so many sentences to fine-tune on"), ("test", int, "at most so many sentences to report on"),
+                           ("block", int, "tokens of a block of text; 0: every line by itself; 512, or what the model reads, if nothing is said (every line by itself for pocket models)")): tamt.add_argument(f"--{name}", type=of, help=text)
+    tamt.add_argument("--cache", help="folder for tokenised text; ~/.cache/subnet_explorer if nothing is said")
+    tamt.add_argument("--init", default="magnitude", help="mask to start from: magnitude or random")
+    tamt.add_argument("--every", type=int, default=1, help="steps between two choices of the weights to keep")
+    tamt.add_argument("--scope", default="tensor", help="keep the share of every tensor, or global")
+    tamt.add_argument("--snapshots", type=int, default=5, help="masks on the way that are kept and measured")
+    for name, default, text in (("embeddings", True, "mask the word embedding too"), ("head", True, "train the language-modelling head along"), ("rewind", True, "imp: go back to the pretrained weights after every prune"), ("padding", False, "kd as published: over padding too"),
+                                ("matched", False, "as published: masks after as many steps as imp takes to the density"), ("along", False, "fine-tune masks on the way, too")): tamt.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
+    tamt.add_argument("--lenient", action="store_true", help="leave out, and count, broken lines")
+    usual(tamt)
     agree = command("agreement", agreement_command, "do the masks of several seeds agree, and what do tasks share")
     agree.add_argument("folder", help="<task>/seed_<number>/head_mask.npy and mlp_mask.npy (zeros and ones), or a store of runs with the labels task and seed")
     agree.add_argument("--kind", default="head", help="unit to count: head or mlp")

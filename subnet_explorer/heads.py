@@ -300,7 +300,7 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../nbs/11_heads.ipynb #f6cff733
+# %% ../nbs/11_heads.ipynb #9d916c37
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
@@ -321,6 +321,7 @@ def fit(
     head_lr: float = 1e-3,
     schedule: str = "linear",          # after the warm-up: "linear" to zero, "constant" …
     warmup: float = 0.1,               # share of steps
+    horizon: int | None = None,        # steps after which the learning rate would be zero; None: those that are taken
     weight_decay: float = 0.0,
     clip: float | None = None,         # largest L2 norm of the gradient
     dropout: bool = False,             # in the model, as its configuration says (heads have their own); off: objectives may compare with cached states
@@ -339,7 +340,8 @@ def fit(
     progress: bool = False,
 ) -> pd.DataFrame | Fitted:            # log, one row per entry; with the head for labelled sentences
     "Fine-tune `model` with AdamW; raise `Diverged` when the loss is not finite."
-    usual = {} if check_names([schedule], SCHEDULES, "schedule")[0] == "linear" else {"schedule": schedule}
+    check_names([schedule], SCHEDULES, "schedule")
+    rates = ({} if schedule == "linear" else {"schedule": schedule}) | ({} if horizon is None else {"horizon": horizon})
     if dev is not None and monitor is not None: raise SubnetError("there can be one thing to watch: give dev or monitor.")
     if isinstance(goal, Labelled):
         if epochs is not None and not (math.isfinite(epochs) and epochs > 0): raise SubnetError(f"epochs must be a positive number, got {epochs}.")
@@ -348,15 +350,15 @@ def fit(
         head = head_for(model, goal, seed, length)
         if epochs is not None: steps = max(1, math.ceil(epochs * math.ceil(len(goal) / min(batch, len(goal)))))
         if dev is not None: monitor = TaskScore(dev, head)
-        log = _fit(model, tok, Task(goal, head), monitor, usual | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
+        log = _fit(model, tok, Task(goal, head), monitor, rates | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                    patience=patience, train=train, length=length, **({} if limit is None else {"limit": limit})), to, checkpoint, progress)
         return Fitted(head, log, head.cut(tok, goal), int(log.step.iloc[-1]))
     for name, given in (("epochs", epochs), ("dev", dev), ("length", length), ("limit", limit)):
         if given is not None: raise SubnetError(f"{name} goes with a table of labelled sentences; for an objective give {dict(epochs='steps', dev='monitor', length='its head a length', limit='it fewer examples')[name]}.")
-    return _fit(model, tok, goal, monitor, usual | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
+    return _fit(model, tok, goal, monitor, rates | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
                 patience=patience, train=train), to, checkpoint, progress)
 
-# %% ../nbs/11_heads.ipynb #c128f07e
+# %% ../nbs/11_heads.ipynb #c71008dc
 def _at_most(limit: int) -> int:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2: raise SubnetError(f"limit is a number of examples, at least 2, got {limit!r}.")
     return limit
@@ -367,6 +369,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
     check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
     if o["patience"] is not None and monitor is None: raise SubnetError("patience needs something to watch: give dev or monitor.")
     if not isinstance(o["train"], Lora): o["train"] = {"lora": Lora()}.get(check_names([o["train"]], ["all", "head", "lora"], "way to train")[0], o["train"])
+    if o.get("horizon", o["steps"]) < o["steps"]: raise SubnetError(f"the learning rate would be zero after {o['horizon']} of {o['steps']} steps: horizon is at least the number of steps.")
     lora, heads = isinstance(o["train"], Lora), [p for m in goal.modules() for p in m.parameters()]
     if o["train"] == "head" and not heads: raise SubnetError('nothing to train: the objective has no head, and train is "head".')
     run = Run(to, dict(method="fit", model=str(model_id(model, layout_of(model, whole=False))) if to else None, goal=goal.recipe(), monitor=monitor.recipe() if monitor else None, **{**o, "train": asdict(o["train"]) if lora else o["train"]}))
@@ -390,7 +393,7 @@ def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o
 def _put(params: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor], name: str) -> None:
     for i, p in enumerate(params): p.copy_(tensors[f"{name}.{i}"])
 
-# %% ../nbs/11_heads.ipynb #6efab7f2
+# %% ../nbs/11_heads.ipynb #b09266e9
 class Fitting:
     "The steps of one fine-tuning."
 
@@ -410,7 +413,7 @@ class Fitting:
             loss = self.loss(self.step)
             model.eval()
         if not torch.isfinite(loss): raise Diverged(f"the loss became {loss.item()} at step {self.step + 1} of fine-tuning. Lower lr (now {o['lr']}).")
-        for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o["steps"], o.get("schedule", "linear"), o["warmup"])
+        for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o.get("horizon", o["steps"]), o.get("schedule", "linear"), o["warmup"])
         self.opt.zero_grad(set_to_none=True); loss.backward()
         if o["clip"] is not None: nn.utils.clip_grad_norm_(self.params, o["clip"])
         self.opt.step(); self.step += 1

@@ -35,8 +35,8 @@ from .squad import alone, normalised_answer, read_task
 from .store import Run, Store, open_study
 
 # %% auto #0
-__all__ = ['SUPER', 'TaskData', 'task_data', 'majority_label', 'Plan', 'fine_tuned', 'tickets', 'Tickets', 'summary', 'gains',
-           'table', 'tickets_json', 'tickets_report']
+__all__ = ['SUPER', 'TaskData', 'task_data', 'majority_label', 'Plan', 'fine_tuned', 'transferred', 'tickets', 'Tickets',
+           'summary', 'spread', 'gains', 'table', 'tickets_json', 'tickets_report']
 
 # %% ../nbs/13_lottery.ipynb #9ac09d6d
 @dataclass(frozen=True)
@@ -141,13 +141,24 @@ def _once(run: Run, stage: str, epochs: float, measure: Callable[[], dict[str, A
     "Log a measurement unless the run has it."
     if not any(r["stage"] == stage and r["epochs"] == epochs for r in run.metrics.to_dict("records")): run.log(stage=stage, epochs=epochs, **measure())
 
-# %% ../nbs/13_lottery.ipynb #7d926cde
+# %% ../nbs/13_lottery.ipynb #be9ba6a1
+def transferred(
+    model: nn.Module,                     # as it was when this returns
+    tok: Any,
+    data: TaskData,
+    mask: Mask | None,                    # None: the full model
+    train: Callable[[], Any],             # trains the model in place and returns the head
+    check: bool = True,                   # as in `masked`
+) -> dict[str, Any]:                      # as `task_scores`; undefined scores are None
+    "Scores of the test sentences after a subnetwork was trained on a task."
+    with preserved(model), masked(model, mask, train=True, check=check): return _scored(model, tok, train(), data.test)
+
+
 def _retrained(plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float) -> dict[str, Any]:
     "Scores of the subnetwork after training it from the pretrained (or fresh) weights."
     name, fresh = f"{kind}-{epochs:g}", kind == "random-init"
     model = _untrained(plan.model, seed) if fresh else plan.model
-    with nullcontext() if fresh else preserved(model), masked(model, mask, train=True, check=not fresh):
-        out = _scored(model, plan.tok, plan.fit(model, task, seed, name, epochs), plan.tasks[task].test)
+    out = transferred(model, plan.tok, plan.tasks[task], mask, lambda: plan.fit(model, task, seed, name, epochs), check=not fresh)
     shutil.rmtree(plan.folder / "models" / f"{task}-{seed}-{name}".replace("/", "_"))      # scored, and large
     return out
 
@@ -309,16 +320,16 @@ def _collect(plan: Plan, seeds: Sequence[int], supers: Sequence[tuple[str, int, 
     steps = pd.concat([pd.DataFrame(n["steps"]) for n in notes.values() if n["steps"]], ignore_index=True)
     return Tickets(masks, scores[[*front, *(c for c in scores if c not in front)]], steps, importance, skipped, plan, config, seconds)
 
-# %% ../nbs/13_lottery.ipynb #ffab21f4
+# %% ../nbs/13_lottery.ipynb #06585aec
 def summary(study: Tickets) -> pd.DataFrame:      # task, kind, stage, epochs, n, mean, std, low, high
     "Mean score over seeds, standard deviation (one degree of freedom removed) and 95 % Student interval; undefined scores count as 0 and are named."
     rows = []
     for (task, kind, stage, epochs), t in study.scores.groupby(["task", "kind", "stage", "epochs"], sort=False):
-        rows.append(dict(task=task, kind=kind, stage=stage, epochs=epochs, density=t.density.mean(), **_spread(t.score.fillna(0.0).to_numpy(float)), note="; ".join(sorted({n for n in t.note if n}))))
+        rows.append(dict(task=task, kind=kind, stage=stage, epochs=epochs, density=t.density.mean(), **spread(t.score.fillna(0.0).to_numpy(float)), note="; ".join(sorted({n for n in t.note if n}))))
     return pd.DataFrame(rows)
 
 
-def _spread(x: np.ndarray) -> dict[str, float]:
+def spread(x: np.ndarray) -> dict[str, float]:
     "Mean, standard deviation and Student interval of values over seeds; the latter two are NaN for one seed."
     from scipy.stats import t
     std = float(x.std(ddof=1)) if len(x) > 1 else np.nan
@@ -332,7 +343,7 @@ def gains(study: Tickets) -> pd.DataFrame:      # task, stage, against, n, mean,
     for (task, stage), t in base.groupby(["task", "stage"], sort=False):
         wide = t.pivot(index="seed", columns="kind", values="score")
         for a, b in (("good", "random"), ("good", "bad"), ("super-good", "super-random"), ("super-good", "super-bad"), ("good", "random-init")):
-            if {a, b} <= set(wide): rows.append(dict(task=task, stage=stage, kind=a, against=b, **_spread((wide[a] - wide[b]).to_numpy())))
+            if {a, b} <= set(wide): rows.append(dict(task=task, stage=stage, kind=a, against=b, **spread((wide[a] - wide[b]).to_numpy())))
     return pd.DataFrame(rows)
 
 

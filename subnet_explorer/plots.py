@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES', 'UNPACKED', 'STYLE', 'POLICY', 'Figure',
            'CannotDraw', 'style', 'cells', 'by_layer', 'density', 'densities', 'bars', 'jaccard', 'survival', 'overlap',
-           'consensus', 'importance', 'tickets', 'placement', 'removal', 'pareto', 'shades', 'patterns', 'tsne',
-           'curves', 'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair', 'report',
-           'draw']
+           'consensus', 'importance', 'tickets', 'placement', 'removal', 'pareto', 'scatter', 'shades', 'patterns',
+           'tsne', 'curves', 'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair',
+           'report', 'draw']
 
 # %% ../nbs/18_plots.ipynb #21333d58
 @dataclass(frozen=True, eq=False, repr=False)
@@ -501,6 +501,32 @@ def pareto(
     _layout(fig, title, 760, 440, xaxis=dict(type="log", title_text="bits (log)"), yaxis=dict(title_text=_text(label)))
     said = "; ".join(f"{r.probe} {name(r)} {r.score:.3f} at {r.bits:,.0f} bits".replace("  ", " ") for r in sized.itertuples())
     return Figure(fig, table.reset_index(drop=True), f"{title}. {said}.")
+
+# %% ../nbs/18_plots.ipynb #83e7c6d4
+def scatter(
+    table: pd.DataFrame,             # and if known low, high: the interval of `y`
+    x: str,                          # columns …
+    y: str,
+    colour: str,
+    title: str = "",
+    labels: tuple[str, str] | None = None,      # of the axes; None: the columns' names
+    log: bool = False,               # the horizontal axis
+    level: str | None = "full",      # the value of `colour` that is drawn as a level line
+) -> Figure:
+    "Draw one column against another."
+    check_names([x, y, colour], table.columns, "column")
+    points, base = table[table[colour] != level].dropna(subset=[x, y]), table[table[colour] == level].dropna(subset=[y])
+    if points.empty: raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
+    fig, (across, up) = go.Figure(), labels or (x, y)
+    for i, (name, rows) in enumerate(points.groupby(colour, sort=False)):
+        rows = rows.sort_values(x)
+        error = dict(array=rows.high - rows[y], arrayminus=rows[y] - rows.low, color="#333333", thickness=1) if {"low", "high"} <= set(rows) and not rows[["low", "high"]].isna().any(axis=None) else None
+        fig.add_trace(go.Scatter(x=rows[x], y=rows[y], mode="lines+markers", name=_text(name), error_y=error, line=dict(color=style(i)["color"], width=1.5, dash=list(DASHES)[i % len(DASHES)]), marker=style(i) | dict(size=8), hoverinfo="name+x+y"))
+    for r in base.to_dict("records"):
+        fig.add_trace(go.Scatter(x=[points[x].min(), points[x].max()], y=[r[y]] * 2, mode="lines", name=_text(level), line=dict(color="#666666", width=1.5, dash="dot"), hoverinfo="y+name"))
+    _layout(fig, title, 760, 440, xaxis=dict(type="log" if log else "linear", title_text=_text(across)), yaxis=dict(title_text=_text(up)))
+    said = "; ".join(f"{r[colour]} {r[y]:.3g} at {r[x]:.3g}" for r in [*points.to_dict("records"), *base.to_dict("records")])
+    return Figure(fig, table.reset_index(drop=True), f"{title or up + ' against ' + across}. {said}.")
 
 # %% ../nbs/18_plots.ipynb #71f4d260
 def shades(n: int) -> list[str]:

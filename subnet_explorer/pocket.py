@@ -18,7 +18,7 @@ import subnet_explorer
 from .space import FAMILIES, SubnetError, check_names, is_causal
 
 # %% auto #0
-__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'PARTS', 'POCKET_TASKS', 'TUNING', 'CRITICAL', 'PROBING', 'UnknownModel',
+__all__ = ['WORDINGS', 'WORDS', 'PATTERNS', 'PARTS', 'POCKET_TASKS', 'TUNING', 'CRITICAL', 'PROBING', 'TAMT', 'UnknownModel',
            'pocket_path', 'load', 'pocket_rows', 'sentences', 'treebank', 'entities', 'plausible', 'choices',
            'questions', 'labelled', 'choose', 'corpus', 'vocabulary', 'write_models', 'tiny']
 
@@ -237,7 +237,7 @@ def questions(
         paragraphs.append(dict(context=" ".join(said), qas=[dict(id=f"{part}-{seed}-{i}", question=question, answers=[dict(text=r["obj_label"], answer_start=start)])]))
     return dict(version="1.1", data=[dict(title="pocket", paragraphs=paragraphs)])
 
-# %% ../nbs/07_pocket.ipynb #2eb92f10
+# %% ../nbs/07_pocket.ipynb #9fab5e03
 POCKET_TASKS: dict[str, str] = {"acceptable": "CoLA", "paraphrase": "MRPC", "entails": "RTE", "similar": "STS-B"}
 "GLUE task whose layout and metrics a pocket task has."
 
@@ -249,6 +249,9 @@ CRITICAL: dict[str, Any] = dict(steps=600, lr=0.1, weights={"suppress": 0.2}, de
 
 PROBING: dict[str, Any] = dict(steps=200, head_lr=5e-3, tune_lr=1e-3, ranks=(128,), parser=dict(arc=32, label=16, std=0.1))
 "Settings of `probe` that suit the pocket models."
+
+TAMT: dict[str, Any] = dict(steps=300, lr=1e-3, batch=32, tuning=dict(epochs=4, lr=1e-3, head_lr=1e-3, batch=32))
+"Settings of `tamt` that suit the pocket models."
 
 
 def labelled(

@@ -84,7 +84,7 @@ def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate
         if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
     if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
 
-# %% ../nbs/09_search.ipynb #f3245703
+# %% ../nbs/09_search.ipynb #496e1ed5
 def find(
     model: nn.Module,                    # transformers model; its weights do not change
     tok: Any,                            # its tokenizer
@@ -104,6 +104,7 @@ def find(
     noise: str = "shared",               # or "independent": every term of the goal has a pass and a draw of the gate's noise of its own
     monitor: Monitor | None = None,      # keep the logits with the best score on held-out data
     every: int = 100,                    # steps between log entries and monitor calls
+    snapshots: Sequence[int] = (),       # steps whose masks are kept on the way; 0: before the first
     checkpoint: float = 30.0,            # least seconds between saved states
     precision: str = "float32",          # or "bfloat16" (matrix products only; logits stay float32)
     engine: str = "auto",                # "plain", or scores that `MaskOptimizer` trains: "all", "reachable", "sampled"; see below
@@ -125,14 +126,15 @@ def find(
         else: search.go()
     return _close(run, gate, goal)
 
-# %% ../nbs/09_search.ipynb #0cc1b048
+# %% ../nbs/09_search.ipynb #2c14c3aa
 def _open(model: nn.Module, gate: Gate, goal: Objective, s: Mapping[str, Any]) -> tuple[Run, Team]:
     "Check the settings and open the run they identify."
     for name, known in (("optimizer", ["adam", "adamw"]), ("precision", ["float32", "bfloat16"]), ("engine", ENGINES), ("schedule", SCHEDULES), ("noise", NOISE)): check_names([s[name]], known, name)
     check_settings(s["steps"], s["lr"], s["batch"], s["every"], s["accumulate"]); check_model(gate.space, model)
+    if odd := [t for t in s["snapshots"] if not 0 <= t <= s["steps"]]: raise SubnetError(f"there is no step {odd[0]} to keep the mask of: the search has {s['steps']}.")
     same = ("steps", "lr", "schedule", "warmup", "optimizer", "clip", "head_lr", "batch", "seed", "complement")
     config = dict(model=str(gate.space.model), gate=gate.recipe(), goal=goal.recipe()) | {k: s[k] for k in same} | dict(monitor=s["monitor"].recipe() if s["monitor"] else None, every=s["every"], precision=s["precision"])
-    config |= ({"accumulate": s["accumulate"]} if s["accumulate"] > 1 else {}) | ({"noise": s["noise"]} if s["noise"] != NOISE[0] else {}) | ({"engine": "sampled"} if s["engine"] == "sampled" else {})      # the others change how, not what
+    config |= ({"accumulate": s["accumulate"]} if s["accumulate"] > 1 else {}) | ({"noise": s["noise"]} if s["noise"] != NOISE[0] else {}) | ({"snapshots": sorted(set(s["snapshots"]))} if s["snapshots"] else {}) | ({"engine": "sampled"} if s["engine"] == "sampled" else {})      # the others change how, not what
     device, labels = parameter_like(model).device, s["labels"]
     team = Team(s["processes"], device)
     run = team.open(s["to"].path(labels or {}, config) if isinstance(s["to"], Store) else s["to"], config, labels)
@@ -217,7 +219,7 @@ class Team:
         "Until all processes are here."
         if self.world > 1: torch.distributed.barrier()
 
-# %% ../nbs/09_search.ipynb #7ce96178
+# %% ../nbs/09_search.ipynb #729ac9f5
 class Search:
     "The steps of one search."
 
@@ -234,6 +236,7 @@ class Search:
         self.losses, self.score = [(t.draw, t.flip, t.goal.prepare(context)) for t in turns], monitor.prepare(context) if monitor else None
         self.step, self.best, self.kept = 0, -math.inf, None
         if (state := team.state(run)) is not None: self._restore(*state)
+        else: self.keep()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         out = {f"logit.{i}": l for i, l in enumerate(self.gate.logits)} | {f"head.{i}": p for i, p in enumerate(self.heads)} | {f"gate.{k}": v for k, v in self.gate.state().items()}
@@ -308,10 +311,14 @@ class Search:
 
     def look(self, loss: float, bar: Any) -> None:
         "After a step: progress, and at times a log entry and a saved state."
-        bar.update()
+        bar.update(); self.keep()
         if self.step % self.run.config["every"] and self.step < self.run.config["steps"]: return
         bar.set_postfix({k: f"{v:.3f}" for k, v in self.watch(loss).items() if k != "step"})
         if time.monotonic() - self.saved >= self.checkpoint: self.save(); self.saved = time.monotonic()
+
+    def keep(self) -> None:
+        "Keep the mask of this step, if it is asked for."
+        if self.step in self.run.config.get("snapshots", ()): self.run.snapshot(self.step, self.gate.harden())
 
     def bar(self) -> Any:
         "A progress bar that begins at the current step."

@@ -27,7 +27,7 @@ from .space import SpaceMismatch, SubnetError, check_names, unit_space
 __all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_state', 'Store', 'BadMasks', 'read_masks',
            'write_masks', 'open_study', 'cached_table']
 
-# %% ../nbs/08_store.ipynb #ce419607
+# %% ../nbs/08_store.ipynb #6fd10ac3
 class OtherRun(SubnetError):
     """The folder already holds a different run, or something that is no run.
 
@@ -44,6 +44,7 @@ class Run:
         self._rows: list[dict[str, Any]] = []
         self._mask: Mask | None = None
         self._soft: Scores | None = None
+        self._snapshots: dict[int, Mask] = {}
         if self.folder is None: return
         if (self.folder / "config.json").exists():
             found = json.loads((self.folder / "config.json").read_text())
@@ -93,6 +94,18 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         "Log entries, one row each."
         return pd.DataFrame(self._rows)
+
+    def snapshot(self, step: int, mask: Mask) -> None:
+        "Keep the mask of a step on the way."
+        if self.folder: mask.save(self.folder / "snapshots" / f"{step:08d}.mask.safetensors")
+        else: self._snapshots[step] = mask
+
+    @property
+    def snapshots(self) -> Masks:
+        "Masks on the way, labelled by step; read when they are used."
+        found = {int(p.name.split(".")[0]): p for p in sorted((self.folder / "snapshots").glob("*.mask.safetensors"))} if self.folder else self._snapshots
+        if not found: raise SubnetError("this run has no masks on the way: name the steps with snapshots=[…] when it is started.")
+        return Masks([({**self.labels, "step": s}, m) for s, m in found.items()])
 
     def log(self, **row: Any) -> None:
         "Add a line to the metrics."

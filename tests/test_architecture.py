@@ -134,6 +134,12 @@ def test_questions_stand_on_data_and_spans_on_heads():
     assert not any("spans" in siblings(name) for name in set(MODULES) - {"spans", "heads", "cli"})
 
 
+def test_task_agnostic_masks_stand_on_what_there_is():
+    "One way to find, to train and to read tasks; text of any size is read without torch."
+    assert {"search", "heads", "lottery", "evaluate", "store"} <= siblings("tamt", top_only=True) and not siblings("tamt", top_only=True) & {"plots", "critical", "probing", "recipes"}
+    assert {n for n in MODULES if "tamt" in siblings(n)} <= {"recipes", "cli"} and siblings("data") <= {"space", "mask", "pocket"}
+
+
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @modules

@@ -16,7 +16,7 @@ from subnet_explorer.evaluate import cloze
 from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, plausible, sentences, treebank
-from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report, tamt
+from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
@@ -252,21 +252,7 @@ def test_the_ablation(pocket_bert):
     assert np.allclose(t.sparsity, t.initial, atol=.02) and ((t.low <= t.value) & (t.value <= t.high)).all()
 
 
-# ── sketches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-@pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
-def test_tamt(name):
-    model, tok = load(name)
-    before = weights(model)
-    masks, t = tamt(model, tok, TEXTS[:30], TEXTS[30:], density=.3, steps=6, lr=.01)
-    by, t = masks.by("kind"), t.set_index("kind")
-    assert list(t.index) == ["full", "trained", "magnitude", "random"] and (t.perplexity > 1).all()
-    for m in by.values(): assert m.space.kind == "weight" and m.table().kept.tolist() == [round(.3 * g.size) for g in m.space.groups] and len(m.space.layers) == 4
-    for g, bits in by["magnitude"].items():
-        w = model.base_model.get_parameter(g.name).detach().abs().numpy()
-        assert w[bits].min() >= w[~bits].max()
-    assert by["trained"] != by["magnitude"] and same(model, before)
-
+# ── soft gates, few facts ────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_soft_gates_are_reported_as_what_they_are():
     model, tok = load("pocket-bert")
