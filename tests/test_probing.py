@@ -409,10 +409,15 @@ def test_a_lambda_without_controls_stands_beside_those_of_the_main_one(study):
     with pytest.raises(SubnetError, match="lambda"): where(study, 7.0)
 
 
-@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100"])
+def anywhere(model, granularity):
+    "A named granularity, or blocks that stick out at the edges."
+    return granular(model, granularity) if granularity in GRANULARITIES else Space.of(model, "block", block=(16, 100))
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100 at the edges"])
 def test_masks_of_any_granularity_are_placed_on_the_weights_they_switch(bert, granularity):
     "Placed by head and matrix, a mask says of every weight what multiplying by it does."
-    space = granular(bert[0], granularity)
+    space = anywhere(bert[0], granularity)
     mask = Mask.random(space, .5, seed=1)
     fine = mask.to("weight", how="full")
     t = placement(fine).set_index(["layer", "matrix", "head"])
@@ -424,9 +429,9 @@ def test_masks_of_any_granularity_are_placed_on_the_weights_they_switch(bert, gr
     assert t["size"].sum() == sum(b.size for _, b in weights.values())
 
 
-@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100"])
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "16x100 at the edges"])
 def test_soft_gates_of_attention_are_means_over_weights(bert, granularity):
-    gate = HardConcrete(granular(bert[0], granularity), init="normal", seed=0)
+    gate = HardConcrete(anywhere(bert[0], granularity), init="normal", seed=0)
     soft, found = gate.soft(), attention_soft(gate.soft())
     for i, value in enumerate(found):
         if granularity in ("head", "layer"): want = np.mean([soft[g.name].mean() for g in gate.space.groups if g.layer == i])
