@@ -53,10 +53,10 @@ def opened(browser, where: str | Path, scheme: str = "light", wait: int = 800, l
     return out
 
 
-def violations(page) -> list[str]:
-    "What axe-core finds serious or critical on a page."
+def violations(page, within: str | None = None) -> list[str]:      # within: CSS selector of a part of the page
+    "What axe-core finds serious or critical on a page, or in a part of it."
     from axe_playwright_python.sync_playwright import Axe
-    found = Axe().run(page, options={"preload": False, "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}).response["violations"]
+    found = Axe().run(page, context=within, options={"preload": False, "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}).response["violations"]
     return [f"{v['impact']} {v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")]
 
 
@@ -108,6 +108,15 @@ def copied(notebook: str, folder: Path, keep: int | None = None) -> Path:
     nb["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     (to := folder / Path(notebook).name).write_text(json.dumps(nb), encoding="utf-8")
     if (images := ROOT / "nbs" / "images").is_dir(): shutil.copytree(images, folder / "images", dirs_exist_ok=True)
+    return to
+
+
+def written(folder: Path, name: str, *cells: str) -> Path:
+    "A notebook of code cells."
+    import nbformat
+    v4 = nbformat.v4
+    nb = v4.new_notebook(cells=[v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}})
+    nbformat.write(nb, to := folder / f"{name}.ipynb")
     return to
 
 

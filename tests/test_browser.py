@@ -2,7 +2,7 @@
 
 import pytest
 from browsing import chromium as start
-from browsing import copied, in_lab, lab, opened, run_all, shot, violations
+from browsing import copied, in_lab, lab, opened, run_all, shot, violations, written
 
 from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
 from subnet_explorer.site import publish
@@ -167,3 +167,84 @@ def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figure
         seen.page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
     shot(seen.page, f"lab-{file.stem}", whole=False)
     seen.page.context.close()
+
+
+LONG = 120_000      # ms that a slow machine may take
+
+
+@pytest.fixture(scope="module")
+def explorer(jupyter, browser):
+    "An explorer of three masks in JupyterLab, everything outside this machine blocked; a page and the folder that masks are saved in."
+    address, folder = jupyter
+    file = written(folder, "explorer", "from subnet_explorer import *", """
+model, tok = load("pocket-bert")
+masks = Masks([({"seed": s}, Mask.random(Space.of(model, "head+mlp"), .75, seed=s)) for s in range(3)])
+explore(masks, (model, tok), split(read_facts("pocket", "IsA")).test, to="kept", batch=16)""")
+    seen = in_lab(browser, address, file)
+    before = len(seen.asked)
+    run_all(seen, file)
+    seen.page.locator(".se-board [role=grid]").wait_for(timeout=LONG)
+    seen.page.wait_for_function(SCORE + "() !== ''", timeout=LONG)
+    yield seen.page, folder / "kept"
+    assert seen.asked[before:] == [] and not seen.errors      # nothing outside was asked for, to the end
+    seen.page.context.close()
+
+
+SCORE = "(() => [...document.querySelectorAll('.jp-OutputArea-output td')].filter(d => d.textContent === 'subnetwork' && d.closest('table').textContent.startsWith('on ')).map(d => d.parentElement.textContent).join())"
+
+
+def score(page, other_than: str | None = None, equal: str | None = None) -> str:
+    "The line of scores of the subnetwork, once it is another, or this one."
+    if other_than is not None: page.wait_for_function(f"old => ![old, ''].includes({SCORE}())", arg=other_than, timeout=LONG)
+    if equal is not None: page.wait_for_function(f"old => {SCORE}() === old", arg=equal, timeout=LONG)
+    return page.evaluate(SCORE)
+
+
+def test_the_explorer_is_handled_by_keyboard(explorer):
+    page, kept = explorer
+    cell = lambda row, column: page.locator(f".se-board tbody tr:nth-child({row}) td:nth-child({column + 1})")
+    at = lambda c: page.wait_for_function("e => e === document.activeElement", arg=c.element_handle(), timeout=LONG)
+    page.get_by_role("button", name="Survival").focus()
+    page.keyboard.press("Tab"); at(cell(1, 1))                                          # the heat-map is one stop of the tab order
+    page.keyboard.press("ArrowDown"); page.keyboard.press("ArrowRight"); at(cell(2, 2))
+    before, chosen = score(page), cell(2, 2).get_attribute("aria-selected")
+    page.keyboard.press(" ")
+    after = score(page, other_than=before)
+    assert cell(2, 2).get_attribute("aria-selected") != chosen and "edited" in cell(2, 2).get_attribute("aria-label")
+    page.keyboard.press("z")
+    score(page, equal=before)
+    assert cell(2, 2).get_attribute("aria-selected") == chosen and "edited" not in cell(2, 2).get_attribute("aria-label")
+    page.keyboard.press(" "); score(page, equal=after)
+    page.keyboard.press("s")
+    page.keyboard.type("by hand"); page.keyboard.press("Enter"); at(cell(2, 2))
+    page.get_by_text("saved kept/by hand.mask.safetensors").wait_for(timeout=LONG)
+    mask, first = Mask.load(kept / "by hand.mask.safetensors"), Mask.random(Space.of(load("pocket-bert")[0], "head+mlp"), .75, seed=0)
+    assert (mask ^ first).count == 1 and mask["layer.1.head"].tolist() != first["layer.1.head"].tolist()
+    assert mask.meta["operation"] == "edited by hand" and mask.meta["parents"] == [first.id]
+
+
+def test_what_is_typed_into_the_explorer_stays_text(explorer):
+    page, _ = explorer
+    page.get_by_role("tab", name="Predictions").click()
+    field, output = page.get_by_label("Prompt", exact=True), page.locator(".jp-OutputArea-output:has(.se-board)")
+    for evil in ("<script>document.title='broken'</script> a [MASK] .", "<img src=x onerror=\"document.title='broken'\"> a [MASK] ."):
+        field.fill(evil); field.press("Enter")
+        output.get_by_text(evil).first.wait_for(timeout=LONG)                            # above the answers, as it was typed
+        assert "broken" not in page.title() and output.locator("img, script").count() == 0
+    field.fill("no gap"); field.press("Enter")                                           # a mistake is told, and does no harm
+    output.get_by_text("expected exactly one").first.wait_for(timeout=LONG)
+    field.fill("a robin is a kind of [MASK] ."); field.press("Enter")
+    output.get_by_text("a robin is a kind of [MASK] .").first.wait_for(timeout=LONG)
+
+
+def test_the_explorer_draws_attention_and_is_accessible(explorer):
+    page, _ = explorer
+    page.get_by_role("tab", name="Attention").click()
+    lines = page.frame_locator(".jp-OutputArea-output iframe").first.locator("svg line")
+    lines.first.wait_for(state="attached", timeout=LONG)
+    assert lines.count() > 100
+    page.get_by_role("tab", name="Overlap").click()
+    page.get_by_text("Jaccard distance (line: chance)").first.wait_for(timeout=LONG)
+    assert violations(page, ".jp-OutputArea-output:has(.se-board)") == []
+    page.locator(".se-board").scroll_into_view_if_needed()
+    shot(page, "lab-explorer", whole=False)
