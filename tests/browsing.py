@@ -123,8 +123,8 @@ def written(folder: Path, name: str, *cells: str) -> Path:
 def in_lab(browser, address: str, notebook: Path) -> Opened:
     "Open a notebook in JupyterLab and wait until its kernel is there."
     seen = opened(browser, f"{address}/lab/workspaces/{notebook.stem}/tree/{notebook.name}?reset", local=True, wait=0)
-    seen.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-    seen.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=60_000)
+    seen.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=180_000)
+    seen.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=180_000)
     return seen
 
 
@@ -139,7 +139,7 @@ def settle(page) -> None:
         page.wait_for_timeout(500)
 
 
-def run_all(seen: Opened, notebook: Path, timeout: float = 120) -> list[dict]:
+def run_all(seen: Opened, notebook: Path, timeout: float = 300) -> list[dict]:
     "Run all cells from the menu, as a reader would; give the saved code cells, and fails on the first error."
     page = seen.page
     until, prompts = time.monotonic() + timeout, page.locator(".jp-CodeCell .jp-InputPrompt")

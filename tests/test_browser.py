@@ -169,7 +169,7 @@ def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figure
     seen.page.context.close()
 
 
-LONG = 120_000      # ms that a slow machine may take
+LONG = 300_000      # ms that a slow machine may take
 
 
 @pytest.fixture(scope="module")
