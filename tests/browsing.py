@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "build" / "screenshots"          # ignored by git; CI keeps it
+SCREENS = ROOT / "tests" / "screens"             # small, and kept
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -60,8 +63,8 @@ def violations(page, within: str | None = None) -> list[str]:      # within: CSS
     return [f"{v['impact']} {v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")]
 
 
-def shot(page, name: str, whole: bool = True) -> None:
-    "Keep a screenshot, and see that something is on it: a size, and enough different colours."
+def shot(page, name: str, whole: bool = True, like: bool = True) -> None:
+    "Keep a screenshot; see that something is on it, and that it looks roughly like the one that is kept in tests/screens."
     from PIL import Image
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"{name}.png", full_page=whole)
@@ -69,6 +72,27 @@ def shot(page, name: str, whole: bool = True) -> None:
     assert image.width >= 800 and image.height >= 400, f"{name} is {image.size}"
     common = max(n for n, _ in image.getcolors(1 << 24)) / (image.width * image.height)
     assert len(image.getcolors(1 << 24)) > 40 and common < .995, f"{name} looks blank"
+    if not like: return
+    kept = SCREENS / f"{name}.png"
+    if os.environ.get("SUBNET_EXPLORER_SCREENS") == "write": small(image).save(kept)
+    assert kept.exists(), f"there is no {kept} to compare with: look at {SHOTS / name}.png, and if it is right, run once with SUBNET_EXPLORER_SCREENS=write"
+    share = alike(small(image), Image.open(kept))
+    assert share > .76, f"{name} looks like {kept.name} in {share:.0%} of what is on it: see {SHOTS / name}.png; if the new look is right, run once with SUBNET_EXPLORER_SCREENS=write"
+
+
+def small(image):
+    "A picture in 48 × 30 shades of grey: where things are, but no letters."
+    from PIL import Image
+    return image.convert("L").resize((48, 30), Image.Resampling.BOX)
+
+
+def alike(*pictures) -> float:
+    "Share of what stands out in either of two small pictures that the other one has there or right beside; 0 if one is light and the other dark."
+    a, b = (np.asarray(p, int) for p in pictures)
+    if abs(np.median(a) - np.median(b)) > 40: return 0.0
+    a, b = (abs(x - np.median(x)) > 8 for x in (a, b))
+    beside = lambda m: sum(np.pad(m, 1)[1 + i:31 + i, 1 + j:49 + j] for i, j in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))) > 0
+    return float(((a & beside(b)).sum() + (b & beside(a)).sum()) / max(1, a.sum() + b.sum()))
 
 
 # ── JupyterLab ───────────────────────────────────────────────────────────────────────────────────────────────────────

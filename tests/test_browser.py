@@ -2,7 +2,7 @@
 
 import pytest
 from browsing import chromium as start
-from browsing import copied, in_lab, lab, opened, run_all, shot, violations, written
+from browsing import SCREENS, alike, copied, in_lab, lab, opened, run_all, shot, violations, written
 
 from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
 from subnet_explorer.site import publish
@@ -165,7 +165,7 @@ def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figure
     if figures:
         seen.page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=20_000)       # drawn by the front end, with the network off
         seen.page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
-    shot(seen.page, f"lab-{file.stem}", whole=False)
+    shot(seen.page, f"lab-{file.stem}", whole=False, like=False)      # JupyterLab looks as its version does
     seen.page.context.close()
 
 
@@ -247,4 +247,15 @@ def test_the_explorer_draws_attention_and_is_accessible(explorer):
     page.get_by_text("Jaccard distance (line: chance)").first.wait_for(timeout=LONG)
     assert violations(page, ".jp-OutputArea-output:has(.se-board)") == []
     page.locator(".se-board").scroll_into_view_if_needed()
-    shot(page, "lab-explorer", whole=False)
+    shot(page, "lab-explorer", whole=False, like=False)
+
+
+# ── the screenshots' own test ────────────────────────────────────────────────────────────────────────────────────────
+
+def test_screens_tell_pages_apart():
+    "The comparison is loose, but no page passes for another."
+    from PIL import Image
+    kept = {f.stem: Image.open(f) for f in sorted(SCREENS.glob("*.png"))}
+    assert len(kept) >= 10 and all(p.size == (48, 30) for p in kept.values())
+    for name, one in kept.items():
+        assert [other for other, p in kept.items() if alike(one, p) > .76] == [name]
