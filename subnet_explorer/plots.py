@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 # %% auto #0
-__all__ = ['PALETTE', 'MARKERS', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'DASHES', 'UNPACKED', 'STYLE', 'POLICY', 'Figure',
+__all__ = ['PALETTE', 'MARKERS', 'DASHES', 'ROLE_NAMES', 'UNIT_NAMES', 'STAGES', 'UNPACKED', 'STYLE', 'POLICY', 'Figure',
            'CannotDraw', 'style', 'cells', 'by_layer', 'density', 'densities', 'bars', 'jaccard', 'survival', 'overlap',
            'consensus', 'importance', 'tickets', 'placement', 'removal', 'pareto', 'scatter', 'shades', 'patterns',
            'tsne', 'curves', 'tradeoff', 'predictions', 'mask_attention', 'View', 'attention', 'attention_pair',
@@ -88,10 +88,12 @@ def _div(fig: Figure, name: str = "") -> str:
     body = fig.plotly.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config={"displaylogo": False})
     return f'<div role="figure" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
 
-# %% ../nbs/18_plots.ipynb #2d2ece91
+# %% ../nbs/18_plots.ipynb #c4e477fe
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A800")
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X", "star": "*"}
 "Plotly's marker names and matplotlib's."
+DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+"Plotly's line styles and matplotlib's."
 
 
 def style(i: int) -> dict[str, Any]:
@@ -597,7 +599,7 @@ def _nearest(points: pd.DataFrame, colour: str, facet: str) -> str:
     said = ", ".join(f"{share(rows):.2f} ({name})" for name, rows in points.groupby(facet, sort=False) if len(rows) > 1)
     return f"Share of points whose nearest neighbour has the same {colour}: {said}."
 
-# %% ../nbs/18_plots.ipynb #ecf1eb69
+# %% ../nbs/18_plots.ipynb #a41ae0d2
 def curves(
     metrics: pd.DataFrame | Mapping[str, pd.DataFrame],      # column step and any of loss, density, score, …; or several by name
     title: str = "Search",
@@ -617,10 +619,6 @@ def curves(
     fig.update_xaxes(title_text="step")
     said = [f"{f'{name}: ' if name else ''}{metric} from {r.value.iloc[0]:.3g} to {r.value.iloc[-1]:.3g}" for (name, metric), r in data.groupby(["run", "metric"], sort=False)]
     return Figure(fig, data, f"{title} over {data.step.max()} steps. {'; '.join(said)}.")
-
-
-DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-"Plotly's line styles and matplotlib's."
 
 # %% ../nbs/18_plots.ipynb #9fea862f
 def tradeoff(
