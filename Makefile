@@ -10,10 +10,10 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
-# notebooks first, then pytest: one thread each, two at a time
+# notebooks first, then pytest: one thread each, two files at a time, so that what a file needs is made once
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # screenshots are kept in build/screenshots
 test-browser: $(STAMP)

@@ -510,12 +510,12 @@ def _digest(items: Iterable[Any]) -> str:
     "Hash of any printable items (16 hex digits)."
     return hashlib.sha256(json.dumps(list(items), default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/05_objectives.ipynb #be964653
+# %% ../nbs/05_objectives.ipynb #232cf122
 def encoded(head: Any, tok: Any, examples: Sequence[Any], learning: bool = False) -> Any:      # as many as the head makes of them
     "Examples as a head reads them: all by its `code`, or each by itself; for learning from them, by its `lesson` if it has one."
     if hasattr(head, "code"): return head.code(tok, examples)
-    one = getattr(head, "lesson", head.encode) if learning else head.encode
-    return [one(tok, e) for e in examples]
+    how = "lesson" if learning and hasattr(head, "lesson") else "encode"
+    return [getattr(head, how)(tok, e) for e in examples]
 
 
 class Examples:

@@ -147,6 +147,8 @@ def written(folder: Path, name: str, *cells: str) -> Path:
 def in_lab(browser, address: str, notebook: Path) -> Opened:
     "Open a notebook in JupyterLab and wait until its kernel is there."
     seen = opened(browser, f"{address}/lab/workspaces/{notebook.stem}/tree/{notebook.name}?reset", local=True, wait=0)
+    dialog = seen.page.locator("dialog.jp-Dialog").first
+    seen.page.add_locator_handler(dialog, lambda: settle(seen.page))                         # one may come at any time
     seen.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=180_000)
     seen.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=180_000)
     return seen

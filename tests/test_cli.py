@@ -160,7 +160,7 @@ def test_the_same_command_goes_on(call, tmp_path, straight, sign):
     while process.poll() is None and not (len(logs()) == 2 and min(logs()) >= 2): time.sleep(.005)       # in the middle of the second relation
     assert process.poll() is None, process.stderr.read()
     process.send_signal(sign)
-    said, err = process.communicate(timeout=60)
+    said, err = process.communicate(timeout=300)
     assert said == "" and [r.done for r in Store(out / "runs")].count(True) == 1
     if sign == signal.SIGINT: assert process.returncode == 130 and "The same command continues" in err and "Traceback" not in err
     else: assert process.returncode == -signal.SIGKILL

@@ -117,7 +117,7 @@ def test_killed_and_continued(tmp_path, model, space, sign):
     while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= 5): time.sleep(.02)
     assert child.poll() is None, child.stderr.read()
     child.send_signal(sign)
-    said = child.communicate(timeout=60)[1]
+    said = child.communicate(timeout=300)[1]
     assert child.returncode != 0 and (sign == signal.SIGKILL or "KeyboardInterrupt" in said)
     stopped = Run.open(folder)
     assert not stopped.done and len(stopped.metrics) == 5 and not [p for p in folder.iterdir() if p.name.startswith(".") and sign == signal.SIGINT]
