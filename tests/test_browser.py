@@ -7,7 +7,7 @@ from browsing import SCREENS, alike, copied, in_lab, lab, opened, run_all, shot,
 from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
 from subnet_explorer.site import publish
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
