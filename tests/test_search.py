@@ -101,7 +101,8 @@ def assert_same(a: Run, b: Run):
 # ── killed and continued ─────────────────────────────────────────────────────────────────────────────────────────────
 
 CHILD = """
-import sys, time; sys.path.insert(0, sys.argv[1])
+import signal, sys, time; sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell in the background ignores it
 import test_search as t
 model = t.tiny("bert")
 space = t.Space.of(model, "weight", layers=2)
@@ -117,7 +118,7 @@ def test_killed_and_continued(tmp_path, model, space, sign):
     while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= 5): time.sleep(.02)
     assert child.poll() is None, child.stderr.read()
     child.send_signal(sign)
-    said = child.communicate(timeout=300)[1]
+    said = child.communicate(timeout=120)[1]
     assert child.returncode != 0 and (sign == signal.SIGKILL or "KeyboardInterrupt" in said)
     stopped = Run.open(folder)
     assert not stopped.done and len(stopped.metrics) == 5 and not [p for p in folder.iterdir() if p.name.startswith(".") and sign == signal.SIGINT]
