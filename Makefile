@@ -1,12 +1,13 @@
 # make demo   set up .venv and run the main job: sixteen relation-specific subnetworks of the pocket model
 # make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
+# make test-slow   what takes minutes and is left out of make test
 # make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-browser docs pages readme clean export python bench bench-quick
+.PHONY: demo test test-slow test-browser docs pages readme clean export python bench bench-quick
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
@@ -14,6 +15,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --slow -m slow
 
 # screenshots are kept in build/screenshots
 test-browser: $(STAMP)

@@ -15,14 +15,19 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA")
     config.addinivalue_line("markers", "real: needs the folder named by SUBNET_EXPLORER_DATA, with datasets/ and models/")
     config.addinivalue_line("markers", "browser: needs chromium")
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
 
 
-def _why_not(marker: str) -> str | None:
+def _why_not(marker: str, config: pytest.Config) -> str | None:
     "The reason to skip a tier, or None where it can run."
+    if marker == "slow": return None if config.getoption("--slow") else "takes minutes: give --slow"
     if marker == "gpu":
         import torch
         return None if torch.cuda.is_available() else "no CUDA device"
@@ -31,9 +36,9 @@ def _why_not(marker: str) -> str | None:
     return None if data and all((Path(data) / d).is_dir() for d in ("datasets", "models")) else "SUBNET_EXPLORER_DATA names no folder with datasets/ and models/"
 
 
-def pytest_collection_modifyitems(items):
-    for name in ("gpu", "real", "browser"):
-        if (marked := [i for i in items if i.get_closest_marker(name)]) and (why := _why_not(name)):
+def pytest_collection_modifyitems(config, items):
+    for name in ("gpu", "real", "browser", "slow"):
+        if (marked := [i for i in items if i.get_closest_marker(name)]) and (why := _why_not(name, config)):
             for item in marked: item.add_marker(pytest.mark.skip(reason=why))
 
 

@@ -146,6 +146,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert many > 9 * few and large - small < 60
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_text_of_200_megabytes(tmp_path):
+    (few, small), (many, large) = peaks(tmp_path, 2, 200)
+    assert many > 99 * few and large - small < 300
+
+
 # ── objectives ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_masking_is_berts_recipe(world):
