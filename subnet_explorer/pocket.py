@@ -5,7 +5,6 @@
 # %% ../nbs/07_pocket.ipynb #f35b7853
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import zlib
