@@ -221,7 +221,7 @@ def _super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> None:
         _once(runs[k], "retrained", base, lambda: _retrained(plan, task, seed, k, m, base))
         runs[k].finish(m)
 
-# %% ../nbs/13_lottery.ipynb #fd720c2b
+# %% ../nbs/13_lottery.ipynb #2ab18838
 def tickets(
     model: nn.Module,
     tok: Any,
@@ -266,7 +266,7 @@ def tickets(
         _work(plan, _super_cell, cells, processes, progress)
         return _collect(plan, seeds, list(cells), config, time.monotonic() - began, bool(to))
 
-
+# %% ../nbs/13_lottery.ipynb #979d2cbb
 def _work(plan: Plan, cell: Callable[..., None], cells: Mapping[tuple, Sequence[Run]], processes: int, progress: bool) -> None:
     "Do what is not done yet, several cells at once if asked."
     left = [c for c, runs in cells.items() if not all(r.done for r in runs)]

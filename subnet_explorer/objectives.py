@@ -24,10 +24,10 @@ from .packed import Packing, again, answering, fits, run
 from .space import SubnetError, check_names, digest, is_causal, layout_of, model_id
 
 # %% auto #0
-__all__ = ['IN_MEMORY', 'LOGITS', 'KEPT', 'POSITIONS', 'NOISE', 'room', 'Known', 'Rows', 'Sequences', 'longest', 'block_ids',
-           'Prompts', 'batch_at', 'epoch_batches', 'Context', 'Objective', 'Ramp', 'Sum', 'Kept', 'Pass', 'passes',
-           'Cloze', 'LanguageHead', 'MLM', 'fingerprint_of', 'encoded', 'Examples', 'dropping', 'Task', 'Reference',
-           'Suppress', 'Maintain', 'Teacher', 'Hidden', 'Density']
+__all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'NOISE', 'room', 'Rows', 'Sequences', 'row_losses', 'head_changes',
+           'Known', 'longest', 'block_ids', 'Prompts', 'batch_at', 'epoch_batches', 'Context', 'Objective', 'Ramp',
+           'Sum', 'Kept', 'Pass', 'passes', 'Cloze', 'LanguageHead', 'MLM', 'fingerprint_of', 'encoded', 'Examples',
+           'dropping', 'Task', 'Reference', 'Suppress', 'Maintain', 'Teacher', 'Hidden', 'Density']
 
 # %% ../nbs/05_objectives.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
@@ -38,24 +38,6 @@ def room(*shape: int, device: Any = "cpu") -> torch.Tensor:      # float32
     size = int(np.prod(shape))
     if 4 * size <= IN_MEMORY: return torch.empty(shape, device=device)
     with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f: return torch.from_file(f.name, shared=True, size=size).view(shape)
-
-# %% ../nbs/05_objectives.ipynb #064c8799
-LOGITS = 1 << 23         # logits made at a time
-KEPT = 1 << 29           # bytes that the blocks of one pass may keep for backward before they are computed again instead, where that is left open
-
-
-class Known(torch.autograd.Function):
-    "Losses of rows, (n,), whose slopes with respect to `x`, (n, width), are known already."
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(slopes)
-        return losses.view_as(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        slopes, = ctx.saved_tensors
-        return (grads[0][:, None] * slopes).to(slopes.dtype), None, None
 
 # %% ../nbs/05_objectives.ipynb #ed03ef5c
 class Rows:
@@ -68,7 +50,10 @@ class Rows:
         if self.count % 512 == 0: release(self.ids)
         return torch.from_numpy(self.ids[i].astype(np.int64)).to(self.device)
 
-# %% ../nbs/05_objectives.ipynb #85a88ca3
+# %% ../nbs/05_objectives.ipynb #5551dd04
+KEPT = 1 << 29           # bytes that the blocks of one pass may keep for backward before they are computed again instead, where that is left open
+
+
 class Sequences:
     "Token sequences ready to be read by a model from block `first` on."
 
@@ -142,30 +127,10 @@ class Sequences:
             logits = self.model(input_ids=self.ids[0].new_zeros(len(states), 1), **self.extra).logits
         return logits if logits.dim() == 2 else logits[:, 0]      # a classifier of sequences reads the one row it is given
 
-    def mean(self, states: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int | None = None) -> torch.Tensor:      # loss: (logits, which rows) -> (rows,)
-        "Per-row losses of the model's predictions, made for `rows` rows at a time so that logits of a large vocabulary never exist together."
-        rows = rows or max(1, LOGITS // len(self.model.get_input_embeddings().weight))
-        parts = [slice(i, i + rows) for i in range(0, len(states), rows)]
-        of = lambda s, part: loss(self.predict(s).float(), part)
-        if not (states.requires_grad and torch.is_grad_enabled()): return torch.cat([of(states[p], p) for p in parts])
-        if self.head_changes(): return torch.cat([of(states[p], p) if len(parts) == 1 else again(of, states[p], p) for p in parts])
-        losses, slopes = [], torch.empty_like(states)
-        for p in parts:
-            some = states.detach()[p].requires_grad_()
-            losses.append(of(some, p))
-            slopes[p] = torch.autograd.grad(losses[-1].sum(), some)[0]
-            losses[-1] = losses[-1].detach()
-        return Known.apply(states, torch.cat(losses), slopes)
-
     def company(self, index: np.ndarray, known: np.ndarray) -> Iterator[np.ndarray]:      # known: (sequence,) bool
         "The parts in which what is kept of sequences is computed when it is not known: always the same ones, so that it does not depend, to the last bit, on what was met before."
         window = self.starts // 512
         for w in np.unique(window[index[~known[index]]]): yield np.flatnonzero(window == w)
-
-    def head_changes(self) -> bool:
-        "Whether gradients must reach the head: its weights are trained, or are under a gate."
-        below = {id(m) for m in self.model.base_model.modules()}
-        return any("forward" in m.__dict__ or any(p is not None and p.requires_grad for p in m._parameters.values()) for m in self.model.modules() if id(m) not in below and m is not self.model)
 
     def apart(self) -> Sequences:
         "The same with a model of its own that shares all tensors: what is later put in their place, or trained in front of them, does not reach it."
@@ -205,6 +170,45 @@ def _plainly(seqs: Sequences, index: np.ndarray, batch: np.ndarray, position: np
     with _watching(seqs, every is not None) as seen, resuming(seqs.model, seqs.layout.family, seqs.first, states) if cached else nullcontext(): out = seqs.model.base_model(**inputs)
     if every is not None: every += [h[real] for h in [*seen[:-1], out[0]]]      # the last one normed, as the model returns it
     return out[0][torch.as_tensor(batch, device=seqs.device), torch.as_tensor(position, device=seqs.device)]
+
+# %% ../nbs/05_objectives.ipynb #73426f0d
+LOGITS = 1 << 23         # logits made at a time
+
+
+def row_losses(seqs: Sequences, states: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int | None = None) -> torch.Tensor:      # loss: (logits, which rows) -> (rows,)
+    "Per-row losses of the model's predictions, made for `rows` rows at a time so that logits of a large vocabulary never exist together."
+    rows = rows or max(1, LOGITS // len(seqs.model.get_input_embeddings().weight))
+    parts = [slice(i, i + rows) for i in range(0, len(states), rows)]
+    of = lambda s, part: loss(seqs.predict(s).float(), part)
+    if not (states.requires_grad and torch.is_grad_enabled()): return torch.cat([of(states[p], p) for p in parts])
+    if head_changes(seqs): return torch.cat([of(states[p], p) if len(parts) == 1 else again(of, states[p], p) for p in parts])
+    losses, slopes = [], torch.empty_like(states)
+    for p in parts:
+        some = states.detach()[p].requires_grad_()
+        losses.append(of(some, p))
+        slopes[p] = torch.autograd.grad(losses[-1].sum(), some)[0]
+        losses[-1] = losses[-1].detach()
+    return Known.apply(states, torch.cat(losses), slopes)
+
+
+def head_changes(seqs: Sequences) -> bool:
+    "Whether gradients must reach the head: its weights are trained, or are under a gate."
+    below = {id(m) for m in seqs.model.base_model.modules()}
+    return any("forward" in m.__dict__ or any(p is not None and p.requires_grad for p in m._parameters.values()) for m in seqs.model.modules() if id(m) not in below and m is not seqs.model)
+
+
+class Known(torch.autograd.Function):
+    "Losses of rows, (n,), whose slopes with respect to `x`, (n, width), are known already."
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slopes)
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        slopes, = ctx.saved_tensors
+        return (grads[0][:, None] * slopes).to(slopes.dtype), None, None
 
 # %% ../nbs/05_objectives.ipynb #c8ec8fbd
 POSITIONS = ("predict_tail", "at_tail")
@@ -433,7 +437,7 @@ class LanguageHead(nn.Module):
 
     def __repr__(self) -> str: return f"LanguageHead({sum(p.numel() for p in self.own):,} parameters{'' if self.learns else ', not trained'})"
 
-# %% ../nbs/05_objectives.ipynb #4750ec4b
+# %% ../nbs/05_objectives.ipynb #d52f3db2
 @dataclass
 class MLM(Objective):
     "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
@@ -460,7 +464,7 @@ class MLM(Objective):
             mixed, b, p, gold = draw(index, step)
             every: list[torch.Tensor] | None = [] if teacher else None
             states = seqs.hidden(index, b, p, mixed, every)
-            out = context.mean(said.mean(states, lambda logits, part: F.cross_entropy(logits, gold[part], reduction="none")))
+            out = context.mean(row_losses(said, states, lambda logits, part: F.cross_entropy(logits, gold[part], reduction="none")))
             return out + self.distil * context.mean(teacher.distance(index, step, every)) if teacher else out
         return loss
 
@@ -590,7 +594,7 @@ def _from_goal(goal: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, 
     wanted = goal.exp()
     return goal.sub_(logp).mul_(wanted).sum(-1), logp.exp_().sub_(wanted)
 
-# %% ../nbs/05_objectives.ipynb #111db276
+# %% ../nbs/05_objectives.ipynb #229eaa07
 class Reference:
     "Final hidden states of the full model at some rows of every sequence, computed when it is first met."
 
@@ -620,9 +624,9 @@ class Reference:
         def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
             with torch.no_grad(): wanted = self.head.predict(goal[part]).float()
             return Known.apply(logits, *_from_goal(wanted, logits))
-        return self.seqs.mean(self.seqs.hidden(index, *self.rows(index)), loss)
+        return row_losses(self.seqs, self.seqs.hidden(index, *self.rows(index)), loss)
 
-# %% ../nbs/05_objectives.ipynb #0cc1f989
+# %% ../nbs/05_objectives.ipynb #536c005a
 @dataclass
 class Suppress(Objective):
     "Make the answers to facts uniform: KL(uniform || model)."
@@ -636,7 +640,7 @@ class Suppress(Objective):
         def loss(step: int) -> torch.Tensor:
             index = context.part(step, seqs.lengths, self.batch)
             states = seqs.hidden(index, range(len(index)), prompts.position[index])
-            return context.mean(seqs.mean(states, lambda logits, part: Known.apply(logits, *_from_uniform(logits))))
+            return context.mean(row_losses(seqs, states, lambda logits, part: Known.apply(logits, *_from_uniform(logits))))
         return loss
 
     def recipe(self) -> dict[str, Any]: return {"objective": "Suppress", "facts": self.facts.fingerprint, "n": len(self.facts), "batch": self.batch, **_position(self)}

@@ -84,7 +84,7 @@ def attention_soft(soft: Scores) -> list[float]:      # one number a layer
         at[0] += v.sum(); at[1] += v.size
     return [a / n for _, (a, n) in sorted(total.items())]
 
-# %% ../nbs/13_probing.ipynb #ce8d23ba
+# %% ../nbs/13_probing.ipynb #b84cc835
 PROBES = ("subnetwork", "mlp", "linear", "finetune", *(f"{p}_reset_{w}" for p in ("subnetwork", "mlp") for w in RESETS))
 "Probes and their controls."
 
@@ -123,7 +123,7 @@ class Setting:
         head.unseen = list(unseen(self.task, tell, self.dev))
         return head
 
-
+# %% ../nbs/13_probing.ipynb #814eff68
 def run_cell(s: Setting, cell: Cell, store: Store | None, progress: bool) -> dict[str, Any]:
     "Train one probe and score it on development sentences, or ask it what else the cell aims at."
     if cell.aim == "code": return online_code(s, cell)
@@ -153,7 +153,7 @@ def trained(s: Setting, cell: Cell, store: Store | None = None, progress: bool =
         yield head, find(s.model, s.tok, gate, goal, steps=t["steps"], lr=t["lr"], head_lr=t["head_lr"], batch=t["batch"], schedule="constant", seed=cell.seed, to=store,
                          labels={"probe": cell.probe, "granularity": cell.granularity, "lam": cell.lam, "seed": cell.seed} | ({"aim": cell.aim} if cell.aim != "task" else {}), progress=progress, every=max(1, t["steps"] // 10))
 
-# %% ../nbs/13_probing.ipynb #b2ee47eb
+# %% ../nbs/13_probing.ipynb #d1e635d0
 BASELINES = ("mlp", "linear", "finetune", "reset")
 "What stands beside the subnetwork probe."
 
@@ -174,7 +174,7 @@ class Probing:
     def layers(self) -> pd.DataFrame: return layers(self)
     def _repr_html_(self) -> str: return f"<b>{TASKS[self.task]}, {self.scores.seed.nunique()} seeds</b>" + self.summary().dropna(axis=1, how="all").to_html() + "".join(f"<p>{escape(n)}</p>" for n in notes(self))
 
-
+# %% ../nbs/13_probing.ipynb #439b4a1f
 def probe(
     model: nn.Module,
     tok: Any,

@@ -219,7 +219,7 @@ class Team:
         "Until all processes are here."
         if self.world > 1: torch.distributed.barrier()
 
-# %% ../nbs/09_search.ipynb #3414c2da
+# %% ../nbs/09_search.ipynb #4c456320
 class Search:
     "The steps of one search."
 
@@ -235,30 +235,12 @@ class Search:
         self.trained = [*gate.logits, *self.heads]
         self.losses, self.score = [(t.draw, t.flip, t.goal.prepare(context)) for t in turns], monitor.prepare(context) if monitor else None
         self.step, self.best, self.kept = 0, -math.inf, None
-        if (state := team.state(run)) is not None: self._restore(*state)
+        if (state := team.state(run)) is not None: _restored(self, *state)
         else: self.keep()
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        out = {f"logit.{i}": l for i, l in enumerate(self.gate.logits)} | {f"head.{i}": p for i, p in enumerate(self.heads)} | {f"gate.{k}": v for k, v in self.gate.state().items()}
-        if self.head_opt: out |= {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in self.head_opt.state_dict()["state"].items() for k, v in s.items()}
-        return out | self.opt.tensors() | ({f"best.{i}": p for i, p in enumerate(self.kept)} if self.kept else {})
-
-    @torch.no_grad()
-    def _restore(self, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
-        for name, ps in (("logit", self.gate.logits), ("head", self.heads)):
-            for i, p in enumerate(ps): p.copy_(tensors[f"{name}.{i}"])
-        self.gate.restore({k.removeprefix("gate."): v for k, v in tensors.items() if k.startswith("gate.")})
-        self.opt.restore(tensors, info["step"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for k, v in tensors.items():
-            if k.startswith("opt."): _, i, name = k.split("."); state.setdefault(int(i), {})[name] = v
-        if self.head_opt: self.head_opt.load_state_dict({"state": state, "param_groups": self.head_opt.state_dict()["param_groups"]})
-        self.step, self.best = info["step"], info["best"] if info["best"] is not None else -math.inf
-        if "best.0" in tensors: self.kept = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(self.trained)]
 
     def save(self) -> None:
         "Write the state from which the search can go on."
-        save_state(self.run, self._tensors(), self.step, best=self.best if math.isfinite(self.best) else None)
+        save_state(self.run, _saved(self), self.step, best=self.best if math.isfinite(self.best) else None)
 
     def one(self) -> float:
         "One step; return the loss."
@@ -339,6 +321,28 @@ class Search:
         with self.bar() as bar:
             while self.step < self.run.config["steps"]: self.look(self.one(), bar)
         self.best_again()
+
+# %% ../nbs/09_search.ipynb #36d555e3
+def _saved(search: Search) -> dict[str, torch.Tensor]:
+    "Everything needed to go on: logits, heads, what the optimizers and the noise remember, and the best logits so far."
+    out = {f"logit.{i}": l for i, l in enumerate(search.gate.logits)} | {f"head.{i}": p for i, p in enumerate(search.heads)} | {f"gate.{k}": v for k, v in search.gate.state().items()}
+    if search.head_opt: out |= {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in search.head_opt.state_dict()["state"].items() for k, v in s.items()}
+    return out | search.opt.tensors() | ({f"best.{i}": p for i, p in enumerate(search.kept)} if search.kept else {})
+
+
+@torch.no_grad()
+def _restored(search: Search, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+    "Put it back."
+    for name, ps in (("logit", search.gate.logits), ("head", search.heads)):
+        for i, p in enumerate(ps): p.copy_(tensors[f"{name}.{i}"])
+    search.gate.restore({k.removeprefix("gate."): v for k, v in tensors.items() if k.startswith("gate.")})
+    search.opt.restore(tensors, info["step"])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for k, v in tensors.items():
+        if k.startswith("opt."): _, i, name = k.split("."); state.setdefault(int(i), {})[name] = v
+    if search.head_opt: search.head_opt.load_state_dict({"state": state, "param_groups": search.head_opt.state_dict()["param_groups"]})
+    search.step, search.best = info["step"], info["best"] if info["best"] is not None else -math.inf
+    if "best.0" in tensors: search.kept = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(search.trained)]
 
 # %% ../nbs/09_search.ipynb #81dcdb14
 def _save_heads(run: Run, goal: Objective) -> None:

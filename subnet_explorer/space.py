@@ -265,7 +265,7 @@ def model_id(model: Any, layout: Layout) -> ModelId:
     cfg = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "architectures")}
     return ModelId(model.config._name_or_path or type(model).__name__, getattr(model.config, "_commit_hash", None), digest(cfg), fingerprint(model, layout))
 
-# %% ../nbs/00_space.ipynb #3663d208
+# %% ../nbs/00_space.ipynb #3bbc3303
 KINDS = ("weight", "block", "bias", "neuron", "head", "mlp", "layer")
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Group:
         "Number of coordinates."
         return prod(self.shape)
 
-
+# %% ../nbs/00_space.ipynb #fcec5d25
 @dataclass(frozen=True)
 class Space:
     "Ordered coordinates a mask can have on one model."

@@ -26,7 +26,7 @@ from .space import SpaceMismatch, SubnetError, check_names, digest, unit_space
 __all__ = ['OtherRun', 'Run', 'environment', 'save_state', 'read_state', 'load_state', 'Store', 'BadMasks', 'read_masks',
            'write_masks', 'open_study', 'cached_table', 'progress_bar', 'watched']
 
-# %% ../nbs/08_store.ipynb #3e4c7dd9
+# %% ../nbs/08_store.ipynb #b2202a27
 class OtherRun(SubnetError):
     """The folder already holds a different run, or something that is no run.
 
@@ -34,6 +34,7 @@ class OtherRun(SubnetError):
     Fix: Repeat the first call to continue that run; choose another folder for another run; or delete the folder.
     """
 
+# %% ../nbs/08_store.ipynb #67d89ad6
 class Run:
     "One search, in a folder or in memory."
 

@@ -229,7 +229,7 @@ def _seconds(s: Setting, method: str, density: float, seed: int, run: Run) -> fl
     t = Run.open(s.folder / "ladders" / _ladder(s, seed)).metrics
     return float(t[t.step <= s.cost(density)].seconds.sum())
 
-# %% ../nbs/13_tamt.ipynb #0464b214
+# %% ../nbs/13_tamt.ipynb #fb1ab09f
 @dataclass(frozen=True)
 class Tamt:
     "What `tamt` found and measured."
@@ -246,7 +246,7 @@ class Tamt:
     def jaccard(self, average: str = "micro") -> pd.DataFrame: return jaccard(self, average)
     def _repr_html_(self) -> str: return f"<b>{len(self.masks)} masks of {self.space.model.name}, {len(self.tasks)} tasks</b>" + self.summary().to_html(index=False)
 
-
+# %% ../nbs/13_tamt.ipynb #37883f9c
 def tamt(
     model: nn.Module,
     tok: Any,
