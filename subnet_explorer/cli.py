@@ -42,28 +42,7 @@ def _values(p: argparse.ArgumentParser, of: type, **options: str) -> None:
     "Options that have no value of their own: what is not said is left to the recipe, or to the pocket model."
     for name, text in options.items(): p.add_argument(f"--{name.replace('_', '-')}", type=of, help=text)
 
-# %% ../nbs/20_cli.ipynb #817c7677
-def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
-    "Run LAMP as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.data import read_facts
-    from subnet_explorer.mask import atomic_write
-    from subnet_explorer.pocket import load
-    from subnet_explorer.recipes import lamp, lamp_json, lamp_report
-    model, tok = load(args.model, device=_device(args.device))
-    facts = read_facts(args.facts, args.relations, args.templates, strict=not args.lenient)
-    study = lamp(model, tok, facts, layers=args.layers, method=args.method, sparsity=args.sparsity, steps=args.steps, lr=args.lr, batch=args.batch,
-                 seeds=_numbers(args.seeds), split_seed=args.split_seed, fine_tuned=args.fine_tuned, to=args.out, progress=not args.quiet)
-    out = lamp_json(study, args.out)
-    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
-    if not args.json:
-        print(f"{facts!r}\n{study.space!r}\n")
-        print(study.table().to_string(float_format="{:.3f}".format, na_rep=""), "\n")
-        print(study.summary().to_string())
-        if left := {r: s for r, s in study.skipped.items() if s}: print(f"\nleft out: {left}")
-        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
-    return _reported(args, out, lambda page: lamp_report(study, model, tok, page))
-
-
+# %% ../nbs/20_cli.ipynb #f7fe3281
 def _device(name: str) -> str:
     "The device to use; `auto` takes a GPU if there is one."
     import torch
@@ -79,8 +58,16 @@ def _numbers(text: str, what: str = "seeds") -> list[int]:
     except ValueError: raise SubnetError(f"cannot read the {what} {text!r}: give whole numbers with commas, e.g. 0,1,2.") from None
 
 
-def _reported(args: argparse.Namespace, out: dict[str, Any], write: Callable[[Path], Path]) -> dict[str, Any]:
-    "Write the report if it is wanted, and return the JSON form."
+def _written(args: argparse.Namespace, out: dict[str, Any], **tables: Any) -> None:
+    "Write the JSON form of a study, and tables by name."
+    from subnet_explorer.mask import atomic_write
+    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
+    for name, t in tables.items(): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
+
+
+def _reported(args: argparse.Namespace, seconds: float, out: dict[str, Any], write: Callable[[Path], Path]) -> dict[str, Any]:
+    "Say where everything is, write the report if it is wanted, and return the JSON form."
+    if not args.json: print(f"\n{seconds:.0f} s. Masks and tables are in {args.out}.")
     if args.report:
         _say("writing the report …", args)
         page = write(Path(args.out, "report.html"))
@@ -90,6 +77,25 @@ def _reported(args: argparse.Namespace, out: dict[str, Any], write: Callable[[Pa
 
 def _say(text: str, args: argparse.Namespace) -> None:
     if not getattr(args, "quiet", False): print(text, file=sys.stderr)
+
+# %% ../nbs/20_cli.ipynb #5e06e919
+def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
+    "Run LAMP as asked, print the table, write masks, tables and the report; return the JSON form."
+    from subnet_explorer.data import read_facts
+    from subnet_explorer.pocket import load
+    from subnet_explorer.recipes import lamp, lamp_json, lamp_report
+    model, tok = load(args.model, device=_device(args.device))
+    facts = read_facts(args.facts, args.relations, args.templates, strict=not args.lenient)
+    study = lamp(model, tok, facts, layers=args.layers, method=args.method, sparsity=args.sparsity, steps=args.steps, lr=args.lr, batch=args.batch,
+                 seeds=_numbers(args.seeds), split_seed=args.split_seed, fine_tuned=args.fine_tuned, to=args.out, progress=not args.quiet)
+    out = lamp_json(study, args.out)
+    _written(args, out)
+    if not args.json:
+        print(f"{facts!r}\n{study.space!r}\n")
+        print(study.table().to_string(float_format="{:.3f}".format, na_rep=""), "\n")
+        print(study.summary().to_string())
+        if left := {r: s for r, s in study.skipped.items() if s}: print(f"\nleft out: {left}")
+    return _reported(args, study.seconds, out, lambda page: lamp_report(study, model, tok, page))
 
 # %% ../nbs/20_cli.ipynb #6f39155c
 def _lamp_arguments(p: argparse.ArgumentParser) -> None:
@@ -119,30 +125,34 @@ def _search_arguments(p: argparse.ArgumentParser, steps: int, batch: int, out: s
     _switch(p, "fine-tuned", False, "also fine-tune the model per relation, as a baseline")
     _usual(p)
 
-# %% ../nbs/20_cli.ipynb #f07a8c5d
+# %% ../nbs/20_cli.ipynb #36d64375
 def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run the study of lottery tickets as asked, print its table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.lottery import gains, task_data, table, tickets_json, tickets_report
-    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.lottery import gains, table, tickets_json, tickets_report
     from subnet_explorer.pocket import TUNING, load
     from subnet_explorer.recipes import tickets
     model, tok = load(args.model, device=_device(args.device))
-    sources = dict(_named(t) for t in args.task)
-    if len(sources) < len(args.task): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in args.task)}. Name them, e.g. mine=path/to/folder.")
-    tasks = {n: task_data(s, search=args.search, on_dev=args.on_dev, train=args.train, test=args.test, strict=not args.lenient) for n, s in sources.items()}
+    tasks = _tasks(args.task, search=args.search, on_dev=args.on_dev, train=args.train, test=args.test, strict=not args.lenient)
     usual = TUNING if args.model.startswith("pocket-") else {}
     training = {k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, k) if getattr(args, k) is not None else usual.get(k)) is not None}
     study = tickets(model, tok, tasks, kind=args.kind, seeds=_numbers(args.seeds), length=args.length, limit=args.limit, drop=args.drop, floor=args.floor, supers=args.supers, longer=[float(n) for n in _numbers(args.longer)] if args.longer else (),
                     random_init=args.random_init, processes=args.processes, to=args.out, progress=not args.quiet, **training, **(dict(published=True, mode="cumulative", normalise="published") if args.published else {}))
     out = tickets_json(study)
-    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
+    _written(args, out, scores=study.scores)
     if not args.json:
         print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.plan.space!r}\n")
         print(table(study).to_string(na_rep=""), "\n")
         print(gains(study).to_string(index=False, float_format="{:.3f}".format, na_rep="–"))
         for (t, s), why in study.skipped.items(): print(f"not pruned: {t}, seed {s}: {why}")
-        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
-    return _reported(args, out, lambda page: tickets_report(study, page))
+    return _reported(args, study.seconds, out, lambda page: tickets_report(study, page))
+
+
+def _tasks(given: Sequence[str], **reading: Any) -> dict[str, Any]:
+    "Tasks by name, read as asked."
+    from subnet_explorer.lottery import task_data
+    sources = dict(map(_named, given))
+    if len(sources) < len(given): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in given)}. Name them, e.g. mine=path/to/folder.")
+    return {n: task_data(s, **reading) for n, s in sources.items()}
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -172,13 +182,12 @@ def _tickets_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lenient", action="store_true", help="leave out, and count, broken lines")
     _usual(p)
 
-# %% ../nbs/20_cli.ipynb #337a1f32
+# %% ../nbs/20_cli.ipynb #43d988f9
 def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find knowledge-critical subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.critical import critical, critical_json, critical_report
     from subnet_explorer.data import blocks, read_texts
     from subnet_explorer.knowledge import neighbourhood, read_graph
-    from subnet_explorer.mask import atomic_write
     from subnet_explorer.objectives import longest
     from subnet_explorer.pocket import CRITICAL, load
     from subnet_explorer.space import is_causal
@@ -194,14 +203,13 @@ def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     study = critical(model, tok, target, control, blocks(tok, text, size, "\n") if size else text, layers=args.layers, granularity=args.granularity, position=args.position, noise=args.noise, sparsity=args.sparsity,
                      tolerance=args.tolerance, checks=args.checks, seeds=_numbers(args.seeds), split_seed=args.split_seed, filtered=not args.unfiltered, random=args.random, to=args.out, progress=not args.quiet, **settings)
     out = critical_json(study, args.out)
-    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "items.csv"), study.items.to_csv(index=False))
+    _written(args, out, items=study.items)
     if not args.json:
         print(f"{study.material!r}\n{study.space!r}, {out['maskable']:,} weights\n\n{study.summary().to_string(na_rep='')}\n")
         print("sparsity: " + ", ".join(f"{s['sparsity']:.4f} (seed {k})" for k, s in out["seeds"].items()) + (f"; overlap of seeds {out['overlap']['iou']:.3f}, by chance {out['overlap']['chance']:.3f}" if len(study.masks) > 1 else ""))
         for s, why in study.failed.items(): print(f"seed {s}: no checkpoint kept the rule ({why}); the nearest one is reported.")
         if left := {r: n for part in (target, control) for r, n in part.skipped.items() if n}: print(f"left out: {left}")
-        print(f"\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
-    return _reported(args, out, lambda page: critical_report(study, page))
+    return _reported(args, study.seconds, out, lambda page: critical_report(study, page))
 
 
 def _pair(text: str, of: type) -> tuple[Any, Any]:
@@ -243,11 +251,10 @@ def _critical_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--random", type=int, default=5, help="random removals per seed")
     _usual(p)
 
-# %% ../nbs/20_cli.ipynb #70eec2d8
+# %% ../nbs/20_cli.ipynb #92843da3
 def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.data import fitting, read_conllu, read_ner
-    from subnet_explorer.mask import atomic_write
     from subnet_explorer.pocket import PROBING, load
     from subnet_explorer.probing import probe, probe_json, probe_report
     model, tok = load(args.model, device=_device(args.device))
@@ -259,11 +266,11 @@ def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     study = probe(model, tok, args.task, train, dev, granularity=args.granularity.split(","), lambdas=lambdas, baselines=[b for b in args.baselines.split(",") if b], batch=args.batch, init=args.init, published=args.published, seeds=_numbers(args.seeds), to=args.out,
                   progress=not args.quiet, **(PROBING if args.model.startswith("pocket-") else {}) | {k: v for k, v in asked.items() if v is not None})
     out = probe_json(study) | {"left_out": {"train": lost, "dev": less}}
-    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1)); atomic_write(Path(args.out, "scores.csv"), study.scores.to_csv(index=False))
+    _written(args, out, scores=study.scores)
     if not args.json:
         print(f"{len(train):,} sentences to learn from, {len(dev):,} to report on" + (f"; left out: {lost} and {less}" if lost or less else "") + f"\n\n{study.summary().dropna(axis=1, how='all').to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n")
-        print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + "".join(f"\n{n}" for n in out["notes"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
-    return _reported(args, out, lambda page: probe_report(study, page))
+        print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + "".join(f"\n{n}" for n in out["notes"]))
+    return _reported(args, study.seconds, out, lambda page: probe_report(study, page))
 
 # %% ../nbs/20_cli.ipynb #06f23457
 def _probe_arguments(p: argparse.ArgumentParser) -> None:
@@ -285,17 +292,13 @@ def _probe_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--published", action="store_true", help="the details of the released code: strided groups, training on [CLS] and [SEP], constant learning rates, framework resets")
     _usual(p)
 
-# %% ../nbs/20_cli.ipynb #2bce02fe
+# %% ../nbs/20_cli.ipynb #fd3d252a
 def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find task-agnostic subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.lottery import task_data
-    from subnet_explorer.mask import atomic_write
     from subnet_explorer.pocket import TAMT, load
     from subnet_explorer.tamt import tamt, tamt_json, tamt_report
     model, tok = load(args.model, device=_device(args.device))
-    pocket, sources = args.model.startswith("pocket-"), dict(_named(t) for t in args.tasks or [])
-    if len(sources) < len(args.tasks or []): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in args.tasks)}. Name them, e.g. mine=path/to/folder.")
-    tasks = {n: task_data(s, train=args.limit, test=args.test, strict=not args.lenient) for n, s in sources.items()}
+    pocket, tasks = args.model.startswith("pocket-"), _tasks(args.tasks or [], train=args.limit, test=args.test, strict=not args.lenient)
     text, dev = _running(model, tok, args.text, args.dev, (0 if pocket else None) if args.block is None else args.block, args.cache)
     usual = TAMT if pocket else {}
     asked = {k: v for k in ("steps", "lr", "batch", "interval") if (v := getattr(args, k)) is not None}
@@ -303,10 +306,9 @@ def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=args.methods.split(","), seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
                  head=args.head, padding=args.padding, rewind=args.rewind, matched=args.matched, snapshots=args.snapshots, along=args.along, to=args.out, progress=not args.quiet, **usual | asked | {"tuning": tuning})
     out = tamt_json(study, args.out)
-    atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
-    for name, t in (("scores", study.scores), ("curves", study.curves), ("transfer", study.transfer)): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
-    if not args.json: print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.space!r}\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
-    return _reported(args, out, lambda page: tamt_report(study, page))
+    _written(args, out, scores=study.scores, curves=study.curves, transfer=study.transfer)
+    if not args.json: print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.space!r}\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}")
+    return _reported(args, study.seconds, out, lambda page: tamt_report(study, page))
 
 
 def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | None, cache: str | None) -> tuple[Any, Any]:

@@ -751,7 +751,7 @@ UNPACKED = """<script>function unpacked(code, shape, top) {
   return part(0);
 }</script>"""
 
-# %% ../nbs/18_plots.ipynb #152040a8
+# %% ../nbs/18_plots.ipynb #ead391cf
 STYLE = ("""<style>:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
 figure{margin:1.2rem 0;padding:.5rem;overflow-x:auto;border-radius:.4rem}figure.paper{background:#fff;color:#111;color-scheme:light}details{font-size:.9em;margin:.3rem .5rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #8886}</style>""")
@@ -762,11 +762,13 @@ def report(
     path: str | Path,                                            # the .html file
     title: str,
     sections: Sequence[tuple[str, str, Sequence[Any]]],          # (heading, prose, items): figures, views, tables, anything with an HTML form
+    settings: Mapping[str, Any] | None = None,                   # what it was made with: a table at the end
 ) -> Path:
     "Write one self-contained HTML file."
     if Path(path).suffix.lower() != ".html": raise CannotDraw(f"a report is an .html file, got {Path(path).name!r}.")
     body, n = [f"<h1>{html.escape(title)}</h1>"], 0
-    for heading, prose, items in sections:
+    made = [("How it was made", "", [pd.DataFrame({"setting": list(settings), "value": [str(v) for v in settings.values()]})])] if settings else []
+    for heading, prose, items in [*sections, *made]:
         body.append(f"<section><h2>{html.escape(heading)}</h2>" + "".join(f"<p>{html.escape(p)}</p>" for p in prose.split("\n\n") if p.strip()))
         for item in items: body.append(_card(item, n)); n += 1
         body.append("</section>")

@@ -28,8 +28,8 @@ from .space import SubnetError, check_model, check_names
 from .store import Run, Store, load_state, progress_bar, read_state, save_state
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'ENGINES', 'ROUND', 'lr_at', 'Diverged', 'Monitor', 'seen', 'frozen', 'check_settings', 'find',
-           'WrongProcesses', 'Team', 'Search', 'find_all']
+__all__ = ['SCHEDULES', 'ENGINES', 'ROUND', 'lr_at', 'Diverged', 'Monitor', 'seen', 'frozen', 'check_settings', 'check_seeds',
+           'find', 'WrongProcesses', 'Team', 'Search', 'find_all']
 
 # %% ../nbs/09_search.ipynb #cbf0106a
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -46,7 +46,7 @@ def lr_at(step: int, steps: int, schedule: str = "linear", warmup: float = 0.1) 
     up = round(warmup * steps)
     return (step + 1) / up if step < up else SCHEDULES[schedule]((step - up) / max(1, steps - up))
 
-# %% ../nbs/09_search.ipynb #c1896583
+# %% ../nbs/09_search.ipynb #17d8cea3
 class Diverged(SubnetError):
     """The loss or a gradient became NaN or infinite; the last saved state is kept.
 
@@ -83,6 +83,11 @@ def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate
     for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("every", every, 1), ("accumulate", accumulate, 1)):
         if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
     if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
+
+
+def check_seeds(seeds: Sequence[int], what: str = "seeds") -> None:
+    "Raise `SubnetError` unless there are some, all different."
+    if not seeds or len(set(seeds)) < len(seeds): raise SubnetError(f"{what} must be different numbers, at least one, got {seeds}.")
 
 # %% ../nbs/09_search.ipynb #496e1ed5
 def find(
