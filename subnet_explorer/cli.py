@@ -25,7 +25,7 @@ __all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command
 # %% ../nbs/20_cli.ipynb #fa0ee4e7
 _MODEL = "pocket-bert, a folder, or a hub name"
 _OUT = "folder for masks, tables and the report; the same command continues there"
-_TASKS = "pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG; questions about texts: squad:TRAIN.json[,DEV.json], a folder with both, or datasets:squad"
+_SOURCE = "pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv file, or datasets:NAME/CONFIG; questions about texts: squad:TRAIN.json[,DEV.json], a folder with both, or datasets:squad"
 
 
 def _usual(p: argparse.ArgumentParser) -> None:
@@ -163,7 +163,7 @@ def _named(text: str) -> tuple[str, str]:
 # %% ../nbs/20_cli.ipynb #1f7c77eb
 def _tickets_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help=_MODEL)
-    p.add_argument("--task", required=True, nargs="+", metavar="[NAME=]SOURCE", help=_TASKS)
+    p.add_argument("--task", required=True, nargs="+", metavar="[NAME=]SOURCE", help=_SOURCE)
     p.add_argument("--seeds", default="0,1,2,3,4", help="with commas")
     p.add_argument("--out", required=True, help="folder for masks, models, tables and the report; the same command continues there")
     p.add_argument("--kind", default="head+mlp", choices=["head+mlp", "head", "mlp", "weight"], help="what is pruned: by importance, or weights by magnitude")
@@ -337,7 +337,7 @@ def _tamt_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", required=True, help=_OUT)
     p.add_argument("--density", default="0.5,0.3", help="shares of weights kept, with commas")
     p.add_argument("--methods", default="omp,random,imp,mlm,kd,mlm+kd", help="with commas")
-    p.add_argument("--tasks", nargs="+", metavar="[NAME=]SOURCE", help=f"tasks to fine-tune on: {_TASKS}")
+    p.add_argument("--tasks", nargs="+", metavar="[NAME=]SOURCE", help=f"tasks to fine-tune on: {_SOURCE}")
     p.add_argument("--seeds", default="0", help="of masks, with commas")
     p.add_argument("--tuning-seeds", default="0,1,2", help="of fine-tuning, with commas")
     _values(p, int, steps="of mask training; 20000 if nothing is said")
