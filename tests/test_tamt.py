@@ -22,7 +22,7 @@ from subnet_explorer.gates import TopK
 from subnet_explorer.lottery import task_data
 from subnet_explorer.mask import Mask
 from subnet_explorer.masks import Masks
-from subnet_explorer.objectives import MLM, Context, Hidden, LanguageHead, Sequences
+from subnet_explorer.objectives import MLM, Context, Hidden, LanguageHead, Sequences, row_losses
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import find
 from subnet_explorer.space import Space, SubnetError, UnknownName
