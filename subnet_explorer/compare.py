@@ -18,7 +18,7 @@ from .space import Group, Space, SubnetError, check_names, footprints, same_spac
 # %% auto #0
 __all__ = ['PAIRWISE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement',
            'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'holm', 'mcnemar', 'consensus', 'correlation',
-           'stability', 'resampled', 'interval']
+           'stability', 'resampled', 'interval', 'student']
 
 # %% ../nbs/15_compare.ipynb #5f0b68bc
 def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
@@ -361,3 +361,12 @@ def interval(groups: Sequence[np.ndarray], level: float = 0.95, samples: int = 1
     "Mean with a percentile bootstrap interval over draws and items (arguments as those of `resampled`)."
     value, means = resampled(groups, samples, seed, pooled, weights)
     return float(value), *map(float, np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+# %% ../nbs/15_compare.ipynb #740b67bc
+def student(values: Sequence[float], level: float = 0.95) -> dict[str, float]:      # n, mean, std, low, high
+    "Number, mean, standard deviation and Student interval of independent values, one per seed say; `nan` where undefined."
+    from scipy.stats import t
+    x = np.asarray(values, float)
+    mean, std = float(x.mean()) if len(x) else np.nan, float(x.std(ddof=1)) if len(x) > 1 else np.nan
+    half = float(t.ppf((1 + level) / 2, len(x) - 1)) * std / np.sqrt(len(x)) if len(x) > 1 else np.nan
+    return dict(n=len(x), mean=mean, std=std, low=float(mean - half), high=float(mean + half))

@@ -5,7 +5,6 @@
 # %% ../nbs/07_pocket.ipynb #f35b7853
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import zlib
@@ -398,7 +397,7 @@ def _tokenizer(causal: bool) -> Any:
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=64)
 
-# %% ../nbs/07_pocket.ipynb #93d661e6
+# %% ../nbs/07_pocket.ipynb #d8858f27
 def _model(causal: bool, tok: Any, seed: int) -> Any:
     "An untrained pocket model."
     import torch
@@ -446,7 +445,7 @@ def write_models(
 ) -> None:
     "Train the pocket models on the CPU and save them in Hugging Face format."
     import torch
-    from tqdm.auto import tqdm
+    from subnet_explorer.store import progress_bar
     for name in check_names(names, ["bert", "gpt2"], "pocket model"):
         causal, dest = name == "gpt2", Path(folder) / name
         tok = _tokenizer(causal)
@@ -454,7 +453,7 @@ def write_models(
         opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
         total = epochs * len(list(range(0, len(corpus(0)), batch)))
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=total, pct_start=0.05)
-        bar = tqdm(total=total, desc=f"pocket-{name}", mininterval=5)
+        bar = progress_bar(f"pocket-{name}", total)
         for epoch in range(epochs):
             for ids, real, labels in _batches(tok, causal, epoch, batch):
                 loss = model(input_ids=ids, attention_mask=real, labels=labels).loss

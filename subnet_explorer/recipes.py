@@ -152,7 +152,7 @@ def lamp_json(study: LampStudy, to: str | Path | None = None) -> dict[str, Any]:
     return {"model": study.space.model.name, "relations": relations, "macro": at("macro"), "micro": at("micro"), "left_out": {r: s for r, s in study.skipped.items() if r not in relations}, "split_hash": study.data.hash,
             "config": study.config, "seconds": round(study.seconds, 1)}
 
-# %% ../nbs/13_recipes.ipynb #1632d8d5
+# %% ../nbs/13_recipes.ipynb #6159a3d8
 def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path) -> Path:
     "Write the report of a study."
     from subnet_explorer import compare, plots, represent
@@ -175,9 +175,8 @@ def lamp_report(study: LampStudy, model: nn.Module, tok: Any, path: str | Path) 
         ("What relations share", "Jaccard distance between the masks of two relations. " + ("All started from one initialisation, so without training every distance would be 0; the chance value is that of unrelated masks." if study.start else "Every mask started from its own initialisation."), [plots.jaccard(compare.jaccard(first, by="task"))] if len(relations) > 1 else []),
         ("[CLS] under the full model and under subnetworks", why, cls),
         ("Where [MASK] looks", text, [plots.mask_attention(maps), plots.attention_pair(maps, layers=[i + 1 for i in study.space.layers])]),
-        ("How it was made", "", [pd.DataFrame({"setting": list(study.config), "value": [str(v) for v in study.config.values()]})]),
     ]
-    return plots.report(path, f"Relation-specific subnetworks of {study.space.model.name}", [s for s in sections if s[2]])
+    return plots.report(path, f"Relation-specific subnetworks of {study.space.model.name}", [s for s in sections if s[2]], study.config)
 
 # %% ../nbs/13_recipes.ipynb #7d7f46b8
 def lamp_ablation(

@@ -20,7 +20,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'GRANULARITIES', 'SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName',
            'LayerRange', 'check_names', 'reach', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout',
-           'layout_of', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'spread', 'granular', 'grid',
+           'layout_of', 'digest', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'spread', 'granular', 'grid',
            'unit_space', 'same_space', 'check_model', 'Footprint', 'footprints', 'space_to', 'family_table']
 
 # %% ../nbs/00_space.ipynb #b4117556
@@ -230,7 +230,12 @@ def layout_of(
                                 f"{tuple(mods[r].weight.shape)} where {out.shape(r)} was expected.")
     return out
 
-# %% ../nbs/00_space.ipynb #46b3978d
+# %% ../nbs/00_space.ipynb #c8ec8194
+def digest(what: Any, digits: int = 16, *, sort: bool = True) -> str:      # hexadecimal
+    "Hash of plain data by its JSON form; of dictionaries it tells the order of keys only with `sort=False`."
+    return hashlib.sha256(json.dumps(what, sort_keys=sort, default=str).encode()).hexdigest()[:digits]
+
+
 @dataclass(frozen=True)
 class ModelId:
     "Identity of a base model."
@@ -258,11 +263,9 @@ def fingerprint(model: Any, layout: Layout) -> str:
 def model_id(model: Any, layout: Layout) -> ModelId:
     "Identity of `model`."
     cfg = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "architectures")}
-    digest = hashlib.sha256(json.dumps(cfg, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return ModelId(model.config._name_or_path or type(model).__name__, getattr(model.config, "_commit_hash", None),
-                   digest, fingerprint(model, layout))
+    return ModelId(model.config._name_or_path or type(model).__name__, getattr(model.config, "_commit_hash", None), digest(cfg), fingerprint(model, layout))
 
-# %% ../nbs/00_space.ipynb #42197a40
+# %% ../nbs/00_space.ipynb #3bbc3303
 KINDS = ("weight", "block", "bias", "neuron", "head", "mlp", "layer")
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ class Group:
         "Number of coordinates."
         return prod(self.shape)
 
-
+# %% ../nbs/00_space.ipynb #fcec5d25
 @dataclass(frozen=True)
 class Space:
     "Ordered coordinates a mask can have on one model."
@@ -330,7 +333,7 @@ class Space:
     @cached_property
     def id(self) -> str:
         "Hash of coordinates and weights: equal ids mean that masks can be combined (16 hex digits)."
-        return hashlib.sha256(json.dumps([self.to_json()["groups"], self.model.weights], sort_keys=True).encode()).hexdigest()[:16]
+        return digest([self.to_json()["groups"], self.model.weights])
 
     def to_json(self) -> dict[str, Any]:
         "Plain dictionary for a mask file."

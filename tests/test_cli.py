@@ -78,6 +78,21 @@ def test_version_and_help():
     assert process.communicate(timeout=120) == (f"subnet-explorer {__version__}\n", "") and process.returncode == 0
 
 
+@pytest.mark.parametrize("name", ["subnet_explorer", "subnet_explorer.cli"])
+def test_the_package_and_the_module_are_the_command(name):
+    said = lambda *args: subprocess.run([sys.executable, "-m", name, *args], capture_output=True, text=True)
+    version, nothing = said("--version"), said()
+    assert (version.returncode, version.stdout.strip(), version.stderr) == (0, f"subnet-explorer {__version__}", "")
+    assert nothing.returncode == 2 and nothing.stdout == "" and nothing.stderr.startswith("usage: subnet-explorer ")
+
+
+@pytest.mark.parametrize("command, told", [("probe", '"pocket-gaps"'), ("tamt", "squad:TRAIN.json")])
+def test_help_names_the_sources(call, command, told, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")
+    status, out, err = call(command, "--help")
+    assert (status, err) == (0, "") and told in out
+
+
 def test_doctor(call):
     status, out, err = call("doctor", "--json")
     found = json.loads(out)

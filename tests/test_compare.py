@@ -4,10 +4,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from scipy import stats
 from scipy.spatial.distance import jaccard as scipy_jaccard
 from sklearn.metrics import jaccard_score
 
-from subnet_explorer.compare import jaccard, jaccard_chance, jaccard_distance
+from subnet_explorer.compare import jaccard, jaccard_chance, jaccard_distance, student
 from subnet_explorer.mask import Mask
 from subnet_explorer.masks import Masks, overlaps, survival, votes
 from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownName
@@ -167,3 +168,12 @@ def test_counting_leaves_masks_packed(tmp_path):
     tracemalloc.stop()
     assert kept < 4.2e6 and most < 8e6                                          # four masks of 1 MB; unpacked they have 32 MB
     with pytest.raises(SubnetError, match="no mask to compare"): overlaps(Masks([]))
+
+
+# ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).filter(lambda x: np.ptp(x) > 1e-3), st.sampled_from([.5, .9, .95]))
+def test_students_intervals_are_those_of_scipy(x, level):
+    ours = student(x, level)
+    assert (ours["n"], ours["mean"], ours["std"]) == (len(x), pytest.approx(np.mean(x)), pytest.approx(np.std(x, ddof=1)))
+    assert [ours["low"], ours["high"]] == pytest.approx(stats.t.interval(level, len(x) - 1, np.mean(x), stats.sem(x)), rel=1e-6, abs=1e-6)

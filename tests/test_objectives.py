@@ -13,7 +13,7 @@ import subnet_explorer.objectives as objectives
 from subnet_explorer.data import BadTexts, Blocks, Fact, Facts, blocks, encode, read_facts, read_texts
 from subnet_explorer.evaluate import perplexity
 from subnet_explorer.gates import Concrete, Threshold
-from subnet_explorer.objectives import MLM, Context, Known, Maintain, Prompts, Reference, Sequences, Suppress
+from subnet_explorer.objectives import MLM, Context, Known, Maintain, Prompts, Reference, Sequences, Suppress, head_changes, row_losses
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import find, frozen
 from subnet_explorer.space import FAMILIES, Space, SubnetError
@@ -58,11 +58,11 @@ def test_chunked_rows_equal_naive_rows(world, name, rows):
     rng = torch.Generator().manual_seed(0)
     h = torch.randn(7, seqs.layout.hidden, generator=rng).requires_grad_()
     goal, gold, weight = seqs.predict(torch.randn(7, seqs.layout.hidden, generator=rng)).detach(), torch.arange(7) + 5, torch.rand(7, generator=rng)
-    got = seqs.mean(h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), rows)
+    got = row_losses(seqs, h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), rows)
     want = NAIVE[name](seqs.predict(h), goal, gold)
     assert torch.allclose(got, want, atol=1e-6, rtol=1e-5)
     assert torch.allclose(*(torch.autograd.grad((x * weight).sum(), h, retain_graph=True)[0] for x in (got, want)), atol=1e-6, rtol=1e-5)
-    with torch.no_grad(): assert torch.allclose(seqs.mean(h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), rows), want, atol=1e-6, rtol=1e-5)
+    with torch.no_grad(): assert torch.allclose(row_losses(seqs, h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), rows), want, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -70,8 +70,8 @@ def test_a_head_that_is_trained_gets_its_gradient(name):
     model = tiny("bert")
     seqs, h = Sequences(model, IDS), torch.randn(7, 16, requires_grad=True)
     goal, gold, weight = torch.randn(7, seqs.predict(h).shape[-1]), torch.arange(7), model.get_output_embeddings().weight
-    assert seqs.head_changes()
-    got = seqs.mean(h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), 2).sum()
+    assert head_changes(seqs)
+    got = row_losses(seqs, h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), 2).sum()
     want = NAIVE[name](seqs.predict(h), goal, gold).sum()
     for a, b in zip(torch.autograd.grad(got, [h, weight]), torch.autograd.grad(want, [h, weight])): assert torch.allclose(a, b, atol=1e-5)
 

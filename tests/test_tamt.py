@@ -22,7 +22,7 @@ from subnet_explorer.gates import TopK
 from subnet_explorer.lottery import task_data
 from subnet_explorer.mask import Mask
 from subnet_explorer.masks import Masks
-from subnet_explorer.objectives import MLM, Context, Hidden, LanguageHead, Sequences
+from subnet_explorer.objectives import MLM, Context, Hidden, LanguageHead, Sequences, row_losses
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import find
 from subnet_explorer.space import Space, SubnetError, UnknownName
@@ -233,7 +233,7 @@ def test_heads_of_every_family(family):
     seqs = Sequences(model, ids)
     states = seqs.hidden(np.arange(2), [0, 1], [1, 2]).detach()
     assert torch.allclose(head.over(seqs).predict(states), seqs.predict(states), atol=1e-6) and head.learns == (family != "gpt2")
-    head.over(seqs).mean(states.requires_grad_(), lambda logits, part: -logits.log_softmax(-1)[:, 5]).sum().backward()
+    row_losses(head.over(seqs), states.requires_grad_(), lambda logits, part: -logits.log_softmax(-1)[:, 5]).sum().backward()
     assert states.grad.any() and (not head.learns or any(p.grad is not None and p.grad.any() for p in head.own)) and all(p.grad is None for p in model.parameters())
     with torch.no_grad(): [p.add_(1) for p in head.own]
     assert same(model, before)
