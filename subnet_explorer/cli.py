@@ -169,13 +169,13 @@ def probe_command(args: argparse.Namespace) -> dict[str, Any]:
         print("density by layer: " + ", ".join(f"{d:.3f}" for d in out["layers"]) + "".join(f"\n{n}" for n in out["notes"]) + f"\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
     return _reported(args, out, lambda page: probe_report(study, page))
 
-# %% ../nbs/20_cli.ipynb #2bce02fe
+# %% ../nbs/20_cli.ipynb #a012d617
 def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find task-agnostic subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.lottery import task_data
     from subnet_explorer.mask import atomic_write
     from subnet_explorer.pocket import TAMT, load
-    from subnet_explorer.tamt import tamt, tamt_json, tamt_report
+    from subnet_explorer.tamt import by_matrix, tamt, tamt_json, tamt_report
     model, tok = load(args.model, device=_device(args.device))
     pocket, sources = args.model.startswith("pocket-"), dict(_named(t) for t in args.tasks or [])
     if len(sources) < len(args.tasks or []): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in args.tasks)}. Name them, e.g. mine=path/to/folder.")
@@ -184,11 +184,11 @@ def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     usual = TAMT if pocket else {}
     asked = {k: v for k in ("steps", "lr", "batch", "interval") if (v := getattr(args, k)) is not None}
     tuning = {**usual.get("tuning", {}), **{k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, f"tune_{k}")) is not None}}
-    study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=args.methods.split(","), seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
+    study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=[m.strip() for m in args.methods.split(",")], seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
                  head=args.head, padding=args.padding, rewind=args.rewind, matched=args.matched, snapshots=args.snapshots, along=args.along, to=args.out, progress=not args.quiet, **usual | asked | {"tuning": tuning})
     out = tamt_json(study, args.out)
     atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
-    for name, t in (("scores", study.scores), ("curves", study.curves), ("transfer", study.transfer)): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
+    for name, t in (("scores", study.scores), ("curves", study.curves), ("transfer", study.transfer), ("distances", by_matrix(study))): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
     if not args.json: print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.space!r}\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}\n\n{study.seconds:.0f} s. Masks and tables are in {args.out}.")
     return _reported(args, out, lambda page: tamt_report(study, page))
 
@@ -201,7 +201,7 @@ def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | Non
     read = lambda s, part: read_blocks(tok, s, size, part=part, cache=cache) if size else read_texts(s, part=part)
     text = read(source, "train")
     if dev: return text, read(dev, "validation" if dev.startswith("datasets:") else "train")
-    if len(text) < 2: raise BadTexts(f"{source} has {len(text)} block of {size} tokens, so that none can be held out: give more text, or --dev.")
+    if len(text) < 2: raise BadTexts(f"{source} has one {f'block of {size} tokens' if size else 'line of text'}, so that none can be held out: give more text, or --dev.")
     k = max(1, len(text) // 10)
     return text[:-k], text[-k:]
 
