@@ -292,21 +292,21 @@ def _probe_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--published", action="store_true", help="the details of the released code: strided groups, training on [CLS] and [SEP], constant learning rates, framework resets")
     _usual(p)
 
-# %% ../nbs/20_cli.ipynb #fd3d252a
+# %% ../nbs/20_cli.ipynb #e7e2de7b
 def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find task-agnostic subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.pocket import TAMT, load
-    from subnet_explorer.tamt import tamt, tamt_json, tamt_report
+    from subnet_explorer.tamt import by_matrix, tamt, tamt_json, tamt_report
     model, tok = load(args.model, device=_device(args.device))
     pocket, tasks = args.model.startswith("pocket-"), _tasks(args.tasks or [], train=args.limit, test=args.test, strict=not args.lenient)
     text, dev = _running(model, tok, args.text, args.dev, (0 if pocket else None) if args.block is None else args.block, args.cache)
     usual = TAMT if pocket else {}
     asked = {k: v for k in ("steps", "lr", "batch", "interval") if (v := getattr(args, k)) is not None}
     tuning = {**usual.get("tuning", {}), **{k: v for k in ("epochs", "lr", "batch") if (v := getattr(args, f"tune_{k}")) is not None}}
-    study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=args.methods.split(","), seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
+    study = tamt(model, tok, text, dev, densities=_floats(args.density, "densities"), methods=[m.strip() for m in args.methods.split(",")], seeds=_numbers(args.seeds), tuning_seeds=_numbers(args.tuning_seeds), tasks=tasks, init=args.init, every=args.every, scope=args.scope, embeddings=args.embeddings,
                  head=args.head, padding=args.padding, rewind=args.rewind, matched=args.matched, snapshots=args.snapshots, along=args.along, to=args.out, progress=not args.quiet, **usual | asked | {"tuning": tuning})
     out = tamt_json(study, args.out)
-    _written(args, out, scores=study.scores, curves=study.curves, transfer=study.transfer)
+    _written(args, out, scores=study.scores, curves=study.curves, transfer=study.transfer, distances=by_matrix(study))
     if not args.json: print("\n".join(f"{n}: {d!r}" for n, d in tasks.items()), f"\n{study.space!r}\n\n{study.summary().to_string(index=False, float_format='{:.3f}'.format, na_rep='–')}")
     return _reported(args, study.seconds, out, lambda page: tamt_report(study, page))
 
@@ -319,7 +319,7 @@ def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | Non
     read = lambda s, part: read_blocks(tok, s, size, part=part, cache=cache) if size else read_texts(s, part=part)
     text = read(source, "train")
     if dev: return text, read(dev, "validation" if dev.startswith("datasets:") else "train")
-    if len(text) < 2: raise BadTexts(f"{source} has {len(text)} block of {size} tokens, so that none can be held out: give more text, or --dev.")
+    if len(text) < 2: raise BadTexts(f"{source} has one {f'block of {size} tokens' if size else 'line of text'}, so that none can be held out: give more text, or --dev.")
     k = max(1, len(text) // 10)
     return text[:-k], text[-k:]
 

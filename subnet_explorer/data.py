@@ -943,7 +943,7 @@ GLUE: dict[str, LabelTask] = {t.name: t for t in (
 )}
 "The tasks of GLUE by name."
 
-# %% ../nbs/06_data.ipynb #201c0416
+# %% ../nbs/06_data.ipynb #9d282112
 @dataclass(frozen=True)
 class Labelled:
     "Sentences or pairs of sentences with labels."
@@ -973,6 +973,7 @@ class Labelled:
 
     def take(self, n: int, seed: int = 0) -> Labelled:
         "`n` random rows, in order (all, if there are no more)."
+        if n < 0: raise SubnetError(f"a number of rows is 0 or more, got {n}.")
         picked = sorted(random.Random(f"take-{seed}").sample(range(len(self)), min(n, len(self))))
         return replace(self, items=tuple(self.items[i] for i in picked), name=f"{self.name}[{len(picked)}]")
 
@@ -985,7 +986,7 @@ class Labelled:
         kinds = "real values" if self.real else ", ".join(f"{k}: {n:,}" for k, n in sorted(Counter(r["label"] for r in self).items()))
         return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {kinds})"
 
-# %% ../nbs/06_data.ipynb #3fc8c21c
+# %% ../nbs/06_data.ipynb #f1bd7c2c
 def read_glue(
     source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv, or "datasets:NAME[/CONFIG]"
     part: str = "train",             # "train" or "dev" (not for a file)
@@ -999,7 +1000,7 @@ def read_glue(
     places = [next((columns.index(n) for n in names if n in columns), None) for names in (found.text, found.pair, found.label)]
     for place, names in zip(places, (found.text, found.pair, found.label)):
         if place is None and names and not (names is found.pair and found.name == "table"):
-            raise BadTable(f"{where} has no column {' or '.join(names)}: found {', '.join(columns) or 'nothing'}. Is it a {found.name} table?")
+            raise BadTable(f"{where} has no column {' or '.join(names)}: found {', '.join(columns) or 'nothing'}. " + (f"Is it a {found.name} table?" if found.name != "table" else "A header with these names was expected."))
     items, skipped = [], Counter()
     for n, cells in rows:
         try: items.append(_row(cells, columns, places, found))

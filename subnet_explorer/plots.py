@@ -426,7 +426,7 @@ def tickets(
     said = lambda r: f"{r.kind} " + ("" if r.stage == "full" else f"{r.stage} ") + ("undefined" if np.isnan(r["mean"]) else f"{r['mean']:.2f}" + ("" if np.isnan(r.low) else f" ± {r['std']:.2f}" if spread == "std" else f" ({r.low:.2f} to {r.high:.2f})"))
     return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. " + " ".join(f"{task}: " + ", ".join(said(r) for _, r in data[data.task == task].iterrows()) + "." for task in tasks))
 
-# %% ../nbs/18_plots.ipynb #44780da9
+# %% ../nbs/18_plots.ipynb #5d25c8c4
 def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",
@@ -442,10 +442,11 @@ def placement(
     per = {m: share(["matrix", "layer", "head"])[m].unstack("head") for m in heads}
     shown = [grid, *per.values()]
     high, columns = top or max(float(np.nanmax(g.to_numpy(float))) for g in shown), max(1, len(heads))
-    deep, wide = 34 * max(3, len(grid)), max(600, 40 + 34 * sum(p.shape[1] for p in per.values()))
+    deep, wide = 34 * max(3, len(grid)), max(600, 88 * grid.shape[1], 40 + 34 * sum(p.shape[1] for p in per.values()))
     fig = make_subplots(2 if heads else 1, columns, specs=[[{"colspan": columns}, *[None] * (columns - 1)], *([[{}] * columns] if heads else [])], horizontal_spacing=.05, vertical_spacing=55 / (2 * deep + 55) if heads else 0,
                         subplot_titles=["all matrices", *(f"{name(m)}, by head" for m in heads)])
     _heat(fig, grid, label, (1, 1), digits=3)
+    fig.update_xaxes(tickangle=0, row=1, col=1)                      # upright names would reach into the panels below
     for i, (m, p) in enumerate(per.items(), 1): _heat(fig, p.set_axis([str(j) for j in p.index]), f"{name(m)}: {label}", (2, i), numbers=False)
     _layout(fig, title, 220 + wide, 160 + deep * len(shown[:2]) + 55 * bool(heads), coloraxis=_scale(0, high or 1, label))
     said = share(["layer", "matrix"]); least, most = said.idxmin(), said.idxmax()

@@ -53,7 +53,7 @@ class Questions(Labelled):
     def unit(self, row: Mapping[str, Any]) -> str: return row["context"]
     def __repr__(self) -> str: return f"Questions({self.name}: {len(self):,} about {len({r['context'] for r in self}):,} texts)"
 
-# %% ../nbs/06_squad.ipynb #b42aa7a7
+# %% ../nbs/06_squad.ipynb #f3d2672a
 MISPLACED = ("raise", "move", "drop")
 "What can be done about answers that do not stand at their offset."
 
@@ -77,7 +77,7 @@ def read_squad(
         row["answers"] = list(_placed(row, misplaced, skipped, wrong))
         if row["answers"]: items.append(row)
         else: skipped["question without answer"] += 1
-    if wrong: raise MisplacedAnswers(f'{len(wrong)} answers in {name} do not stand at their offset; the first: {wrong[0]} Use misplaced="move" to take the nearest occurrence, or "drop" to leave them out.')
+    if wrong: raise MisplacedAnswers(f'{len(wrong)} answers in {name} do not stand at their offset; the first: {wrong[0]} Use misplaced="move" (in a shell: --lenient) to take the nearest occurrence, or "drop" to leave them out.')
     if not items: raise BadQuestions(f"no question with an answer in {name}" + (f"; left out: {dict(skipped)}." if skipped else "."))
     if twice := [i for i, k in Counter(r["id"] for r in items).items() if k > 1]: raise BadQuestions(f"{name}: {len(twice)} ids stand before several questions, e.g. {twice[0]!r}.")
     return Questions(tuple(items), name=name, skipped=dict(skipped))

@@ -443,7 +443,7 @@ def test_json_and_report(straight, tmp_path):
     assert n == 4 and np.shape(j["distance"]) == np.shape(j["chance"]) == (4, 4)
     assert j["distance"][0][1] == pytest.approx(j["chance"][0][1], abs=.01)
     page = tamt_report(study, tmp_path / "r.html").read_text()
-    assert all(s in page for s in ("Mean over tasks", "Jaccard distance", "Score against loss", "Mask training"))
+    assert all(s in page for s in ("Mean over tasks", "Jaccard distance", "Score against loss", "Masks on the way"))
 
 
 def test_matched_masks_have_taken_what_pruning_takes(world):
@@ -451,7 +451,56 @@ def test_matched_masks_have_taken_what_pruning_takes(world):
     assert study.scores.set_index(["method", "density"]).steps.to_dict() == {("full", 1.0): 0, ("imp", .8): 1, ("imp", .6): 3, ("mlm", .8): 1, ("mlm", .6): 3}
 
 
+def test_a_study_with_other_settings_beside(world, straight, tmp_path):
+    "Each names its own masks: settings, teachers, and prunes on the way tell them apart."
+    go = lambda to, **more: tamt(*world, TEXTS, DEV, to=to, **SMALL | dict(steps=2, snapshots=0) | more)
+    named = lambda study, to: [Mask.load(p) for m in tamt_json(study, to)["methods"].values() for by in m.values() for p in by["masks"]]
+    for steps in (2, 3, 1):
+        study = go(tmp_path / "a", methods=("mlm",), steps=steps)
+        assert named(study, tmp_path / "a") == [m for _, m in study.masks] and study.scores.steps.tolist() == [0, steps]
+    other = load("pocket-bert")[0]
+    with torch.no_grad(): other.bert.encoder.layer[1].output.dense.weight.mul_(3)
+    own, taught = go(tmp_path / "a", methods=("kd",)), go(tmp_path / "a", methods=("kd",), teacher=other)
+    assert own.masks[0] != taught.masks[0] == go(None, methods=("kd",), teacher=other).masks[0] and own.config["teacher"] is None and "weights" in taught.config["teacher"]
+    few, more = go(tmp_path / "a", methods=("imp",)), go(tmp_path / "a", methods=("imp",), densities=(.65, .6))
+    assert (few.scores.steps.tolist(), more.scores.steps.tolist()) == ([0, 3], [0, 3, 4]) and more.masks[1] == go(None, methods=("imp",), densities=(.65, .6)).masks[1]
+
+
+def test_how_far_masks_are(straight, world):
+    "From the mask before training, whatever snapshots there are; and by matrix, against masks counted plainly."
+    study, _ = straight
+    alone = tamt(*world, TEXTS, DEV, methods=("mlm",), **SMALL | dict(snapshots=0))
+    last = study.curves.query("method == 'mlm' and step == 4 and seed == 0")
+    assert alone.curves.moved.tolist() == last.moved.tolist() != [0.0] and alone.curves.chance.tolist() == pytest.approx([1 - .6 / 1.4], abs=1e-3)
+    imp_ = study.curves.query("method == 'imp' and step == 0")
+    assert (imp_.moved == 0).all() and (imp_.density == .9).all()                          # nothing was trained before the first prune
+    t, (a, b) = study.by_matrix(), (study.masks.sel(method=m, seed=0)[0] for m in ("omp", "imp"))
+    t = t[(t.a == "omp 0.6") & (t.b == "imp 0.6")].reset_index()
+    two = study.masks.sel(method="imp", seed=1)[0]
+    for r, g in zip(t.itertuples(), study.space.groups):
+        far = lambda m: 1 - (a[g.name] & m[g.name]).sum() / (a[g.name] | m[g.name]).sum()
+        assert (r.layer, r.matrix, r.size) == (g.layer + 1, g.role, g.size) and r.distance == pytest.approx((far(b) + far(two)) / 2) and r.chance == pytest.approx(1 - .6 / 1.4, abs=1e-3)
+    assert t.distance.gt(0).any() and len(study.by_matrix()) == 6 * len(study.space.groups)
+
+
+def test_questions_are_tuned_by_their_own_settings():
+    from subnet_explorer.tamt import SPANS, TUNE, tuned_by
+    of = {t: task_data(f"pocket:{t}", train=20, test=20) for t in ("entails", "answers")}
+    assert tuned_by(of["entails"], {}) == TUNE and tuned_by(of["answers"], {}) == TUNE | SPANS and (SPANS["length"], TUNE["length"]) == tuple(of[t].train.task.length for t in ("answers", "entails"))
+    assert tuned_by(of["answers"], {"batch": 4}) == TUNE | SPANS | {"batch": 4}
+
+
+def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
+    study = tamt(*world, TEXTS, DEV, methods=("omp", "imp", "mlm"), along=True, tasks={"entails": tasks["entails"]}, to=None, **SMALL | dict(densities=(.8, .6)))
+    assert set(study.transfer.query("method == 'mlm' and density == 0.6").step) == {0, 2, 4}
+    page = tamt_report(study, tmp_path / "r.html").read_text()
+    assert all(s in page for s in ("Score against steps of search, density 0.8", "Score against steps of search, density 0.6", "imp, down to 0.6", "mlm 0.6: distance from the largest weights (chance 0.57)", "Unrelated masks: 0.33 at 0.8, 0.57 at 0.6"))
+    assert "mlm 0.8: distance from" not in page                                              # at the lowest density only
+
+
 @pytest.mark.parametrize("more, says", [
+    (dict(interval=0), "interval is the number of steps"), (dict(interval=2.5), "whole number"), (dict(snapshots=-1), "0 or more"), (dict(snapshots=[0, 9]), "there is no step 9"), (dict(densities=(1e-9,), scope="global"), "keeps none of"),
+    (dict(matched=True, interval=3), "imp takes 9 steps to a density of 0.6"), (dict(tuning=dict(epoch=3)), "did you mean epochs"), (dict(tuning=dict(epochs=0)), "epochs of fine-tuning"), (dict(tuning=dict(lr=-1.0)), "fine-tuning: lr must be"),
     (dict(text=[]), "text is empty"), (dict(text="a dog"), "one string"), (dict(dev=[]), "dev is empty"), (dict(densities=(1e-6,)), "keeps nothing of"), (dict(densities=(1.5,)), "share of weights kept"),
     (dict(seeds=(0, 0)), "different numbers"), (dict(methods=()), "at least one method"), (dict(tasks={"RTE": TEXTS}), "read it with task_data"), (dict(drop=0.), "goes in one prune"), (dict(steps=0), "steps must be")])
 def test_bad_input(world, tmp_path, more, says):
@@ -479,5 +528,10 @@ def test_the_shell(tmp_path, capsys):
     out = json.loads(capsys.readouterr().out)
     assert list(out["methods"]) == ["omp", "mlm"] and all(Path(p).exists() for m in out["methods"].values() for p in m["0.6"]["masks"]) and (tmp_path / "out" / "report.html").exists()
     assert len(Store(tmp_path / "out" / "runs").masks()) == 2 and json.loads((tmp_path / "out" / "results.json").read_text())["full"] == out["full"]
+    assert (tmp_path / "out" / "distances.csv").read_text().startswith("a,b,layer,matrix,size,distance,chance\nomp 0.6,mlm 0.6,")
+    for more, says in ((["--limit", "-5"], "a number of rows is 0 or more"), (["--methods", "omp, mln"], "did you mean mlm"), (["--density", "1e-9", "--scope", "global"], "keeps none of")):
+        assert main([*call, *more]) == 2 and says in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("a dog runs")
+    assert main(call) == 2 and "has one line of text, so that none can be held out" in capsys.readouterr().err
     (tmp_path / "a.txt").write_bytes(b"\0\0")
     assert main(call) == 2 and "binary file" in capsys.readouterr().err
