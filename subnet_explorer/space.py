@@ -23,7 +23,7 @@ __all__ = ['FAMILIES', 'ROLES', 'KINDS', 'GRANULARITIES', 'SubnetError', 'SpaceM
            'layout_of', 'digest', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'spread', 'granular', 'grid',
            'unit_space', 'same_space', 'check_model', 'Footprint', 'footprints', 'space_to', 'family_table']
 
-# %% ../nbs/00_space.ipynb #b4117556
+# %% ../nbs/00_space.ipynb #7bc52c27
 class SubnetError(ValueError):
     """Base of every error that the library raises on purpose.
 
@@ -41,8 +41,8 @@ class SpaceMismatch(SubnetError):
 class UnknownFamily(SubnetError):
     """The architecture of a model is not known, by name or by structure.
 
-    Cause: The blocks of the model could not be found under the names that the known families use.
-    Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten lines.
+    Cause: The blocks of the model could not be found under the names that the known families use, or it is no model of transformers.
+    Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten lines. Load a name first: model, tok = load(name).
     """
 
 class UnknownName(SubnetError):
@@ -98,29 +98,39 @@ FAMILIES: dict[str, dict[str, str]] = {
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 "The jobs a matrix can have in a block, in the order in which a `Space` lists them."
 
-# %% ../nbs/00_space.ipynb #c9e7f42e
+# %% ../nbs/00_space.ipynb #90a8eb19
 def reach(module: Any, path: str) -> Any:
     "Follow a dotted `path` of attributes and indices from `module`; `None` where it breaks off."
     for part in path.split(".") if path else []:
-        module = module[int(part)] if part.isdigit() else getattr(module, part, None)
+        module = getattr(module, part, None) if not part.isdigit() else module[int(part)] if int(part) < len(module) else None
         if module is None: return None
     return module
 
 
 def family_of(model: Any) -> str:
     "Name the family of a transformers model: by `config.model_type`, else by structure; raise `UnknownFamily` otherwise."
-    base, kind = model.base_model, getattr(model.config, "model_type", "?")
-    missing = {}
+    base, config = getattr(model, "base_model", None), getattr(model, "config", None)
+    if base is None or config is None: raise UnknownFamily(_no_model(model))
+    kind, missing = getattr(config, "model_type", "?"), {}
     for name in ([kind] if kind in FAMILIES else FAMILIES):
         paths = FAMILIES[name]
-        blocks = reach(base, paths["blocks"])
-        missing[name] = ([paths["blocks"]] if blocks is None else
-                         [p for r, p in paths.items() if r != "blocks" and reach(blocks[0], p) is None])
+        block = reach(base, first := f"{paths['blocks']}.0")
+        missing[name] = [first] if block is None else [p for r, p in paths.items() if r != "blocks" and reach(block, p) is None]
         if not missing[name]: return name
     near = min(missing, key=lambda n: (len(missing[n]), n))
     raise UnknownFamily(f"no known layout fits {type(model).__name__} (model type {kind!r}): the nearest is {near!r}, "
                         f"but {', '.join(missing[near])} is not there. Known: {', '.join(FAMILIES)}. "
                         "Add the paths of its matrices to subnet_explorer.space.FAMILIES.")
+
+
+def _no_model(found: Any) -> str:
+    "What to do where a transformers model was expected."
+    inside = next((n for n in ("model", "module") if hasattr(getattr(found, n, None), "base_model")), None)      # of a pipeline; of DataParallel
+    if isinstance(found, str): what, then = f"the text {found!r}", f"load it first: model, tok = load({found!r})"
+    elif isinstance(found, (tuple, list)): what, then = f"a {type(found).__name__} of {len(found)}", "load gives the model and its tokenizer: take them apart, model, tok = load(…)"
+    elif isinstance(found, type): what, then = f"the class {found.__name__}", f"make a model of it: {found.__name__}.from_pretrained(…)"
+    else: what, then = f"a {type(found).__name__}", f"the model is inside of it: give .{inside}" if inside else "load one by the name of a folder or of the hub: model, tok = load(…)"
+    return f"a transformers model is needed, with its base_model and its config, and this is {what}: {then}."
 
 
 def is_causal(model: Any) -> bool:

@@ -6,6 +6,7 @@ from browsing import SCREENS, alike, copied, in_lab, lab, opened, run_all, shot,
 
 from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
 from subnet_explorer.site import publish
+from subnet_explorer.space import unit_space
 
 pytestmark = pytest.mark.browser
 
@@ -248,6 +249,51 @@ def test_the_explorer_draws_attention_and_is_accessible(explorer):
     assert violations(page, ".jp-OutputArea-output:has(.se-board)") == []
     page.locator(".se-board").scroll_into_view_if_needed()
     shot(page, "lab-explorer", whole=False, like=False)
+
+
+def test_long_work_in_the_explorer_is_stopped_by_its_button(jupyter, browser):
+    address, folder = jupyter
+    many = folder / "many"
+    for i in range(200): Mask.random(unit_space(4, 4, mlps=True), .5, seed=i).save(many / f"{i:03d}.mask.safetensors")
+    (many / "slow").touch()
+    file = written(folder, "stopping", """
+import time
+from pathlib import Path
+import subnet_explorer.masks as reading
+from subnet_explorer import *
+at_once = reading.load_mask
+reading.load_mask = lambda path: (time.sleep(Path("many/slow").exists()), at_once(path))[1]      # a slow disk: a second for each file
+ui = explore("many", to="kept")
+ui""")
+    seen = in_lab(browser, address, file)
+    page, output = seen.page, seen.page.locator(".jp-OutputArea-output:has(.se-board)")
+    run_all(seen, file)
+    stop, progress = output.get_by_role("button", name="Stop", exact=True), output.locator(".progress-bar")
+    done = lambda: float(progress.evaluate("bar => bar.style.width").removesuffix("%"))
+    def stopped() -> None:
+        stop.wait_for(timeout=LONG); stop.click()
+        output.get_by_text("stopped", exact=True).wait_for(timeout=LONG)
+        stop.wait_for(state="hidden", timeout=LONG)
+        before = done()
+        page.wait_for_timeout(1000)
+        assert 0 < done() == before < 100 and stop.is_hidden()                               # it ended early, and nothing goes on behind
+    output.get_by_role("button", name="Read densities").click()                              # more than a minute, if nobody stops it
+    stopped()
+    output.get_by_role("button", name="Switch (Space)").click()                              # still there: an edit is heard, and shown …
+    output.get_by_text("; 1 edit", exact=False).first.wait_for(timeout=LONG)
+    stopped()
+    assert output.get_by_text("; 1 edit", exact=False).first.is_visible()                    # … and stays when what it set off is stopped
+    (many / "slow").unlink()
+    output.get_by_role("button", name="Read densities").click()                              # not everything was read; now it is
+    output.get_by_label("density ≥").wait_for(timeout=LONG)
+    page.wait_for_function("() => document.querySelector('.jp-OutputArea-output').innerText.includes('200 of 200 masks')", timeout=LONG)
+    output.get_by_placeholder("name of this mask").fill("by hand")
+    output.get_by_role("button", name="Save (s)").click()
+    output.get_by_text("saved kept/by hand.mask.safetensors").wait_for(timeout=LONG)
+    first, edited = Mask.load(many / "000.mask.safetensors"), Mask.load(folder / "kept" / "by hand.mask.safetensors")
+    assert (first ^ edited).count == 1 and edited.meta["parents"] == [first.id]
+    assert not seen.errors
+    page.context.close()
 
 
 # ── the screenshots' own test ────────────────────────────────────────────────────────────────────────────────────────
