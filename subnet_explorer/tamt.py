@@ -479,7 +479,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
     points = t.rename(columns={"mean": "score"}).assign(seconds=t.seconds.clip(lower=0.01))
     out = [plots.scatter(points, x, "score", "method", title=f"Score against {said}", labels=(said, "mean score"), log=log) for x, said, log in (("mlm_loss", LOSSES["mlm_loss"], False), ("seconds", "seconds of search (log)", True))]
     keys = ["method", "density", "step"]
-    steps = pd.DataFrame([dict(zip(keys, k)) | student(r.score) for k, r in runs_of(study, final=False).groupby(keys, sort=False)]).rename(columns={"mean": "score"})
+    steps = pd.DataFrame([dict(zip(keys, k)) | compare.student(r.score) for k, r in runs_of(study, final=False).groupby(keys, sort=False)]).rename(columns={"mean": "score"})
     return out + [plots.scatter(steps[(steps.density == d) | (steps.method == "full")], "step", "score", "method", title=f"Score against steps of search, density {d:g}", labels=("steps", "mean score")) for d in study.config["densities"]]
 
 
