@@ -17,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 from subnet_explorer.cli import main
 from subnet_explorer.compare import agreement, cochran, consensus, correlation, fleiss_kappa, holm, jaccard_chance, jaccard_distance, krippendorff_alpha, mcnemar, overlap, stability, survival_table
 from subnet_explorer.mask import Mask, Scores
-from subnet_explorer.masks import Masks, votes
+from subnet_explorer.masks import Masks
 from subnet_explorer.space import Group, Layout, ModelId, Space, SpaceMismatch, SubnetError, UnknownFamily, UnknownName, unit_space
 from subnet_explorer.store import BadMasks, Run, Store, read_masks, write_masks
 

@@ -17,7 +17,7 @@ from subnet_explorer.evaluate import accuracy, predict
 from subnet_explorer.heads import Chooser, Lora, adapted
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Context, Task
-from subnet_explorer.pocket import PARTS, choices, choose, pocket_rows, tiny
+from subnet_explorer.pocket import PARTS, choose, pocket_rows, tiny
 from subnet_explorer.score import importance
 from subnet_explorer.space import FAMILIES, Space, SpaceMismatch, SubnetError, UnknownName, layout_of
 from subnet_explorer.store import OtherRun
@@ -143,7 +143,6 @@ def test_the_place_of_the_answer_and_its_frequency_say_little():
 
 
 def test_pocket_questions_refuse():
-    uuid = pocket_rows()[0]["uuid"]
     for change, match in ((dict(removed=["nowhere"]), "e.g. 'nowhere'"), (dict(k=1), "choices 2 or more"), (dict(n=-1), "0 .the usual one. or more"), (dict(k=500), "too few for 500 choices"),
                           (dict(removed=[next(r["uuid"] for r in pocket_rows() if r["pred"] == "IsA")], relations=["MadeOf"]), "not facts of MadeOf")):
         with pytest.raises(SubnetError, match=match): choose(**change)

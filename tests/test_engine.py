@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +324,7 @@ def test_no_gradients_move_a_score_farther_than_the_bound(schedule, growth):
     from subnet_explorer.search import lr_at
     rates = [.01 * lr_at(t, 80, schedule) for t in range(80)]
     p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    adam, moved = torch.optim.Adam([p]), 0.0
+    adam = torch.optim.Adam([p])
     bound = farthest(rates)
     for t, rate in enumerate(rates):
         adam.param_groups[0]["lr"], p.grad = rate, torch.tensor([growth**t], dtype=torch.float64)

@@ -194,7 +194,7 @@ def test_a_floor_that_everything_passes_empties_the_model(base):
 
 
 def test_stale_scores_are_those_of_the_rejected_mask(base):
-    space, asked = Space.of(base, "head+mlp"), {}
+    space = Space.of(base, "head+mlp")
     for published in (False, True):
         sources = []
         def rank(m): sources.append(m); return score.random(space, 0)
@@ -284,7 +284,7 @@ def test_a_magnitude_ladder(bert, facts):
     assert found.mask.density == pytest.approx(.9 ** 9, abs=1e-4)
 
 
-def test_iterate_refuses(bert, facts):
+def test_iterate_refuses_odd_scores(bert, facts):
     model, tok = bert
     space, args = Space.of(model, "head"), dict(progress=False)
     class Fixed:

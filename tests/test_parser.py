@@ -16,7 +16,7 @@ from subnet_explorer.apply import masked
 from subnet_explorer.controls import control_labels, reset, selectivity
 from subnet_explorer.evaluate import TaskScore, accuracy, predict, task_scores
 from subnet_explorer.gates import HardConcrete
-from subnet_explorer.heads import Head, LowRank, Tagger, fit, word_rows
+from subnet_explorer.heads import Head, LowRank, Tagger, fit
 from subnet_explorer.mask import Mask
 from subnet_explorer.objectives import Context, Density, Task
 from subnet_explorer.parser import Biaffine, Parser, decoded, parse_scores, spanning_tree, split_sentences

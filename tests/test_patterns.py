@@ -18,7 +18,7 @@ from subnet_explorer.masks import Masks
 from subnet_explorer.patterns import PatternCNN, classifier, decide, fitted, pattern_report, shares, survival_correlation, train
 from subnet_explorer.pocket import tiny
 from subnet_explorer.represent import attention, attention_maps, each_attention
-from subnet_explorer.space import FAMILIES, Space, SpaceMismatch, SubnetError
+from subnet_explorer.space import Space, SpaceMismatch, SubnetError
 
 # block, value projection, attention output (on purpose not read from FAMILIES)
 PATHS = {

@@ -13,9 +13,8 @@ import torch
 from subnet_explorer import recipes
 from subnet_explorer.data import Facts, answerable, read_conllu, read_facts, split
 from subnet_explorer.evaluate import cloze
-from subnet_explorer.heads import Classifier, Tagger
 from subnet_explorer.mask import Mask, Scores
-from subnet_explorer.pocket import load, plausible, sentences, treebank
+from subnet_explorer.pocket import load, sentences, treebank
 from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report
 from subnet_explorer.space import SubnetError, UnknownName
 

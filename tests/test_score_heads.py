@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from subnet_explorer.data import Facts, encode, read_conllu, read_facts
-from subnet_explorer.evaluate import Precision
 from subnet_explorer.heads import Classifier, Tagger, fit, preserved
 from subnet_explorer.objectives import Cloze, Context, Density, Objective, Task, batch_at
 from subnet_explorer.pocket import load, plausible, tiny, treebank
@@ -217,6 +216,7 @@ def test_global_randomness_is_left_alone(models):
     wanted = torch.rand(3)
     torch.manual_seed(5)
     a = Classifier(model, rows, seed=2)
+    assert torch.equal(torch.rand(3), wanted)
     torch.rand(100)
     assert torch.equal(a.out.weight, Classifier(model, rows, seed=2).out.weight)
     assert not torch.equal(a.out.weight, Classifier(model, rows, seed=3).out.weight)

@@ -6,7 +6,6 @@ import json
 import re
 import string
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from subnet_explorer.apply import masked, parameter
-from subnet_explorer.evaluate import TaskScore, predict, task_metrics, task_scores
+from subnet_explorer.evaluate import task_metrics, task_scores
 from subnet_explorer.heads import fit, head_for, preserved
 from subnet_explorer.lottery import majority_label, task_data
 from subnet_explorer.objectives import Context, Task
