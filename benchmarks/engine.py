@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from workloads import Batch, Critical, Workload
 
 from subnet_explorer.apply import masked
-from subnet_explorer.data import Blocks, Fact, Facts
+from subnet_explorer.data import Fact, Facts
 from subnet_explorer.engine import MaskOptimizer
 from subnet_explorer.gates import Concrete, HardConcrete, Threshold
 from subnet_explorer.mask import Mask
@@ -24,6 +24,7 @@ from subnet_explorer.score import example_gradients
 from subnet_explorer.search import _open, _start, find, lr_at
 from subnet_explorer.shrink import compact
 from subnet_explorer.space import Space
+from subnet_explorer.texts import Blocks
 
 
 def rates(w: Workload, steps: int | None = None) -> list[float]:

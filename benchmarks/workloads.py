@@ -175,8 +175,8 @@ def compact(quick: bool = False, device: str = "cpu") -> Workload:
 
 def importance_pocket(quick: bool = False, device: str = "cpu", batch: int = 64) -> Workload:
     "The same on a real, small model and real lengths: pocket-bert and the 400 development pairs of a pocket task, in batches sorted by length."
-    from subnet_explorer.data import read_glue
     from subnet_explorer.pocket import load
+    from subnet_explorer.tables import read_glue
     bert, tok = load("pocket-bert")
     model = BertForSequenceClassification(bert.config)
     model.bert.load_state_dict(bert.bert.state_dict(), strict=False)

@@ -13,7 +13,10 @@ _HOMES = {
     "apply": ("masked",),
     "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
     "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Kept", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable", "Labelled", "read_glue", "read_choices", "read_texts", "Blocks", "blocks", "read_blocks", "Sentence", "read_conllu", "read_ner", "fitting"),
+    "data": ("Fact", "Facts", "read_facts", "split", "answerable"),
+    "texts": ("read_texts", "Blocks", "blocks", "read_blocks"),
+    "sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
+    "tables": ("Labelled", "read_glue", "read_choices"),
     "squad": ("Questions", "read_squad"),
     "pocket": ("load",),
     "store": ("Run", "Store"),
@@ -47,7 +50,7 @@ def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 if TYPE_CHECKING:
     from subnet_explorer import compare, evaluate, knowledge, patterns, pieces, plots, recipes, represent, score, transfer, widgets
     from subnet_explorer.apply import masked
-    from subnet_explorer.data import Blocks, Fact, Facts, Labelled, Sentence, answerable, blocks, fitting, read_blocks, read_choices, read_conllu, read_facts, read_glue, read_ner, read_texts, split
+    from subnet_explorer.data import Fact, Facts, answerable, read_facts, split
     from subnet_explorer.search import find
     from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
     from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
@@ -59,9 +62,12 @@ if TYPE_CHECKING:
     from subnet_explorer.pieces import compare_view, show, watch
     from subnet_explorer.pocket import load
     from subnet_explorer.score import iterate
+    from subnet_explorer.sentences import Sentence, fitting, read_conllu, read_ner
     from subnet_explorer.shrink import compact, load_compact
     from subnet_explorer.space import Space, SpaceMismatch, SubnetError
     from subnet_explorer.spans import SpanFinder
     from subnet_explorer.squad import Questions, read_squad
     from subnet_explorer.store import Run, Store
+    from subnet_explorer.tables import Labelled, read_choices, read_glue
+    from subnet_explorer.texts import Blocks, blocks, read_blocks, read_texts
     from subnet_explorer.widgets import explore

@@ -186,11 +186,11 @@ def _tickets_arguments(p: argparse.ArgumentParser) -> None:
 def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find knowledge-critical subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
     from subnet_explorer.critical import critical, critical_json, critical_report
-    from subnet_explorer.data import blocks, read_texts
     from subnet_explorer.knowledge import neighbourhood, read_graph
     from subnet_explorer.objectives import longest
     from subnet_explorer.pocket import CRITICAL, load
     from subnet_explorer.space import is_causal
+    from subnet_explorer.texts import blocks, read_texts
     model, tok = load(args.model, device=_device(args.device))
     pocket = args.model.startswith("pocket-")
     target, control = (read_graph(s, is_causal(model), pocket) for s in (args.target, args.control))
@@ -254,9 +254,9 @@ def _critical_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #92843da3
 def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.data import fitting, read_conllu, read_ner
     from subnet_explorer.pocket import PROBING, load
     from subnet_explorer.probing import probe, probe_json, probe_report
+    from subnet_explorer.sentences import fitting, read_conllu, read_ner
     model, tok = load(args.model, device=_device(args.device))
     read = read_ner if args.task == "ner" else read_conllu
     (train, lost), (dev, less) = (fitting(read(source, part=part), tok, args.longest) for source, part in ((args.train, "train"), (args.dev, "dev")))
@@ -313,8 +313,8 @@ def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | None, cache: str | None) -> tuple[Any, Any]:
     "Text to search on and text to measure on: sentences, or blocks of some size (None: as long as the model reads, up to 512)."
-    from subnet_explorer.data import BadTexts, read_blocks, read_texts
     from subnet_explorer.objectives import longest
+    from subnet_explorer.texts import BadTexts, read_blocks, read_texts
     size = min(512, longest(model, tok)) if size is None else size
     read = lambda s, part: read_blocks(tok, s, size, part=part, cache=cache) if size else read_texts(s, part=part)
     text = read(source, "train")

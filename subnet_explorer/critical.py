@@ -16,7 +16,7 @@ import pandas as pd
 from torch import nn
 
 from .compare import jaccard
-from .data import BadFacts, Blocks, Facts, Split, answerable
+from .data import BadFacts, Facts, Split, answerable
 from .evaluate import Removal, fluent, removal, removal_table
 from .gates import Concrete
 from .knowledge import concept, disjoint, overlap, triple
@@ -26,6 +26,7 @@ from .score import attribution, magnitude
 from .search import check_seeds, check_settings, find
 from .space import GRANULARITIES, Space, SubnetError, check_names, digest, granular, layer_text
 from .store import Store, cached_table, open_study
+from .texts import Blocks
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'Material', 'material', 'Critical', 'critical', 'objective', 'conditions', 'summary', 'seed_overlap',
@@ -111,7 +112,7 @@ def critical(
     tok: Any,
     target: Facts,                                   # to be forgotten; one or several wordings of each triple
     control: Facts,                                  # to be kept
-    text: Sequence[str] | Blocks,                    # to be kept: sentences, or running text from `data.blocks`
+    text: Sequence[str] | Blocks,                    # to be kept: sentences, or running text from `texts.blocks`
     *,
     layers: str | Sequence[int] = "top-half",        # one-based, inclusive
     granularity: str = "weight",                     # or "neuron": all weights from one input feature of a matrix

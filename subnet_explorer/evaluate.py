@@ -21,13 +21,16 @@ from torch.nn import functional as F
 
 from .apply import evaluating, masked
 from .compare import interval, resampled
-from .data import Blocks, Facts, Labelled, LabelTask, chunks, object_id, with_start
+from .data import Facts, object_id, with_start
 from .knowledge import triple
 from .mask import Mask, Scores
 from .objectives import MLM, Context, Examples, Hidden, Prompts, Sequences, batch_at, block_ids, encoded, fingerprint_of, longest, row_losses
 from .represent import token_ids
+from .sentences import chunks
 from .space import SubnetError, check_model, check_names, is_causal
 from .squad import answer_scores
+from .tables import Labelled, LabelTask
+from .texts import Blocks
 
 # %% auto #0
 __all__ = ['Condition', 'REMOVAL', 'cloze', 'predictions', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'Answers',

@@ -15,9 +15,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .compare import against, consensus
-from .data import Facts, Labelled
+from .data import Facts
 from .mask import Mask, Scores
 from .masks import Masks
+from .tables import Labelled
 from . import plots
 from .plots import ROLE_NAMES, Figure, View, by_layer, cells
 from .space import SubnetError, check_model, check_names, same_space

@@ -21,13 +21,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from .apply import evaluating, masked, parameter_like
-from .data import Facts, Labelled, coded_words
+from .data import Facts
 from .evaluate import Answers, Condition, TaskScore, _draws, entity_scores, tag_accuracy
 from .mask import atomic_write
 from .objectives import Cloze, Context, Objective, Task
 from .search import SCHEDULES, Diverged, Monitor, check_settings, frozen, lr_at, seen
+from .sentences import coded_words
 from .space import SubnetError, check_names, is_causal, layout_of, model_id, reach
 from .store import Run, load_state, progress_bar, save_state
+from .tables import Labelled
 
 # %% auto #0
 __all__ = ['POOLS', 'linear', 'width', 'LowRank', 'Head', 'word_rows', 'special_rows', 'Tagger', 'EntityTagger', 'Classifier',
@@ -118,7 +120,7 @@ def word_rows(tok: Any, words: Sequence[str], pool: str = "last") -> tuple[list[
         if w is not None: pieces.setdefault(w, []).append(i)
     if len(coded.input_ids) > tok.model_max_length:
         raise SubnetError(f"a sentence of {len(words)} words is too long for this tokenizer: {len(coded.input_ids)} tokens, {tok.model_max_length} allowed: {' '.join(words)[:60]!r}.")
-    if bare := [w for i, w in enumerate(words) if i not in pieces]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer: leave its sentence out, as data.fitting does.")
+    if bare := [w for i, w in enumerate(words) if i not in pieces]: raise SubnetError(f"the word {bare[0]!r} has no token in this tokenizer: leave its sentence out, as sentences.fitting does.")
     return coded.input_ids, [pieces[w] if pool == "mean" else pieces[w][-1 if pool == "last" else 0] for w in range(len(words))]
 
 def special_rows(tok: Any, words: Sequence[str]) -> list[int]:      # positions

@@ -23,7 +23,6 @@ from torch import nn
 
 from .apply import masked
 from .compare import student
-from .data import Labelled
 from .evaluate import TaskScore, task_metrics, task_scores
 from .heads import Head, fit, preserved
 from .mask import Mask, Scores, atomic_write
@@ -34,6 +33,7 @@ from .search import check_seeds, check_settings
 from .space import Space, SubnetError, check_names
 from .squad import alone, normalised_answer, read_task
 from .store import Run, Store, open_study, progress_bar
+from .tables import Labelled
 
 # %% auto #0
 __all__ = ['SUPER', 'TaskData', 'task_data', 'majority_label', 'Plan', 'fine_tuned', 'transferred', 'tickets', 'Tickets',

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .apply import blocks_of, entering, resuming
-from .data import Blocks, Facts, encode, release, with_start
+from .data import Facts, encode, with_start
 from .packed import Packing, again, answering, fits, run
 from .space import SubnetError, check_names, digest, is_causal, layout_of, model_id
+from .texts import Blocks, release
 
 # %% auto #0
 __all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'NOISE', 'room', 'Rows', 'Sequences', 'row_losses', 'head_changes',

@@ -24,7 +24,6 @@ from torch import nn
 from .apply import evaluating, masked
 from .compare import placement, student
 from .controls import INITS, RESETS, control_labels, reset
-from .data import GAP, Sentence
 from .evaluate import predict, task_scores
 from .gates import HardConcrete
 from .heads import EntityTagger, Head, Tagger, fit, preserved
@@ -33,6 +32,7 @@ from .masks import Masks
 from .objectives import Density, Ramp, Task, fingerprint_of
 from .parser import Parser
 from .search import check_seeds, check_settings, find
+from .sentences import GAP, Sentence
 from .space import SubnetError, check_names, granular, grid, layout_of, model_id, spread
 from .store import Run, Store, open_study, watched
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .data import Labelled, LabelTask, _data_set, read_glue
+from .data import _data_set
 from .space import SubnetError, check_names
+from .tables import Labelled, LabelTask, read_glue
 
 # %% auto #0
 __all__ = ['SQUAD', 'MISPLACED', 'BadQuestions', 'MisplacedAnswers', 'Questions', 'read_squad', 'is_squad', 'squad_files',

@@ -24,7 +24,6 @@ from torch import nn
 
 from . import compare
 from .apply import masked, parameter
-from .data import BadTexts, Blocks
 from .evaluate import HeldOut
 from .gates import TopK
 from .heads import fit, preserved
@@ -37,6 +36,7 @@ from .score import random as random_scores
 from .search import check_seeds, check_settings, find
 from .space import Space, SubnetError, check_names, digest
 from .store import Run, Store, cached_table, load_state, open_study, save_state, watched
+from .texts import BadTexts, Blocks
 
 # %% auto #0
 __all__ = ['INITS', 'METHODS', 'TUNE', 'TUNABLE', 'SPANS', 'LOSSES', 'first_mask', 'check_density', 'objective', 'ladder',
@@ -304,7 +304,7 @@ class Tamt:
 def tamt(
     model: nn.Module,
     tok: Any,
-    text: Sequence[str] | Blocks,                # pre-training text: sentences, or `data.read_blocks`
+    text: Sequence[str] | Blocks,                # pre-training text: sentences, or `texts.read_blocks`
     dev: Sequence[str] | Blocks,                 # held-out text
     *,
     densities: Sequence[float] = (0.5, 0.3),     # shares of weights kept

@@ -16,7 +16,7 @@ LIB = ROOT / "subnet_explorer"
 MODULES = {p.stem: p for p in sorted(LIB.glob("*.py")) if not p.stem.startswith("_")}
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
-WITHOUT_TORCH = ("space", "mask", "masks", "data", "squad", "knowledge", "compare", "maps", "patterns", "plots", "site", "explorer", "pieces", "widgets")
+WITHOUT_TORCH = ("space", "mask", "masks", "data", "texts", "sentences", "tables", "squad", "knowledge", "compare", "maps", "patterns", "plots", "site", "explorer", "pieces", "widgets")
 WITH_TRANSFORMERS = {"space", "packed", "data", "pocket", "heads", "cli", "represent", "shrink"}      # and inside functions only
 
 existing = lambda names: [pytest.param(n, marks=() if n in MODULES else pytest.mark.skip(reason="not written yet")) for n in names]
@@ -116,6 +116,12 @@ def test_knowledge_stands_on_data():
     assert siblings("knowledge") <= {"space", "data", "pocket"} and "knowledge" not in siblings("data") | siblings("objectives")
 
 
+def test_readers_stand_on_data():
+    "Text of any size, sentences and tables share how files are opened, and nothing else; all are read without torch."
+    assert siblings("data") <= {"space", "pocket"} and siblings("texts") <= {"space", "mask", "data", "pocket"}
+    assert siblings("sentences") <= {"space", "data", "texts", "pocket"} and siblings("tables") <= {"space", "data", "pocket"}
+
+
 def test_parser_and_controls_stand_on_heads():
     "A parser is a head like the others; what trains and scores it does not know it."
     assert siblings("parser") <= {"space", "objectives", "heads", "evaluate"}
@@ -130,14 +136,14 @@ def test_compact_stands_on_masks_alone():
 
 def test_questions_stand_on_data_and_spans_on_heads():
     "What trains and scores asks the task; only what makes heads knows the one for spans."
-    assert siblings("squad") <= {"space", "data", "pocket"} and siblings("spans") <= {"space", "heads"}
+    assert siblings("squad") <= {"space", "data", "tables", "pocket"} and siblings("spans") <= {"space", "heads"}
     assert not any("spans" in siblings(name) for name in set(MODULES) - {"spans", "heads", "cli"})
 
 
 def test_task_agnostic_masks_stand_on_what_there_is():
-    "One way to find, to train and to read tasks; text of any size is read without torch."
+    "One way to find, to train and to read tasks."
     assert {"search", "heads", "lottery", "evaluate", "store"} <= siblings("tamt", top_only=True) and not siblings("tamt", top_only=True) & {"plots", "critical", "probing", "recipes"}
-    assert {n for n in MODULES if "tamt" in siblings(n)} <= {"recipes", "cli"} and siblings("data") <= {"space", "mask", "pocket"}
+    assert {n for n in MODULES if "tamt" in siblings(n)} <= {"recipes", "cli"}
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────

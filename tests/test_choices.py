@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from subnet_explorer import fit, load, preserved
 from subnet_explorer.apply import masked, parameter
-from subnet_explorer.data import BadChoices, read_choices
 from subnet_explorer.evaluate import accuracy, predict
 from subnet_explorer.heads import Chooser, Lora, adapted
 from subnet_explorer.mask import Mask
@@ -21,6 +20,7 @@ from subnet_explorer.pocket import PARTS, choose, pocket_rows, tiny
 from subnet_explorer.score import importance
 from subnet_explorer.space import FAMILIES, Space, SpaceMismatch, SubnetError, UnknownName, layout_of
 from subnet_explorer.store import OtherRun
+from subnet_explorer.tables import BadChoices, read_choices
 from subnet_explorer import transfer as tr
 
 QUESTIONS = choose(24, part="dev")

@@ -14,12 +14,13 @@ import subnet_explorer.critical as chapter
 from subnet_explorer.cli import main
 from subnet_explorer.compare import placement
 from subnet_explorer.critical import critical, critical_json, critical_report, material, sensitivity
-from subnet_explorer.data import BadFacts, Blocks, Fact, Facts, blocks, read_facts
+from subnet_explorer.data import BadFacts, Fact, Facts, read_facts
 from subnet_explorer.knowledge import disjoint, neighbourhood, overlap, read_graph, triple, wordings
 from subnet_explorer.mask import Mask
 from subnet_explorer.pocket import CRITICAL, load, sentences
 from subnet_explorer.space import SubnetError, granular
 from subnet_explorer.store import OtherRun
+from subnet_explorer.texts import Blocks, blocks
 
 TEXT = [" ".join(t["form"] for t in s) for s in sentences(60, seed=5)]
 FAST = CRITICAL | dict(steps=6, checks=2, seeds=(0,), random=1, progress=False)

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 from hypothesis import given, strategies as st
 
-from subnet_explorer.data import BadFacts, Fact, Facts, answerable, encode, object_id, read_conllu, read_facts, split
+from subnet_explorer.data import BadFacts, Fact, Facts, answerable, encode, object_id, read_facts, split
+from subnet_explorer.sentences import read_conllu
 from subnet_explorer.space import SubnetError, UnknownName
 
 LAMA = {"pred": "IsA", "sub_label": "robin", "obj_label": "bird", "masked_sentences": ["a robin is a [MASK] ."]}

@@ -14,12 +14,13 @@ from scipy import stats
 
 from subnet_explorer.apply import masked
 from subnet_explorer.compare import interval
-from subnet_explorer.data import Fact, Facts, read_conllu, read_facts, split
+from subnet_explorer.data import Fact, Facts, read_facts, split
 from subnet_explorer.evaluate import Precision, accuracy, cloze, majority, perplexity, plausibility, precision
 from subnet_explorer.heads import Classifier, Tagger, fit
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.objectives import Context, Task
 from subnet_explorer.pocket import choices, load, plausible, sentences, treebank
+from subnet_explorer.sentences import read_conllu
 from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
 
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(6, seed=3)]

@@ -164,7 +164,7 @@ def test_causal_models_too():
 
 def test_a_head_is_measured_on_labelled_data(model):
     from subnet_explorer import Labelled, head_for
-    from subnet_explorer.data import LabelTask
+    from subnet_explorer.tables import LabelTask
     net, tok = model
     rows = tuple(dict(sentence=f"a {w} is here .", label=str(i % 2)) for i, w in enumerate(["robin", "wheel", "dog", "house", "cat", "tree"]))
     data = Labelled(rows, LabelTask("toy", labels=("0", "1")))

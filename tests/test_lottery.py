@@ -17,12 +17,12 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from subnet_explorer import lottery
-from subnet_explorer.data import read_glue
 from subnet_explorer.lottery import SUPER, TaskData, gains, majority_label, summary, table, task_data, tickets
 from subnet_explorer.pocket import load
 from subnet_explorer.score import NoFloor
 from subnet_explorer.space import Space, SubnetError, UnknownName
 from subnet_explorer.store import OtherRun
+from subnet_explorer.tables import read_glue
 
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
 

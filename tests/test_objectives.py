@@ -10,13 +10,14 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 import subnet_explorer.objectives as objectives
-from subnet_explorer.data import BadTexts, Blocks, Fact, Facts, blocks, encode, read_facts, read_texts
+from subnet_explorer.data import Fact, Facts, encode, read_facts
 from subnet_explorer.evaluate import perplexity
 from subnet_explorer.gates import Concrete, Threshold
 from subnet_explorer.objectives import MLM, Context, Known, Maintain, Prompts, Reference, Sequences, Suppress, head_changes, row_losses
 from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import find, frozen
 from subnet_explorer.space import FAMILIES, Space, SubnetError
+from subnet_explorer.texts import BadTexts, Blocks, blocks, read_texts
 
 FACTS = Facts(read_facts("pocket", "IsA", prompt=1).items[:20])
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(24)]

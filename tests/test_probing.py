@@ -18,7 +18,7 @@ from subnet_explorer.cli import main
 from subnet_explorer.apply import applied
 from subnet_explorer.compare import placement
 from subnet_explorer.controls import control_labels, reset
-from subnet_explorer.data import GAP, gapped, read_conllu, read_ner
+from subnet_explorer.sentences import GAP, gapped, read_conllu, read_ner
 from subnet_explorer.evaluate import entity_scores, task_scores
 from subnet_explorer.gates import HardConcrete
 from subnet_explorer.heads import EntityTagger, Tagger, fit, preserved

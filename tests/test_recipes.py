@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from subnet_explorer import recipes
-from subnet_explorer.data import Facts, answerable, read_conllu, read_facts, split
+from subnet_explorer.data import Facts, answerable, read_facts, split
 from subnet_explorer.evaluate import cloze
 from subnet_explorer.mask import Mask, Scores
 from subnet_explorer.pocket import load, sentences, treebank
 from subnet_explorer.recipes import lamp, lamp_ablation, lamp_json, lamp_report
+from subnet_explorer.sentences import read_conllu
 from subnet_explorer.space import SubnetError, UnknownName
 
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)

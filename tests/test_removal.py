@@ -368,7 +368,7 @@ def test_attribution_leaves_no_trace(gpt2, space):
 
 
 def test_heads_get_no_gradient(pocket_bert):
-    from subnet_explorer.data import read_conllu
+    from subnet_explorer.sentences import read_conllu
     model, tok = pocket_bert
     data = [s.tagged for s in read_conllu(treebank(6))]
     head = Tagger(model, data)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from subnet_explorer.data import Facts, encode, read_conllu, read_facts
+from subnet_explorer.data import Facts, encode, read_facts
 from subnet_explorer.heads import Classifier, Tagger, fit, preserved
 from subnet_explorer.objectives import Cloze, Context, Density, Objective, Task, batch_at
 from subnet_explorer.pocket import load, plausible, tiny, treebank
 from subnet_explorer.score import importance, magnitude
 from subnet_explorer.search import Diverged, lr_at
+from subnet_explorer.sentences import read_conllu
 from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
 
 # block, attention output and second MLP linear, written out again

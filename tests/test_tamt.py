@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from subnet_explorer.apply import applied, masked, parameter
 from subnet_explorer.cli import main
-from subnet_explorer.data import BadTable, BadTexts, Blocks, blocks, read_blocks, read_texts
 from subnet_explorer.evaluate import HeldOut
 from subnet_explorer.gates import TopK
 from subnet_explorer.lottery import task_data
@@ -27,7 +26,9 @@ from subnet_explorer.pocket import load, sentences, tiny
 from subnet_explorer.search import find
 from subnet_explorer.space import Space, SubnetError, UnknownName
 from subnet_explorer.store import OtherRun, Run, Store
+from subnet_explorer.tables import BadTable
 from subnet_explorer.tamt import METHODS, first_mask, imp, ladder, objective, pruned, tamt, tamt_json, tamt_report
+from subnet_explorer.texts import BadTexts, Blocks, blocks, read_blocks, read_texts
 
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(60)]
 DEV = [" ".join(t["form"] for t in s) for s in sentences(20, seed=9)]
@@ -60,18 +61,18 @@ def at_step(goal, world, step=0, batch=8, **more):
 @settings(max_examples=30, deadline=None)
 def test_pieces_of_a_file_are_its_lines(tmp_path_factory, texts, piece):
     "However small the pieces that are read."
-    from subnet_explorer import data
+    from subnet_explorer import texts as reader
     text = "\n".join(texts) + "x"
     file = tmp_path_factory.getbasetemp() / "pieces.txt"
     file.write_text(text)
-    before, data.PIECE = data.PIECE, piece
+    before, reader.PIECE = reader.PIECE, piece
     try: assert read_texts(file) == [t.strip() for t in text.splitlines() if t.strip()]
-    finally: data.PIECE = before
+    finally: reader.PIECE = before
 
 
 def test_a_line_without_end_is_cut_between_words(tmp_path, monkeypatch):
-    from subnet_explorer import data
-    monkeypatch.setattr(data, "PIECE", 16); monkeypatch.setattr(data, "LINE", 64)
+    from subnet_explorer import texts
+    monkeypatch.setattr(texts, "PIECE", 16); monkeypatch.setattr(texts, "LINE", 64)
     text = "a dog can run and " * 40
     (tmp_path / "a.txt").write_text(text)
     got = read_texts(tmp_path / "a.txt")
@@ -79,11 +80,11 @@ def test_a_line_without_end_is_cut_between_words(tmp_path, monkeypatch):
 
 
 def test_mapped_blocks_are_those_in_memory(world, tmp_path, monkeypatch):
-    from subnet_explorer import data
+    from subnet_explorer import texts
     model, tok = world
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     want = blocks(tok, TEXTS, 24)
-    monkeypatch.setattr(data, "PIECE", 100)                       # tokenised a few lines at a time
+    monkeypatch.setattr(texts, "PIECE", 100)                       # tokenised a few lines at a time
     got = read_blocks(tok, tmp_path / "a.txt", 24, cache=tmp_path / "cache")
     assert isinstance(got.ids, np.memmap) and np.array_equal(got.ids, want.ids) and (got.dropped, got.top, got.fingerprint) == (want.dropped, want.top, want.fingerprint)
     assert (got.ids[:, 0] == tok.cls_token_id).all() and (got.ids[:, -1] == tok.sep_token_id).all() and not np.isin(got.ids[:, 1:-1], [tok.cls_token_id, tok.sep_token_id]).any()
@@ -115,7 +116,7 @@ def test_bad_text_leaves_nothing_behind(world, tmp_path, content, says):
 
 MEMORY = '''
 import resource, sys
-from subnet_explorer.data import read_blocks
+from subnet_explorer.texts import read_blocks
 from subnet_explorer.objectives import MLM, Hidden
 from subnet_explorer.gates import TopK
 from subnet_explorer.pocket import load

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from subnet_explorer.apply import masked, parameter
-from subnet_explorer.data import GLUE, BadTable, Labelled, read_glue
+from subnet_explorer.tables import GLUE, BadTable, Labelled, read_glue
 from subnet_explorer.evaluate import TaskScore, accuracy, task_metrics, task_scores
 from subnet_explorer.heads import Classifier, Fitted, fit, head_for, preserved
 from subnet_explorer.mask import Mask

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from subnet_explorer.data import GAP, SCHEMES, BadSentences, Sentence, chunks, coded_words, fitting, gapped, iob2, read_conllu, read_ner
 from subnet_explorer.evaluate import attachment, entity_scores, tag_accuracy
 from subnet_explorer.pocket import PARTS, entities, load, sentences, treebank
+from subnet_explorer.sentences import GAP, SCHEMES, BadSentences, Sentence, chunks, coded_words, fitting, gapped, iob2, read_conllu, read_ner
 from subnet_explorer.space import SubnetError, UnknownName
 
 
