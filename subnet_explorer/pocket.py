@@ -249,7 +249,7 @@ CRITICAL: dict[str, Any] = dict(steps=600, lr=0.1, weights={"suppress": 0.2}, de
 PROBING: dict[str, Any] = dict(steps=200, head_lr=5e-3, tune_lr=1e-3, ranks=(128,), parser=dict(arc=32, label=16, std=0.1))
 "Settings of `probe` that suit the pocket models."
 
-TAMT: dict[str, Any] = dict(steps=300, lr=1e-3, batch=32, tuning=dict(epochs=4, lr=1e-3, head_lr=1e-3, batch=32))
+TAMT: dict[str, Any] = dict(steps=1000, lr=2e-4, batch=32, tuning=dict(epochs=4, lr=1e-3, head_lr=1e-3, batch=32))
 "Settings of `tamt` that suit the pocket models."
 
 
