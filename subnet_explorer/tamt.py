@@ -485,7 +485,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
 
 def _ways(study: Tamt) -> dict[str, pd.DataFrame]:
     "Losses and distances over steps; of a ladder over all its densities."
-    names = [f"imp, down to {min(study.config['densities']):g}" if m == "imp" else f"{m} {d:g}" for m, d in zip(study.curves.method, study.curves.density)]
+    names = [f"imp to {min(study.config['densities']):g}" if m == "imp" else f"{m} {d:g}" for m, d in zip(study.curves.method, study.curves.density)]
     return {n: w.groupby("step")[list(LOSSES)].mean().rename(columns=LOSSES).reset_index() for n, w in study.curves.groupby(names, sort=False) if w.step.nunique() > 1}
 
 

@@ -495,7 +495,7 @@ def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
     study = tamt(*world, TEXTS, DEV, methods=("omp", "imp", "mlm"), along=True, tasks={"entails": tasks["entails"]}, to=None, **SMALL | dict(densities=(.8, .6)))
     assert set(study.transfer.query("method == 'mlm' and density == 0.6").step) == {0, 2, 4}
     page = tamt_report(study, tmp_path / "r.html").read_text()
-    assert all(s in page for s in ("Score against steps of search, density 0.8", "Score against steps of search, density 0.6", "imp, down to 0.6", "mlm 0.6: distance from the largest weights (chance 0.57)", "Unrelated masks: 0.33 at 0.8, 0.57 at 0.6"))
+    assert all(s in page for s in ("Score against steps of search, density 0.8", "Score against steps of search, density 0.6", "imp to 0.6", "mlm 0.6: distance from the largest weights (chance 0.57)", "Unrelated masks: 0.33 at 0.8, 0.57 at 0.6"))
     assert "mlm 0.8: distance from" not in page                                              # at the lowest density only
 
 
