@@ -161,7 +161,9 @@ def settle(page) -> None:
         text = dialog.inner_text()
         if "error" in text.lower(): page.screenshot(path=SHOTS / "dialog.png"); raise AssertionError(f"JupyterLab says: {text}")
         print("dialog:", text)
-        dialog.locator("button.jp-mod-accept").click()
+        try: dialog.locator("button.jp-mod-accept").click(timeout=10_000)
+        except Exception:                                                                    # answered meanwhile, by the handler of `in_lab`
+            if dialog.is_visible(): raise
         page.wait_for_timeout(500)
 
 
