@@ -263,7 +263,7 @@ import subnet_explorer.masks as reading
 from subnet_explorer import *
 at_once = reading.load_mask
 reading.load_mask = lambda path: (time.sleep(Path("many/slow").exists()), at_once(path))[1]      # a slow disk: a second for each file
-ui = explore("many", to="kept")
+ui = explore("many", to="stopped")
 ui""")
     seen = in_lab(browser, address, file)
     page, output = seen.page, seen.page.locator(".jp-OutputArea-output:has(.se-board)")
@@ -289,11 +289,8 @@ ui""")
     page.wait_for_function("() => document.querySelector('.jp-OutputArea-output').innerText.includes('200 of 200 masks')", timeout=LONG)
     output.get_by_placeholder("name of this mask").fill("by hand")
     output.get_by_role("button", name="Save (s)").click()
-    kept = folder / "kept" / "by hand.mask.safetensors"                                      # what is said of it may already have made room for the next thing
-    for _ in range(LONG // 200):
-        if kept.exists(): break
-        page.wait_for_timeout(200)
-    first, edited = Mask.load(many / "000.mask.safetensors"), Mask.load(kept)
+    output.get_by_text("saved stopped/by hand.mask.safetensors").wait_for(timeout=LONG)
+    first, edited = Mask.load(many / "000.mask.safetensors"), Mask.load(folder / "stopped" / "by hand.mask.safetensors")
     assert (first ^ edited).count == 1 and edited.meta["parents"] == [first.id]
     assert not seen.errors
     page.context.close()
