@@ -413,10 +413,11 @@ class Fitting:
         with torch.random.fork_rng(devices=gpu, enabled=o["dropout"]):
             if o["dropout"]: model.train(); (torch.cuda if gpu else torch.default_generator).manual_seed(o["seed"] * 1_000_003 + self.step)
             loss = self.loss(self.step)
+            self.opt.zero_grad(set_to_none=True)
+            if torch.isfinite(loss): loss.backward()      # with dropout, as blocks may be computed again
             model.eval()
         if not torch.isfinite(loss): raise Diverged(f"the loss became {loss.item()} at step {self.step + 1} of fine-tuning. Lower lr (now {o['lr']}).")
         for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o.get("horizon", o["steps"]), o.get("schedule", "linear"), o["warmup"])
-        self.opt.zero_grad(set_to_none=True); loss.backward()
         if o["clip"] is not None: nn.utils.clip_grad_norm_(self.params, o["clip"])
         self.opt.step(); self.step += 1
         return loss.item()

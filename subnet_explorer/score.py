@@ -23,7 +23,7 @@ from .apply import applied, masked, parameter, parameter_like
 from .mask import Mask, Scores, atomic_write, top_k
 from .masks import Masks
 from .objectives import Context, Objective, encoded
-from .packed import examples_of
+from .packed import examples_of, recomputing
 from .search import Monitor, frozen, seen
 from .space import Group, Space, SubnetError, check_model, check_names, same_space
 from .store import Run, Store, progress_bar
@@ -162,14 +162,19 @@ def example_gradients(
         def times(x: torch.Tensor) -> torch.Tensor:
             nonlocal n
             owner = examples_of(x)                                              # None in a padded batch, whose first axis is the examples
-            n = len(x) if owner is None else 1 + int(owner.max())
-            gates[name].append(at.expand(n, -1).detach().requires_grad_())
-            return _Gated.apply(x, gates[name][-1], owner, bool(bits[name].all()))
+            size = len(x) if owner is None else 1 + int(owner.max())
+            gate = at.expand(size, -1).detach().requires_grad_()
+            if not recomputing():                                # gradients go to the gates of the first pass
+                n = size
+                gates[name].append(gate)
+            return _Gated.apply(x, gate, owner, bool(bits[name].all()))
         return times
     off = {g.name: torch.zeros(g.size).to(like) for g in space.groups}
-    with applied(model, space, {name: gated(name) if name in gates else zeros for name, zeros in off.items()}): value = loss()
-    flat = [t for ts in gates.values() for t in ts]
-    grads = iter(torch.autograd.grad(value, flat, allow_unused=True) if flat else ())
+    values = {name: gated(name) if name in gates else zeros for name, zeros in off.items()}
+    with applied(model, space, values):                          # backward too, which may compute blocks again
+        value = loss()
+        flat = [t for ts in gates.values() for t in ts]
+        grads = iter(torch.autograd.grad(value, flat, allow_unused=True) if flat else ())
     scaled = {name: [torch.zeros_like(t) if (g := next(grads)) is None else len(t) * g for t in ts] for name, ts in gates.items()}
     sites = {g.name: 2 if g.kind == "layer" else 1 for g in space.groups}      # attention and MLP of a layer share its gates
     return {name: torch.cat([sum(scaled[name][i:i + k]) for i in range(0, len(scaled[name]), k)]) if scaled.get(name) else torch.zeros(n, len(off[name])).to(like) for name, k in sites.items()}

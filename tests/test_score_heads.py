@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import subnet_explorer.packed as packed
+from subnet_explorer import objectives
 from subnet_explorer.data import Facts, encode, read_facts
 from subnet_explorer.heads import Classifier, Tagger, fit, preserved
-from subnet_explorer.objectives import Cloze, Context, Density, Objective, Task, batch_at
+from subnet_explorer.lottery import task_data, tickets
+from subnet_explorer.mask import Mask
+from subnet_explorer.objectives import MLM, Cloze, Context, Density, Objective, Task, batch_at
 from subnet_explorer.pocket import load, plausible, tiny, treebank
-from subnet_explorer.score import importance, magnitude
+from subnet_explorer.score import attribution, importance, magnitude
 from subnet_explorer.search import Diverged, lr_at
 from subnet_explorer.sentences import read_conllu
 from subnet_explorer.space import Space, SpaceMismatch, SubnetError, UnknownName
@@ -129,6 +133,137 @@ def test_importance_refuses(models, facts):
     for kind in ("weight", "bias", "head+bias"):
         with pytest.raises(SubnetError, match="for weights use magnitude"): importance(model, tok, Cloze(facts), Space.of(model, kind))
     with pytest.raises(SpaceMismatch): importance(models["pocket-gpt2"][0], tok, Cloze(facts), Space.of(model, "head"))
+
+
+# ── what is computed again ───────────────────────────────────────────────────────────────────────────────────────────
+
+KINDS = ["head", "mlp", "neuron", "layer", "head+mlp"]
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    "The functions that backward was told to compute again."
+    calls, original = [], packed.again
+    def counting(f, *args):
+        calls.append(f)
+        return original(f, *args)
+    monkeypatch.setattr(packed, "again", counting)
+    return calls
+
+
+def kept_and_again(measure, monkeypatch, repeats):
+    "What `measure` gives where blocks keep all that backward needs, and where they keep nothing."
+    monkeypatch.setattr(objectives, "KEPT", 1 << 60)
+    kept = measure()
+    assert not repeats
+    monkeypatch.setattr(objectives, "KEPT", 0)
+    again = measure()
+    assert repeats
+    return kept, again
+
+
+def equal(one, two):
+    "Whether scores have the same names and, to rounding, the same values."
+    assert one.values.keys() == two.values.keys()
+    return all(np.allclose(one[n], two[n], rtol=1e-5, atol=1e-7) for n in one.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_does_not_depend_on_what_is_kept(models, name, facts, kind, monkeypatch, repeats):
+    model, tok = models[name]
+    goal, space = Cloze(Facts(facts.items[-4:])), Space.of(model, kind)
+    measure = lambda: importance(model, tok, goal, space, batches=2, batch=3)
+    kept, again = kept_and_again(measure, monkeypatch, repeats)
+    assert equal(kept, again)
+    assert kept.meta == again.meta
+    assert all(kept[n].any() for n in kept.values)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_within_a_subnetwork_does_not_depend_on_what_is_kept(models, facts, kind, gone, monkeypatch, repeats):
+    "Some units are removed, and all of one layer."
+    model, tok = models["pocket-bert"]
+    space = Space.of(model, kind)
+    bits = {g.name: np.arange(g.size) % 3 != 1 for g in space.groups}
+    for g in space.groups:
+        if g.layer == 2: bits[g.name][:] = False
+    under = Mask.of(space, bits)
+    measure = lambda: importance(model, tok, Cloze(facts), space, batches=1, under=under, gone=gone)
+    assert equal(*kept_and_again(measure, monkeypatch, repeats))
+
+
+def test_terms_of_different_sizes_do_not_depend_on_what_is_kept(models, facts, monkeypatch, repeats):
+    "Two passes in one loss, each with as many gates as it has examples."
+    model, tok = models["pocket-bert"]
+    goal, space = Cloze(Facts(facts.items[:4])) + Cloze(facts), Space.of(model, "head+mlp")
+    measure = lambda: importance(model, tok, goal, space, batches=1)
+    kept, again = kept_and_again(measure, monkeypatch, repeats)
+    assert equal(kept, again)
+    assert again.meta["examples"] == 16
+
+
+def test_attribution_does_not_depend_on_what_is_kept(models, facts, monkeypatch, repeats):
+    model, tok = models["pocket-bert"]
+    space = Space.of(model, "weight", layers="2-3")
+    measure = lambda: attribution(model, tok, Cloze(facts), space, batches=1, batch=12, mode="batch")
+    assert equal(*kept_and_again(measure, monkeypatch, repeats))
+
+
+def test_fine_tuning_with_dropout_does_not_depend_on_what_transformers_keeps(models):
+    "Its own switch for computing blocks again works only in training mode, which must last until backward is done."
+    model, tok = models["pocket-bert"]
+    rates = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    before, found = [m.p for m in rates], []
+    texts = ["a robin is a kind of bird .", "a robin can fly ."]
+    try:
+        for m in rates: m.p = .2
+        for again in (False, True):
+            if again: model.gradient_checkpointing_enable()
+            with preserved(model):
+                log = fit(model, tok, MLM(texts), steps=3, batch=2, lr=1e-3, warmup=0.0, dropout=True, every=1)
+                found.append((log.loss.tolist(), weights(model)))
+    finally:
+        model.gradient_checkpointing_disable()
+        for m, p in zip(rates, before): m.p = p
+    (one, kept), (two, again) = found
+    assert one == pytest.approx(two, rel=1e-5)
+    moved = torch.cat([(kept[k] - again[k]).abs().flatten() for k in kept])
+    assert moved.gt(1e-4).float().mean() < .01      # AdamW blows up the rounding of tiny gradients
+
+
+@pytest.fixture(scope="module")
+def base():
+    "Random weights in the shape of BERT-base, with words of the pocket world."
+    from transformers import BertConfig, BertForMaskedLM
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig()).eval(), load("pocket-bert")[1]
+
+
+@pytest.mark.slow
+def test_importance_at_the_size_of_bert_base(base, monkeypatch, repeats):
+    "As much is read at once as makes the rule change, and the result stays what it was."
+    model, tok = base
+    facts = Facts(read_facts("pocket", prompt=1).items[:96])
+    space = Space.of(model, "head+mlp")
+    measure = lambda: importance(model, tok, Cloze(facts), space, batches=1, batch=96)
+    again = measure()
+    assert len(repeats) == 12
+    monkeypatch.setattr(objectives, "KEPT", 1 << 60)
+    assert equal(measure(), again)
+    assert len(repeats) == 12
+
+
+@pytest.mark.slow
+def test_tickets_at_the_size_of_bert_base(base, repeats):
+    "Units are ranked on batches of which not everything is kept."
+    model, tok = base
+    data = {"entails": task_data("pocket:entails", search=.03, train=32, test=10)}
+    few = dict(kind="head", drop=.5, epochs=1, length=32, supers=False)
+    study = tickets(model, tok, data, seeds=(0,), floor=.5, **few, progress=False)
+    assert repeats
+    assert not study.skipped
+    assert study.good[0].count < study.good[0].space.size
 
 
 # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────────────────────────────
