@@ -1,0 +1,146 @@
+"What was saved before the library had folders: every later version opens it, and does none of it again."
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from io import StringIO
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fixtures.make_earlier import EARLIER, described, searches
+
+from subnet_explorer import Mask, Run, Store
+from subnet_explorer.cli import main
+
+EXPECTED = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
+COMMANDS, RESULTS, RUNS = EXPECTED["commands"], EXPECTED["results"], EXPECTED["runs"]
+STEPS = [(torch.Tensor, "backward"), (torch.optim.Adam, "step"), (torch.optim.AdamW, "step")]
+
+
+class Trained(Exception):
+    "Something was trained."
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch) -> Path:
+    "A copy of the folder, as the current one: paths inside are relative to it."
+    shutil.copytree(EARLIER, tmp_path / "earlier")
+    monkeypatch.chdir(tmp_path / "earlier")
+    return tmp_path / "earlier"
+
+
+@pytest.fixture
+def untrained(monkeypatch) -> None:
+    "No gradient, and no step of an optimizer."
+    def refuse(*args: Any, **kw: Any) -> NoReturn: raise Trained
+    for owner, name in STEPS: monkeypatch.setattr(owner, name, refuse)
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    "Content and time of every file."
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def check_alike(got: Any, wanted: Any, where: str = "results") -> None:
+    "The same keys on all levels, and the same values but for the last digits of numbers."
+    if isinstance(wanted, dict):
+        assert isinstance(got, dict) and set(got) == set(wanted), where
+        for key in wanted: check_alike(got[key], wanted[key], f"{where}.{key}")
+    elif isinstance(wanted, list):
+        assert isinstance(got, list) and len(got) == len(wanted), where
+        for i, pair in enumerate(zip(got, wanted)): check_alike(*pair, f"{where}[{i}]")
+    elif isinstance(wanted, float): assert got == pytest.approx(wanted, rel=1e-3, abs=1e-5), where
+    else: assert type(got) is type(wanted) and got == wanted, where
+
+
+def read(path: Path) -> pd.DataFrame:
+    "A table, in which numbers of a list may be written as NumPy's or as Python's."
+    text = path.read_text(encoding="utf-8")
+    return pd.read_csv(StringIO(re.sub(r"np\.float64\((.*?)\)", r"\1", text)))
+
+
+def check_table(name: str) -> None:
+    "The same table as before. Words that are nearly tied may be ranked the other way round by another machine."
+    got, wanted = read(Path(name)), read(EARLIER / name)
+    ranks = [c for c in wanted if c in ("rank", "filtered")]
+    assert list(got) == list(wanted) and len(got) == len(wanted)
+    np.testing.assert_allclose(got[ranks], wanted[ranks], atol=1)
+    pd.testing.assert_frame_equal(got.drop(columns=ranks), wanted.drop(columns=ranks), rtol=1e-3, atol=1e-4)
+
+
+def ids(folder: str) -> set[str]:
+    "Masks of the runs in a folder, as they were."
+    return {told["mask"] for path, told in RUNS.items() if path.startswith(f"{folder}/")}
+
+
+# ── opened ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_every_run_opens(earlier):
+    before = state(earlier)
+    assert {p.parent.relative_to(earlier).as_posix() for p in earlier.rglob("config.json")} == set(RUNS)
+    for path, told in RUNS.items(): assert described(Run.open(path)) == told, path
+    assert state(earlier) == before
+
+
+def test_mask_files_open(earlier):
+    for path, told in RUNS.items():
+        assert Mask.load(f"{path}/mask.safetensors").id == told["mask"]
+        for step, mask in told["snapshots"].items():
+            assert Mask.load(f"{path}/snapshots/{int(step):08d}.mask.safetensors").id == mask
+
+
+@pytest.mark.parametrize("folder", ["store", *(f"{name}/runs" for name in COMMANDS)])
+def test_a_folder_of_runs_opens(earlier, folder):
+    store, told = Store(folder), {path: t for path, t in RUNS.items() if path.startswith(f"{folder}/")}
+    assert len(list(store)) == len(told) and all(run.done for run in store)
+    assert set(store.masks().table().id) == ids(folder)
+    for t in told.values(): assert t["mask"] in set(store.masks(**t["labels"]).table().id)
+
+
+def test_what_stands_beside_a_mask(earlier):
+    soft, plain = Store("store").runs(task="tags")[0], Store("store").runs(task="MadeOf")[0]
+    assert soft.soft is not None and plain.soft is None and soft.subnetwork is soft.soft
+    values = np.concatenate([v.ravel() for v in soft.soft.values.values()])
+    assert values.size == soft.mask.space.size and 0 < values.min() < values.max() <= 1
+    assert plain.metrics.step.tolist() == [2, 4, 6] and np.isfinite(plain.metrics.loss).all()
+    assert (plain.snapshots.table().step.tolist(), plain.snapshots.table().task.tolist()) == ([0, 3], ["MadeOf"] * 2)
+
+
+def test_the_command_shows_it(earlier, capsys):
+    assert main(["show", "store", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {run["id"] for run in shown["runs"]} == {t["id"] for p, t in RUNS.items() if p.startswith("store/")}
+
+
+# ── gone on with ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_same_searches_have_nothing_left_to_do(earlier, untrained):
+    before = state(earlier)
+    for run in searches(Store("store")).values(): assert described(run) == RUNS[run.folder.as_posix()]
+    assert state(earlier) == before
+
+
+@pytest.mark.parametrize("study", COMMANDS)
+def test_the_same_command_has_nothing_left_to_do(earlier, untrained, study):
+    before = state(earlier)
+    assert main(COMMANDS[study]) == 0
+    after = state(earlier)
+    tables = {f"{study}/{p.name}" for p in Path(study).glob("*.csv")}
+    written = {f"{study}/results.json", *tables}
+    assert set(after) == set(before) and {p for p in before if after[p] != before[p]} <= written
+    results = json.loads(Path(study, "results.json").read_text())
+    assert isinstance(results.pop("seconds"), float)
+    check_alike(results, RESULTS[study])
+    for table in tables: check_table(table)
+
+
+def test_something_new_would_be_noticed(earlier, untrained):
+    with pytest.raises(Trained): searches(Store("new"))
+    for study in ("lamp", "tamt"):
+        with pytest.raises(Trained): main([*COMMANDS[study], "--out", f"new-{study}"])
