@@ -14,17 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 from workloads import Batch, Critical, Workload
 
-from subnet_explorer.apply import masked
-from subnet_explorer.data import Fact, Facts
-from subnet_explorer.engine import MaskOptimizer
-from subnet_explorer.gates import Concrete, HardConcrete, Threshold
-from subnet_explorer.mask import Mask
-from subnet_explorer.objectives import Density, Maintain, Sequences, Suppress
-from subnet_explorer.score import example_gradients
-from subnet_explorer.search import _open, _start, find, lr_at
-from subnet_explorer.shrink import compact
-from subnet_explorer.space import Space
-from subnet_explorer.texts import Blocks
+from subnet_explorer.model.apply import masked
+from subnet_explorer.data.facts import Fact, Facts
+from subnet_explorer.search.engine import MaskOptimizer
+from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.search.objectives import Density
+from subnet_explorer.search.distil import Maintain, Suppress
+from subnet_explorer.model.sequences import Sequences
+from subnet_explorer.search.score import example_gradients
+from subnet_explorer.search.find import _open, _start, find, lr_at
+from subnet_explorer.model.compact import compact
+from subnet_explorer.core.space import Space
+from subnet_explorer.data.texts import Blocks
 
 
 def rates(w: Workload, steps: int | None = None) -> list[float]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from subnet_explorer.mask import Mask
-from subnet_explorer.masks import Masks
-from subnet_explorer.space import unit_space
-from subnet_explorer.widgets import explore
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.masks import Masks
+from subnet_explorer.core.space import unit_space
+from subnet_explorer.look.app import explore
 
 
 def many(n: int, folder: Path | None = None) -> Masks:

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 import harness
-from subnet_explorer.mask import Mask, Scores, kth
-from subnet_explorer.masks import Masks, overlaps, survival, votes
-from subnet_explorer.space import Group, Layout, ModelId, Space
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.scores import Scores, kth
+from subnet_explorer.core.masks import Masks, overlaps, survival, votes
+from subnet_explorer.core.space import Group, ModelId, Space
+from subnet_explorer.core.layout import Layout
 
 ROWS = list[dict[str, str | float]]
 

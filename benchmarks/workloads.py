@@ -68,7 +68,7 @@ class Workload:
 
     def space(self, model: nn.Module | None = None) -> Any:
         "The library's `Space` of what is masked."
-        from subnet_explorer.space import Space
+        from subnet_explorer.core.space import Space
         kind = {"weight": "weight", "head": "head+mlp"}.get(self.granularity)
         if kind is None: raise ValueError("input columns of every matrix are no kind of `Space`")
         return Space.of(model or self.model, kind, layers=[i + 1 for i in self.layers], **({"embeddings": True} if self.embeddings else {}))
@@ -175,8 +175,8 @@ def compact(quick: bool = False, device: str = "cpu") -> Workload:
 
 def importance_pocket(quick: bool = False, device: str = "cpu", batch: int = 64) -> Workload:
     "The same on a real, small model and real lengths: pocket-bert and the 400 development pairs of a pocket task, in batches sorted by length."
-    from subnet_explorer.pocket import load
-    from subnet_explorer.tables import read_glue
+    from subnet_explorer.model.load import load
+    from subnet_explorer.data.tables import read_glue
     bert, tok = load("pocket-bert")
     model = BertForSequenceClassification(bert.config)
     model.bert.load_state_dict(bert.bert.state_dict(), strict=False)

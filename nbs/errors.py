@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from subnet_explorer.space import SubnetError
+from subnet_explorer.core.errors import SubnetError
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "nbs" / "errors"

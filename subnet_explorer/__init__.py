@@ -4,70 +4,127 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+# where the names at the top come from
 _HOMES = {
-    "space": ("Space", "SubnetError", "SpaceMismatch"),
-    "mask": ("Mask", "Scores"),
-    "masks": ("Masks",),
-    "apply": ("masked",),
-    "gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
-    "objectives": ("Cloze", "MLM", "Task", "Hidden", "Suppress", "Maintain", "Kept", "Density", "Ramp"),
-    "data": ("Fact", "Facts", "read_facts", "split", "answerable"),
-    "texts": ("read_texts", "Blocks", "blocks", "read_blocks"),
-    "sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
-    "tables": ("Labelled", "read_glue", "read_choices"),
-    "squad": ("Questions", "read_squad"),
-    "pocket": ("load",),
-    "store": ("Run", "Store"),
-    "search": ("find",),
-    "heads": ("Tagger", "Classifier", "Regressor", "Chooser", "Lora", "head_for", "fit", "preserved", "relearning", "relearned"),
-    "parser": ("Parser",),
-    "spans": ("SpanFinder",),
-    "controls": ("reset", "control_labels", "selectivity"),
-    "score": ("iterate",),
-    "shrink": ("compact", "load_compact"),
-    "pieces": ("show", "compare_view", "watch"),
-    "widgets": ("explore",),
+    "core.errors": ("SubnetError", "SpaceMismatch"),
+    "core.space": ("Space",),
+    "core.mask": ("Mask",),
+    "core.scores": ("Scores",),
+    "core.masks": ("Masks",),
+    "core.store": ("Run", "Store"),
+    "data.facts": ("Fact", "Facts", "read_facts", "split", "answerable"),
+    "data.texts": ("read_texts", "Blocks", "blocks", "read_blocks"),
+    "data.sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
+    "data.tables": ("Labelled", "read_glue", "read_choices"),
+    "data.questions": ("Questions", "read_squad"),
+    "model.load": ("load",),
+    "model.apply": ("masked",),
+    "model.compact": ("compact", "load_compact"),
+    "search.gates": ("Threshold", "TopK", "Concrete", "HardConcrete"),
+    "search.objectives": ("Cloze", "Task", "Kept", "Density", "Ramp"),
+    "search.distil": ("MLM", "Hidden", "Suppress", "Maintain"),
+    "search.find": ("find",),
+    "search.prune": ("iterate",),
+    "tasks.heads": ("Tagger", "Classifier", "Regressor", "Chooser"),
+    "tasks.parser": ("Parser",),
+    "tasks.spans": ("SpanFinder",),
+    "tasks.fit": ("Lora", "head_for", "fit", "preserved"),
+    "tasks.relearn": ("relearning", "relearned"),
+    "tasks.controls": ("reset", "control_labels", "selectivity"),
+    "look.views": ("show", "compare_view", "watch"),
+    "look.app": ("explore",),
 }
-_MODULES = ("compare", "evaluate", "knowledge", "patterns", "pieces", "plots", "recipes", "represent", "score", "transfer", "widgets")
+
+# names under which the functions of several modules are gathered: `plots.density`, `evaluate.cloze`, …
+_GATHERED = {
+    "compare": ("core.compare",),
+    "evaluate": ("measure.ask", "measure.removal", "measure.metrics"),
+    "knowledge": ("data.graphs",),
+    "patterns": ("measure.patterns",),
+    "pieces": ("look.views",),
+    "plots": ("look.style", "look.paper", "look.figure", "look.masks", "look.curves", "look.models"),
+    "represent": ("measure.vectors", "measure.attention"),
+    "score": ("search.score", "search.prune"),
+    "transfer": ("tasks.relearn",),
+    "widgets": ("look.app", "look.annotator"),
+}
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = [*_WHERE, *_MODULES]
+__all__ = [*_WHERE, *_GATHERED, "recipes"]
+
+
+class _Gathered(ModuleType):
+    "The public names of some modules, under one name, each read when it is asked for."
+
+    def __init__(self, name: str, homes: tuple[str, ...]) -> None:
+        super().__init__(f"{__name__}.{name}", f"The public names of {', '.join(homes)}.")
+        self._homes = homes
+
+    def _modules(self) -> list[ModuleType]:
+        return [import_module(f"{__package__}.{home}") for home in self._homes]
+
+    def __dir__(self) -> list[str]:
+        return sorted(name for module in self._modules() for name in module.__all__)
+
+    def __getattr__(self, name: str) -> Any:
+        for module in self._modules():
+            if name in module.__all__: return getattr(module, name)
+        raise AttributeError(f"{self.__name__} has no {name!r}: it has {', '.join(dir(self))}.")
 
 
 def __getattr__(name: str) -> Any:
     "Import on first use, so that masks and figures can be handled without loading torch."
-    if name in _MODULES: return import_module(f"{__name__}.{name}")
-    if name in _WHERE:
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "recipes": return import_module(f"{__name__}.recipes")
+    if name in _GATHERED: value: Any = _Gathered(name, _GATHERED[name])
+    elif name in _WHERE: value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    else: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
-def __dir__() -> list[str]: return sorted({*globals(), *__all__})
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if TYPE_CHECKING:
-    from subnet_explorer import compare, evaluate, knowledge, patterns, pieces, plots, recipes, represent, score, transfer, widgets
-    from subnet_explorer.apply import masked
-    from subnet_explorer.data import Fact, Facts, answerable, read_facts, split
-    from subnet_explorer.search import find
-    from subnet_explorer.gates import Concrete, HardConcrete, Threshold, TopK
-    from subnet_explorer.heads import Chooser, Classifier, Lora, Regressor, Tagger, fit, head_for, preserved, relearned, relearning
-    from subnet_explorer.controls import control_labels, reset, selectivity
-    from subnet_explorer.mask import Mask, Scores
-    from subnet_explorer.masks import Masks
-    from subnet_explorer.objectives import MLM, Cloze, Density, Hidden, Kept, Maintain, Ramp, Suppress, Task
-    from subnet_explorer.parser import Parser
-    from subnet_explorer.pieces import compare_view, show, watch
-    from subnet_explorer.pocket import load
-    from subnet_explorer.score import iterate
-    from subnet_explorer.sentences import Sentence, fitting, read_conllu, read_ner
-    from subnet_explorer.shrink import compact, load_compact
-    from subnet_explorer.space import Space, SpaceMismatch, SubnetError
-    from subnet_explorer.spans import SpanFinder
-    from subnet_explorer.squad import Questions, read_squad
-    from subnet_explorer.store import Run, Store
-    from subnet_explorer.tables import Labelled, read_choices, read_glue
-    from subnet_explorer.texts import Blocks, blocks, read_blocks, read_texts
-    from subnet_explorer.widgets import explore
+    from . import recipes as recipes
+    from .core.errors import SpaceMismatch as SpaceMismatch, SubnetError as SubnetError
+    from .core.space import Space as Space
+    from .core.mask import Mask as Mask
+    from .core.scores import Scores as Scores
+    from .core.masks import Masks as Masks
+    from .core.store import Run as Run, Store as Store
+    from .data.facts import (
+        Fact as Fact,
+        Facts as Facts,
+        answerable as answerable,
+        read_facts as read_facts,
+        split as split,
+    )
+    from .data.texts import Blocks as Blocks, blocks as blocks, read_blocks as read_blocks, read_texts as read_texts
+    from .data.sentences import (
+        Sentence as Sentence,
+        fitting as fitting,
+        read_conllu as read_conllu,
+        read_ner as read_ner,
+    )
+    from .data.tables import Labelled as Labelled, read_choices as read_choices, read_glue as read_glue
+    from .data.questions import Questions as Questions, read_squad as read_squad
+    from .model.load import load as load
+    from .model.apply import masked as masked
+    from .model.compact import compact as compact, load_compact as load_compact
+    from .search.gates import Concrete as Concrete, HardConcrete as HardConcrete, Threshold as Threshold, TopK as TopK
+    from .search.objectives import Cloze as Cloze, Density as Density, Kept as Kept, Ramp as Ramp, Task as Task
+    from .search.distil import Hidden as Hidden, MLM as MLM, Maintain as Maintain, Suppress as Suppress
+    from .search.find import find as find
+    from .search.prune import iterate as iterate
+    from .tasks.heads import Chooser as Chooser, Classifier as Classifier, Regressor as Regressor, Tagger as Tagger
+    from .tasks.parser import Parser as Parser
+    from .tasks.spans import SpanFinder as SpanFinder
+    from .tasks.fit import Lora as Lora, fit as fit, head_for as head_for, preserved as preserved
+    from .tasks.relearn import relearned as relearned, relearning as relearning
+    from .tasks.controls import control_labels as control_labels, reset as reset, selectivity as selectivity
+    from .look.views import compare_view as compare_view, show as show, watch as watch
+    from .look.app import explore as explore

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .space import SubnetError
+from .core.errors import SubnetError
 
 # %% auto #0
 __all__ = ['lamp_command', 'tickets_command', 'critical_command', 'probe_command', 'tamt_command', 'show_command',
@@ -60,7 +60,7 @@ def _numbers(text: str, what: str = "seeds") -> list[int]:
 
 def _written(args: argparse.Namespace, out: dict[str, Any], **tables: Any) -> None:
     "Write the JSON form of a study, and tables by name."
-    from subnet_explorer.mask import atomic_write
+    from subnet_explorer.core.files import atomic_write
     atomic_write(Path(args.out, "results.json"), json.dumps(out, indent=1))
     for name, t in tables.items(): atomic_write(Path(args.out, f"{name}.csv"), t.to_csv(index=False))
 
@@ -81,9 +81,9 @@ def _say(text: str, args: argparse.Namespace) -> None:
 # %% ../nbs/20_cli.ipynb #5e06e919
 def lamp_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run LAMP as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.data import read_facts
-    from subnet_explorer.pocket import load
-    from subnet_explorer.recipes import lamp, lamp_json, lamp_report
+    from subnet_explorer.data.facts import read_facts
+    from subnet_explorer.model.load import load
+    from subnet_explorer.recipes.lamp import lamp, lamp_json, lamp_report
     model, tok = load(args.model, device=_device(args.device))
     facts = read_facts(args.facts, args.relations, args.templates, strict=not args.lenient)
     study = lamp(model, tok, facts, layers=args.layers, method=args.method, sparsity=args.sparsity, steps=args.steps, lr=args.lr, batch=args.batch,
@@ -128,9 +128,10 @@ def _search_arguments(p: argparse.ArgumentParser, steps: int, batch: int, out: s
 # %% ../nbs/20_cli.ipynb #36d64375
 def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
     "Run the study of lottery tickets as asked, print its table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.lottery import gains, table, tickets_json, tickets_report
-    from subnet_explorer.pocket import TUNING, load
-    from subnet_explorer.recipes import tickets
+    from subnet_explorer.recipes.tickets import gains, table, tickets_json, tickets_report
+    from subnet_explorer.data.pocket import TUNING
+    from subnet_explorer.model.load import load
+    from subnet_explorer.recipes.tickets import tickets
     model, tok = load(args.model, device=_device(args.device))
     tasks = _tasks(args.task, search=args.search, on_dev=args.on_dev, train=args.train, test=args.test, strict=not args.lenient)
     usual = TUNING if args.model.startswith("pocket-") else {}
@@ -149,7 +150,7 @@ def tickets_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tasks(given: Sequence[str], **reading: Any) -> dict[str, Any]:
     "Tasks by name, read as asked."
-    from subnet_explorer.lottery import task_data
+    from subnet_explorer.data.parts import task_data
     sources = dict(map(_named, given))
     if len(sources) < len(given): raise SubnetError(f"two tasks have the same name: {', '.join(_named(t)[0] for t in given)}. Name them, e.g. mine=path/to/folder.")
     return {n: task_data(s, **reading) for n, s in sources.items()}
@@ -185,12 +186,13 @@ def _tickets_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #43d988f9
 def critical_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find knowledge-critical subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.critical import critical, critical_json, critical_report
-    from subnet_explorer.knowledge import neighbourhood, read_graph
-    from subnet_explorer.objectives import longest
-    from subnet_explorer.pocket import CRITICAL, load
-    from subnet_explorer.space import is_causal
-    from subnet_explorer.texts import blocks, read_texts
+    from subnet_explorer.recipes.critical import critical, critical_json, critical_report
+    from subnet_explorer.data.graphs import neighbourhood, read_graph
+    from subnet_explorer.model.sequences import longest
+    from subnet_explorer.data.pocket import CRITICAL
+    from subnet_explorer.model.load import load
+    from subnet_explorer.core.layout import is_causal
+    from subnet_explorer.data.texts import blocks, read_texts
     model, tok = load(args.model, device=_device(args.device))
     pocket = args.model.startswith("pocket-")
     target, control = (read_graph(s, is_causal(model), pocket) for s in (args.target, args.control))
@@ -254,9 +256,10 @@ def _critical_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #92843da3
 def probe_command(args: argparse.Namespace) -> dict[str, Any]:
     "Probe a model as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.pocket import PROBING, load
-    from subnet_explorer.probing import probe, probe_json, probe_report
-    from subnet_explorer.sentences import fitting, read_conllu, read_ner
+    from subnet_explorer.data.pocket import PROBING
+    from subnet_explorer.model.load import load
+    from subnet_explorer.recipes.probe import probe, probe_json, probe_report
+    from subnet_explorer.data.sentences import fitting, read_conllu, read_ner
     model, tok = load(args.model, device=_device(args.device))
     read = read_ner if args.task == "ner" else read_conllu
     (train, lost), (dev, less) = (fitting(read(source, part=part), tok, args.longest) for source, part in ((args.train, "train"), (args.dev, "dev")))
@@ -295,8 +298,9 @@ def _probe_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #e7e2de7b
 def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
     "Find task-agnostic subnetworks as asked, print the table, write masks, tables and the report; return the JSON form."
-    from subnet_explorer.pocket import TAMT, load
-    from subnet_explorer.tamt import by_matrix, tamt, tamt_json, tamt_report
+    from subnet_explorer.data.pocket import TAMT
+    from subnet_explorer.model.load import load
+    from subnet_explorer.recipes.tamt import by_matrix, tamt, tamt_json, tamt_report
     model, tok = load(args.model, device=_device(args.device))
     pocket, tasks = args.model.startswith("pocket-"), _tasks(args.tasks or [], train=args.limit, test=args.test, strict=not args.lenient)
     text, dev = _running(model, tok, args.text, args.dev, (0 if pocket else None) if args.block is None else args.block, args.cache)
@@ -313,8 +317,9 @@ def tamt_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def _running(model: Any, tok: Any, source: str, dev: str | None, size: int | None, cache: str | None) -> tuple[Any, Any]:
     "Text to search on and text to measure on: sentences, or blocks of some size (None: as long as the model reads, up to 512)."
-    from subnet_explorer.objectives import longest
-    from subnet_explorer.texts import BadTexts, read_blocks, read_texts
+    from subnet_explorer.model.sequences import longest
+    from subnet_explorer.data.files import BadTexts
+    from subnet_explorer.data.texts import read_blocks, read_texts
     size = min(512, longest(model, tok)) if size is None else size
     read = lambda s, part: read_blocks(tok, s, size, part=part, cache=cache) if size else read_texts(s, part=part)
     text = read(source, "train")
@@ -359,8 +364,8 @@ def _tamt_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #a032417f
 def show_command(args: argparse.Namespace) -> dict[str, Any]:
     "Describe a mask, run, or store."
-    from subnet_explorer.mask import Mask
-    from subnet_explorer.store import Run, Store
+    from subnet_explorer.core.mask import Mask
+    from subnet_explorer.core.store import Run, Store
     path = Path(args.path)
     if path.is_file():
         mask = Mask.load(path)
@@ -388,7 +393,7 @@ def _show_arguments(p: argparse.ArgumentParser) -> None: p.add_argument("path")
 # %% ../nbs/20_cli.ipynb #89440e85
 def report_command(args: argparse.Namespace) -> dict[str, Any]:
     "Write a site about a folder of runs."
-    from subnet_explorer.site import publish
+    from subnet_explorer.look.site import publish
     site = publish(args.folder, args.out, args.fresh)
     if not args.json:
         print(f"{site.runs} runs; {site.written} pages written, {site.kept} unchanged" + (f", {site.removed} removed" if site.removed else ""))
@@ -406,7 +411,7 @@ def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
     "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
     import pandas as pd
 
-    from subnet_explorer.compare import consensus, overlap
+    from subnet_explorer.core.compare import consensus, overlap
     masks, notes = _labelled_masks(Path(args.folder), args.where or [])
     tasks, t = consensus(masks, args.kind), overlap(masks, "task", lenient=True)
     names, shared = tasks.task.tolist(), t[t.kind == args.kind].set_index(["a", "b"])
@@ -430,7 +435,7 @@ def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def _labelled_masks(folder: Path, where: Sequence[str]) -> tuple[Any, list[str]]:
     "Masks with the labels task and seed from published arrays or a store of runs, on one space; and what to say about them."
-    from subnet_explorer.store import Store, read_masks
+    from subnet_explorer.core.store import Store, read_masks
     store = Store(folder / "runs" if (folder / "runs").is_dir() else folder)
     runs = list(store)
     masks, notes = store.masks() if runs else read_masks(folder), []
@@ -474,9 +479,9 @@ def _agreement_arguments(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/20_cli.ipynb #d3dae8e9
 def compact_command(args: argparse.Namespace) -> dict[str, Any]:
     "Make a model compact, print the comparison, write mask, weights and, if asked, a plain model; return the JSON form."
-    from subnet_explorer.mask import Mask
-    from subnet_explorer.pocket import load
-    from subnet_explorer.shrink import compact
+    from subnet_explorer.core.mask import Mask
+    from subnet_explorer.model.load import load
+    from subnet_explorer.model.compact import compact
     mask, keep = Mask.load(args.mask), args.keep
     if keep not in (None, "any", "all"):
         try: keep = float(keep)
@@ -512,7 +517,7 @@ def doctor_command(args: argparse.Namespace) -> dict[str, Any]:
     optional = {"jupyterlab (notebooks)": have("jupyterlab"), "nbdev (working on the library)": have("nbdev"), "quarto (documentation site)": shutil.which("quarto"),
                 "C++ compiler (compiled kernels)": shutil.which("c++"), "accelerate (several processes)": have("accelerate"), "SUBNET_EXPLORER_DATA (real data)": os.environ.get("SUBNET_EXPLORER_DATA")}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    from subnet_explorer.pocket import pocket_path
+    from subnet_explorer.data.pocket import pocket_path
     problems = [f"{n} is not installed: pip install {n}" for n, v in needed.items() if v is None]
     try: pocket_path()
     except SubnetError as e: problems.append(str(e))

@@ -51,7 +51,7 @@ def real() -> Path:
 @pytest.fixture(scope="session")
 def pocket_bert():
     "The masked pocket model and its tokenizer; tests leave it as it is."
-    from subnet_explorer.pocket import load
+    from subnet_explorer.model.load import load
     return load("pocket-bert")
 
 

@@ -15,9 +15,9 @@ import torch
 
 from subnet_explorer import __version__
 from subnet_explorer.cli import main
-from subnet_explorer.data import read_facts
-from subnet_explorer.mask import Mask
-from subnet_explorer.store import Run, Store
+from subnet_explorer.data.facts import read_facts
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.store import Run, Store
 
 COMMAND = Path(sys.executable).with_name("subnet-explorer")
 LAMP = ["lamp", "--model", "pocket-bert", "--facts", "pocket", "--relations", "MadeOf,Desires", "--no-report", "--quiet"]

@@ -1,0 +1,10 @@
+"The papers, each as one function."
+from .critical import critical as critical
+from .lamp import LampStudy as LampStudy
+from .lamp import lamp as lamp
+from .lamp import lamp_ablation as lamp_ablation
+from .lamp import lamp_json as lamp_json
+from .lamp import lamp_report as lamp_report
+from .probe import probe as probe
+from .tamt import tamt as tamt
+from .tickets import tickets as tickets
