@@ -290,7 +290,7 @@ def save(mask: Mask, path: str | Path) -> Path:
     "Write `mask` as a safetensors file (packed bits or gaps, JSON header) and return its path."
     from safetensors.numpy import save as encode
     short = {g.name: s for g, p in zip(mask.space.groups, mask.packed) if (s := compress_gaps(p, g.size))}
-    head = {"format": f"subnet_explorer.core.mask/{2 if short else 1}", "library": __version__, "id": mask.id, "space": mask.space.to_json(), "meta": dict(mask.meta)}
+    head = {"format": f"subnet_explorer.mask/{2 if short else 1}", "library": __version__, "id": mask.id, "space": mask.space.to_json(), "meta": dict(mask.meta)}
     if short: head["gaps"] = {name: rare for name, (_, rare) in short.items()}
     tensors = {g.name: (short[g.name][0] if g.name in short else np.frombuffer(p, np.uint8)).copy() for g, p in zip(mask.space.groups, mask.packed)}
     return atomic_write(path, encode(tensors, {"subnet_explorer": json.dumps(head, default=str)}))
@@ -302,7 +302,7 @@ def load_mask(path: str | Path) -> Mask:
     try:
         with safe_open(str(path), "np") as f:
             head = json.loads((f.metadata() or {})["subnet_explorer"])
-            if head["format"] not in ("subnet_explorer.core.mask/1", "subnet_explorer.core.mask/2"): raise MaskFileError(f"{path} has format {head['format']!r}: a newer subnet_explorer is needed to read it.")
+            if head["format"] not in ("subnet_explorer.mask/1", "subnet_explorer.mask/2"): raise MaskFileError(f"{path} has format {head['format']!r}: a newer subnet_explorer is needed to read it.")
             space, gaps = Space.from_json(head["space"]), head.get("gaps", {})
             packed = tuple(expand_gaps(f.get_tensor(g.name), g.size, gaps[g.name]) if g.name in gaps else f.get_tensor(g.name).tobytes() for g in space.groups)
     except MaskFileError: raise

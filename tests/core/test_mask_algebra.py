@@ -179,7 +179,7 @@ def test_files_of_any_density(m):
             share = min(b.mean(), 1 - b.mean())
             if g.size < 700 or share > .125: assert g.name not in head.get("gaps", {})        # packed bits are no longer
             elif g.size > 4000 and share < .1: assert head["gaps"][g.name] == (b.mean() <= .5)
-        assert head["format"] == f"subnet_explorer.core.mask/{2 if 'gaps' in head else 1}"
+        assert head["format"] == f"subnet_explorer.mask/{2 if 'gaps' in head else 1}"
 
 
 @given(rare(), st.data())
@@ -201,10 +201,10 @@ def test_files_of_the_first_format(tmp_path):
     "Sparse tensors were packed bits then, and still are where they are read from such a file."
     from safetensors.numpy import save as encode
     m = Mask.random(space_with([(5000,), (3, 5)]), .01, seed=0)
-    head = {"format": "subnet_explorer.core.mask/1", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {"seed": 0}}
+    head = {"format": "subnet_explorer.mask/1", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {"seed": 0}}
     (tmp_path / "old").write_bytes(encode({g.name: np.frombuffer(p, np.uint8).copy() for g, p in zip(m.space.groups, m.packed)}, {"subnet_explorer": json.dumps(head)}))
     assert Mask.load(tmp_path / "old") == m
-    head["format"] = "subnet_explorer.core.mask/3"
+    head["format"] = "subnet_explorer.mask/3"
     (tmp_path / "new").write_bytes(encode({g.name: np.frombuffer(p, np.uint8).copy() for g, p in zip(m.space.groups, m.packed)}, {"subnet_explorer": json.dumps(head)}))
     with pytest.raises(MaskFileError, match="a newer subnet_explorer"): Mask.load(tmp_path / "new")
 
@@ -216,7 +216,7 @@ def test_gaps_that_are_none(tmp_path, content):
     from safetensors.numpy import save as encode
     m = Mask.random(space_with([(5000,)]), .01, seed=0)
     content = zstandard.ZstdCompressor().compress(b"\0" * 10_000_000) if content is None else content
-    head = {"format": "subnet_explorer.core.mask/2", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {}, "gaps": {"g0": 1}}
+    head = {"format": "subnet_explorer.mask/2", "library": "0.1.0", "id": m.id, "space": m.space.to_json(), "meta": {}, "gaps": {"g0": 1}}
     (tmp_path / "m").write_bytes(encode({"g0": np.frombuffer(content, np.uint8)}, {"subnet_explorer": json.dumps(head)}))
     with pytest.raises(MaskFileError): Mask.load(tmp_path / "m")
 
