@@ -100,7 +100,7 @@ def parametrized(w: Workload) -> Step:
     size = sum(g.scores.numel() for g in gates)
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         with parametrize.cached() if w.embeddings else torch.enable_grad(): value = w.loss(model, batch)      # a tied matrix is masked once
-        return value + w.penalty * sum(g.kept().sum() for g in gates) / size if w.penalty else value
+        return value + w.penalty * sum(g.keep_probability().sum() for g in gates) / size if w.penalty else value
     return _training(w, model, [p for p in model.parameters() if p.requires_grad], loss)
 
 

@@ -403,7 +403,7 @@ def summary(study: Tamt) -> pd.DataFrame:      # method, density, kept, mlm_loss
     scored = {} if study.transfer.empty else {k: t for k, t in runs_of(study).groupby(keys)}
     for k, t in study.scores.groupby(keys, sort=False):
         row = dict(zip(keys, k)) | {c: float(t[c].mean()) for c in ("kept", "mlm_loss", "hidden_loss")} | {"steps": int(t.steps.iloc[0]), "seconds": float(t.seconds.mean())}
-        if k in scored: row |= {task: by_task(study, task, *k)["mean"] for task in study.tasks} | compare.student(scored[k].score)
+        if k in scored: row |= {task: by_task(study, task, *k)["mean"] for task in study.tasks} | compare.student_interval(scored[k].score)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -413,7 +413,7 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
     last = study.scores.set_index(["method", "density", "seed"]).steps
     t = study.transfer.query("task == @task and method == @method and density == @density")
     t = t[[r.step == last[r.method, r.density, r.seed] for r in t.itertuples()]]
-    over = compare.student(t.score.astype(float).fillna(0.0))
+    over = compare.student_interval(t.score.astype(float).fillna(0.0))
     return {"mean": over["mean"], "std": over["std"] if over["n"] > 1 else None, "scores": [None if pd.isna(v) else float(v) for v in t.score]}
 
 
@@ -486,7 +486,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
     points = t.rename(columns={"mean": "score"}).assign(seconds=t.seconds.clip(lower=0.01))
     out = [plots.scatter(points, x, "score", "method", title=f"Score against {said}", labels=(said, "mean score"), log=log) for x, said, log in (("mlm_loss", LOSSES["mlm_loss"], False), ("seconds", "seconds of search (log)", True))]
     keys = ["method", "density", "step"]
-    steps = pd.DataFrame([dict(zip(keys, k)) | compare.student(r.score) for k, r in runs_of(study, final=False).groupby(keys, sort=False)]).rename(columns={"mean": "score"})
+    steps = pd.DataFrame([dict(zip(keys, k)) | compare.student_interval(r.score) for k, r in runs_of(study, final=False).groupby(keys, sort=False)]).rename(columns={"mean": "score"})
     return out + [plots.scatter(steps[(steps.density == d) | (steps.method == "full")], "step", "score", "method", title=f"Score against steps of search, density {d:g}", labels=("steps", "mean score")) for d in study.config["densities"]]
 
 

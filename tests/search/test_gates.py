@@ -86,7 +86,7 @@ def test_hard_concrete_closed_forms():
     u = np.random.default_rng(0).uniform(size=(20 * n, len(g)))
     z = np.clip(1 / (1 + np.exp(-(g + np.log(u) - np.log1p(-u)) / beta)) * (zeta - gamma) + gamma, 0, 1)
     with torch.no_grad(): ours = torch.stack([flat(gate.sample()) for _ in range(n)]).numpy()
-    kept = torch.cat([gate.kept(l).reshape(-1) for l in gate.logits]).detach().numpy()
+    kept = torch.cat([gate.keep_probability(l).reshape(-1) for l in gate.logits]).detach().numpy()
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     se = lambda p: 5 * np.sqrt(p * (1 - p) / n) + 1e-3
     for event, closed in ((lambda z: z > 0, kept), (lambda z: z == 1, sigmoid(g - beta * math.log((1 - gamma) / (zeta - 1))))):

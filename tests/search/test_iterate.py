@@ -311,12 +311,12 @@ def test_matched_sizes_and_pools(base):
     for density in (0, .2, .5, .8, 1):
         for seed in range(3):
             good = score.random(space, seed).top(density)
-            got = score.controls(good, seed)
-            assert got["good"] is good and kinds(got["random"]) == kinds(got["bad"]) == kinds(good) and got == score.controls(good, seed)
+            got = score.matched_controls(good, seed)
+            assert got["good"] is good and kinds(got["random"]) == kinds(got["bad"]) == kinds(good) and got == score.matched_controls(good, seed)
             for kind, n, size in zip(("head", "mlp"), kinds(good), (144, 12)):
                 shared = int((good & got["bad"]).table().query("kind == @kind").kept.sum())
                 assert shared == max(0, 2 * n - size)                       # no more than must be
-    sizes = {kinds(score.controls(score.random(space, 0).top(.5), s, published=True)["random"]) for s in range(9)}
+    sizes = {kinds(score.matched_controls(score.random(space, 0).top(.5), s, published=True)["random"]) for s in range(9)}
     assert len(sizes) > 1
 
 
