@@ -302,8 +302,9 @@ def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFra
     return table
 
 # %% ../../nbs/core/09_store.ipynb #7a6048ac
-def progress_bar(what: str, total: int | None = None, done: int = 0, *, show: bool = True, unit: str = "it") -> Any:
+def progress_bar(what: str, total: int | None = None, done: int = 0, *, show: Any = True, unit: str = "it") -> Any:      # show: or a line of a study
     "A bar from `done` to `total`, moved with `update`; it is drawn twice a second at most."
+    if not isinstance(show, bool): return show.bar(what, total, done)
     from tqdm.auto import tqdm
     return tqdm(desc=what, total=total, initial=done, unit=unit, disable=not show, mininterval=0.5)
 
