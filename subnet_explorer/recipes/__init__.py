@@ -1,10 +1,15 @@
-"The papers, each as one function."
-from .critical import critical as critical
-from .lamp import LampStudy as LampStudy
-from .lamp import lamp as lamp
-from .lamp import lamp_ablation as lamp_ablation
-from .lamp import lamp_json as lamp_json
-from .lamp import lamp_report as lamp_report
-from .probe import probe as probe
-from .tamt import tamt as tamt
-from .tickets import tickets as tickets
+"""The papers, each as one function.
+
+Every module here is imported, and registers its recipe; a new one needs no word in this file.
+"""
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .study import RECIPES
+
+for _module in iter_modules(__path__): import_module(f"{__name__}.{_module.name}")
+
+# a function hides the module of its name: recipes.lamp(…) is what people call
+globals().update({name: recipe.run for name, recipe in RECIPES.items()})
