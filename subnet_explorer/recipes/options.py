@@ -24,7 +24,7 @@ from ..core.errors import SubnetError, check_names
 
 # %% auto #0
 __all__ = ['REQUIRED', 'EXPECTED', 'Option', 'options_of', 'comments_of', 'shell_type', 'BadSetting', 'expected', 'parser_of',
-           'in_brackets', 'by_flag', 'from_shell', 'from_file', 'completed', 'read_yaml', 'as_yaml']
+           'in_brackets', 'parts_of', 'by_flag', 'from_shell', 'from_file', 'completed', 'read_yaml', 'as_yaml']
 
 # %% ../../nbs/recipes/02_options.ipynb #6566ecd6
 REQUIRED = inspect.Parameter.empty
@@ -198,14 +198,20 @@ def _listed(value: Any) -> Any:
 
 def _or_none(kind: Any, default: Any) -> Any: return kind | None if default is None else kind
 
-# %% ../../nbs/recipes/02_options.ipynb #e6f2c71f
+# %% ../../nbs/recipes/02_options.ipynb #b2cb292e
 def in_brackets(option: Option, words: Sequence[str]) -> str:
     "The words behind an option as one value of YAML."
     text = ",".join(words)
     if text[:1] in ("[", "{"): return text
     if option.is_mapping: return "{" + text.replace("=", ": ").replace(",", ", ") + "}"
-    if option.several and ("," in text or not option.single): return f"[{text}]"
-    return text
+    if not option.several or (option.single and "," not in text): return text
+    if list[str] not in option.kinds: return f"[{text}]"
+    return json.dumps([part for word in words for part in parts_of(word)])
+
+
+def parts_of(word: str) -> list[str]:
+    "Names with commas between them; a source, which may have commas of its own, stays whole."
+    return [word] if re.search("[:=/]", word) else [part for part in word.split(",") if part]
 
 
 def by_flag(words: Sequence[str]) -> list[tuple[str, list[str]]]:
