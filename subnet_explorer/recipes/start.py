@@ -13,7 +13,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..core.errors import SubnetError
 from subnet_explorer.recipes.options import (
     BadSetting,
     Option,
@@ -25,6 +24,8 @@ from subnet_explorer.recipes.options import (
     parser_of,
     read_yaml,
 )
+
+from ..core.errors import SubnetError
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
@@ -60,7 +61,7 @@ def first_line(function: Any) -> str:
     "What a function does, in a line."
     return (function.__doc__ or "").strip().partition("\n")[0]
 
-# %% ../../nbs/recipes/03_start.ipynb #c19cde99
+# %% ../../nbs/recipes/03_start.ipynb #3b13b488
 @dataclass(frozen=True)
 class Order:
     "A recipe with a value for every setting."
@@ -107,7 +108,8 @@ def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:
     "An order as a file says it, and the shell over it."
     values = read_yaml(path)
     name = values.pop("recipe", None)
-    if not isinstance(name, str): raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
+    if not isinstance(name, str):
+        raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
     return order(find_recipe(name), words, values)
 
 

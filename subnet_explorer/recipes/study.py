@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
     if not isinstance(value, float): return value
     return round(value, 6) if np.isfinite(value) else None
 
-# %% ../../nbs/recipes/01_study.ipynb #1fbd8990
+# %% ../../nbs/recipes/01_study.ipynb #06c10d56
 Section = tuple[str, str, list[Any]]
 "A heading, what the reader should know, and figures and tables; a section without any is left out of the report."
 
@@ -56,7 +56,8 @@ class Study:
     tables: Mapping[str, pd.DataFrame] = field(repr=False)    # tidy, the main one first; each becomes a .csv file
     config: Mapping[str, Any] = field(repr=False)             # every setting, and the identity of model and data
     model_name: str
-    seconds: float                                            # of this call; cells that were there already cost nothing
+    seconds: float                                            # of this call; cells that were there already cost
+                                                              # nothing
     folder: Path | None = None                                # where runs and tables are kept, if anywhere
     notes: tuple[str, ...] = ()                               # what a reader of the numbers must be told
 
@@ -87,7 +88,8 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         "The study as plain data, as it stands in `results.json`."
-        return plain({"model": self.model_name, **self.results(), "config": self.config, "seconds": round(self.seconds, 1)})
+        made = {"config": self.config, "seconds": round(self.seconds, 1)}
+        return plain({"model": self.model_name, **self.results(), **made})
 
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
@@ -114,7 +116,7 @@ class Study:
     def _repr_html_(self) -> str:
         return f"<b>{self.recipe.title} of {self.model_name}: {len(self.masks)} masks</b>{self.summary().to_html()}"
 
-# %% ../../nbs/recipes/01_study.ipynb #573df2c9
+# %% ../../nbs/recipes/01_study.ipynb #10e4e973
 @dataclass(frozen=True)
 class Pairs:
     "Scores that can be compared unit by unit."
@@ -125,7 +127,7 @@ class Pairs:
     under: str = "under"                      # the column that names the condition
 
     def gains(self, of: str | None = None, against: str | Sequence[str] | None = None) -> pd.DataFrame:
-        "Mean difference of paired scores, its deviation, and a 95 % Student interval over the units: case, of, against, n …"
+        "Mean difference of paired scores, with a 95 % Student interval over the units: case, of, against, n, mean, …"
         names = list(dict.fromkeys(self.scores[self.under]))
         contrasts = self._asked(names, of, against)
         rows = []
@@ -139,7 +141,8 @@ class Pairs:
         filled = self.scores.assign(score=self.scores["score"].astype(float).fillna(0.0))
         if not self.cases: yield {}, filled
         else:
-            for key, part in filled.groupby(list(self.cases), sort=False): yield dict(zip(self.cases, key, strict=True)), part
+            for key, part in filled.groupby(list(self.cases), sort=False):
+                yield dict(zip(self.cases, key, strict=True)), part
 
     def _asked(self, names: list[str], of: str | None, against: str | Sequence[str] | None) -> list[tuple[str, str]]:
         if of is None and against is None and self.contrasts: return list(self.contrasts)
@@ -153,11 +156,11 @@ def _difference(wide: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
     both = wide[[a, b]].dropna()
     return student_interval(both[a] - both[b])
 
-# %% ../../nbs/recipes/01_study.ipynb #c8d9f501
+# %% ../../nbs/recipes/01_study.ipynb #5a67597f
 class TwoRecipes(SubnetError):
     """Two recipes have one name.
 
-    Cause: A package that was installed beside the library, or a notebook, registers a method under a name that is taken.
+    Cause: A package that was installed beside the library registers a method under a name that is taken.
     Fix: Give one of the functions another name, or remove the package; the message says where both come from.
     """
 
@@ -190,7 +193,8 @@ def recipe(
     def register(run: Callable[..., Study]) -> Callable[..., Study]:
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
-            raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of them.")
+            raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
+                             "them.")
         RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, dict(pocket or {}))
         return run
     return register

@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 import importlib
 
 lottery = importlib.import_module("subnet_explorer.recipes.tickets")
-from subnet_explorer.recipes.tickets import SUPER, gains, summary, table, tickets
+from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
 from subnet_explorer.data.parts import TaskData, task_data
 from subnet_explorer.measure.metrics import majority_label
 from subnet_explorer.model.load import load
@@ -159,7 +159,7 @@ def test_tables(study):
     assert np.isclose(row["mean"], x.mean()) and np.isclose(row["std"], np.std(x, ddof=1)) and row["n"] == 2
     assert np.allclose([row.low, row.high], stats.t.interval(.95, 1, x.mean(), stats.sem(x)), equal_nan=True)
     wide = study.scores.query("task == 'entails' and stage == 'retrained' and epochs == 3").pivot(index="seed", columns="kind", values="score")
-    g = gains(study).set_index(["task", "stage", "kind", "against"])
+    g = study.gains().set_index(["task", "stage", "of", "against"])
     assert np.isclose(g.loc["entails", "retrained", "good", "random"]["mean"], (wide.good - wide.random).mean())
     assert ("entails", "retrained", "good", "random-init") in g.index and ("entails", "pruned", "super-good", "super-bad") in g.index
     shown = table(study)
@@ -171,7 +171,7 @@ def test_the_model_comes_back(small, entails, monkeypatch):
     model, before = small[0], weights(small[0])
     tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    monkeypatch.setattr(lottery, "controls", lambda *a: 1 / 0)
+    monkeypatch.setattr(lottery, "matched_controls", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
