@@ -45,7 +45,10 @@ _GATHERED = {
     "knowledge": ("data.graphs",),
     "patterns": ("measure.patterns",),
     "pieces": ("look.views",),
-    "plots": ("look.style", "look.paper", "look.figure", "look.masks", "look.curves", "look.models"),
+    "plots": (
+        "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
+        "look.report",
+    ),
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),
     "transfer": ("tasks.relearn",),

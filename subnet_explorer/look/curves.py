@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,27 +20,58 @@ from .figure import Figure, set_layout
 from .style import DASHES, PALETTE, safe_text, style
 
 # %% auto #0
-__all__ = ['STAGES', 'bars', 'tickets', 'removal', 'pareto', 'scatter', 'shades', 'curves', 'tradeoff']
+__all__ = ['STAGES', 'bars', 'tickets', 'removal', 'pareto', 'scatter', 'curves', 'tradeoff']
+
+# %% ../../nbs/look/04_curves.ipynb #c5058615
+def _whiskers(
+    rows: pd.DataFrame,
+    middle: pd.Series,               # what they stand around
+    complete: bool = False,          # only if every row has both ends
+    **look: Any,
+) -> dict[str, Any] | None:          # plotly's error bars
+    "Describe the error bars of rows that know their ends."
+    if not {"low", "high"} <= set(rows): return None
+    if complete and rows[["low", "high"]].isna().any(axis=None): return None
+    return dict(array=rows.high - middle, arrayminus=middle - rows.low, **look)
+
+
+def _ends(row: pd.Series, digits: str) -> str:
+    "Say an interval in brackets, where it is known."
+    if "low" not in row or pd.isna(row["low"]): return ""
+    return f" ({row['low']:{digits}} to {row['high']:{digits}})"
 
 # %% ../../nbs/look/04_curves.ipynb #8a8a395e
 def bars(
     table: pd.DataFrame,              # columns condition, value, and if known low, high
     colour: str | None = None,        # column that tells bars of one condition apart
     title: str = "",
-    label: str = "value",
+    label: str = "value",             # of the vertical axis
 ) -> Figure:
-    "Draw one bar per condition with error bars; raise `SubnetError` when rows are not told apart."
-    check_names(["condition", "value", *([colour] if colour else [])], table.columns, "column")
+    "Draw one bar per condition; raise `SubnetError` when rows are not told apart."
     keys = ["condition", *([colour] if colour else [])]
+    check_names(["condition", "value", *keys[1:]], table.columns, "column")
     if table.duplicated(keys).any():
-        raise SubnetError(f"several rows have the same {' and '.join(keys)}: filter the table first, or name the column that tells them apart, e.g. colour=\"relation\".")
+        raise SubnetError(
+            f"several rows have the same {' and '.join(keys)}: filter the table first, "
+            'or name the column that tells them apart, e.g. colour="relation".'
+        )
     fig = go.Figure()
-    for i, (name, rows) in enumerate(table.groupby(colour, sort=False) if colour else [("", table)]):
-        error = dict(array=rows.high - rows.value, arrayminus=rows.value - rows.low, color="#333333", thickness=1.5) if {"low", "high"} <= set(rows) else None
-        fig.add_trace(go.Bar(x=rows.condition.map(safe_text), y=rows.value, name=safe_text(name), error_y=error, showlegend=bool(colour), marker=dict(color=PALETTE[i % 8], line=dict(color="#333333", width=1))))
-    set_layout(fig, title, 260 + max(240, 70 * len(table)), 420, yaxis=dict(title_text=safe_text(label), rangemode="tozero"))
-    said = lambda r: ", ".join(str(r[k]) for k in keys) + f" {r.value:.3f}" + (f" ({r.low:.3f} to {r.high:.3f})" if "low" in r and pd.notna(r.low) else "")
-    return Figure(fig, table.reset_index(drop=True), f"{title or label}. Bars: " + "; ".join(said(r) for _, r in table.iterrows()) + ".")
+    groups = table.groupby(colour, sort=False) if colour else [("", table)]
+    for i, (name, rows) in enumerate(groups):
+        fig.add_trace(go.Bar(
+            x=rows.condition.map(safe_text), y=rows.value,
+            name=safe_text(name), showlegend=bool(colour),
+            error_y=_whiskers(rows, rows.value, color="#333333", thickness=1.5),
+            marker=dict(color=PALETTE[i % 8], line=dict(color="#333333", width=1)),
+        ))
+    up = dict(title_text=safe_text(label), rangemode="tozero")
+    set_layout(fig, title, 260 + max(240, 70 * len(table)), 420, yaxis=up)
+    said = []
+    for _, r in table.iterrows():
+        names = ", ".join(str(r[k]) for k in keys)
+        said.append(f"{names} {r.value:.3f}{_ends(r, '.3f')}")
+    alt = f"{title or label}. Bars: {'; '.join(said)}."
+    return Figure(fig, table.reset_index(drop=True), alt)
 
 # %% ../../nbs/look/04_curves.ipynb #58400c59
 STAGES = {"pruned": "#9CCBE8", "retrained": "#0072B2", "full": "#E8E8E8"}
@@ -47,57 +79,142 @@ STAGES = {"pruned": "#9CCBE8", "retrained": "#0072B2", "full": "#E8E8E8"}
 
 
 def tickets(
-    table: pd.DataFrame,             # columns task, seed, kind, stage ("pruned", "retrained" or "full"), score
+    table: pd.DataFrame,             # columns task, seed, kind, stage (of `STAGES`), score
     title: str = "Subnetworks, pruned and retrained",
-    label: str = "score",
-    spread: str = "std",             # whiskers: "std" (ddof 1) or "interval" (95 %, bootstrap), over seeds
-    dots: bool = True,
+    label: str = "score",            # of the vertical axis
+    spread: str = "std",             # whiskers: "std" (ddof 1) or "interval" (95 %, bootstrap)
+    dots: bool = True,               # draw every seed
 ) -> Figure:
     "Draw scores of subnetworks by task, kind and stage, with their spread over seeds."
     check_names(["task", "seed", "kind", "stage", "score"], table.columns, "column")
     check_names([spread], ["std", "interval"], "spread")
     check_names(table.stage.unique(), STAGES, "stage")
     if table.empty: raise SubnetError("there is no score to draw.")
-    if (twice := table.duplicated(["task", "seed", "kind", "stage"])).any():
+    twice = table.duplicated(["task", "seed", "kind", "stage"])
+    if twice.any():
         r = table[twice].iloc[0]
-        raise SubnetError(f"several scores of {r.task}, seed {r.seed}, {r.kind}, {r.stage}: filter the table first.")
-    rows = []
-    for (task, kind, stage), part in table.groupby(["task", "kind", "stage"], sort=False):
-        found = part.score[np.isfinite(part.score.astype(float))].to_numpy(float)
-        mean, std = (student_interval(found)[k] for k in ("mean", "std"))
-        low, high = (mean - std, mean + std) if spread == "std" else interval([found[:, None]])[1:] if len(found) > 1 else (np.nan, np.nan)
-        rows.append(dict(task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high, n=len(found), undefined=len(part) - len(found)))
-    data, tasks, kinds = pd.DataFrame(rows), list(table.task.unique()), list(table.kind.unique())
+        which = f"{r.task}, seed {r.seed}, {r.kind}, {r.stage}"
+        raise SubnetError(f"several scores of {which}: filter the table first.")
+    groups = table.groupby(["task", "kind", "stage"], sort=False)
+    data = pd.DataFrame([_spread(keys, part, spread) for keys, part in groups])
+    undefined = int(data.undefined.sum())
+    if undefined: title += f" ({undefined} undefined score{'s' * (undefined > 1)} left out)"
+    seeds = table if dots else table[:0]
+    fig = _ticket_panels(data, seeds, list(table.kind.unique()), title, label)
+    what = "standard deviation" if spread == "std" else "95 % interval"
+    said = []
+    for task, rows in data.groupby("task", sort=False):
+        scores = ", ".join(_ticket_said(r, spread) for _, r in rows.iterrows())
+        said.append(f"{task}: {scores}.")
+    return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. {' '.join(said)}")
+
+
+def _ticket_said(r: pd.Series, spread: str) -> str:
+    "Say the score of one kind and stage, for the description."
+    name = r.kind if r.stage == "full" else f"{r.kind} {r.stage}"
+    if np.isnan(r["mean"]): return f"{name} undefined"
+    if np.isnan(r.low): return f"{name} {r['mean']:.2f}"
+    ends = f"± {r['std']:.2f}" if spread == "std" else f"({r.low:.2f} to {r.high:.2f})"
+    return f"{name} {r['mean']:.2f} {ends}"
+
+# %% ../../nbs/look/04_curves.ipynb #82f1f23f
+def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:
+    "Summarize the scores of one task, kind and stage over seeds."
+    scores = part.score.astype(float)
+    found = scores[np.isfinite(scores)].to_numpy(float)
+    known = student_interval(found)
+    mean, std = known["mean"], known["std"]
+    low, high = np.nan, np.nan
+    if spread == "std": low, high = mean - std, mean + std
+    elif len(found) > 1: low, high = interval([found[:, None]])[1:]
+    task, kind, stage = keys
+    return dict(
+        task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high,
+        n=len(found), undefined=len(part) - len(found),
+    )
+
+# %% ../../nbs/look/04_curves.ipynb #97652598
+_Place = dict[tuple[str, str, str], float]      # by task, kind and stage
+
+
+def _ticket_panels(
+    data: pd.DataFrame, scores: pd.DataFrame, kinds: list[str], title: str, label: str,
+) -> go.Figure:
+    "Draw a panel of bars for each task, and a dot for each score."
+    tasks, stages = list(data.task.unique()), [s for s in STAGES if s in set(data.stage)]
     across = min(len(tasks), 3 if len(tasks) > 4 or len(kinds) > 5 else 4)
-    down, stages = ceil(len(tasks) / across), [s for s in STAGES if s in set(data.stage)]
-    wide, high = 80 + 44 * len(kinds), 250
-    fig = make_subplots(down, across, subplot_titles=list(map(safe_text, tasks)), horizontal_spacing=60 / (across * wide), vertical_spacing=95 / (down * high))
-    place, here = {}, data.groupby(["task", "kind"]).stage.apply(lambda s: [x for x in stages if x in set(s)])
-    for (task, kind), found in here.items():
-        for i, s in enumerate(found): place[task, kind, s] = kinds.index(kind) + (i - (len(found) - 1) / 2) * .4
+    down, wide, high = ceil(len(tasks) / across), 80 + 44 * len(kinds), 250
+    fig = make_subplots(
+        down, across, subplot_titles=list(map(safe_text, tasks)),
+        horizontal_spacing=60 / (across * wide), vertical_spacing=95 / (down * high),
+    )
+    place = _places(data, kinds, stages)
     for t, task in enumerate(tasks):
         where = dict(row=t // across + 1, col=t % across + 1)
         for s in stages:
             part = data[(data.task == task) & (data.stage == s)]
-            if part.empty: continue
-            x = [place[task, k, s] for k in part.kind]
-            fig.add_trace(go.Bar(x=x, y=part["mean"], width=.38, name="full model and baselines" if s == "full" else s, legendgroup=s, showlegend=not any(d.legendgroup == s for d in fig.data), marker=dict(color=STAGES[s], line=dict(color="#333333", width=1)),
-                                 error_y=dict(array=part.high - part["mean"], arrayminus=part["mean"] - part.low, color="#000000", thickness=1.5, width=3),
-                                 hovertext=[f"{safe_text(r.kind)}, {s}: {r.mean_:.3f} ({r.n} seeds)" for r in part.rename(columns={"mean": "mean_"}).itertuples()], hoverinfo="text"), **where)
-            if (gone := part["mean"].isna()).any(): fig.add_trace(go.Scatter(x=np.array(x)[gone], y=np.full(gone.sum(), .04 * data["mean"].max()), mode="text", text=["n/a"] * int(gone.sum()), showlegend=False, hoverinfo="skip"), **where)
-        each = table[(table.task == task) & np.isfinite(table.score.astype(float))]
-        if dots and not each.empty:
-            drift = each.groupby(["kind", "stage"]).cumcount() - (each.groupby(["kind", "stage"]).score.transform("size") - 1) / 2
-            fig.add_trace(go.Scatter(x=[place[task, r.kind, r.stage] + .05 * d for r, d in zip(each.itertuples(), drift.clip(-3, 3))], y=each.score, mode="markers", name="one seed", legendgroup="dots", showlegend=t == 0, text=[f"seed {safe_text(v)}" for v in each.seed],
-                                     hoverinfo="y+text", marker=dict(color="#FFFFFF", symbol="circle", size=4, line=dict(color="#000000", width=1))), **where)
-    if gone := int(data.undefined.sum()): title += f" ({gone} undefined score{'s' * (gone > 1)} left out)"
-    set_layout(fig, title, 260 + across * wide, 150 + down * high, barmode="overlay", legend=dict(tracegroupgap=0))
+            if len(part): _add_stage(fig, part, place, data["mean"].max(), where)
+        each = scores[(scores.task == task) & np.isfinite(scores.score.astype(float))]
+        if len(each): _add_seeds(fig, each, place, t == 0, where)
+    width, height = 260 + across * wide, 150 + down * high
+    set_layout(fig, title, width, height, barmode="overlay", legend=dict(tracegroupgap=0))
     fig.update_layout(margin_r=210)
-    fig.update_xaxes(tickvals=list(range(len(kinds))), ticktext=list(map(safe_text, kinds)), tickangle=-40, range=[-.6, len(kinds) - .4])
-    fig.update_yaxes(rangemode="tozero"); fig.update_yaxes(title_text=safe_text(label), col=1)
-    what = "standard deviation" if spread == "std" else "95 % interval"
-    said = lambda r: f"{r.kind} " + ("" if r.stage == "full" else f"{r.stage} ") + ("undefined" if np.isnan(r["mean"]) else f"{r['mean']:.2f}" + ("" if np.isnan(r.low) else f" ± {r['std']:.2f}" if spread == "std" else f" ({r.low:.2f} to {r.high:.2f})"))
-    return Figure(fig, data, f"{title}: {label}, mean and {what} over seeds. " + " ".join(f"{task}: " + ", ".join(said(r) for _, r in data[data.task == task].iterrows()) + "." for task in tasks))
+    names, ticks = list(map(safe_text, kinds)), list(range(len(kinds)))
+    ends = [-0.6, len(kinds) - 0.4]
+    fig.update_xaxes(tickvals=ticks, ticktext=names, tickangle=-40, range=ends)
+    fig.update_yaxes(rangemode="tozero")
+    return fig.update_yaxes(title_text=safe_text(label), col=1)
+
+
+def _places(data: pd.DataFrame, kinds: list[str], stages: list[str]) -> _Place:
+    "Place the bars of every task, kind and stage."
+    place = {}
+    for (task, kind), part in data.groupby(["task", "kind"]):
+        here = [s for s in stages if s in set(part.stage)]
+        for i, s in enumerate(here):
+            place[task, kind, s] = kinds.index(kind) + (i - (len(here) - 1) / 2) * 0.4
+    return place
+
+# %% ../../nbs/look/04_curves.ipynb #c9f82d43
+def _add_stage(
+    fig: go.Figure, part: pd.DataFrame, place: _Place, top: float, where: dict[str, int],
+) -> None:
+    "Add the bars of one task and stage."
+    task, stage, mean = part.task.iloc[0], part.stage.iloc[0], part["mean"]
+    x = [place[task, kind, stage] for kind in part.kind]
+    hover = [
+        f"{safe_text(kind)}, {stage}: {value:.3f} ({n} seeds)"
+        for kind, value, n in zip(part.kind, mean, part.n, strict=True)
+    ]
+    fig.add_trace(go.Bar(
+        x=x, y=mean, width=0.38, name="full model and baselines" if stage == "full" else stage,
+        legendgroup=stage, showlegend=not any(d.legendgroup == stage for d in fig.data),
+        marker=dict(color=STAGES[stage], line=dict(color="#333333", width=1)),
+        error_y=_whiskers(part, mean, color="#000000", thickness=1.5, width=3),
+        hovertext=hover, hoverinfo="text",
+    ), **where)
+    undefined = mean.isna()
+    if not undefined.any(): return
+    n = int(undefined.sum())
+    quiet = dict(showlegend=False, hoverinfo="skip")
+    at = dict(x=np.array(x)[undefined], y=np.full(n, 0.04 * top))
+    fig.add_trace(go.Scatter(**at, mode="text", text=["n/a"] * n, **quiet), **where)
+
+
+def _add_seeds(
+    fig: go.Figure, each: pd.DataFrame, place: _Place, first: bool, where: dict[str, int],
+) -> None:
+    "Add a dot for each score of a task."
+    groups = each.groupby(["kind", "stage"])
+    drift = (groups.cumcount() - (groups.score.transform("size") - 1) / 2).clip(-3, 3)
+    middle = [place[r.task, r.kind, r.stage] for r in each.itertuples()]
+    x = [at + 0.05 * d for at, d in zip(middle, drift, strict=True)]
+    fig.add_trace(go.Scatter(
+        x=x, y=each.score, mode="markers",
+        name="one seed", legendgroup="dots", showlegend=first,
+        text=[f"seed {safe_text(v)}" for v in each.seed], hoverinfo="y+text",
+        marker=dict(color="#FFFFFF", symbol="circle", size=4, line=dict(color="#000000", width=1)),
+    ), **where)
 
 # %% ../../nbs/look/04_curves.ipynb #ffe87844
 def removal(
@@ -107,48 +224,102 @@ def removal(
 ) -> Figure:
     "Draw perplexity relative to the full model by condition and data set, with intervals."
     check_names(["under", "data", "ratio"], table.columns, "column")
-    if not (table.ratio > 0).all(): raise SubnetError("perplexity ratios must be positive numbers: leave undefined ones out.")
-    names, sets = list(dict.fromkeys(table.under))[::-1], list(dict.fromkeys(table.data))
-    fig = make_subplots(1, len(sets), subplot_titles=list(map(safe_text, sets)), shared_yaxes=True, horizontal_spacing=.04)
-    for i, d in enumerate(sets, 1):
-        rows = table[table.data == d]
-        ends = [1.0, *rows.ratio, *(rows[["low", "high"]].to_numpy().ravel() if {"low", "high"} <= set(rows) else [])]
-        for x, dash in [(1.0, "solid"), *([(1 + tolerance, "dot"), (1 / (1 + tolerance), "dot")] if tolerance else [])]:
-            fig.add_trace(go.Scatter(x=[x, x], y=[-.5, len(names) - .5], mode="lines", line=dict(color="#888888", width=1, dash=dash), showlegend=False, hoverinfo="skip"), row=1, col=i)
-        for r in rows.itertuples():
-            error = dict(array=[r.high - r.ratio], arrayminus=[r.ratio - r.low], color="#333333", thickness=1.5, width=3) if {"low", "high"} <= set(rows) else None
-            fig.add_trace(go.Scatter(x=[r.ratio], y=[names.index(r.under)], mode="markers", error_x=error, marker=style(names[::-1].index(r.under)) | dict(size=10), showlegend=False,
-                                     hovertext=f"{safe_text(r.under)}, {safe_text(d)}: {r.ratio:.3g} of the full model's perplexity", hoverinfo="text"), row=1, col=i)
-        wide = max(ends) / min(ends) > 4
-        fig.update_xaxes(type="log" if wide else "linear", dtick=1 if wide else None, title_text="× full model" + (" (log)" if wide else ""), row=1, col=i)
-    set_layout(fig, title, 260 + (210 if len(sets) < 4 else 160) * len(sets), 190 + 36 * len(names))
+    if not (table.ratio > 0).all():
+        raise SubnetError("perplexity ratios must be positive numbers: leave undefined ones out.")
+    names, sets = list(dict.fromkeys(table.under)), list(dict.fromkeys(table.data))
+    titles = list(map(safe_text, sets))
+    fig = make_subplots(
+        1, len(sets), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04,
+    )
+    for i, name in enumerate(sets, 1):
+        _add_ratios(fig, table[table.data == name], names, tolerance, i)
+    wide = 210 if len(sets) < 4 else 160
+    set_layout(fig, title, 260 + wide * len(sets), 190 + 36 * len(names))
     fig.update_layout(margin_l=180, margin_r=40)
-    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=list(map(safe_text, names)), range=[-.5, len(names) - .5])
-    said = lambda r: f"{r['under']} {r['ratio']:.3g}" + (f" ({r['low']:.3g} to {r['high']:.3g})" if "low" in r and pd.notna(r["low"]) else "")
-    return Figure(fig, table.reset_index(drop=True), f"{title}: perplexity relative to the full model. " + " ".join(f"{d}: " + ", ".join(said(r) for _, r in table[table.data == d].iterrows()) + "." for d in sets))
+    ticks, texts = list(range(len(names))), list(map(safe_text, names[::-1]))
+    fig.update_yaxes(tickvals=ticks, ticktext=texts, range=[-0.5, len(names) - 0.5])
+    said = []
+    for name, rows in table.groupby("data", sort=False):
+        ratios = [f"{r['under']} {r['ratio']:.3g}{_ends(r, '.3g')}" for _, r in rows.iterrows()]
+        said.append(f"{name}: {', '.join(ratios)}.")
+    alt = f"{title}: perplexity relative to the full model. {' '.join(said)}"
+    return Figure(fig, table.reset_index(drop=True), alt)
+
+# %% ../../nbs/look/04_curves.ipynb #13db8b70
+def _add_ratios(
+    fig: go.Figure, rows: pd.DataFrame, names: list[str], tolerance: float | None, col: int,
+) -> None:
+    "Add the panel of one data set."
+    where = dict(row=1, col=col)
+    lines = [(1.0, "solid")]
+    if tolerance: lines += [(1 + tolerance, "dot"), (1 / (1 + tolerance), "dot")]
+    for x, dash in lines:
+        fig.add_trace(go.Scatter(
+            x=[x, x], y=[-0.5, len(names) - 0.5], mode="lines", showlegend=False, hoverinfo="skip",
+            line=dict(color="#888888", width=1, dash=dash),
+        ), **where)
+    known = {"low", "high"} <= set(rows)
+    for r in rows.to_dict("records"):
+        number, error = names.index(r["under"]), None
+        if known:
+            up, down = [r["high"] - r["ratio"]], [r["ratio"] - r["low"]]
+            error = dict(array=up, arrayminus=down, color="#333333", thickness=1.5, width=3)
+        said = f"{safe_text(r['under'])}, {safe_text(r['data'])}: {r['ratio']:.3g}"
+        fig.add_trace(go.Scatter(
+            x=[r["ratio"]], y=[len(names) - 1 - number], error_x=error, mode="markers",
+            marker=style(number) | dict(size=10), showlegend=False,
+            hovertext=f"{said} of the full model's perplexity", hoverinfo="text",
+        ), **where)
+    ends = [1.0, *rows.ratio]
+    if known: ends += rows[["low", "high"]].to_numpy().ravel().tolist()
+    wide = max(ends) / min(ends) > 4
+    if wide: fig.update_xaxes(type="log", dtick=1, title_text="× full model (log)", **where)
+    else: fig.update_xaxes(type="linear", dtick=None, title_text="× full model", **where)
 
 # %% ../../nbs/look/04_curves.ipynb #332f3ac3
 def pareto(
-    table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits, and if known low, high: `probing.summary`
+    table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits; low, high
     title: str = "Score against complexity",
-    label: str = "score",
+    label: str = "score",            # of the vertical axis
 ) -> Figure:
     "Draw the score of probes against their complexity in bits."
-    check_names(["probe", "granularity", "lam", "rank", "score", "bits"], table.columns, "column")
-    name = lambda r: f"{r.granularity}, λ {r.lam:g}" if r.granularity else f"rank {r.rank}" if r.rank else ""
-    sized, fig = table[table.bits.gt(0) & ~table.probe.isin(["linear", "finetune"])], go.Figure()
+    needed = ["probe", "granularity", "lam", "rank", "score", "bits"]
+    check_names(needed, table.columns, "column")
+    bounds = table.probe.isin(["linear", "finetune"])
+    sized, fig = table[table.bits.gt(0) & ~bounds], go.Figure()
     if sized.empty: raise SubnetError("there is no probe with a complexity to draw.")
     several = sized.groupby("probe").lam.nunique()
     for i, ((probe, lam), rows) in enumerate(sized.groupby(["probe", "lam"], sort=False)):
-        rows, who = rows.sort_values("bits"), f"{probe}, λ {lam:g}" if several[probe] > 1 else probe
-        error = dict(array=rows.high - rows.score, arrayminus=rows.score - rows.low, color="#333333", thickness=1) if {"low", "high"} <= set(rows) and not rows[["low", "high"]].isna().any(axis=None) else None
-        fig.add_trace(go.Scatter(x=rows.bits, y=rows.score, mode="lines+markers", name=safe_text(who), error_y=error, line=dict(color=style(i)["color"], width=1.5), marker=style(i) | dict(size=8), text=[safe_text(name(r)) for r in rows.itertuples()], hoverinfo="text+x+y"))
-    ends = [sized.bits.min(), sized.bits.max() if sized.bits.max() > sized.bits.min() else 10 * sized.bits.max()]
-    for r, dash in zip(table[table.probe.isin(["linear", "finetune"])].itertuples(), ("dash", "dot")):
-        fig.add_trace(go.Scatter(x=ends, y=[r.score] * 2, mode="lines", name=safe_text(r.probe), line=dict(color="#666666", width=1.5, dash=dash), hoverinfo="y+name"))
-    set_layout(fig, title, 760, 440, xaxis=dict(type="log", title_text="bits (log)"), yaxis=dict(title_text=safe_text(label)))
-    said = "; ".join(f"{r.probe} {name(r)} {r.score:.3f} at {r.bits:,.0f} bits".replace("  ", " ") for r in sized.itertuples())
+        name = f"{probe}, λ {lam:g}" if several[probe] > 1 else probe
+        line, look = rows.sort_values("bits"), style(i)
+        fig.add_trace(go.Scatter(
+            x=line.bits, y=line.score, mode="lines+markers", name=safe_text(name),
+            error_y=_whiskers(line, line.score, complete=True, color="#333333", thickness=1),
+            line=dict(color=look["color"], width=1.5), marker=look | dict(size=8),
+            text=[safe_text(_variant(r)) for r in line.itertuples()], hoverinfo="text+x+y",
+        ))
+    least, most = sized.bits.min(), sized.bits.max()
+    ends = [least, most if most > least else 10 * most]
+    for r, dash in zip(table[bounds].itertuples(), ("dash", "dot"), strict=False):      # two at most
+        fig.add_trace(go.Scatter(
+            x=ends, y=[r.score] * 2, mode="lines", line=dict(color="#666666", width=1.5, dash=dash),
+            name=safe_text(r.probe), hoverinfo="y+name",
+        ))
+    bits = dict(type="log", title_text="bits (log)")
+    set_layout(fig, title, 760, 440, xaxis=bits, yaxis_title_text=safe_text(label))
+    said = "; ".join(_probe_said(r) for r in sized.itertuples())
     return Figure(fig, table.reset_index(drop=True), f"{title}. {said}.")
+
+
+def _probe_said(r: Any) -> str:
+    "Say score and complexity of a probe, for the description."
+    return f"{r.probe} {_variant(r)} {r.score:.3f} at {r.bits:,.0f} bits".replace("  ", " ")
+
+
+def _variant(r: Any) -> str:
+    "Say the granularity of a mask or the rank of an MLP probe."
+    if r.granularity: return f"{r.granularity}, λ {r.lam:g}"
+    return f"rank {r.rank}" if r.rank else ""
 
 # %% ../../nbs/look/04_curves.ipynb #83e7c6d4
 def scatter(
@@ -163,71 +334,117 @@ def scatter(
 ) -> Figure:
     "Draw one column against another."
     check_names([x, y, colour], table.columns, "column")
-    points, base = table[table[colour] != level].dropna(subset=[x, y]), table[table[colour] == level].dropna(subset=[y])
-    if points.empty: raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
-    fig, (across, up) = go.Figure(), labels or (x, y)
+    points = table[table[colour] != level].dropna(subset=[x, y])
+    base = table[table[colour] == level].dropna(subset=[y])
+    if points.empty:
+        raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
+    across, up = labels or (x, y)
+    fig = go.Figure()
     for i, (name, rows) in enumerate(points.groupby(colour, sort=False)):
-        rows = rows.sort_values(x)
-        error = dict(array=rows.high - rows[y], arrayminus=rows[y] - rows.low, color="#333333", thickness=1) if {"low", "high"} <= set(rows) and not rows[["low", "high"]].isna().any(axis=None) else None
-        fig.add_trace(go.Scatter(x=rows[x], y=rows[y], mode="lines+markers", name=safe_text(name), error_y=error, line=dict(color=style(i)["color"], width=1.5, dash=list(DASHES)[i % len(DASHES)]), marker=style(i) | dict(size=8), hoverinfo="name+x+y"))
-    for r in base.to_dict("records"):
-        fig.add_trace(go.Scatter(x=[points[x].min(), points[x].max()], y=[r[y]] * 2, mode="lines", name=safe_text(level), line=dict(color="#666666", width=1.5, dash="dot"), hoverinfo="y+name"))
-    set_layout(fig, title, 760, 440, xaxis=dict(type="log" if log else "linear", title_text=safe_text(across)), yaxis=dict(title_text=safe_text(up)))
-    said = "; ".join(f"{r[colour]} {r[y]:.3g} at {r[x]:.3g}" for r in [*points.to_dict("records"), *base.to_dict("records")])
-    return Figure(fig, table.reset_index(drop=True), f"{title or up + ' against ' + across}. {said}.")
-
-# %% ../../nbs/look/04_curves.ipynb #91a0c3bb
-def shades(n: int) -> list[str]:
-    "Colours from dark to light, evenly: they differ in greyscale and with any colour vision."
-    from plotly.colors import sample_colorscale
-    return sample_colorscale("Cividis", [i / max(1, n - 1) for i in range(n)])
+        line, look = rows.sort_values(x), style(i)
+        fig.add_trace(go.Scatter(
+            x=line[x], y=line[y], mode="lines+markers",
+            error_y=_whiskers(line, line[y], complete=True, color="#333333", thickness=1),
+            line=dict(color=look["color"], width=1.5, dash=list(DASHES)[i % len(DASHES)]),
+            marker=look | dict(size=8), name=safe_text(name), hoverinfo="name+x+y",
+        ))
+    ends = [points[x].min(), points[x].max()]
+    for v in base[y]:
+        fig.add_trace(go.Scatter(
+            x=ends, y=[v] * 2, mode="lines", line=dict(color="#666666", width=1.5, dash="dot"),
+            name=safe_text(level), hoverinfo="y+name",
+        ))
+    axis = dict(type="log" if log else "linear", title_text=safe_text(across))
+    set_layout(fig, title, 760, 440, xaxis=axis, yaxis_title_text=safe_text(up))
+    rows = points.to_dict("records") + base.to_dict("records")
+    said = "; ".join(f"{r[colour]} {r[y]:.3g} at {r[x]:.3g}" for r in rows)
+    return Figure(fig, table.reset_index(drop=True), f"{title or f'{up} against {across}'}. {said}.")
 
 # %% ../../nbs/look/04_curves.ipynb #a41ae0d2
 def curves(
-    metrics: pd.DataFrame | Mapping[str, pd.DataFrame],      # column step and any of loss, density, score, …; or several by name
+    metrics: pd.DataFrame | Mapping[str, pd.DataFrame],      # columns step, loss, …; or several by name
     title: str = "Search",
 ) -> Figure:
     "Draw every metric over the steps, one panel each."
     runs = metrics if isinstance(metrics, Mapping) else {"": metrics}
     for table in runs.values(): check_names(["step"], table.columns, "column")
-    data = pd.concat([t.melt("step", var_name="metric").assign(run=name) for name, t in runs.items()]).dropna(subset="value").reset_index(drop=True)
+    long = [t.melt("step", var_name="metric").assign(run=name) for name, t in runs.items()]
+    data = pd.concat(long).dropna(subset="value").reset_index(drop=True)
     if data.empty: raise SubnetError("nothing was logged yet: there is no metric to draw.")
-    panels = list(data.metric.unique())
-    fig = make_subplots(1, len(panels), subplot_titles=list(map(safe_text, panels)), horizontal_spacing=.25 / len(panels))
+    panels, names = list(data.metric.unique()), list(runs)
+    titles, spacing = list(map(safe_text, panels)), 0.25 / len(panels)
+    fig = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=spacing)
+    said = []
     for (name, metric), rows in data.groupby(["run", "metric"], sort=False):
-        i = list(runs).index(name)
-        fig.add_trace(go.Scatter(x=rows.step, y=rows.value, mode="lines+markers", name=safe_text(name), legendgroup=str(i), showlegend=len(runs) > 1 and metric == panels[0],
-                                 line=dict(color=style(i)["color"], width=2, dash=list(DASHES)[i % len(DASHES)]), marker=style(i)), row=1, col=panels.index(metric) + 1)
+        i, panel = names.index(name), panels.index(metric)
+        look = style(i)
+        fig.add_trace(go.Scatter(
+            x=rows.step, y=rows.value, mode="lines+markers", name=safe_text(name), marker=look,
+            legendgroup=str(i), showlegend=len(runs) > 1 and panel == 0,
+            line=dict(color=look["color"], width=2, dash=list(DASHES)[i % len(DASHES)]),
+        ), row=1, col=panel + 1)
+        who = f"{name}: " if name else ""
+        said.append(f"{who}{metric} from {rows.value.iloc[0]:.3g} to {rows.value.iloc[-1]:.3g}")
     set_layout(fig, title, 200 + 300 * len(panels), 380)
     fig.update_xaxes(title_text="step")
-    said = [f"{f'{name}: ' if name else ''}{metric} from {r.value.iloc[0]:.3g} to {r.value.iloc[-1]:.3g}" for (name, metric), r in data.groupby(["run", "metric"], sort=False)]
     return Figure(fig, data, f"{title} over {data.step.max()} steps. {'; '.join(said)}.")
 
 # %% ../../nbs/look/04_curves.ipynb #9fea862f
 def tradeoff(
-    curves: pd.DataFrame,            # columns seed, step, sparsity, chosen (bool), and one column of perplexity ratios per data set
+    curves: pd.DataFrame,            # columns seed, step, sparsity, chosen, and a ratio for each data set
     title: str = "Trade-off over the search",
     tolerance: float | None = None,  # a band around 1, for what must stay
 ) -> Figure:
-    "Draw perplexity ratios and sparsity over the steps of a search, one line per seed, the chosen steps marked."
-    check_names(["seed", "step", "sparsity", "chosen"], curves.columns, "column")
-    sets = [c for c in curves.columns if c not in ("seed", "step", "sparsity", "chosen", "note")]
-    if curves.empty or not sets: raise SubnetError("there is no curve to draw: log perplexities while searching, with a monitor such as evaluate.Removal.")
-    fig = make_subplots(1, 2, subplot_titles=["perplexity, × full model (log)", "sparsity"], horizontal_spacing=.12)
-    seeds = list(curves.seed.unique())
-    for c, name in enumerate([*sets, "sparsity"]):
-        where = dict(row=1, col=2 if name == "sparsity" else 1)
-        for s in seeds:
-            t = curves[(curves.seed == s) & curves[name].notna()]
-            fig.add_trace(go.Scatter(x=t.step, y=t[name], mode="lines", name=safe_text(name), legendgroup=name, showlegend=bool(s == seeds[0] and name != "sparsity"), hovertext=[f"seed {safe_text(s)}, {safe_text(name)} {v:.3g}" for v in t[name]], hoverinfo="x+text",
-                                     line=dict(color=style(c)["color"], width=1.5, dash=list(DASHES)[c % len(DASHES)])), **where)
-        at = curves[curves.chosen & curves[name].notna()]
-        fig.add_trace(go.Scatter(x=at.step, y=at[name], mode="markers", name="chosen", legendgroup="chosen", showlegend=c == 0, marker=dict(color="#000000", symbol="circle-open", size=10, line_width=1.5), hoverinfo="x+y"), **where)
+    "Draw perplexity ratios and sparsity over the steps of a search, a line for each seed."
+    given = ["seed", "step", "sparsity", "chosen"]
+    check_names(given, curves.columns, "column")
+    sets = [c for c in curves.columns if c not in (*given, "note")]
+    if curves.empty or not sets:
+        raise SubnetError(
+            "there is no curve to draw: "
+            "log perplexities while searching, with a monitor such as evaluate.Removal."
+        )
+    titles = ["perplexity, × full model (log)", "sparsity"]
+    fig = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12)
+    for i, name in enumerate(sets): _add_course(fig, curves, name, i, col=1)
+    _add_course(fig, curves, "sparsity", len(sets), col=2)
     ends = [curves.step.min(), curves.step.max()]
-    for v in ([1 + tolerance, 1 / (1 + tolerance)] if tolerance else []):
-        fig.add_trace(go.Scatter(x=ends, y=[v, v], mode="lines", name=f"± {tolerance:.0%}", legendgroup="band", showlegend=v > 1, line=dict(color="#888888", width=1, dash="dot"), hoverinfo="skip"), row=1, col=1)
+    for v in [1 + tolerance, 1 / (1 + tolerance)] if tolerance else []:
+        fig.add_trace(go.Scatter(
+            x=ends, y=[v, v], mode="lines", line=dict(color="#888888", width=1, dash="dot"),
+            name=f"± {tolerance:.0%}", legendgroup="band", showlegend=v > 1, hoverinfo="skip",
+        ), row=1, col=1)
     set_layout(fig, title, 980, 400)
-    fig.update_yaxes(type="log", row=1, col=1); fig.update_xaxes(title_text="step")
-    last = curves[curves.chosen] if curves.chosen.any() else curves.groupby("seed").tail(1)
-    said = ", ".join(f"{n} {last[n].mean():.3g}" for n in [*sets, "sparsity"])
-    return Figure(fig, curves.reset_index(drop=True), f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)} over {ends[1]} steps. " + (f"At the chosen steps, on average: {said}." if curves.chosen.any() else f"No step was chosen; at the end: {said}."))
+    fig.update_yaxes(type="log", row=1, col=1)
+    fig.update_xaxes(title_text="step")
+    said = _tradeoff_said(curves, [*sets, "sparsity"])
+    return Figure(fig, curves.reset_index(drop=True), f"{title}, {said}")
+
+
+def _tradeoff_said(curves: pd.DataFrame, columns: list[str]) -> str:
+    "Say where the searches ended, on average."
+    chosen, seeds = curves.chosen.any(), curves.seed.nunique()
+    last = curves[curves.chosen] if chosen else curves.groupby("seed").tail(1)
+    means = ", ".join(f"{n} {last[n].mean():.3g}" for n in columns)
+    where = "At the chosen steps, on average" if chosen else "No step was chosen; at the end"
+    return f"{seeds} seed{'s' * (seeds > 1)} over {curves.step.max()} steps. {where}: {means}."
+
+# %% ../../nbs/look/04_curves.ipynb #e6425b87
+def _add_course(fig: go.Figure, curves: pd.DataFrame, name: str, number: int, col: int) -> None:
+    "Add the lines of one column, and its chosen steps."
+    known, color, safe = curves[curves[name].notna()], style(number)["color"], safe_text(name)
+    line = dict(color=color, width=1.5, dash=list(DASHES)[number % len(DASHES)])
+    for n, seed in enumerate(curves.seed.unique()):
+        t = known[known.seed == seed]
+        fig.add_trace(go.Scatter(
+            x=t.step, y=t[name], mode="lines", name=safe, line=line,
+            legendgroup=name, showlegend=n == 0 and name != "sparsity",
+            hovertext=[f"seed {safe_text(seed)}, {safe} {v:.3g}" for v in t[name]],
+            hoverinfo="x+text",
+        ), row=1, col=col)
+    at = known[known.chosen]
+    fig.add_trace(go.Scatter(
+        x=at.step, y=at[name], mode="markers", hoverinfo="x+y",
+        marker=dict(color="#000000", symbol="circle-open", size=10, line_width=1.5),
+        name="chosen", legendgroup="chosen", showlegend=number == 0,
+    ), row=1, col=col)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from math import ceil, sqrt
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,77 +19,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..core.errors import SubnetError, check_names
-from .curves import shades
+from ..measure.attention import from_mask
 from .figure import Figure, View, add_heat, color_axis, set_layout
 from .paper import paper_color
-from .style import safe_text, style
-from ..measure.attention import from_mask
+from .style import is_dark, safe_text, shades, style
 
 # %% auto #0
-__all__ = ['UNPACKED', 'patterns', 'tsne', 'predictions', 'mask_attention', 'attention', 'attention_pair']
-
-# %% ../../nbs/look/05_models.ipynb #45b34654
-def patterns(
-    table: pd.DataFrame,             # columns pattern, share (0…1), and `by`
-    by: str | None = None,           # one bar per value of this column
-    stacked: bool = True,
-    title: str = "Attention patterns",
-    label: str = "share of attention maps",
-) -> Figure:
-    "Draw the shares of patterns, a bar for each value of `by`."
-    check_names(["pattern", "share", *([by] if by else [])], table.columns, "column")
-    if table.duplicated(["pattern", *([by] if by else [])]).any(): raise SubnetError("several rows have the same pattern" + (f" and {by}" if by else "") + ": filter the table first, or name the column that tells them apart with by=….")
-    data = table.assign(**{} if by else {"all": "all"}).reset_index(drop=True)
-    by, sums = by or "all", data.groupby(by or "all", sort=False).share.sum(min_count=1)
-    if not data.share.between(0, 1).all() or (sums > 1 + 1e-6).any(): raise SubnetError(f"shares must lie in 0…1 and add up to no more than 1, found {data.share.min():g} to {data.share.max():g} with sums up to {sums.max():g}" + ("; are they in percent?" if data.share.max() > 1 else "") + ".")
-    bars_, kinds, fig = list(sums.index), list(data.pattern.unique()), go.Figure()
-    for pattern, colour in zip(kinds, shades(len(kinds))):
-        ink = "#FFFFFF" if np.dot(paper_color(colour), (.299, .587, .114)) < .45 else "#000000"
-        share = data[data.pattern == pattern].set_index(by).share.reindex(bars_).fillna(0)
-        text = [f"{v:.2f}" if v >= .045 else "" for v in share]
-        fig.add_trace(go.Bar(x=list(map(safe_text, bars_)), y=share, name=safe_text(pattern), marker=dict(color=colour, line=dict(color="#333333", width=1)),
-                             **(dict(text=text, textposition="inside", insidetextanchor="middle", textangle=0, insidetextfont=dict(color=ink, size=11)) if stacked else {})))
-    set_layout(fig, title, 330 + max(220, (62 if stacked else 22 * len(kinds) + 20) * len(bars_)), 420, barmode="stack" if stacked else "group", legend=dict(title_text="pattern", traceorder="reversed" if stacked else "normal"))
-    fig.update_xaxes(title_text="" if by == "all" else safe_text(by)); fig.update_yaxes(title_text=safe_text(label), range=[0, 1] if stacked else None, rangemode="tozero")
-    fig.update_layout(margin_r=210)
-    said = "; ".join((f"{b}: " if by != "all" else "") + ", ".join(f"{r.pattern} {r.share:.2f}" for r in data[data[by] == b].itertuples()) for b in bars_)
-    return Figure(fig, data, f"{title}, {label}. {said}.")
-
-# %% ../../nbs/look/05_models.ipynb #bd9ba42f
-def tsne(
-    points: pd.DataFrame,          # columns x, y and those named below
-    colour: str = "relation",
-    facet: str = "under",
-    title: str = "t-SNE",
-) -> Figure:
-    "Draw points as small multiples."
-    check_names(["x", "y", colour, facet], points.columns, "column")
-    panels, groups = list(points[facet].unique()), list(points[colour].unique())
-    if not panels: raise SubnetError("there is no point to draw.")
-    cols = len(panels) if len(panels) <= 4 else ceil(sqrt(len(panels)))
-    fig = make_subplots(ceil(len(panels) / cols), cols, subplot_titles=list(map(safe_text, panels)), horizontal_spacing=.08 / cols, vertical_spacing=.2 / ceil(len(panels) / cols))
-    named, hover = set(), len(points) <= 1500 and {"sub", "obj"} <= set(points)
-    for (panel, group), rows in points.groupby([facet, colour], sort=False):
-        i, r = groups.index(group), panels.index(panel)
-        fig.add_trace(go.Scatter(x=rows.x.to_numpy(np.float32), y=rows.y.to_numpy(np.float32), mode="markers", name=safe_text(group), legendgroup=str(i), legendrank=1000 + i,
-                                 showlegend=group not in named, marker=style(i), text=(rows["sub"] + " → " + rows.obj).map(safe_text) if hover else None, hoverinfo="text+name" if hover else "name"), row=r // cols + 1, col=r % cols + 1)
-        named.add(group)
-    set_layout(fig, title, 200 + max(600, 260 * cols), 120 + max(260 * ceil(len(panels) / cols), 22 * len(groups)), legend=dict(title_text=safe_text(colour), tracegroupgap=0))
-    fig.update_xaxes(showticklabels=False, ticks="", mirror=True).update_yaxes(showticklabels=False, ticks="", mirror=True)
-    fig.update_layout(margin=dict(l=30, b=30))
-    data = points.reset_index(drop=True)
-    return Figure(fig, data, f"{title}: {len(points)} points in {len(panels)} panels ({', '.join(map(str, panels))}), coloured by {colour} ({', '.join(map(str, groups))}). "
-                             f"{_nearest(data, colour, facet)}")
-
-
-def _nearest(points: pd.DataFrame, colour: str, facet: str) -> str:
-    "How often a point's nearest neighbour has its colour, per panel, in words."
-    from sklearn.neighbors import NearestNeighbors
-    def share(rows: pd.DataFrame) -> float:
-        nearest = NearestNeighbors(n_neighbors=1).fit(rows[["x", "y"]].to_numpy()).kneighbors(return_distance=False)[:, 0]
-        return (rows[colour].to_numpy() == rows[colour].to_numpy()[nearest]).mean()
-    said = ", ".join(f"{share(rows):.2f} ({name})" for name, rows in points.groupby(facet, sort=False) if len(rows) > 1)
-    return f"Share of points whose nearest neighbour has the same {colour}: {said}."
+__all__ = ['UNPACKED', 'predictions', 'tsne', 'patterns', 'mask_attention', 'attention', 'attention_pair']
 
 # %% ../../nbs/look/05_models.ipynb #1bb5d0fa
 def predictions(
@@ -100,38 +37,208 @@ def predictions(
     if table.empty: raise SubnetError("there is no prediction to draw.")
     names, data = list(dict.fromkeys(table.under)), table.reset_index(drop=True)
     grid = data.pivot(index="rank", columns="under", values="probability")[names]
-    words = data.assign(word=data.token.map(safe_text)).pivot(index="rank", columns="under", values="word")[names].to_numpy(object)
-    fig = set_layout(go.Figure(), title, 260 + 120 * max(3, len(names)), 170 + 34 * max(3, len(grid)), coloraxis=color_axis(0, max(1e-9, float(data.probability.max())), "probability"))
+    tokens = data.assign(token=data.token.map(safe_text))
+    words = tokens.pivot(index="rank", columns="under", values="token")[names]
+    scale = color_axis(0, max(1e-9, float(data.probability.max())), "probability")
+    width, height = 260 + 120 * max(3, len(names)), 170 + 34 * max(3, len(grid))
+    fig = set_layout(go.Figure(), title, width, height, coloraxis=scale)
     add_heat(fig, grid, "probability", numbers=False)
-    shown = [[f'{w}<br><span style="font-size:75%">{v:.3f}</span>' for w, v in zip(*row)] for row in zip(words, grid.to_numpy())]
-    fig.update_traces(text=shown, texttemplate="%{text}", hovertext=[[f"{safe_text(n)}, number {r}<br>{w}, probability {v:.4f}" for n, w, v in zip(names, *row)] for r, row in zip(grid.index, zip(words, grid.to_numpy()))])
+    text, hover = [], []
+    for rank in grid.index:
+        place = f"number {rank}<br>"
+        row = list(zip(names, words.loc[rank], grid.loc[rank], strict=True))
+        text.append([f'{word}<br><span style="font-size:75%">{p:.3f}</span>' for _, word, p in row])
+        hover.append([f"{safe_text(n)}, {place}{word}, probability {p:.4f}" for n, word, p in row])
+    fig.update_traces(text=text, texttemplate="%{text}", hovertext=hover)
     fig.update_yaxes(title_text="rank")
-    return Figure(fig, data, f"{title}. " + "; ".join(f"{n}: " + ", ".join(f"{r.token} {r.probability:.3f}" for r in data[data.under == n].itertuples()) for n in names) + ".")
+    said = []
+    for name in names:
+        answers = [f"{r.token} {r.probability:.3f}" for r in data[data.under == name].itertuples()]
+        said.append(f"{name}: {', '.join(answers)}")
+    return Figure(fig, data, f"{title}. {'; '.join(said)}.")
+
+# %% ../../nbs/look/05_models.ipynb #bd9ba42f
+def tsne(
+    points: pd.DataFrame,          # columns x, y and those named below; of few points, sub and obj are shown
+    colour: str = "relation",      # a colour and marker for each of its values
+    facet: str = "under",          # a panel for each of its values
+    title: str = "t-SNE",
+) -> Figure:
+    "Draw points as small multiples."
+    check_names(["x", "y", colour, facet], points.columns, "column")
+    panels, groups = list(points[facet].unique()), list(points[colour].unique())
+    if not panels: raise SubnetError("there is no point to draw.")
+    across = len(panels) if len(panels) <= 4 else ceil(sqrt(len(panels)))
+    down = ceil(len(panels) / across)
+    fig = make_subplots(
+        down, across, subplot_titles=list(map(safe_text, panels)),
+        horizontal_spacing=0.08 / across, vertical_spacing=0.2 / down,
+    )
+    worded = len(points) <= 1500 and {"sub", "obj"} <= set(points)
+    named: set[Any] = set()
+    for (panel, group), rows in points.groupby([facet, colour], sort=False):
+        i, place = groups.index(group), panels.index(panel)
+        fig.add_trace(go.Scatter(
+            x=rows.x.to_numpy(np.float32), y=rows.y.to_numpy(np.float32),
+            mode="markers", marker=style(i), name=safe_text(group),
+            legendgroup=str(i), legendrank=1000 + i, showlegend=group not in named,
+            text=(rows["sub"] + " → " + rows.obj).map(safe_text) if worded else None,
+            hoverinfo="text+name" if worded else "name",
+        ), row=place // across + 1, col=place % across + 1)
+        named.add(group)
+    width, height = 200 + max(600, 260 * across), 120 + max(260 * down, 22 * len(groups))
+    legend = dict(title_text=safe_text(colour), tracegroupgap=0)
+    set_layout(fig, title, width, height, legend=legend)
+    bare = dict(showticklabels=False, ticks="", mirror=True)
+    fig.update_xaxes(**bare).update_yaxes(**bare)
+    fig.update_layout(margin=dict(l=30, b=30))
+    alt = (
+        f"{title}: {len(points)} points in {len(panels)} panels ({', '.join(map(str, panels))}), "
+        f"coloured by {colour} ({', '.join(map(str, groups))}). {_neighbours(points, colour, facet)}"
+    )
+    return Figure(fig, points.reset_index(drop=True), alt)
+
+# %% ../../nbs/look/05_models.ipynb #3c161aae
+def _neighbours(points: pd.DataFrame, colour: str, facet: str) -> str:
+    "Say how often a point's nearest neighbour has its colour, for each panel."
+    shares = [
+        f"{_same_colour(rows, colour):.2f} ({name})"
+        for name, rows in points.groupby(facet, sort=False) if len(rows) > 1
+    ]
+    return f"Share of points whose nearest neighbour has the same {colour}: {', '.join(shares)}."
+
+
+def _same_colour(rows: pd.DataFrame, colour: str) -> float:
+    "Count how often a point's nearest neighbour has its colour, as a share."
+    from sklearn.neighbors import NearestNeighbors
+    fitted = NearestNeighbors(n_neighbors=1).fit(rows[["x", "y"]].to_numpy())
+    nearest, colours = fitted.kneighbors(return_distance=False)[:, 0], rows[colour].to_numpy()
+    return (colours == colours[nearest]).mean()
+
+# %% ../../nbs/look/05_models.ipynb #45b34654
+def patterns(
+    table: pd.DataFrame,             # columns pattern, share (0…1), and `by`
+    by: str | None = None,           # one bar per value of this column
+    stacked: bool = True,
+    title: str = "Attention patterns",
+    label: str = "share of attention maps",
+) -> Figure:
+    "Draw the shares of patterns, a bar for each value of `by`; raise `SubnetError` for percentages."
+    keys = ["pattern", *([by] if by else [])]
+    check_names(["pattern", "share", *keys[1:]], table.columns, "column")
+    if table.duplicated(keys).any():
+        raise SubnetError(
+            f"several rows have the same {' and '.join(keys)}: filter the table first, "
+            "or name the column that tells them apart with by=…."
+        )
+    data = table.assign(**{} if by else {"all": "all"}).reset_index(drop=True)
+    group = by or "all"
+    sums = data.groupby(group, sort=False).share.sum(min_count=1)
+    _check_shares(data.share, sums)
+    names, kinds, fig = list(sums.index), list(data.pattern.unique()), go.Figure()
+    for pattern, colour in zip(kinds, shades(len(kinds)), strict=True):
+        shares = data[data.pattern == pattern].set_index(group).share.reindex(names).fillna(0)
+        fig.add_trace(go.Bar(
+            x=list(map(safe_text, names)), y=shares, name=safe_text(pattern),
+            marker=dict(color=colour, line=dict(color="#333333", width=1)),
+            **(_inside(shares, colour) if stacked else {}),
+        ))
+    wide = (62 if stacked else 22 * len(kinds) + 20) * len(names)
+    legend = dict(title_text="pattern", traceorder="reversed" if stacked else "normal")
+    mode = "stack" if stacked else "group"
+    set_layout(fig, title, 330 + max(220, wide), 420, barmode=mode, legend=legend)
+    fig.update_xaxes(title_text="" if group == "all" else safe_text(group))
+    ends = [0, 1] if stacked else None
+    fig.update_yaxes(title_text=safe_text(label), range=ends, rangemode="tozero")
+    fig.update_layout(margin_r=210)
+    return Figure(fig, data, f"{title}, {label}. {_patterns_said(data, group)}.")
+
+# %% ../../nbs/look/05_models.ipynb #c3e1154f
+def _check_shares(shares: pd.Series, sums: pd.Series) -> None:
+    "Raise where shares are not between 0 and 1, or add up to more than the whole."
+    if shares.between(0, 1).all() and not (sums > 1 + 1e-6).any(): return
+    found = f"found {shares.min():g} to {shares.max():g} with sums up to {sums.max():g}"
+    guess = "; are they in percent?" if shares.max() > 1 else "."
+    raise SubnetError(f"shares must lie in 0…1 and add up to no more than 1, {found}{guess}")
+
+
+def _inside(shares: pd.Series, colour: str) -> dict[str, Any]:
+    "Describe the numbers inside bars, where there is room."
+    ink = "#FFFFFF" if is_dark(paper_color(colour)) else "#000000"
+    text = [f"{v:.2f}" if v >= 0.045 else "" for v in shares]
+    return dict(
+        text=text, textposition="inside", insidetextanchor="middle", textangle=0,
+        insidetextfont=dict(color=ink, size=11),
+    )
+
+
+def _patterns_said(data: pd.DataFrame, group: str) -> str:
+    "Say the shares of every bar."
+    said = []
+    for name, part in data.groupby(group, sort=False):
+        shares = ", ".join(f"{r.pattern} {r.share:.2f}" for r in part.itertuples())
+        said.append(shares if group == "all" else f"{name}: {shares}")
+    return "; ".join(said)
 
 # %% ../../nbs/look/05_models.ipynb #eea70429
 def mask_attention(
-    maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens, as `represent.attention` gives them
+    maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
     title: str | None = None,                              # None: says from where
-    everywhere: bool = False,                              # attention from all positions, their mean, so that no [MASK] is needed
+    everywhere: bool = False,                              # from all positions, their mean
 ) -> Figure:
     "Draw what the position that predicts the answer attends to, or what all positions do."
-    title, read = title or ("Attention from all tokens" if everywhere else "Attention from [MASK]"), (lambda m, _: m.mean(2)) if everywhere else from_mask
-    if not maps: raise SubnetError('there is no attention to draw: give maps and tokens by condition, e.g. {"full model": represent.attention(model, tok, text)}.')
-    grids = {name: pd.DataFrame(read(*m).mean(1), index=[f"layer {i + 1}" for i in range(len(m[0]))], columns=m[1]) for name, m in maps.items()}
-    fig = make_subplots(1, len(grids), subplot_titles=list(map(safe_text, grids)), horizontal_spacing=.3 / (1 + len(grids)))
-    for i, (name, grid) in enumerate(grids.items(), 1): add_heat(fig, grid, "attention", at=(1, i), numbers=False)
+    if not maps:
+        raise SubnetError(
+            "there is no attention to draw: give maps and tokens by condition, "
+            'e.g. {"full model": represent.attention(model, tok, text)}.'
+        )
+    title = title or f"Attention from {'all tokens' if everywhere else '[MASK]'}"
+    grids = {name: _attended(*pair, everywhere) for name, pair in maps.items()}
+    titles, spacing = list(map(safe_text, grids)), 0.3 / (1 + len(grids))
+    fig = make_subplots(1, len(grids), subplot_titles=titles, horizontal_spacing=spacing)
+    for i, grid in enumerate(grids.values(), 1):
+        add_heat(fig, grid, "attention", at=(1, i), numbers=False)
     top = max(g.to_numpy().max() for g in grids.values())
-    tokens, layers = max(g.shape[1] for g in grids.values()), max(map(len, grids.values()))
-    set_layout(fig, title, 230 + len(grids) * (90 + 24 * max(6, tokens)), 240 + 24 * max(4, layers), coloraxis=color_axis(0, top, "attention, mean over heads"))
-    data = pd.DataFrame([dict(condition=n, layer=i + 1, position=j, token=t, value=g.iat[i, j]) for n, g in grids.items() for i in range(len(g)) for j, t in enumerate(g.columns)])
-    def most(grid: pd.DataFrame) -> str:
-        mean = grid.to_numpy().mean(0)
-        return ", ".join(f"{grid.columns[j]} {mean[j]:.2f}" for j in np.argsort(-mean)[:3])
-    return Figure(fig, data, f"{title}: {' '.join(next(iter(grids.values())).columns)}. Most attended, mean over layers and heads: " + "; ".join(f"{n}: {most(g)}" for n, g in grids.items()) + ".")
+    width = 230 + len(grids) * (90 + 24 * max(6, *(g.shape[1] for g in grids.values())))
+    height = 240 + 24 * max(4, *map(len, grids.values()))
+    scale = color_axis(0, top, "attention, mean over heads")
+    set_layout(fig, title, width, height, coloraxis=scale)
+    data = pd.concat([_long(grid, name) for name, grid in grids.items()], ignore_index=True)
+    sentence = " ".join(next(iter(grids.values())).columns)
+    most = "; ".join(f"{name}: {_most_attended(grid)}" for name, grid in grids.items())
+    alt = f"{title}: {sentence}. Most attended, mean over layers and heads: {most}."
+    return Figure(fig, data, alt)
+
+# %% ../../nbs/look/05_models.ipynb #ae70df28
+def _attended(
+    maps: np.ndarray,        # (layer, head, token, token)
+    tokens: list[str],
+    everywhere: bool,
+) -> pd.DataFrame:           # (layer, token)
+    "Average attention over heads, from [MASK] or from all positions."
+    values = maps.mean(2) if everywhere else from_mask(maps, tokens)
+    layers = [f"layer {i + 1}" for i in range(len(maps))]
+    return pd.DataFrame(values.mean(1), index=layers, columns=tokens)
+
+
+def _long(grid: pd.DataFrame, name: str) -> pd.DataFrame:
+    "List the cells of a condition, a row each."
+    layers, positions = grid.shape
+    return pd.DataFrame(dict(
+        condition=name, layer=np.repeat(np.arange(1, layers + 1), positions),
+        position=np.tile(np.arange(positions), layers), token=list(grid.columns) * layers,
+        value=grid.to_numpy(float).ravel(),
+    ))
+
+
+def _most_attended(grid: pd.DataFrame) -> str:
+    "Say the three tokens that most attention goes to."
+    mean = grid.to_numpy().mean(0)
+    return ", ".join(f"{grid.columns[j]} {mean[j]:.2f}" for j in np.argsort(-mean)[:3])
 
 # %% ../../nbs/look/05_models.ipynb #a288ada4
 def attention(
-    maps: np.ndarray,               # (layer, head, token, token)
+    maps: np.ndarray,                         # (layer, head, token, token)
     tokens: list[str],
     name: str = "full",
     layers: Sequence[int] | None = None,      # one-based; None: all
@@ -141,36 +248,70 @@ def attention(
 
 
 def attention_pair(
-    maps: Mapping[str, tuple[np.ndarray, list[str]]],
-    layers: Sequence[int] | None = None,      # one-based; None: all
+    maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
+    layers: Sequence[int] | None = None,                   # one-based; None: all
 ) -> View:
     "Show the attention maps of several conditions side by side."
-    static = {n: (files("subnet_explorer") / "static" / n).read_text("utf-8").replace("</script", "<\\/script") for n in ("jquery.min.js", "d3.min.js")}
-    parts = [f'<section><b>{html.escape(name)}</b>{_head_view(m, t, layers, f"view-{i}")}</section>' for i, (name, (m, t)) in enumerate(maps.items())]
-    page = ('<!doctype html><meta charset="utf-8"><title>Attention</title><style>body{display:flex;gap:1rem;margin:.5rem;font:14px sans-serif;background:#fff;color:#111}</style><body>'
-            + "".join(f"<script>{s}</script>" for s in static.values())
-            + UNPACKED + "<script>window.require={config(){}};window.requirejs=(names,f)=>f(window.jQuery,window.d3);</script>" + "".join(parts))
-    alt = f"Attention of {len(next(iter(maps.values()))[0])} layers, side by side: " + "; ".join(f"{n}: {' '.join(t)}" for n, (_, t) in maps.items()) + "."
-    height = 130 + 23 * max(len(t) for _, t in maps.values())
-    return View(f'<iframe title="{html.escape(alt, quote=True)}" srcdoc="{html.escape(page, quote=True)}" style="width:100%;height:{height}px;border:0"></iframe>', alt)
+    parts = []
+    for i, (name, (values, tokens)) in enumerate(maps.items()):
+        shown = _head_view(values, tokens, layers, f"view-{i}")
+        parts.append(f"<section><b>{html.escape(name)}</b>{shown}</section>")
+    page = "".join([_HEADER, _script("jquery.min.js"), _script("d3.min.js"), UNPACKED, _REQUIRE, *parts])
+    sentences = "; ".join(f"{name}: {' '.join(tokens)}" for name, (_, tokens) in maps.items())
+    count = len(next(iter(maps.values()))[0])
+    alt = f"Attention of {count} layers, side by side: {sentences}."
+    height = 130 + 23 * max(len(tokens) for _, tokens in maps.values())
+    inside = f'title="{html.escape(alt, quote=True)}" srcdoc="{html.escape(page, quote=True)}"'
+    return View(f'<iframe {inside} style="width:100%;height:{height}px;border:0"></iframe>', alt)
 
 
-def _head_view(maps: np.ndarray, tokens: list[str], layers: Sequence[int] | None, name: str) -> str:
-    "The HTML of bertviz without its script addresses; values are a byte each (of 255) to keep it small."
+def _script(name: str) -> str:
+    "Read a script that comes with the library, as HTML."
+    text = (files("subnet_explorer") / "static" / name).read_text("utf-8")
+    safe = text.replace("</script", "<\\/script")
+    return f"<script>{safe}</script>"
+
+
+_HEADER = (
+    '<!doctype html><meta charset="utf-8"><title>Attention</title><style>'
+    "body{display:flex;gap:1rem;margin:.5rem;font:14px sans-serif;background:#fff;color:#111}"
+    "</style><body>"
+)
+_REQUIRE = (
+    "<script>window.require={config(){}};"
+    "window.requirejs=(names,f)=>f(window.jQuery,window.d3);</script>"
+)
+
+# %% ../../nbs/look/05_models.ipynb #95baf5e8
+UNPACKED = (
+    "<script>function unpacked(code, shape, top) {\n"
+    "  const bytes = Uint8Array.from(atob(code), c => c.charCodeAt(0)); let at = 0;\n"
+    "  const part = d => d === shape.length ? +(bytes[at++] * top / 255).toFixed(3) : "
+    "Array.from({length: shape[d]}, () => part(d + 1));\n"
+    "  return part(0);\n"
+    "}</script>"
+)
+"Turns the bytes of a map into nested lists, in the page."
+
+
+def _head_view(
+    maps: np.ndarray, tokens: list[str], layers: Sequence[int] | None, name: str,
+) -> str:
+    "Write bertviz's head view without its script addresses, values packed into bytes."
     import torch
     from bertviz import head_view
     shown = list(range(len(maps))) if layers is None else [i - 1 for i in layers]
-    if not shown or not all(0 <= i < len(maps) for i in shown): raise SubnetError(f"layers {list(layers)} do not exist: the maps have layers 1 to {len(maps)}.")
-    part = np.stack([np.asarray(maps[i], float) for i in shown])                                                          # (layer, head, from, to)
+    if not shown or not all(0 <= i < len(maps) for i in shown):
+        asked = [i + 1 for i in shown]
+        raise SubnetError(f"layers {asked} do not exist: the maps have layers 1 to {len(maps)}.")
+    part = np.stack([np.asarray(maps[i], float) for i in shown])      # (layer, head, from, to)
     top = max(1.0, float(part.max()))
     code = base64.b64encode(np.round(part * (255 / top)).astype(np.uint8).tobytes()).decode()
-    page = head_view([torch.zeros(1, *np.shape(m)) for m in maps], [t.replace("<", "\ue000") for t in tokens], include_layers=shown, html_action="return").data
-    page = re.sub(r"// HACK:[^\n]*", "", page)                                                                              # a comment with all values once more
-    page = re.sub(r'"attn": \[[\[\]0-9., ]*\](?=, "left_text")', lambda _: f'"attn": unpacked("{code}", {list(part.shape)}, {top:.6g})', page)
+    shapes, safe = [torch.zeros(1, *np.shape(m)) for m in maps], [t.replace("<", "\ue000") for t in tokens]
+    page = head_view(shapes, safe, include_layers=shown, html_action="return").data
+    page = re.sub(r"// HACK:[^\n]*", "", page)      # a comment with all values once more
+    packed = f'"attn": unpacked("{code}", {list(part.shape)}, {top:.6g})'
+    page = re.sub(r'"attn": \[[\[\]0-9., ]*\](?=, "left_text")', lambda _: packed, page)
     page = re.sub(r'<script src="https?://[^"]*"></script>', "", page).replace("\\ue000", "\\u003c")
-    return re.sub(r"bertviz-[0-9a-f]{32}", name, page).replace(".text(layer)", ".text(layer + 1)")     # layers are one-based here
-UNPACKED = """<script>function unpacked(code, shape, top) {
-  const bytes = Uint8Array.from(atob(code), c => c.charCodeAt(0)); let at = 0;
-  const part = d => d === shape.length ? +(bytes[at++] * top / 255).toFixed(3) : Array.from({length: shape[d]}, () => part(d + 1));
-  return part(0);
-}</script>"""
+    page = re.sub(r"bertviz-[0-9a-f]{32}", name, page)
+    return page.replace(".text(layer)", ".text(layer + 1)")      # layers are one-based here

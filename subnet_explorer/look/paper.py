@@ -5,74 +5,70 @@
 # %% ../../nbs/look/01_paper.ipynb #fa8fc6de
 from __future__ import annotations
 
+import html
+import io
 import re
 from dataclasses import dataclass, field
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from ..core.errors import SubnetError, check_names
-from .style import DASHES, MARKERS, PALETTE, plain_text
+from .style import DASHES, MARKERS, PALETTE, is_dark, plain_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
 # %% auto #0
-__all__ = ['CannotDraw', 'paper_color', 'draw']
+__all__ = ['CannotDraw', 'paper_color', 'draw', 'print_plotly']
 
 # %% ../../nbs/look/01_paper.ipynb #6146c0d2
 class CannotDraw(SubnetError):
     """The file type, or something in the figure, is unknown to the writer.
 
-    Cause: SVG, PNG and PDF are drawn without a browser, by a writer that knows the kinds of traces the library makes; other file types have no writer.
+    Cause: SVG, PNG and PDF are drawn without a browser, by a writer that knows the kinds of traces
+        the library makes; other file types have no writer.
     Fix: Save as .html, which draws everything, or use .svg, .png or .pdf for the library's own figures.
     """
 
 # %% ../../nbs/look/01_paper.ipynb #30e4e7a9
-def paper_color(value: Any) -> Any:
-    "A plotly colour for matplotlib."
-    if not isinstance(value, str): raise CannotDraw(f"cannot draw a trace with {type(value).__name__} as colour on paper: give every category a trace with one colour.")
-    if (m := re.fullmatch(r"rgba?\(([^)]*)\)", value)) is None: return value
-    parts = [float(v) for v in m[1].split(",")]
+def paper_color(
+    value: Any,              # a name, a hex code, "rgb(…)" or "rgba(…)"
+) -> Any:                    # the same for matplotlib
+    "Translate plotly's colour for matplotlib; raise `CannotDraw` where every point has its own."
+    if not isinstance(value, str):
+        raise CannotDraw(
+            f"cannot draw a trace with {type(value).__name__} as colour on paper: "
+            "give every category a trace with one colour."
+        )
+    found = re.fullmatch(r"rgba?\(([^)]*)\)", value)
+    if found is None: return value
+    parts = [float(v) for v in found[1].split(",")]
     return (*(p / 255 for p in parts[:3]), *parts[3:])
 
-# %% ../../nbs/look/01_paper.ipynb #54cd3bcb
-def draw(fig: go.Figure) -> Drawing:
-    "Draw a plotly figure with matplotlib; raise `CannotDraw` for what has no counterpart here."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Drawing
-    layout, m = fig.layout, fig.layout.margin
-    width, height = layout.width or 700, layout.height or 450
-    left, right, top, bottom = (d if v is None else v for v, d in ((m.l, 80), (m.r, 80), (m.t, 100), (m.b, 80)))
-    for t in fig.data:
-        if t.type not in _DRAWERS: raise CannotDraw(f"cannot draw a {t.type!r} trace on paper: known are {', '.join(_DRAWERS)}. Save as .html instead.")
-    if layout.shapes or layout.images: raise CannotDraw("cannot draw shapes and images on paper: save as .html, or draw lines as scatter traces.")
-    area = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    canvas = Drawing(figsize=(width / 72, height / 72))
-    FigureCanvasAgg(canvas)
-    panels = _panels(canvas, fig, area)
-    for i, trace in enumerate(fig.data):
-        if trace.visible in (False, "legendonly"): continue
-        _DRAWERS[trace.type](panels[trace.xaxis or "x", trace.yaxis or "y"], trace, fig, PALETTE[i % 8])
-    for p in panels.values(): _finish(p, fig)
-    _around(canvas, fig, area, panels)
-    return canvas
+
+def _label(text: str | None) -> str:
+    "Write plotly's text for matplotlib, without formulas."
+    return plain_text(text).replace("$", r"\$")
 
 # %% ../../nbs/look/01_paper.ipynb #7cda770d
+_Box = tuple[float, float, float, float]      # left, bottom, width, height as shares of the page
+
+
 @dataclass
 class _Panel:
-    "One pair of axes."
+    "A pair of axes on the page, and what was drawn on it so far."
     ax: Axes
-    x: Any                                                 # plotly's axes
+    x: Any                                                                  # plotly's axes
     y: Any
     words: dict[str, list[str]] = field(default_factory=lambda: {"x": [], "y": []})
-    handles: dict[str, Any] = field(default_factory=dict)  # legend entries
-    tops: dict[float, float] = field(default_factory=dict)  # how high bars are stacked
+    handles: dict[str, Any] = field(default_factory=dict)                   # legend entries
+    tops: dict[float, float] = field(default_factory=dict)                  # how high bars are stacked
 
     def places(self, values: Any, axis: str, n: int = 0) -> np.ndarray:
-        "Positions of values on an axis."
+        "Find the positions of values on an axis; without values they are 0 to n - 1."
         values = list(range(n)) if values is None else list(values)
         if all(isinstance(v, (int, float, np.number)) for v in values): return np.array(values, float)
         for v in map(str, values):
@@ -80,135 +76,300 @@ class _Panel:
         return np.array([self.words[axis].index(str(v)) for v in values], float)
 
 
-def _axis(fig: go.Figure, ref: str) -> Any: return fig.layout[f"{ref[0]}axis{ref[1:]}"]
-
-
-def _panels(canvas: Drawing, fig: go.Figure, area: tuple[float, float, float, float]) -> dict[tuple[str, str], _Panel]:
-    "Matplotlib axes for every pair of axes in use."
+def _panels(canvas: Drawing, fig: go.Figure, area: _Box) -> dict[tuple[str, str], _Panel]:
+    "Make matplotlib axes for every pair of axes in use."
+    left, bottom, width, height = area
     out = {}
     for pair in dict.fromkeys((t.xaxis or "x", t.yaxis or "y") for t in fig.data):
-        x, y = (_axis(fig, ref) for ref in pair)
-        (x0, x1), (y0, y1) = x.domain or (0, 1), y.domain or (0, 1)
-        out[pair] = _Panel(canvas.add_axes((area[0] + x0 * area[2], area[1] + y0 * area[3], (x1 - x0) * area[2], (y1 - y0) * area[3])), x, y)
+        x, y = (fig.layout[f"{name[0]}axis{name[1:]}"] for name in pair)      # "x2": xaxis2
+        x0, x1 = x.domain or (0, 1)
+        y0, y1 = y.domain or (0, 1)
+        box = (left + x0 * width, bottom + y0 * height, (x1 - x0) * width, (y1 - y0) * height)
+        out[pair] = _Panel(canvas.add_axes(box), x, y)
     return out
 
-
-def _label(text: str | None) -> str:
-    "Plotly text for matplotlib, without formulas."
-    return plain_text(text).replace("$", r"\$")
-
 # %% ../../nbs/look/01_paper.ipynb #9bf3b05d
+def _mappable(trace: Any, fig: go.Figure) -> Any:
+    "Read the colour scale of a heat-map, its own or a shared one."
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    shared = fig.layout[trace.coloraxis] if trace.coloraxis else None
+    low, high = (shared.cmin, shared.cmax) if shared else (trace.zmin, trace.zmax)
+    same = [trace]
+    if shared: same = [t for t in _heat_maps(fig) if t.coloraxis == trace.coloraxis]
+    values = np.concatenate([np.ravel(np.array(t.z, float)) for t in same])
+    scale = (shared or trace).colorscale
+    if not scale:
+        scale = go.Figure(layout_coloraxis_colorscale="Cividis").layout.coloraxis.colorscale
+    stops = [(v, paper_color(c)) for v, c in scale]
+    if low is None: low = np.nanmin(values)
+    if high is None: high = np.nanmax(values)
+    return ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("scale", stops))
+
+
+def _heat_maps(fig: go.Figure) -> list[Any]:
+    "List the heat-maps of a figure."
+    return [t for t in fig.data if t.type == "heatmap"]
+
+
+def _borders(middles: np.ndarray) -> np.ndarray:
+    "Find the borders of cells from their middles."
+    step = middles[1] - middles[0] if len(middles) > 1 else 1
+    return np.append(middles - step / 2, middles[-1] + step / 2)
+
+
 def _draw_heat(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
-    z = np.ma.masked_invalid(np.array(t.z, float))
-    edges = lambda v: np.append(v - (step := (v[1] - v[0] if len(v) > 1 else 1)) / 2, v[-1] + step / 2)
-    scale = _mappable(t, fig)
+    "Draw a heat-map with its text."
+    z, scale = np.ma.masked_invalid(np.array(t.z, float)), _mappable(t, fig)
     x, y = p.places(t.x, "x", z.shape[1]), p.places(t.y, "y", z.shape[0])
-    p.ax.pcolormesh(edges(x), edges(y), z, cmap=scale.cmap, norm=scale.norm, edgecolors="white" if t.xgap else "none", linewidth=t.xgap or 0)
-    if t.texttemplate not in (None, "%{text}"): raise CannotDraw(f"cannot draw the text template {t.texttemplate!r} on paper: use text with %{{text}}.")
+    lines = "white" if t.xgap else "none"
+    p.ax.pcolormesh(
+        _borders(x), _borders(y), z, cmap=scale.cmap, norm=scale.norm, edgecolors=lines, linewidth=t.xgap or 0,
+    )
     if t.texttemplate is None: return
-    for i, j in zip(*np.nonzero(~np.ma.getmaskarray(z))):
-        dark = np.dot(scale.to_rgba(z[i, j])[:3], (.299, .587, .114)) < .45
-        lines = _label(str(t.text[i][j])).split("\n")                        # the first one large
-        for k, line in enumerate(lines):
-            p.ax.annotate(line, (x[j], y[i]), (0, 4.5 * (len(lines) - 1) - (10 + (k - 1) * 8.5 if k else 0)), textcoords="offset points", ha="center", va="center",
-                          fontsize=7 if k else 9, color="white" if dark else "black")
+    if t.texttemplate != "%{text}":
+        raise CannotDraw(f"cannot draw the text template {t.texttemplate!r} on paper: use text with %{{text}}.")
+    for i, j in zip(*np.nonzero(~np.ma.getmaskarray(z)), strict=True):
+        ink = "white" if is_dark(scale.to_rgba(z[i, j])[:3]) else "black"
+        _write_cell(p, (x[j], y[i]), _label(str(t.text[i][j])).split("\n"), ink)
 
+# %% ../../nbs/look/01_paper.ipynb #cbfe7611
+def _write_cell(p: _Panel, at: tuple[float, float], lines: list[str], ink: str) -> None:
+    "Write lines into a cell, the first one large."
+    middle = 4.5 * (len(lines) - 1)
+    for k, line in enumerate(lines):
+        below = 10 + (k - 1) * 8.5 if k else 0
+        p.ax.annotate(
+            line, at, (0, middle - below), textcoords="offset points",
+            ha="center", va="center", fontsize=7 if k else 9, color=ink,
+        )
 
-def _draw_scatter(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
-    mode, symbol = t.mode or "lines+markers", t.marker.symbol or "circle"
-    if mode == "text":
-        for x, y, text in zip(p.places(t.x, "x"), p.places(t.y, "y"), t.text): p.ax.text(x, y, _label(text), ha="center", va="center", fontsize=9, color=paper_color(t.textfont.color or "#333333"))
-        return
-    if "text" in mode: raise CannotDraw(f"cannot draw scatter mode {mode!r} on paper: use text alone, or lines and markers.")
-    check_names([symbol.removesuffix("-open")], MARKERS, "marker"); check_names([t.line.dash or "solid"], DASHES, "line style")
-    fill = paper_color(t.marker.color or t.line.color or colour)
-    x, y = p.places(t.x, "x", len(t.y)), p.places(t.y, "y")
-    drawn, = p.ax.plot(x, y, linestyle=DASHES[t.line.dash or "solid"] if "lines" in mode else "none", color=paper_color(t.line.color or t.marker.color or colour), linewidth=t.line.width or 2, alpha=t.opacity,
-                       marker=MARKERS[symbol.removesuffix("-open")] if "markers" in mode else "", markersize=t.marker.size or 6, markerfacecolor="none" if symbol.endswith("-open") else fill,
-                       markeredgecolor=fill if symbol.endswith("-open") else paper_color(t.marker.line.color or "#333333"), markeredgewidth=t.marker.line.width or 0)
-    _whiskers(p, x, y, t.error_y); _whiskers(p, x, y, t.error_x, "x")
-    _enter(p, t, drawn)
-
-
-def _draw_bar(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
-    mode = fig.layout.barmode or "group"
-    if t.orientation == "h" or mode not in ("group", "stack", "overlay"): raise CannotDraw("cannot draw horizontal or relative bars on paper: use upright bars side by side, stacked or overlaid, or save as .html.")
-    beside = [b for b in fig.data if b.type == "bar" and (b.xaxis, b.yaxis) == (t.xaxis, t.yaxis)]
-    parts, i = len(beside) if mode == "group" else 1, [b is t for b in beside].index(True)
-    x, y = p.places(t.x, "x", len(t.y)), p.places(t.y, "y")
-    width = (.8 if t.width is None else t.width) / parts
-    if mode == "group": x = x + (i - (parts - 1) / 2) * width
-    low = np.array([p.tops.get(v, 0.) for v in x]) if mode == "stack" else np.zeros(len(x))
-    if mode == "stack": p.tops.update(zip(x, low + np.nan_to_num(y)))
-    drawn = p.ax.bar(x, y, width, low, color=paper_color(t.marker.color or colour), edgecolor=paper_color(t.marker.line.color or "#333333"), linewidth=t.marker.line.width or 0)
-    ink = paper_color(t.insidetextfont.color or "#333333")
-    for a, b, h, text in zip(x, low, y, t.text if t.text is not None else ()): p.ax.text(a, b + h / 2, _label(text), ha="center", va="center", fontsize=9, color=ink)
-    _whiskers(p, x, y, t.error_y)
-    _enter(p, t, drawn)
-
-
-def _whiskers(p: _Panel, x: np.ndarray, y: np.ndarray, error: Any, axis: str = "y") -> None:
+# %% ../../nbs/look/01_paper.ipynb #6367f9ae
+def _draw_whiskers(p: _Panel, x: np.ndarray, y: np.ndarray, error: Any, axis: str = "y") -> None:
+    "Draw error bars along an axis, where there are any."
     if error.array is None: return
     up = np.array(error.array, float)
-    p.ax.errorbar(x, y, fmt="none", ecolor=paper_color(error.color or "#333333"), capsize=4 if error.width is None else error.width, elinewidth=error.thickness or 1.5,
-                  **{f"{axis}err": [up if error.arrayminus is None else np.array(error.arrayminus, float), up]})
+    down = up if error.arrayminus is None else np.array(error.arrayminus, float)
+    p.ax.errorbar(
+        x, y, fmt="none", ecolor=paper_color(error.color or "#333333"),
+        capsize=4 if error.width is None else error.width, elinewidth=error.thickness or 1.5,
+        xerr=[down, up] if axis == "x" else None, yerr=[down, up] if axis == "y" else None,
+    )
 
 
 def _enter(p: _Panel, t: Any, drawn: Any) -> None:
+    "Enter a trace into the legend, once for each name."
     if t.name and t.showlegend is not False: p.handles.setdefault(t.name, drawn)
+
+# %% ../../nbs/look/01_paper.ipynb #13ae59eb
+def _draw_scatter(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
+    "Draw points, lines between them, or words in their place."
+    mode, symbol = t.mode or "lines+markers", t.marker.symbol or "circle"
+    if mode == "text": return _draw_words(p, t)
+    if "text" in mode:
+        raise CannotDraw(f"cannot draw scatter mode {mode!r} on paper: use text alone, or lines and markers.")
+    shape, is_open = symbol.removesuffix("-open"), symbol.endswith("-open")
+    dash = t.line.dash or "solid"
+    check_names([shape], MARKERS, "marker")
+    check_names([dash], DASHES, "line style")
+    fill = paper_color(t.marker.color or t.line.color or colour)
+    x, y = p.places(t.x, "x", len(t.y)), p.places(t.y, "y")
+    line = {
+        "linestyle": DASHES[dash] if "lines" in mode else "none",
+        "color": paper_color(t.line.color or t.marker.color or colour),
+        "linewidth": t.line.width or 2, "alpha": t.opacity,
+    }
+    marker = {
+        "marker": MARKERS[shape] if "markers" in mode else "",
+        "markersize": t.marker.size or 6, "markerfacecolor": "none" if is_open else fill,
+        "markeredgecolor": fill if is_open else paper_color(t.marker.line.color or "#333333"),
+        "markeredgewidth": t.marker.line.width or 0,
+    }
+    (drawn,) = p.ax.plot(x, y, **line, **marker)
+    _draw_whiskers(p, x, y, t.error_y)
+    _draw_whiskers(p, x, y, t.error_x, "x")
+    _enter(p, t, drawn)
+
+
+def _draw_words(p: _Panel, t: Any) -> None:
+    "Write the words of a trace at its points."
+    ink = paper_color(t.textfont.color or "#333333")
+    for x, y, text in zip(p.places(t.x, "x"), p.places(t.y, "y"), t.text, strict=True):
+        p.ax.text(x, y, _label(text), ha="center", va="center", fontsize=9, color=ink)
+
+# %% ../../nbs/look/01_paper.ipynb #2239e8af
+def _draw_bar(p: _Panel, t: Any, fig: go.Figure, colour: str) -> None:
+    "Draw upright bars with their text and error bars."
+    mode = fig.layout.barmode or "group"
+    if t.orientation == "h" or mode not in ("group", "stack", "overlay"):
+        raise CannotDraw(
+            "cannot draw horizontal or relative bars on paper: "
+            "use upright bars side by side, stacked or overlaid, or save as .html."
+        )
+    beside = [b for b in fig.data if b.type == "bar" and (b.xaxis, b.yaxis) == (t.xaxis, t.yaxis)]
+    parts, number = len(beside) if mode == "group" else 1, [b is t for b in beside].index(True)
+    x, y = p.places(t.x, "x", len(t.y)), p.places(t.y, "y")
+    width = (0.8 if t.width is None else t.width) / parts
+    low = np.zeros(len(x))
+    if mode == "group": x = x + (number - (parts - 1) / 2) * width
+    if mode == "stack":
+        low = np.array([p.tops.get(v, 0.0) for v in x])
+        p.tops.update(zip(x, low + np.nan_to_num(y), strict=True))
+    fill, edge = paper_color(t.marker.color or colour), paper_color(t.marker.line.color or "#333333")
+    drawn = p.ax.bar(x, y, width, low, color=fill, edgecolor=edge, linewidth=t.marker.line.width or 0)
+    if t.text is not None:
+        ink = paper_color(t.insidetextfont.color or "#333333")
+        middle = low + y / 2
+        for at, up, text in zip(x, middle, t.text, strict=False):      # the last bars may have none
+            p.ax.text(at, up, _label(text), ha="center", va="center", fontsize=9, color=ink)
+    _draw_whiskers(p, x, y, t.error_y)
+    _enter(p, t, drawn)
 
 
 _DRAWERS = {"heatmap": _draw_heat, "scatter": _draw_scatter, "bar": _draw_bar}
 
 # %% ../../nbs/look/01_paper.ipynb #09aeab5b
-def _mappable(trace: Any, fig: go.Figure) -> Any:
-    "The colour scale of a heat-map, its own or shared."
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    shared = fig.layout[trace.coloraxis] if trace.coloraxis else None
-    same = [t for t in fig.data if t.type == "heatmap" and t.coloraxis == trace.coloraxis] if shared else [trace]
-    low, high = (shared.cmin, shared.cmax) if shared else (trace.zmin, trace.zmax)
-    values = np.concatenate([np.ravel(np.array(t.z, float)) for t in same])
-    scale = (shared or trace).colorscale or go.Figure(layout_coloraxis_colorscale="Cividis").layout.coloraxis.colorscale
-    cmap = LinearSegmentedColormap.from_list("scale", [(v, paper_color(c)) for v, c in scale])
-    return ScalarMappable(Normalize(np.nanmin(values) if low is None else low, np.nanmax(values) if high is None else high), cmap)
-
-
 def _finish(p: _Panel, fig: go.Figure) -> None:
-    "Labels, ticks and range of a panel."
+    "Give a panel its labels, ticks, ranges and lines."
     for axis, name, spines in ((p.x, "x", ("bottom", "top")), (p.y, "y", ("left", "right"))):
-        mpl = getattr(p.ax, f"{name}axis")
-        mpl.set_label_text(_label(axis.title.text))
+        drawn = getattr(p.ax, f"{name}axis")
+        drawn.set_label_text(_label(axis.title.text))
         if axis.type == "log": getattr(p.ax, f"set_{name}scale")("log")
-        words, ticks = p.words[name], (axis.tickvals, axis.ticktext) if axis.tickvals is not None else None
-        if words: ticks = (range(len(words)), words)
-        if ticks: mpl.set_ticks(list(ticks[0]), [_label(str(v)) for v in (ticks[1] if ticks[1] is not None else ticks[0])])
-        if axis.showticklabels is False: mpl.set_ticks([])
-        if axis.ticks == "": mpl.set_tick_params(length=0)
-        room = 9 * p.ax.get_position().width * fig.layout.width / 72 if fig.layout.width else 60
-        if name == "x" and (axis.tickangle or (ticks and sum(len(plain_text(str(v))) for v in ticks[1] or ()) > room)): mpl.set_tick_params(rotation=-(axis.tickangle or -35))
+        _set_ticks(p, fig, axis, name)
         if axis.range is not None: getattr(p.ax, f"set_{name}lim")(*axis.range)
-        if axis.autorange == "reversed": mpl.set_inverted(True)
-        if axis.rangemode == "tozero" and name == "y": p.ax.set_ylim(bottom=min(0, p.ax.get_ylim()[0]))
-        for side, on in zip(spines, (axis.showline is not False, bool(axis.mirror))): p.ax.spines[side].set_visible(on)
+        if axis.autorange == "reversed": drawn.set_inverted(True)
+        if axis.rangemode == "tozero" and name == "y":
+            p.ax.set_ylim(bottom=min(0, p.ax.get_ylim()[0]))
+        near, far = spines
+        p.ax.spines[near].set_visible(axis.showline is not False)
+        p.ax.spines[far].set_visible(bool(axis.mirror))
 
 
-def _around(canvas: Drawing, fig: go.Figure, area: tuple[float, float, float, float], panels: dict[tuple[str, str], _Panel]) -> None:
-    "Title, annotations, legend and colour bars."
-    x0, y0, w, h = area
-    if fig.layout.title.text: canvas.text(x0, 1 - 22 / (fig.layout.height or 450), _label(fig.layout.title.text), fontsize=14, va="center")
+def _set_ticks(p: _Panel, fig: go.Figure, axis: Any, name: str) -> None:
+    "Set the ticks of an axis: its words, those that plotly was given, or matplotlib's own."
+    drawn, words = getattr(p.ax, f"{name}axis"), p.words[name]
+    places, texts = axis.tickvals, axis.ticktext
+    if words: places, texts = range(len(words)), words
+    if places is not None:
+        shown = places if texts is None else texts
+        drawn.set_ticks(list(places), [_label(str(v)) for v in shown])
+    if axis.showticklabels is False: drawn.set_ticks([])
+    if axis.ticks == "": drawn.set_tick_params(length=0)
+    if name != "x": return
+    room = 60      # characters that fit side by side
+    if fig.layout.width: room = 9 * p.ax.get_position().width * fig.layout.width / 72
+    crowded = places is not None and sum(len(plain_text(str(v))) for v in texts or ()) > room
+    if axis.tickangle or crowded: drawn.set_tick_params(rotation=-(axis.tickangle or -35))
+
+# %% ../../nbs/look/01_paper.ipynb #b672b039
+_ACROSS = {"auto": "center", None: "center"}
+_UPRIGHT = {"middle": "center", None: "bottom", "auto": "bottom"}
+
+
+def _write_texts(canvas: Drawing, fig: go.Figure, area: _Box) -> None:
+    "Write the title, and annotations where they are placed on the page."
+    x0, y0, width, height = area
+    title = fig.layout.title.text
+    up = 1 - 22 / (fig.layout.height or 450)
+    if title: canvas.text(x0, up, _label(title), fontsize=14, va="center")
     for a in fig.layout.annotations:
-        if a.showarrow is not False or (a.xref, a.yref) != ("paper", "paper"): raise CannotDraw(f"cannot draw the annotation {a.text!r} on paper: only text placed on the page (xref, yref \"paper\") is known.")
-        canvas.text(x0 + a.x * w, y0 + a.y * h, _label(a.text), ha={"auto": "center", None: "center"}.get(a.xanchor, a.xanchor), va={"middle": "center", None: "bottom", "auto": "bottom"}.get(a.yanchor, a.yanchor), fontsize=11)
-    handles = {name: handle for p in panels.values() for name, handle in p.handles.items()}
-    if "reversed" in (fig.layout.legend.traceorder or ""): handles = dict(reversed(handles.items()))
-    if fig.layout.showlegend or (fig.layout.showlegend is None and (len(handles) > 1 or any(t.showlegend for t in fig.data))):
-        title = fig.layout.legend.title.text
-        canvas.legend(list(handles.values()), list(map(_label, handles)), loc="upper left", bbox_to_anchor=(x0 + w + .005, y0 + h), frameon=False, fontsize=10, title=_label(title) if title else None, alignment="left")
-    scales = {t.coloraxis or id(t): t for t in fig.data if t.type == "heatmap" and t.showscale is not False}
+        if a.showarrow is not False or (a.xref, a.yref) != ("paper", "paper"):
+            raise CannotDraw(
+                f"cannot draw the annotation {a.text!r} on paper: "
+                'only text placed on the page (xref, yref "paper") is known.'
+            )
+        across, upright = _ACROSS.get(a.xanchor, a.xanchor), _UPRIGHT.get(a.yanchor, a.yanchor)
+        x, y = x0 + a.x * width, y0 + a.y * height
+        canvas.text(x, y, _label(a.text), ha=across, va=upright, fontsize=11)
+
+
+def _draw_legend(canvas: Drawing, fig: go.Figure, area: _Box, handles: dict[str, Any]) -> None:
+    "Draw the legend if plotly would: when it is asked for, or when there is more than one entry."
+    layout = fig.layout
+    if layout.showlegend is False: return
+    asked = layout.showlegend or any(t.showlegend for t in fig.data)
+    if not asked and len(handles) < 2: return
+    names = list(handles)
+    if "reversed" in (layout.legend.traceorder or ""): names.reverse()
+    x0, y0, width, height = area
+    title = layout.legend.title.text
+    canvas.legend(
+        [handles[n] for n in names], list(map(_label, names)), title=_label(title) if title else None,
+        loc="upper left", bbox_to_anchor=(x0 + width + 0.005, y0 + height),
+        alignment="left", frameon=False, fontsize=10,
+    )
+
+# %% ../../nbs/look/01_paper.ipynb #4724cee4
+def _draw_colour_bars(canvas: Drawing, fig: go.Figure, area: _Box) -> None:
+    "Draw a colour bar for every scale, from left to right."
+    x0, y0, width, height = area
+    page = fig.layout.width or 700
+    scales = {t.coloraxis or id(t): t for t in _heat_maps(fig) if t.showscale is not False}
     for i, t in enumerate(scales.values()):
         bar = (fig.layout[t.coloraxis] if t.coloraxis else t).colorbar
-        drawn = canvas.colorbar(_mappable(t, fig), cax=canvas.add_axes((x0 + w + (20 + 90 * i) / (fig.layout.width or 700), y0, 16 / (fig.layout.width or 700), h)))
+        place = canvas.add_axes((x0 + width + (20 + 90 * i) / page, y0, 16 / page, height))
+        drawn = canvas.colorbar(_mappable(t, fig), cax=place)
         drawn.set_label(_label(bar.title.text))
-        if bar.tickvals is not None: drawn.set_ticks(list(bar.tickvals), labels=list(map(_label, bar.ticktext or map(str, bar.tickvals))))
+        if bar.tickvals is not None:
+            texts = bar.ticktext or map(str, bar.tickvals)
+            drawn.set_ticks(list(bar.tickvals), labels=list(map(_label, texts)))
         drawn.outline.set_visible(False)
+
+# %% ../../nbs/look/01_paper.ipynb #54cd3bcb
+def draw(
+    fig: go.Figure,      # of heat-maps, scatter traces and upright bars
+) -> Drawing:            # a matplotlib figure
+    "Draw a plotly figure with matplotlib; raise `CannotDraw` for what has no counterpart here."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+    for t in fig.data:
+        if t.type in _DRAWERS: continue
+        known = ", ".join(_DRAWERS)
+        raise CannotDraw(f"cannot draw a {t.type!r} trace on paper: known are {known}. Save as .html instead.")
+    if fig.layout.shapes or fig.layout.images:
+        raise CannotDraw("cannot draw shapes and images on paper: save as .html, or draw lines as scatter traces.")
+    width, height, area = _size(fig)
+    canvas = Drawing(figsize=(width / 72, height / 72))
+    FigureCanvasAgg(canvas)
+    panels = _panels(canvas, fig, area)
+    for i, trace in enumerate(fig.data):
+        if trace.visible in (False, "legendonly"): continue
+        panel = panels[trace.xaxis or "x", trace.yaxis or "y"]
+        _DRAWERS[trace.type](panel, trace, fig, PALETTE[i % 8])
+    for p in panels.values(): _finish(p, fig)
+    _write_texts(canvas, fig, area)
+    handles = [entry for p in panels.values() for entry in p.handles.items()]
+    _draw_legend(canvas, fig, area, dict(handles))
+    _draw_colour_bars(canvas, fig, area)
+    return canvas
+
+
+def _size(fig: go.Figure) -> tuple[float, float, _Box]:
+    "Read width and height of the page in pixels, and the area inside its margins."
+    width, height = fig.layout.width or 700, fig.layout.height or 450
+    usual = {"l": 80, "r": 80, "t": 100, "b": 80}      # plotly's, where none is given
+    given = {side: fig.layout.margin[side] for side in usual}
+    left, right, top, bottom = (usual[side] if v is None else v for side, v in given.items())
+    across, up = (width - left - right) / width, (height - top - bottom) / height
+    return width, height, (left / width, bottom / height, across, up)
+
+# %% ../../nbs/look/01_paper.ipynb #723ca4ef
+def print_plotly(
+    fig: go.Figure,
+    alt: str,            # what it shows, in words
+    kind: str,           # "svg", "png" or "pdf"
+) -> bytes:
+    "Draw a plotly figure as SVG, PNG or PDF with the description inside."
+    out, title = io.BytesIO(), plain_text(fig.layout.title.text)
+    about: dict[str, dict[str, Any]] = {
+        "svg": {"Title": title, "Description": alt, "Date": None},
+        "png": {"Title": title, "Description": alt},
+        "pdf": {"Title": title, "Subject": alt, "CreationDate": None},
+    }
+    draw(fig).savefig(
+        out, format=kind, dpi=200 if kind == "png" else 72, metadata=about[kind],
+        bbox_inches="tight", pad_inches=0.15, facecolor="white",
+    )
+    if kind != "svg": return out.getvalue()
+    label = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" '
+    return out.getvalue().replace(b"<svg ", label.encode(), 1)
