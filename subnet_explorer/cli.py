@@ -123,7 +123,7 @@ def without_nan(value: Any) -> Any:
 AGREED = ("seeds", "kappa", "alpha", "raw_agreement", "prevalence", "q", "q_p", "survivors", "super_survivors",
           "mean_jaccard_distance")
 
-
+# %% ../nbs/20_cli.ipynb #daa843f8
 def _agreed(row: Any) -> dict[str, Any]:
     "What is said of one task."
     out = {key: getattr(row, key) for key in AGREED}
@@ -269,7 +269,7 @@ def doctor() -> Answer:
     lines += ["optional:", *(f"  {name:36} {found or 'not here'}" for name, found in optional.items())]
     return Answer(data, "\n".join([*lines, "\n".join(problems) or "nothing is missing."]))
 
-
+# %% ../nbs/20_cli.ipynb #67a62e53
 def _version(name: str) -> str | None:
     try: return version(name)
     except PackageNotFoundError: return None

@@ -26,7 +26,7 @@ from ..data.facts import Facts, Split, answerable
 from ..data.files import BadFacts
 from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_triples, triple
 from ..data.texts import Blocks, blocks, read_texts
-from ..look import curves
+from ..look import agreement, curves
 from ..look import masks as mask_figures
 from ..measure.ask import most_fluent
 from ..measure.removal import Removal, removal, removal_table
@@ -101,7 +101,7 @@ def material(
     texts = tuple(_take(text, part) for part in _parts(len(text), seed, "texts"))
     return Material(target, rest, Split(train, dev, test), near, texts, both if filtered else 0)
 
-
+# %% ../../nbs/recipes/08_critical.ipynb #983c2a9b
 def _parts(n: int, seed: int, what: str) -> list[np.ndarray]:
     "Places of the training, development and test items: eight to one to one."
     if n < 10:
@@ -203,7 +203,7 @@ def read_material(
 POCKET = {"steps": 600, "lr": 0.1, "weights": {"suppress": 0.2}, "density_weights": (6.0, 9.0), "batches": (64, 32)}
 "Settings that suit the pocket models."
 
-
+# %% ../../nbs/recipes/08_critical.ipynb #2835e27c
 @recipe("Knowledge-critical subnetworks", "Bayazit et al. 2024, arXiv 2310.03084", read=read_material, pocket=POCKET)
 def critical(
     model: nn.Module,
@@ -486,7 +486,7 @@ def critical_sections(study: Critical) -> Iterator[Section]:
            "those that keep the rule is chosen.", [curves.tradeoff(study.curves, tolerance=study.config["tolerance"])])
     yield ("Where it sits", "Share of critical weights, mean over seeds.",
            [mask_figures.placement(placed(study.masks), "Critical weights", "share critical")])
-    agree = [mask_figures.jaccard(jaccard(study.masks, by="seed")), study.overlap().round(4)] if several else []
+    agree = [agreement.jaccard(jaccard(study.masks, by="seed")), study.overlap().round(4)] if several else []
     yield ("Do seeds agree?", "Jaccard distance between the masks of two seeds; chance is that of unrelated masks of "
            "the same sizes.", agree)
     more = t[t.under.isin(["remaining", "random"]) & t.measure.isin(MEASURES)]

@@ -24,7 +24,7 @@ from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable, read_facts, split
-from ..look import curves, models
+from ..look import agreement, curves, models
 from ..look import masks as mask_figures
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
@@ -148,7 +148,7 @@ def read_questions(
     names = None if relations is None else ",".join(relations)
     return {"facts": read_facts(facts, names, templates, strict=not lenient)}
 
-
+# %% ../../nbs/recipes/06_lamp.ipynb #a21a53fa
 @recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions)
 def lamp(
     model: nn.Module,
@@ -362,7 +362,7 @@ def _shared(study: LampStudy) -> str:
 
 def _distances(study: LampStudy, first: Masks) -> list[Any]:
     if len(study.data.test.relations) < 2: return []
-    return [mask_figures.jaccard(jaccard(first, by="task"))]
+    return [agreement.jaccard(jaccard(first, by="task"))]
 
 # %% ../../nbs/recipes/06_lamp.ipynb #16593386
 def _vectors(study: LampStudy) -> Section:

@@ -69,7 +69,7 @@ class Option:
         "Whether it takes names with values."
         return any(typing.get_origin(kind) is dict for kind in self.kinds)
 
-
+# %% ../../nbs/recipes/02_options.ipynb #c0350316
 def options_of(
     function: Callable[..., Any],
     group: str,                                # heading of the help
@@ -148,7 +148,7 @@ class BadSetting(SubnetError):
         a complete file.
     """
 
-
+# %% ../../nbs/recipes/02_options.ipynb #1530a4c0
 EXPECTED: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -186,7 +186,7 @@ def parser_of(
             if option.group == group: _add(heading, option)
     return parser
 
-
+# %% ../../nbs/recipes/02_options.ipynb #ccf4db14
 def _add(heading: Any, option: Option) -> None:
     if option.default is REQUIRED:
         text = f"{option.help} (required)"
@@ -234,7 +234,7 @@ def by_flag(words: Sequence[str]) -> list[tuple[str, list[str]]]:
         else: found[-1][1].append(word)
     return found if found[0][1] else found[1:]
 
-
+# %% ../../nbs/recipes/02_options.ipynb #a8dfb066
 def from_shell(
     options: Sequence[Option],
     parser: ArgumentParser,
@@ -252,7 +252,7 @@ def from_shell(
         else: ready.append(f"{flag}={in_brackets(option, values)}")
     return _checked(options, parser, lambda: parser.parse_args(ready, defaults=False), ready)
 
-
+# %% ../../nbs/recipes/02_options.ipynb #e4eee4da
 def from_file(
     options: Sequence[Option],
     parser: ArgumentParser,
@@ -262,7 +262,7 @@ def from_file(
     check_names(values, [option.name for option in options], f"key of {parser.prog.split()[-1]}")
     return _checked(options, parser, lambda: parser.parse_object(dict(values), defaults=False))
 
-
+# %% ../../nbs/recipes/02_options.ipynb #137bd3e3
 def _checked(
     options: Sequence[Option],
     parser: ArgumentParser,

@@ -222,7 +222,7 @@ def plan(
     "The cells of a study."
     return [cell for seed in seeds for cell in _of_seed(granularity, lambdas, ranks, baselines, seed)]
 
-
+# %% ../../nbs/recipes/10_probe.ipynb #61fbd5f4
 def _of_seed(
     granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seed: int,
 ) -> list[Cell]:
@@ -269,7 +269,7 @@ def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: 
 def _mask_of(result: Mapping[str, Any]) -> Any:
     return result["_mask"] if result.get("_mask") is not None else Path(result["mask"])
 
-
+# %% ../../nbs/recipes/10_probe.ipynb #eda0a7be
 def kept_cell(bench: Bench, s: ProbeSetting, cell: Cell) -> dict[str, Any]:
     "What a cell gave, read if it is already there."
     if bench.folder is None: return run_cell(s, cell, None, bench.line)
@@ -477,7 +477,7 @@ def _row_results(row: Any) -> dict[str, Any]:
     out = {**out, "bits": float(row.bits), "interval": [row.low, row.high]}
     return {**out, "empty": int(row.empty)} if row.granularity else out
 
-
+# %% ../../nbs/recipes/10_probe.ipynb #161869d0
 def _grain_results(row: Any) -> dict[str, Any]:
     return {name: value for name, value in _row_results(row).items() if name in ("score", "density", "bits", "empty")}
 

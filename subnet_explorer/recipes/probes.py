@@ -207,7 +207,7 @@ def trained(
                 _fitted_probe(s, cell, head, kind, progress)
                 yield head, None
 
-
+# %% ../../nbs/recipes/09_probes.ipynb #46dec96d
 def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progress: StudyLine | bool) -> None:
     "Train the head, and the whole encoder if it is fine-tuned."
     t = s.training
@@ -256,7 +256,7 @@ def online_code(
     return {"bits": float(total), "uniform": float(whole), "compression": float(whole / total),
             "labels": len(first.labels), "portions": ends}
 
-
+# %% ../../nbs/recipes/09_probes.ipynb #98066e33
 def _count(head: TaskHead, sentences: Sequence[Any]) -> int: return sum(len(head.parts(e)[0]) for e in sentences)
 
 

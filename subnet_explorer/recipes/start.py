@@ -41,7 +41,7 @@ def place(
 ) -> None:
     "What every recipe can be told."
 
-
+# %% ../../nbs/recipes/03_start.ipynb #2c124c21
 def recipe_options(recipe: Recipe) -> list[Option]:
     "All options of a recipe, in the order of its help."
     data = [] if recipe.read is None else options_of(recipe.read, "data", skip=("model", "tok"))
@@ -89,7 +89,7 @@ class Order:
         names = [name for name in inspect.signature(function).parameters if name not in ("model", "tok")]
         return {name: self.values[name] for name in names if name in self.values}
 
-
+# %% ../../nbs/recipes/03_start.ipynb #8f41b1c7
 def order(
     recipe: Recipe,
     words: Sequence[str] = (),                  # of a shell
@@ -112,7 +112,7 @@ def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:
         raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
     return order(find_recipe(name), words, values)
 
-
+# %% ../../nbs/recipes/03_start.ipynb #e63c59b6
 def usable_device(name: str) -> str:
     "The device to use; `auto` takes a GPU if there is one."
     import torch

@@ -25,7 +25,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..core.masks import Masks
 from ..core.store import Store, cached_table, open_study
-from ..look.figure import report as write_report
+from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0

@@ -35,7 +35,7 @@ from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
 from ..data.texts import Blocks
-from ..look import curves
+from ..look import agreement, curves
 from ..look import masks as mask_figures
 from ..measure.ask import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
@@ -175,7 +175,7 @@ def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
         "tuning": dict(asked["tuning"] or {}), "snapshots": steps_on_the_way(asked["snapshots"], asked["steps"]),
     }
 
-
+# %% ../../nbs/recipes/12_tamt.ipynb #c1e10d80
 def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
     "Steps whose masks are kept."
     if not isinstance(snapshots, int):
@@ -489,7 +489,7 @@ def tamt_sections(study: Tamt) -> Iterator[Section]:
     yield "Pre-training and transfer", TRANSFER_TEXT, _transfers(study, t)
     ways = _ways(study)
     yield "On the way", WAY_TEXT + _chances(study), [curves.curves(ways, "Masks on the way")] if ways else []
-    near = [mask_figures.jaccard(jaccard(study))] if len(study.masks) > 1 else []
+    near = [agreement.jaccard(jaccard(study))] if len(study.masks) > 1 else []
     yield "How alike are the masks?", ALIKE_TEXT, [*near, *_from_largest(study, low)]
     which = f"the lowest density, {low:g}" if len(study.config["densities"]) > 1 else f"density {low:g}"
     yield "Where weights are kept", f"Mean over seeds, at {which}; one colour scale for all.", _kept(study, low)

@@ -201,7 +201,7 @@ class Ladder:
                       to=cycle, progress=progress)
         return float(log.loss.iloc[-1])
 
-
+# %% ../../nbs/recipes/11_textmasks.ipynb #70311ee9
 @torch.no_grad()
 def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     "Write values into parameters, as many as there are."
@@ -299,7 +299,7 @@ def _searched(s: TamtSetting, method: str, density: float, seed: int, run: Run) 
     init = "magnitude" if method == "omp" else "random"
     return first_mask(s.model, s.space, density, init, s.search["scope"], seed), 0, ()
 
-
+# %% ../../nbs/recipes/11_textmasks.ipynb #a871a001
 def _climbed(s: TamtSetting, density: float, seed: int) -> tuple[Mask, int, Way]:
     "The mask of a ladder at one density."
     o = s.search

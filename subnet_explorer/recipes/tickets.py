@@ -29,7 +29,7 @@ from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run, Store
 from ..data.parts import TaskData
-from ..look import curves
+from ..look import agreement, curves
 from ..look import masks as mask_figures
 from ..measure.metrics import TaskScore, majority_label
 from ..search.objectives import Task
@@ -146,7 +146,7 @@ def do_cell(plan: Plan, task: str, seed: int) -> None:
 
 def _first_stage(run: Run) -> str: return "full" if run.labels["kind"] == "full" else "pruned"
 
-
+# %% ../../nbs/recipes/07_tickets.ipynb #9a56bb1b
 def _pruned_score(
     plan: Plan, task: str, head: TaskHead, masks: Mapping[str, Mask], run: Run,
 ) -> Callable[[], dict[str, Any]]:
@@ -514,10 +514,10 @@ def tickets_sections(study: Tickets) -> Iterator[Section]:
     by_task = {task: good.sel(task=task) for task in study.plan.tasks if task in set(good.index.task)}
     survival, agree, share = [], [], []
     if several and units:
-        survival = [mask_figures.survival(masks, title=f"{task}: kept over seeds") for task, masks in by_task.items()]
-    if several: agree = [mask_figures.consensus(consensus(good, kind), units=NAMES[kind]) for kind in units]
+        survival = [agreement.survival(masks, title=f"{task}: kept over seeds") for task, masks in by_task.items()]
+    if several: agree = [agreement.consensus(consensus(good, kind), units=NAMES[kind]) for kind in units]
     if several and len(by_task) > 1:
-        share = [mask_figures.overlap(shared_units(good, "task"), kind) for kind in units]
+        share = [agreement.overlap(shared_units(good, "task"), kind) for kind in units]
     yield "Scores", _scores_text(study), [curves.tickets(usual(study)), study.table().reset_index()]
     yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % Student "
            "intervals.", [study.gains().round(3)])
