@@ -411,7 +411,8 @@ def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
     "Statistics of agreement between seeds, and overlap between tasks; undefined numbers are None, with the reason in `notes`."
     import pandas as pd
 
-    from subnet_explorer.core.compare import consensus, overlap
+    from subnet_explorer.core.agreement import consensus
+    from subnet_explorer.core.compare import overlap
     masks, notes = _labelled_masks(Path(args.folder), args.where or [])
     tasks, t = consensus(masks, args.kind), overlap(masks, "task", lenient=True)
     names, shared = tasks.task.tolist(), t[t.kind == args.kind].set_index(["a", "b"])
@@ -435,7 +436,8 @@ def agreement_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def _labelled_masks(folder: Path, where: Sequence[str]) -> tuple[Any, list[str]]:
     "Masks with the labels task and seed from published arrays or a store of runs, on one space; and what to say about them."
-    from subnet_explorer.core.store import Store, read_masks
+    from subnet_explorer.core.formats import read_masks
+    from subnet_explorer.core.store import Store
     store = Store(folder / "runs" if (folder / "runs").is_dir() else folder)
     runs = list(store)
     masks, notes = store.masks() if runs else read_masks(folder), []

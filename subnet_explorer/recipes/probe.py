@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from ..model.apply import evaluating, masked
-from ..core.compare import placement, student_interval
+from ..core.compare import placement
+from ..core.intervals import student_interval
 from ..tasks.controls import RESET_RULES, RESETS, control_labels, reset
 from ..measure.metrics import predict, task_scores
 from ..search.gates import HardConcrete
@@ -39,7 +40,8 @@ from ..data.sentences import GAP, Sentence
 from ..core.errors import SubnetError, check_names
 from ..core.space import granular, grid, model_id, spread
 from ..core.layout import layout_of
-from ..core.store import Run, Store, open_study, watched
+from ..core.progress import watched
+from ..core.store import Run, Store, open_study
 
 # %% auto #0
 __all__ = ['TASKS', 'PROBES', 'BASELINES', 'EXTRAS', 'SOURCE', 'PORTIONS', 'head_of', 'unseen', 'gap_score', 'attention_soft',

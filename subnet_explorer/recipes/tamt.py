@@ -41,7 +41,8 @@ from ..core.errors import check_seeds, check_settings
 from ..search.find import find
 from ..core.space import Space, digest
 from ..core.errors import SubnetError, check_names
-from ..core.store import Run, Store, cached_table, load_state, open_study, save_state, watched
+from ..core.progress import watched
+from ..core.store import Run, Store, cached_table, load_state, open_study, save_state
 from ..data.files import BadTexts
 from ..data.texts import Blocks
 

@@ -20,14 +20,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.compare import student_interval
+from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.scores import Scores
 from ..core.space import Space
-from ..core.store import Run, Store, open_study, progress_bar
+from ..core.progress import progress_bar
+from ..core.store import Run, Store, open_study
 from ..data.parts import TaskData
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore, majority_label, task_scores
@@ -299,7 +300,7 @@ def tickets_json(study: Tickets) -> dict[str, Any]:
     "The study as plain data: scores over seeds, sizes, gains, mask files."
     t, base = summary(study), study.config["training"]["epochs"]
     plain = lambda row: {k: None if isinstance(v, float) and np.isnan(v) else round(float(v), 6) if isinstance(v, (float, np.floating)) else v for k, v in row.items()}
-    path = lambda kind, task: [str(m) for (_, m) in study.masks.sel(task=task, kind=kind)._rows() if isinstance(m, Path)]
+    path = lambda kind, task: [str(m) for (_, m) in study.masks.sel(task=task, kind=kind).rows() if isinstance(m, Path)]
     def of(task: str) -> dict[str, Any]:
         data, mine = study.plan.tasks[task], t[t.task == task]
         each = lambda r: {str(k): plain({"score": v})["score"] for k, v in study.scores.query("task == @r.task and kind == @r.kind and stage == @r.stage and epochs == @r.epochs").set_index("seed").score.items()}

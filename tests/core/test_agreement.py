@@ -15,28 +15,25 @@ from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
 from statsmodels.stats.multitest import multipletests
 
 from subnet_explorer.cli import main
-from subnet_explorer.core.compare import (
+from subnet_explorer.core.agreement import (
     agreement,
     cochran,
     consensus,
-    correlation,
     fleiss_kappa,
     holm,
-    jaccard_chance,
-    jaccard_distance,
     krippendorff_alpha,
     mcnemar,
-    overlap,
-    stability,
-    survival_table,
 )
+from subnet_explorer.core.compare import jaccard_chance, jaccard_distance, overlap, stability, survival_table
+from subnet_explorer.core.intervals import correlation
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.space import Group, ModelId, Space, unit_space
 from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily, UnknownName
-from subnet_explorer.core.store import BadMasks, Run, Store, read_masks, write_masks
+from subnet_explorer.core.formats import BadMasks, read_masks, write_masks
+from subnet_explorer.core.store import Run, Store
 
 LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
 MODEL = ModelId("toy", None, "c", "w")

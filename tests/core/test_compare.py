@@ -8,7 +8,8 @@ from scipy import stats
 from scipy.spatial.distance import jaccard as scipy_jaccard
 from sklearn.metrics import jaccard_score
 
-from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance, student_interval
+from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance
+from subnet_explorer.core.intervals import student_interval
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks, overlaps, survival, votes
 from subnet_explorer.core.space import Group, ModelId, Space

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from subnet_explorer.core.mask import Mask, quantile_bins
+from subnet_explorer.core.bits import quantile_bins
+from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.files import MaskFileError, from_gaps, to_gaps
 from subnet_explorer.core.scores import Scores, kth, top_k
 from subnet_explorer.core.masks import Masks
