@@ -40,7 +40,7 @@ _HOMES = {
 
 # names under which the functions of several modules are gathered: `plots.density`, `evaluate.cloze`, …
 _GATHERED = {
-    "compare": ("core.compare",),
+    "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.removal", "measure.metrics"),
     "knowledge": ("data.graphs",),
     "patterns": ("measure.patterns",),

@@ -99,7 +99,8 @@ def agreement(
     where: Sequence[str] = (),    # only the masks with this label, e.g. kind=good
 ) -> Answer:
     "Say whether the masks of several seeds agree, and what tasks share."
-    from subnet_explorer.core.compare import consensus, overlap
+    from subnet_explorer.core.agreement import consensus
+    from subnet_explorer.core.compare import overlap
     masks, notes = _labelled_masks(Path(folder), list(where))
     tasks, shared = consensus(masks, kind), overlap(masks, "task", lenient=True)
     shared = shared[shared.kind == kind].set_index(["a", "b"])
@@ -145,7 +146,8 @@ def _gaps(tasks: Any, shared: Any) -> list[str]:
 # %% ../nbs/20_cli.ipynb #f58c7837
 def _labelled_masks(folder: Path, where: list[str]) -> tuple[Masks, list[str]]:
     "Masks with the labels task and seed, on one space, and what to say about them."
-    from subnet_explorer.core.store import Store, read_masks
+    from subnet_explorer.core.formats import read_masks
+    from subnet_explorer.core.store import Store
     store = Store(folder / "runs" if (folder / "runs").is_dir() else folder)
     runs, notes = list(store), []
     masks = store.masks() if runs else read_masks(folder)

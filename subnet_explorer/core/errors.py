@@ -17,22 +17,28 @@ __all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'Laye
 class SubnetError(ValueError):
     """Base of every error that the library raises on purpose.
 
-    Cause: Something was asked that cannot be done as it was said; the message names what was expected, what was found, and what to do.
-    Fix: Follow the message. Catch this class to catch all errors below it; anything else that is raised is a bug.
+    Cause: Something was asked that cannot be done as it was said; the message names what was
+        expected, what was found, and what to do.
+    Fix: Follow the message. Catch this class to catch all errors below it; anything else that is
+        raised is a bug.
     """
 
 class SpaceMismatch(SubnetError):
     """Two masks, or a mask and a model, do not belong to the same space.
 
-    Cause: The masks were found on different models, on other weights of one model (a fine-tuned copy), on other layers, or over other coordinates (heads against weights).
-    Fix: Load the model the mask was found on, or bring both to one kind with mask.to(kind). Only if the coordinates are the same and the other weights are meant: mask.rebase(space).
+    Cause: The masks were found on different models, on other weights of one model (a fine-tuned
+        copy), on other layers, or over other coordinates (heads against weights).
+    Fix: Load the model the mask was found on, or bring both to one kind with mask.to(kind). Only if
+        the coordinates are the same and the other weights are meant: mask.rebase(space).
     """
 
 class UnknownFamily(SubnetError):
     """The architecture of a model is not known, by name or by structure.
 
-    Cause: The blocks of the model could not be found under the names that the known families use, or it is no model of transformers.
-    Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten lines. Load a name first: model, tok = load(name).
+    Cause: The blocks of the model could not be found under the names that the known families use,
+        or it is no model of transformers.
+    Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten
+        lines. Load a name first: model, tok = load(name).
     """
 
 class UnknownName(SubnetError):
@@ -45,41 +51,52 @@ class UnknownName(SubnetError):
 class LayerRange(SubnetError):
     """A layer specification does not fit the model.
 
-    Cause: Layers count from 1 and ranges include both ends, as in the papers; the model has fewer layers than were asked for, or the text is no range.
+    Cause: Layers count from 1 and ranges include both ends, as in the papers; the model has fewer
+        layers than were asked for, or the text is no range.
     Fix: Write for example 7-12, 1,3,5-6 or top-half.
     """
 
 # %% ../../nbs/core/00_errors.ipynb #3813d690
 def check_names(
-    asked: Iterable[str],     # the names somebody typed
-    known: Iterable[str],     # the names that exist
-    what: str,                # the noun for the message, e.g. "relation"
+    asked: Iterable[str],  # the names somebody typed
+    known: Iterable[str],  # the names that exist
+    what: str,             # the noun for the message, e.g. "relation"
 ) -> list[str]:
     "Return `asked` as a list, or raise `UnknownName` with the nearest known names."
     asked, known = list(asked), list(known)
     for name in asked:
         if name not in known:
-            folded = {str(k).lower(): k for k in known}
-            low = str(name).lower()
-            near = [folded[n] for n in ([low] if low in folded else difflib.get_close_matches(low, folded, 3, 0.5))]
-            shown = ", ".join(map(str, known[:20])) + (" …" if len(known) > 20 else "")
-            raise UnknownName(f"unknown {what} {name!r}: " + (f"did you mean {' or '.join(map(str, near))}? " if near else "")
-                              + f"Known: {shown or 'none'}.")
+            raise UnknownName(f"unknown {what} {name!r}: {_meant(name, known)}")
     return asked
+
+
+def _meant(name: str, known: list[str]) -> str:
+    "What somebody may have meant, and the first twenty names that exist."
+    folded = {str(k).lower(): k for k in known}
+    low = str(name).lower()
+    near = [low] if low in folded else difflib.get_close_matches(low, list(folded), 3, 0.5)
+    question = f"did you mean {' or '.join(str(folded[n]) for n in near)}? " if near else ""
+    shown = ", ".join(map(str, known[:20])) + (" …" if len(known) > 20 else "")
+    return f"{question}Known: {shown or 'none'}."
 
 # %% ../../nbs/core/00_errors.ipynb #94f4eded
 def check_fraction(value: float, name: str) -> None:
-    "Raise unless `value` lies in 0…1."
-    if not 0 <= value <= 1: raise SubnetError(f"{name} is a fraction between 0 and 1, got {value}" + (f"; did you mean {value / 100:g}?" if 1 < value <= 100 else "") + ".")
+    "Raise `SubnetError` unless `value` lies in 0…1."
+    if 0 <= value <= 1: return
+    hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+    raise SubnetError(f"{name} is a fraction between 0 and 1, got {value}{hint}.")
 
 # %% ../../nbs/core/00_errors.ipynb #9946dbfb
 def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate: int = 1) -> None:
     "Raise `SubnetError` for numbers with which nothing could be trained."
-    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("every", every, 1), ("accumulate", accumulate, 1)):
-        if value < least: raise SubnetError(f"{name} must be at least {least}, got {value}.")
-    if not (math.isfinite(lr) and lr > 0): raise SubnetError(f"lr must be a positive number, got {lr}.")
+    counts = {"steps": steps, "batch": batch, "every": every, "accumulate": accumulate}
+    for name, value in counts.items():
+        if value < 1: raise SubnetError(f"{name} must be at least 1, got {value}.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise SubnetError(f"lr must be a positive number, got {lr}.")
 
 
 def check_seeds(seeds: Sequence[int], what: str = "seeds") -> None:
     "Raise `SubnetError` unless there are some, all different."
-    if not seeds or len(set(seeds)) < len(seeds): raise SubnetError(f"{what} must be different numbers, at least one, got {seeds}.")
+    if seeds and len(set(seeds)) == len(seeds): return
+    raise SubnetError(f"{what} must be different numbers, at least one, got {seeds}.")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,99 +17,146 @@ __all__ = ['FAMILIES', 'ROLES', 'follow_path', 'family_of', 'is_causal', 'layer_
            'family_table']
 
 # %% ../../nbs/core/01_layout.ipynb #81f42119
-_BERT = dict(blocks="encoder.layer", q="attention.self.query", k="attention.self.key", v="attention.self.value",
-             o="attention.output.dense", up="intermediate.dense", down="output.dense")
+_BERT = dict(
+    blocks="encoder.layer",
+    q="attention.self.query", k="attention.self.key", v="attention.self.value",
+    o="attention.output.dense",
+    up="intermediate.dense", down="output.dense",
+)
 
 FAMILIES: dict[str, dict[str, str]] = {
     "bert": _BERT,
     "roberta": _BERT,
     "electra": _BERT,
-    "distilbert": dict(blocks="transformer.layer", q="attention.q_lin", k="attention.k_lin", v="attention.v_lin",
-                       o="attention.out_lin", up="ffn.lin1", down="ffn.lin2"),
-    "mpnet": dict(blocks="encoder.layer", q="attention.attn.q", k="attention.attn.k", v="attention.attn.v",
-                  o="attention.attn.o", up="intermediate.dense", down="output.dense"),
+    "distilbert": dict(
+        blocks="transformer.layer",
+        q="attention.q_lin", k="attention.k_lin", v="attention.v_lin", o="attention.out_lin",
+        up="ffn.lin1", down="ffn.lin2",
+    ),
+    "mpnet": dict(
+        blocks="encoder.layer",
+        q="attention.attn.q", k="attention.attn.k", v="attention.attn.v", o="attention.attn.o",
+        up="intermediate.dense", down="output.dense",
+    ),
     "gpt2": dict(blocks="h", qkv="attn.c_attn", o="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
-    "llama": dict(blocks="layers", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
-                  gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
+    "llama": dict(
+        blocks="layers",
+        q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
+        gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
+    ),
 }
 "Where the matrices of a block are, by model type (paths relative to the base model)."
 
+# the jobs a matrix can have in a block, in the order in which a `Space` lists them
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
-"The jobs a matrix can have in a block, in the order in which a `Space` lists them."
 
 # %% ../../nbs/core/01_layout.ipynb #90a8eb19
 def follow_path(module: Any, path: str) -> Any:
     "Follow a dotted `path` of attributes and indices from `module`; `None` where it breaks off."
     for part in path.split(".") if path else []:
-        module = getattr(module, part, None) if not part.isdigit() else module[int(part)] if int(part) < len(module) else None
+        if not part.isdigit(): module = getattr(module, part, None)
+        elif int(part) < len(module): module = module[int(part)]
+        else: return None
         if module is None: return None
     return module
 
-
+# %% ../../nbs/core/01_layout.ipynb #7ff96697
 def family_of(model: Any) -> str:
-    "Name the family of a transformers model: by `config.model_type`, else by structure; raise `UnknownFamily` otherwise."
+    "Name the family of a model, by type or by structure; raise `UnknownFamily` if there is none."
     base, config = getattr(model, "base_model", None), getattr(model, "config", None)
     if base is None or config is None: raise UnknownFamily(_no_model(model))
-    kind, missing = getattr(config, "model_type", "?"), {}
-    for name in ([kind] if kind in FAMILIES else FAMILIES):
-        paths = FAMILIES[name]
-        block = follow_path(base, first := f"{paths['blocks']}.0")
-        missing[name] = [first] if block is None else [p for r, p in paths.items() if r != "blocks" and follow_path(block, p) is None]
+    kind = getattr(config, "model_type", "?")
+    missing = {}
+    for name in [kind] if kind in FAMILIES else FAMILIES:
+        missing[name] = _missing(base, FAMILIES[name])
         if not missing[name]: return name
-    near = min(missing, key=lambda n: (len(missing[n]), n))
-    raise UnknownFamily(f"no known layout fits {type(model).__name__} (model type {kind!r}): the nearest is {near!r}, "
-                        f"but {', '.join(missing[near])} is not there. Known: {', '.join(FAMILIES)}. "
-                        "Add the paths of its matrices to subnet_explorer.core.layout.FAMILIES.")
+    near = min(missing, key=lambda name: (len(missing[name]), name))
+    raise UnknownFamily(
+        f"no known layout fits {type(model).__name__} (model type {kind!r}): the nearest is {near!r}, "
+        f"but {', '.join(missing[near])} is not there. Known: {', '.join(FAMILIES)}. "
+        "Add the paths of its matrices to subnet_explorer.core.layout.FAMILIES.")
 
 
-def _no_model(found: Any) -> str:
-    "What to do where a transformers model was expected."
-    inside = next((n for n in ("model", "module") if hasattr(getattr(found, n, None), "base_model")), None)      # of a pipeline; of DataParallel
-    if isinstance(found, str): what, then = f"the text {found!r}", f"load it first: model, tok = load({found!r})"
-    elif isinstance(found, (tuple, list)): what, then = f"a {type(found).__name__} of {len(found)}", "load gives the model and its tokenizer: take them apart, model, tok = load(…)"
-    elif isinstance(found, type): what, then = f"the class {found.__name__}", f"make a model of it: {found.__name__}.from_pretrained(…)"
-    else: what, then = f"a {type(found).__name__}", f"the model is inside of it: give .{inside}" if inside else "load one by the name of a folder or of the hub: model, tok = load(…)"
-    return f"a transformers model is needed, with its base_model and its config, and this is {what}: {then}."
+def _missing(base: Any, paths: Mapping[str, str]) -> list[str]:
+    "Paths of a family that lead nowhere in a base model."
+    first = f"{paths['blocks']}.0"
+    block = follow_path(base, first)
+    if block is None: return [first]
+    inside = [path for role, path in paths.items() if role != "blocks"]
+    return [path for path in inside if follow_path(block, path) is None]
 
 
 def is_causal(model: Any) -> bool:
     "Whether `model` predicts the next token (GPT-2, Llama) instead of a masked one."
     return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
 
+# %% ../../nbs/core/01_layout.ipynb #87ceb40a
+def _no_model(found: Any) -> str:
+    "What to do where a transformers model was expected."
+    what, advice = _advice(found)
+    needed = "a transformers model is needed, with its base_model and its config"
+    return f"{needed}, and this is {what}: {advice}."
+
+
+def _advice(found: Any) -> tuple[str, str]:
+    "What was given instead of a model, and how to get to one."
+    kind = type(found).__name__
+    if isinstance(found, str):
+        return f"the text {found!r}", f"load it first: model, tok = load({found!r})"
+    if isinstance(found, (tuple, list)):
+        apart = "load gives the model and its tokenizer: take them apart, model, tok = load(…)"
+        return f"a {kind} of {len(found)}", apart
+    if isinstance(found, type):
+        name = found.__name__
+        return f"the class {name}", f"make a model of it: {name}.from_pretrained(…)"
+    for part in ("model", "module"):  # of a pipeline; of DataParallel
+        if hasattr(getattr(found, part, None), "base_model"):
+            return f"a {kind}", f"the model is inside of it: give .{part}"
+    return f"a {kind}", "load one by the name of a folder or of the hub: model, tok = load(…)"
+
 # %% ../../nbs/core/01_layout.ipynb #ede97244
 def layer_indices(
-    layers: str | int | Iterable[int] | None,   # "4-6", "3,5-6", "top-half", "bottom-half", "all", 4, [4, 5] or None for all; one-based, inclusive
+    layers: str | int | Iterable[int] | None,  # "4-6", "3,5-6", "top-half", 4, [4, 5]; None: all
     n: int,                                     # number of layers the model has
 ) -> list[int]:                                 # zero-based, sorted
-    "Read a layer specification; raise `LayerRange` when it does not fit `n` layers."
-    hint = f'Give one-based layers between 1 and {n}, e.g. "{max(1, n // 2 + 1)}-{n}", "top-half" or [1, {n}].'
+    "Read a layer specification, one-based and inclusive; raise `LayerRange` when it does not fit."
+    example = f'"{max(1, n // 2 + 1)}-{n}"'
+    hint = f'Give one-based layers between 1 and {n}, e.g. {example}, "top-half" or [1, {n}].'
     if layers is None: return list(range(n))
     if isinstance(layers, str):
-        word = re.sub(r"\s*([-–,_])\s*|\s+", lambda m: "," if m[1] == "," else "-", layers.strip().lower())
+        word = layers.strip().lower()
+        word = re.sub(r"\s*([-–,_])\s*|\s+", lambda m: "," if m[1] == "," else "-", word)
         named = {"all": range(n), "top-half": range(n // 2, n), "bottom-half": range(n // 2)}
         if word in named: return list(named[word])
-        wanted: list[int] = []
-        for part in word.split(","):
-            m = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-            if not m: raise LayerRange(f"cannot read the layer specification {layers!r}. {hint}")
-            lo, hi = int(m[1]), int(m[2] or m[1])
-            if hi < lo: raise LayerRange(f"the layer range {layers!r} runs backwards. {hint}")
-            wanted += range(lo, hi + 1)
+        wanted = _layers_in(word, layers, hint)
     else:
-        wanted = [layers] if isinstance(layers, int) else [int(l) for l in layers]
-    if bad := [l for l in wanted if not 1 <= l <= n]:
-        raise LayerRange(f"layer {bad[0]} does not exist: the model has {n} layers. {hint}")
+        wanted = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
+    wrong = [layer for layer in wanted if not 1 <= layer <= n]
+    if wrong:
+        raise LayerRange(f"layer {wrong[0]} does not exist: the model has {n} layers. {hint}")
     if not wanted: raise LayerRange(f"no layer given. {hint}")
-    return sorted({l - 1 for l in wanted})
+    return sorted({layer - 1 for layer in wanted})
 
 
+def _layers_in(word: str, text: str, hint: str) -> list[int]:  # one-based, as they stand there
+    "Layers that a text names, with its separators made plain in `word`."
+    found: list[int] = []
+    for part in word.split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not ends: raise LayerRange(f"cannot read the layer specification {text!r}. {hint}")
+        low, high = int(ends[1]), int(ends[2] or ends[1])
+        if high < low: raise LayerRange(f"the layer range {text!r} runs backwards. {hint}")
+        found += range(low, high + 1)
+    return found
+
+# %% ../../nbs/core/01_layout.ipynb #b84f1b14
 def layer_text(indices: Iterable[int]) -> str:
     "Write zero-based layer `indices` the way people do: `[3, 4, 6]` becomes `'4-5,7'`."
-    runs: list[list[int]] = []
+    runs: list[list[int]] = []  # first and last layer of each run, one-based
     for i in sorted(indices):
         if runs and i == runs[-1][1]: runs[-1][1] = i + 1
-        else: runs.append([i + 1, i + 1]) if not runs or i + 1 != runs[-1][1] + 1 else runs[-1].__setitem__(1, i + 1)
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        else: runs.append([i + 1, i + 1])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 # %% ../../nbs/core/01_layout.ipynb #aac39580
 @dataclass(frozen=True)
@@ -117,26 +164,27 @@ class Layout:
     "Names and shapes of the block matrices of one transformer."
     family: str
     n_layers: int
-    n_heads: int                     # query heads
-    n_kv: int                        # key/value heads (fewer with grouped-query attention)
+    n_heads: int  # query heads
+    n_kv: int     # key/value heads (fewer with grouped-query attention)
     head_dim: int
     hidden: int
-    inner: int                       # MLP neurons
-    transposed: bool                 # True: stored (in, out), as Conv1D does
-    biases: tuple[str, ...]          # roles that have a bias
-    embedding: str                   # name of the word-embedding matrix
+    inner: int               # MLP neurons
+    transposed: bool         # True: stored (in, out), as Conv1D does
+    biases: tuple[str, ...]  # roles that have a bias
+    embedding: str           # name of the word-embedding matrix
     vocab: int
+
+    @property
+    def paths(self) -> dict[str, str]:
+        "Where the matrices are; raise `UnknownFamily` where nobody knows."
+        if self.family not in FAMILIES:
+            raise UnknownFamily(_NO_PATHS.format(family=self.family))
+        return FAMILIES[self.family]
 
     @property
     def roles(self) -> tuple[str, ...]:
         "Roles of this family, in canonical order."
         return tuple(r for r in ROLES if r in self.paths)
-
-    @property
-    def paths(self) -> dict[str, str]:
-        "Where the matrices are; raise `UnknownFamily` where nobody knows."
-        if self.family not in FAMILIES: raise UnknownFamily(f"where the matrices are is not known of {self.family!r}: use mask.rebase(Space.of(model, …)) to say which model a mask belongs to, or add the paths to subnet_explorer.core.layout.FAMILIES.")
-        return FAMILIES[self.family]
 
     def module(self, layer: int, role: str) -> str:
         "Path of a matrix's module, relative to the base model."
@@ -145,45 +193,80 @@ class Layout:
 
     def widths(self, role: str) -> tuple[int, int]:
         "`(out, in)` features of a role."
-        q, kv = self.n_heads * self.head_dim, self.n_kv * self.head_dim
-        return dict(q=(q, self.hidden), k=(kv, self.hidden), v=(kv, self.hidden), qkv=(q + 2 * kv, self.hidden), o=(self.hidden, q),
-                    gate=(self.inner, self.hidden), up=(self.inner, self.hidden), down=(self.hidden, self.inner))[role]
+        return _widths(self)[role]
 
     def shape(self, role: str) -> tuple[int, int]:
         "Stored shape of a role's weight."
-        return self.widths(role)[::-1] if self.transposed else self.widths(role)
+        out, inn = self.widths(role)
+        return (inn, out) if self.transposed else (out, inn)
+
+# %% ../../nbs/core/01_layout.ipynb #3e3a1fde
+_NO_PATHS = (
+    "where the matrices are is not known of {family!r}: use mask.rebase(Space.of(model, …)) to say "
+    "which model a mask belongs to, or add the paths to subnet_explorer.core.layout.FAMILIES."
+)
+
+
+def _widths(layout: Layout) -> dict[str, tuple[int, int]]:      # (out, in) by role
+    "Output and input features of every role."
+    hidden, inner = layout.hidden, layout.inner
+    q, kv = layout.n_heads * layout.head_dim, layout.n_kv * layout.head_dim
+    return dict(
+        q=(q, hidden), k=(kv, hidden), v=(kv, hidden), qkv=(q + 2 * kv, hidden), o=(hidden, q),
+        gate=(inner, hidden), up=(inner, hidden), down=(hidden, inner))
 
 # %% ../../nbs/core/01_layout.ipynb #b835850c
 def layout_of(
     model: Any,
     whole: bool = True,      # False: also of a compact model, as before it was cut
 ) -> Layout:
-    "Read the `Layout` of a transformers model and verify it against its parameters."
-    family, base, cfg = family_of(model), model.base_model, model.config
-    if whole and hasattr(base, "compacted"): raise SubnetError(f"this {type(model).__name__} is already compact: its blocks have shapes of their own, on which no mask can be made. Make masks on the full model, combine them there, and compact it once.")
+    "Read the `Layout` of a model; raise `UnknownFamily` if its parameters have other shapes."
+    family, base, config = family_of(model), model.base_model, model.config
+    if whole and hasattr(base, "compacted"):
+        raise SubnetError(_COMPACT.format(kind=type(model).__name__))
     paths = FAMILIES[family]
     blocks = follow_path(base, paths["blocks"])
-    roles = [r for r in ROLES if r in paths]
-    mods = {r: follow_path(blocks[0], paths[r]) for r in roles}
-    transposed = type(getattr(mods["down"], "base_layer", mods["down"])).__name__ == "Conv1D"      # an adapter may be around it
-    hidden, inner = mods["down"].weight.shape if not transposed else mods["down"].weight.shape[::-1]
-    heads = cfg.num_attention_heads
+    matrices = {role: follow_path(blocks[0], paths[role]) for role in ROLES if role in paths}
+    down = matrices["down"]
+    linear = type(getattr(down, "base_layer", down))                   # an adapter may be around it
+    transposed = linear.__name__ == "Conv1D"
+    hidden, inner = down.weight.shape[::-1] if transposed else down.weight.shape
+    heads = config.num_attention_heads
     embedding = base.get_input_embeddings().weight
-    out = Layout(family, len(blocks), heads, getattr(cfg, "num_key_value_heads", None) or heads,
-                 getattr(cfg, "head_dim", None) or hidden // heads, hidden, inner, transposed,
-                 tuple(r for r in roles if getattr(mods[r], "bias", None) is not None),
-                 next(n for n, p in base.named_parameters() if p is embedding), embedding.shape[0])
-    for r in roles:
-        if whole and tuple(mods[r].weight.shape) != out.shape(r):
-            raise UnknownFamily(f"{type(model).__name__} looks like family {family!r}, but its {r!r} matrix has shape "
-                                f"{tuple(mods[r].weight.shape)} where {out.shape(r)} was expected.")
-    return out
+    layout = Layout(
+        family, len(blocks), heads,
+        n_kv=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        hidden=hidden, inner=inner, transposed=transposed,
+        biases=tuple(r for r, matrix in matrices.items() if getattr(matrix, "bias", None) is not None),
+        embedding=next(name for name, p in base.named_parameters() if p is embedding),
+        vocab=embedding.shape[0],
+    )
+    for role, matrix in matrices.items():
+        found, expected = tuple(matrix.weight.shape), layout.shape(role)
+        if whole and found != expected:
+            raise UnknownFamily(
+                f"{type(model).__name__} looks like family {family!r}, but its {role!r} matrix has "
+                f"shape {found} where {expected} was expected.")
+    return layout
+
+
+_COMPACT = (
+    "this {kind} is already compact: its blocks have shapes of their own, on which no mask can be "
+    "made. Make masks on the full model, combine them there, and compact it once."
+)
 
 # %% ../../nbs/core/01_layout.ipynb #ba98108b
 def family_table() -> str:
     "Families as a Markdown table."
     rows = ["| model type | blocks | attention | MLP |", "|---|---|---|---|"]
-    for name, p in FAMILIES.items():
-        part = lambda roles: " ".join(f"`{p[r]}`" for r in roles if r in p)
-        rows.append(f"| {name} | `{p['blocks']}` | {part(('q', 'k', 'v', 'qkv', 'o'))} | {part(('gate', 'up', 'down'))} |")
+    for name, paths in FAMILIES.items():
+        attention = _named(paths, ("q", "k", "v", "qkv", "o"))
+        mlp = _named(paths, ("gate", "up", "down"))
+        rows.append(f"| {name} | `{paths['blocks']}` | {attention} | {mlp} |")
     return "\n".join(rows)
+
+
+def _named(paths: Mapping[str, str], roles: tuple[str, ...]) -> str:
+    "Paths of some roles, as code."
+    return " ".join(f"`{paths[role]}`" for role in roles if role in paths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import ceil, prod
@@ -20,13 +20,14 @@ from .errors import SpaceMismatch, SubnetError, check_names
 from .layout import FAMILIES, Layout, layer_indices, layer_text, layout_of
 
 # %% auto #0
-__all__ = ['KINDS', 'GRANULARITIES', 'digest', 'ModelId', 'fingerprint', 'model_id', 'Group', 'Space', 'groups_of', 'spread',
-           'granular', 'grid', 'unit_space', 'same_space', 'check_model']
+__all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space',
+           'groups_of', 'spread', 'granular', 'grid', 'unit_space', 'same_space', 'check_model', 'tensors_by_kind']
 
 # %% ../../nbs/core/02_space.ipynb #c8ec8194
 def digest(what: Any, digits: int = 16, *, sort: bool = True) -> str:      # hexadecimal
-    "Hash of plain data by its JSON form; of dictionaries it tells the order of keys only with `sort=False`."
-    return hashlib.sha256(json.dumps(what, sort_keys=sort, default=str).encode()).hexdigest()[:digits]
+    "Hash of plain data by its JSON form; the order of keys counts only with `sort=False`."
+    text = json.dumps(what, sort_keys=sort, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 @dataclass(frozen=True)
@@ -34,74 +35,62 @@ class ModelId:
     "Identity of a base model."
     name: str
     revision: str | None
-    config: str            # hash of the configuration (16 hex digits)
-    weights: str           # hash of the block and embedding weights (16 hex digits); empty if nobody knows
+    config: str   # hash of the configuration (16 hex digits)
+    weights: str  # hash of the block and embedding weights (16 hex digits); empty if nobody knows
 
     def __str__(self) -> str:
-        return f"{self.name}{'@' + self.revision[:7] if self.revision else ''}" + (f" (weights {self.weights[:6]}…)" if self.weights else "")
+        revision = f"@{self.revision[:7]}" if self.revision else ""
+        weights = f" (weights {self.weights[:6]}…)" if self.weights else ""
+        return f"{self.name}{revision}{weights}"
+
+# %% ../../nbs/core/02_space.ipynb #2901a408
+def model_id(model: Any, layout: Layout) -> ModelId:
+    "Identity of `model`."
+    passing = ("transformers_version", "dtype", "architectures")
+    settings = model.config.to_dict()
+    config = {k: v for k, v in settings.items() if not k.startswith("_") and k not in passing}
+    name = model.config._name_or_path or type(model).__name__
+    revision = getattr(model.config, "_commit_hash", None)
+    return ModelId(name, revision, digest(config), fingerprint(model, layout))
 
 
 def fingerprint(model: Any, layout: Layout) -> str:
     "Hash every block parameter and the word embedding of `model` (16 hex digits)."
-    h, blocks = hashlib.sha256(), FAMILIES[layout.family]["blocks"] + "."
+    found, blocks = hashlib.sha256(), FAMILIES[layout.family]["blocks"] + "."
     for name, p in model.base_model.named_parameters():
-        if name.startswith(blocks) or name == layout.embedding:
-            a = p.detach().cpu()
-            a = a.float() if a.dtype.itemsize < 4 else a          # bfloat16 has no numpy type; widening is exact
-            h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-            h.update(np.ascontiguousarray(a.numpy()).data)
-    return h.hexdigest()[:16]
-
-
-def model_id(model: Any, layout: Layout) -> ModelId:
-    "Identity of `model`."
-    cfg = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "architectures")}
-    return ModelId(model.config._name_or_path or type(model).__name__, getattr(model.config, "_commit_hash", None), digest(cfg), fingerprint(model, layout))
+        if not name.startswith(blocks) and name != layout.embedding: continue
+        values = p.detach().cpu()
+        if values.dtype.itemsize < 4:
+            values = values.float()          # bfloat16 has no numpy type; widening is exact
+        found.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+        found.update(np.ascontiguousarray(values.numpy()).data)
+    return found.hexdigest()[:16]
 
 # %% ../../nbs/core/02_space.ipynb #3bbc3303
 KINDS = ("weight", "block", "bias", "neuron", "head", "mlp", "layer")
+WHOLE_UNITS = ("head", "mlp", "layer")      # few in a layer: random controls match them over all layers
 
 @dataclass(frozen=True)
 class Group:
     "One named tensor of coordinates."
-    name: str                             # unique in the space; for weights and biases the parameter's name relative to the base model
+    name: str                             # unique; for weights and biases the parameter's in the base model
     kind: str
-    layer: int                            # zero-based; -1 for the embedding
-    role: str                             # "q" … "down", "embedding", or the kind for structured groups
+    layer: int  # zero-based; -1 for the embedding
+    role: str   # "q" … "down", "embedding", or the kind for structured groups
     shape: tuple[int, ...]
     block: tuple[int, int] | None = None  # rows, columns of the stored matrix covered by one coordinate
-    strided: bool = False                 # which lie shape[0] rows and shape[1] columns apart, instead of side by side
+    strided: bool = False                 # which lie shape[0] rows and shape[1] columns apart
 
     @property
     def size(self) -> int:
         "Number of coordinates."
         return prod(self.shape)
 
-# %% ../../nbs/core/02_space.ipynb #fcec5d25
-@dataclass(frozen=True)
-class Space:
-    "Ordered coordinates a mask can have on one model."
-    groups: tuple[Group, ...]
-    layout: Layout = field(repr=False)
-    model: ModelId
 
-    @classmethod
-    def of(cls, model: Any,                                    # a transformers model, with or without a head
-           kind: str = "weight",                               # one of `KINDS`, or several joined by "+"
-           layers: str | int | Iterable[int] | None = None,    # one-based and inclusive; see `layer_indices`
-           only: str | Iterable[str] | None = None,            # roles of matrices, e.g. "q,k" (weight and block only)
-           block: tuple[int, int] | None = None,               # rows, columns per coordinate, for kind "block"
-           strided: bool = False,                              # rows and columns of a block lie at equal distances over the matrix, not side by side
-           embeddings: bool = False,                           # include the word-embedding matrix (weight only)
-           ) -> Space:
-        "List the coordinates of `kind` on `model`."
-        layout = layout_of(model)
-        kinds = check_names(kind.split("+"), KINDS, "kind of coordinate")
-        if only is not None and not {"weight", "block", "bias"} & set(kinds): raise SubnetError(f"only={only!r} chooses matrices; a space of {kind} has none.")
-        roles = check_names(only.split(",") if isinstance(only, str) else only or layout.roles, layout.roles, f"matrix of {layout.family}")
-        groups = [g for i in layer_indices(layers, layout.n_layers) for k in kinds for g in groups_of(layout, k, i, roles, block, strided)]
-        if embeddings: groups.insert(0, Group(layout.embedding, "weight", -1, "embedding", (layout.vocab, model.base_model.get_input_embeddings().weight.shape[1])))
-        return cls(tuple(groups), layout, model_id(model, layout))
+@dataclass(frozen=True)
+class Groups:
+    "Ordered groups of coordinates."
+    groups: tuple[Group, ...]
 
     @cached_property
     def by_name(self) -> dict[str, Group]:
@@ -123,6 +112,30 @@ class Space:
         "Number of coordinates."
         return sum(g.size for g in self.groups)
 
+# %% ../../nbs/core/02_space.ipynb #fcec5d25
+@dataclass(frozen=True)
+class Space(Groups):
+    "Ordered coordinates a mask can have on one model."
+    layout: Layout = field(repr=False)
+    model: ModelId
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,  # a transformers model, with or without a task head
+        kind: str = "weight",  # one of `KINDS`, or several joined by "+"
+        layers: str | int | Iterable[int] | None = None,  # one-based and inclusive; see `layer_indices`
+        only: str | Iterable[str] | None = None,  # roles of matrices, e.g. "q,k" (weight and block only)
+        block: tuple[int, int] | None = None,  # rows, columns per coordinate, for kind "block"
+        strided: bool = False,  # those lie at equal distances over the matrix, not side by side
+        embeddings: bool = False,  # include the word-embedding matrix (weight only)
+    ) -> Space:
+        "List the coordinates of `kind` on `model`."
+        layout = layout_of(model)
+        groups = _chosen(layout, kind, layers, only, block, strided)
+        if embeddings: groups.insert(0, _embedding(layout, model))
+        return cls(tuple(groups), layout, model_id(model, layout))
+
     @cached_property
     def id(self) -> str:
         "Hash of coordinates and weights: equal ids mean that masks can be combined (16 hex digits)."
@@ -130,82 +143,185 @@ class Space:
 
     def to_json(self) -> dict[str, Any]:
         "Plain dictionary for a mask file."
-        plain = lambda g: {k: v for k, v in asdict(g).items() if k != "strided" or v}
-        return json.loads(json.dumps({"groups": [plain(g) for g in self.groups], "layout": asdict(self.layout), "model": asdict(self.model)}))
+        return _plain(self)
 
     @classmethod
-    def from_json(cls, d: dict[str, Any]) -> Space:
+    def from_json(cls, d: Mapping[str, Any]) -> Space:
         "Inverse of `to_json`."
-        tup = lambda kw: {k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()}
-        return cls(tuple(Group(**tup(g)) for g in d["groups"]), Layout(**tup(d["layout"])), ModelId(**d["model"]))
+        groups = tuple(Group(**_as_tuples(g)) for g in d["groups"])
+        return cls(groups, Layout(**_as_tuples(d["layout"])), ModelId(**d["model"]))
 
-    def __repr__(self) -> str:
-        layers = [i for i in self.layers if i >= 0]
-        where = f"layers {layer_text(layers)} of {self.layout.n_layers}" + (" + embeddings" if -1 in self.layers else "")
-        return f"Space({self.kind} of {self.model}, {where}: {self.size:,} coordinates in {len(self.groups)} tensors)"
+    def __repr__(self) -> str: return _described(self)
+
+# %% ../../nbs/core/02_space.ipynb #0363ff52
+def _chosen(
+    layout: Layout,
+    kind: str,
+    layers: str | int | Iterable[int] | None,
+    only: str | Iterable[str] | None,
+    block: tuple[int, int] | None,
+    strided: bool,
+) -> list[Group]:
+    "The groups that `Space.of` was asked for."
+    kinds = check_names(kind.split("+"), KINDS, "kind of coordinate")
+    if only is not None and not {"weight", "block", "bias"} & set(kinds):
+        raise SubnetError(f"only={only!r} chooses matrices; a space of {kind} has none.")
+    asked = only.split(",") if isinstance(only, str) else only or layout.roles
+    roles = check_names(asked, layout.roles, f"matrix of {layout.family}")
+    indices = layer_indices(layers, layout.n_layers)
+    return [g for i in indices for k in kinds for g in groups_of(layout, k, i, roles, block, strided)]
+
+
+def _embedding(layout: Layout, model: Any) -> Group:
+    "The word embedding as a group of weights."
+    width = model.base_model.get_input_embeddings().weight.shape[1]
+    return Group(layout.embedding, "weight", -1, "embedding", (layout.vocab, width))
+
+# %% ../../nbs/core/02_space.ipynb #165bbcf0
+def groups_of(
+    layout: Layout,
+    kind: str,
+    layer: int,                 # zero-based
+    roles: Sequence[str] = (),  # of matrices, where the kind has them
+    block: tuple[int, int] | None = None,
+    strided: bool = False,
+) -> Iterator[Group]:
+    "Groups of one kind in one layer."
+    if strided and kind != "block":
+        raise SubnetError(f'strided goes with kind "block", and only with it: got kind {kind!r}.')
+    if kind not in ("weight", "block", "bias"):
+        sizes = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)
+        yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (sizes[kind],))
+        return
+    if (kind == "block") != (block is not None):
+        raise SubnetError(_BLOCK.format(kind=kind, block=block))
+    for role in roles:
+        name, shape = layout.module(layer, role), layout.shape(role)
+        if block is not None:
+            yield _blocks(f"{name}.weight", layer, role, shape, block, strided)
+        elif kind == "weight": yield Group(f"{name}.weight", kind, layer, role, shape)
+        elif role in layout.biases:
+            yield Group(f"{name}.bias", kind, layer, role, (layout.widths(role)[0],))
 
 # %% ../../nbs/core/02_space.ipynb #355e9cae
-def groups_of(layout: Layout, kind: str, layer: int, roles: list[str], block: tuple[int, int] | None, strided: bool = False) -> Iterator[Group]:
-    "Groups of `kind` in one layer."
-    if strided and kind != "block": raise SubnetError(f'strided goes with kind "block", and only with it: got kind {kind!r}.')
-    if kind in ("weight", "block", "bias"):
-        if (kind == "block") != (block is not None): raise SubnetError(f'block=(rows, columns) goes with kind "block", and only with it: got kind {kind!r}, block={block}.')
-        for role in roles:
-            name, shape = layout.module(layer, role), layout.shape(role)
-            if kind == "bias":
-                if role in layout.biases: yield Group(name + ".bias", kind, layer, role, (layout.widths(role)[0],))
-            elif block is None: yield Group(name + ".weight", kind, layer, role, shape)
-            elif strided:
-                if shape[0] % block[0] or shape[1] % block[1]: raise _uneven(block, role, shape)
-                yield Group(name + ".weight", kind, layer, role, (shape[0] // block[0], shape[1] // block[1]), tuple(block), True)
-            else: yield Group(name + ".weight", kind, layer, role, (ceil(shape[0] / block[0]), ceil(shape[1] / block[1])), (min(block[0], shape[0]), min(block[1], shape[1])))
-    else:
-        n = dict(neuron=layout.inner, head=layout.n_heads, mlp=1, layer=1)[kind]
-        yield Group(f"layer.{layer}.{kind}", kind, layer, kind, (n,))
+_BLOCK = (
+    'block=(rows, columns) goes with kind "block", and only with it: '
+    "got kind {kind!r}, block={block}."
+)
+
+
+def _blocks(
+    name: str, layer: int, role: str, shape: tuple[int, int], block: tuple[int, int], strided: bool,
+) -> Group:
+    "The blocks of one matrix."
+    (height, width), (rows, columns) = shape, block
+    if strided:
+        if height % rows or width % columns: raise _uneven(block, role, shape)
+        shape = height // rows, width // columns
+        return Group(name, "block", layer, role, shape, (rows, columns), True)
+    inside = min(rows, height), min(columns, width)
+    shape = ceil(height / rows), ceil(width / columns)
+    return Group(name, "block", layer, role, shape, inside)
 
 
 def _uneven(block: tuple[int, int], role: str, shape: tuple[int, int]) -> SubnetError:
-    return SubnetError(f"blocks of {block[0]}x{block[1]} do not fill the {role!r} matrix, which is {shape[0]}x{shape[1]}: choose rows and columns that divide those of every matrix.")
+    "What to say of blocks that do not fill a matrix."
+    return SubnetError(
+        f"blocks of {block[0]}x{block[1]} do not fill the {role!r} matrix, "
+        f"which is {shape[0]}x{shape[1]}: choose rows and columns that divide those of every matrix.")
+
+# %% ../../nbs/core/02_space.ipynb #c362359b
+def _plain(space: Space) -> dict[str, Any]:
+    "A space as plain data."
+    groups = [{k: v for k, v in asdict(g).items() if k != "strided" or v} for g in space.groups]
+    found = {"groups": groups, "layout": asdict(space.layout), "model": asdict(space.model)}
+    return json.loads(json.dumps(found))
+
+
+def _as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    "Fields of a group or layout, with tuples where JSON has lists."
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _described(space: Space) -> str:
+    "A space in one line."
+    layers = layer_text(i for i in space.layers if i >= 0)
+    where = f"layers {layers} of {space.layout.n_layers}"
+    if -1 in space.layers: where += " + embeddings"
+    size = f"{space.size:,} coordinates in {len(space.groups)} tensors"
+    return f"Space({space.kind} of {space.model}, {where}: {size})"
 
 # %% ../../nbs/core/02_space.ipynb #e31b46fe
-def spread(group: Group, values: Any, shape: tuple[int, int]) -> Any:      # values: (group.shape) array or tensor -> (shape)
-    "Values of blocks at the weights of a stored matrix; of blocks that stick out, the rest is cut."
-    (a, b), (r, c) = group.shape, group.block
-    one, all_ = ((1, a, 1, b), (r, a, c, b)) if group.strided else ((a, 1, b, 1), (a, r, b, c))
-    values = values.reshape(one)
-    wide = values.expand(all_) if hasattr(values, "expand") else np.broadcast_to(values, all_)
-    return wide.reshape(a * r, b * c)[:shape[0], :shape[1]]
+def spread(
+    group: Group,
+    values: Any,                 # (group.shape), array or tensor
+    shape: tuple[int, int],      # of the stored matrix
+) -> Any:                        # (shape)
+    "Values of blocks at the weights of a matrix; of blocks that stick out, the rest is cut."
+    (down, across), (rows, columns) = group.shape, group.block or (1, 1)
+    if group.strided:
+        values, wide = values.reshape((1, down, 1, across)), (rows, down, columns, across)
+    else: values, wide = values.reshape((down, 1, across, 1)), (down, rows, across, columns)
+    many = values.expand(wide) if hasattr(values, "expand") else np.broadcast_to(values, wide)
+    return many.reshape(down * rows, across * columns)[:shape[0], :shape[1]]
 
 # %% ../../nbs/core/02_space.ipynb #34be6206
+# by name; besides, `ROWSxCOLUMNS` is a block of that size, and `ROWSxCOLUMNS-strided` as many
+# weights at equal distances
 GRANULARITIES = ("weight", "neuron", "matrix", "head", "layer")
-"Granularities by name; besides, `ROWSxCOLUMNS` is a block of that size, and `ROWSxCOLUMNS-strided` as many weights at equal distances."
 
 
-def granular(model: Any, granularity: str = "weight", layers: str | int | Iterable[int] | None = None) -> Space:
-    "The space of a granularity: one of `GRANULARITIES`, a block such as `768x24`, or `768x24-strided`; a neuron is an input feature of one matrix."
+def granular(
+    model: Any,
+    granularity: str = "weight",  # one of `GRANULARITIES`, or a block: 768x24, 768x24-strided
+    layers: str | int | Iterable[int] | None = None,
+) -> Space:
+    "The space of a granularity; a neuron is an input feature of one matrix."
     if found := re.fullmatch(r"(\d+)x(\d+)(-strided)?", granularity):
-        block, strided, layout = (int(found[1]), int(found[2])), bool(found[3]), layout_of(model)
-        if min(block) < 1: raise SubnetError(f"a block has at least one row and one column, got {granularity!r}.")
-        if block == (1, 1): return Space.of(model, "weight", layers)
-        if strided and layout.transposed: block = block[::-1]
-        for role, shape in ((r, layout.shape(r)) for r in layout.roles):
-            if any(n % (m if strided else min(m, n)) for n, m in zip(shape, block)): raise _uneven(block, role, shape)
-        return Space.of(model, "block", layers, block=block, strided=strided)
+        block = int(found[1]), int(found[2])
+        return _in_blocks(model, block, bool(found[3]), layers, granularity)
     check_names([granularity], GRANULARITIES, "granularity")
     if granularity in ("weight", "head", "layer"): return Space.of(model, granularity, layers)
     layout = layout_of(model)
-    long = max(max(layout.shape(r)) for r in layout.roles)
-    return Space.of(model, "block", layers, block=(long, long) if granularity == "matrix" else (1, long) if layout.transposed else (long, 1))
+    longest = max(max(layout.shape(role)) for role in layout.roles)
+    rows = longest if granularity == "matrix" or not layout.transposed else 1
+    columns = longest if granularity == "matrix" or layout.transposed else 1
+    return Space.of(model, "block", layers, block=(rows, columns))
+
+
+def _in_blocks(
+    model: Any,
+    block: tuple[int, int],
+    strided: bool,
+    layers: str | int | Iterable[int] | None,
+    asked: str,                                         # for the message
+) -> Space:
+    "The space of blocks that fill every matrix; raise `SubnetError` for others."
+    if min(block) < 1:
+        raise SubnetError(f"a block has at least one row and one column, got {asked!r}.")
+    if block == (1, 1): return Space.of(model, "weight", layers)
+    layout = layout_of(model)
+    if strided and layout.transposed: block = block[::-1]
+    for role in layout.roles:
+        for side, length in zip(layout.shape(role), block, strict=True):
+            if side % (length if strided else min(length, side)):
+                raise _uneven(block, role, layout.shape(role))
+    return Space.of(model, "block", layers, block=block, strided=strided)
 
 # %% ../../nbs/core/02_space.ipynb #069b8ba7
 def grid(model: Any, strided: bool = False) -> tuple[str, ...]:
-    "Names of the nine granularities of the published sweep for the size of this model, the coarsest first (Cao et al. 2021, section 4)."
+    "Names of the nine granularities of the sweep of Cao et al. (2021, section 4), coarsest first."
     d = layout_of(model).hidden
-    left, parts = {n for n in range(2, d) if d % n == 0}, []
+    divisors = {n for n in range(2, d) if d % n == 0}
+    parts: list[int] = []
     for share in (128, 32, 4):
-        if left: parts.insert(0, min(left, key=lambda n: (abs(np.log(n * share / d)), n))); left.discard(parts[0])
+        if not divisors: break
+        parts.append(min(divisors, key=lambda n: (abs(np.log(n * share / d)), n)))
+        divisors.remove(parts[-1])
     parts.sort(reverse=True)
-    return tuple(f"{r}x{c}" + "-strided" * strided for r, c in [*((d, p) for p in (d, *parts, 1)), *((p, 1) for p in parts), (1, 1)])
+    columns, rows = [(d, p) for p in (d, *parts, 1)], [(p, 1) for p in (*parts, 1)]
+    ending = "-strided" if strided else ""
+    return tuple(f"{r}x{c}{ending}" for r, c in columns + rows)
 
 # %% ../../nbs/core/02_space.ipynb #b99c0243
 def unit_space(
@@ -214,26 +330,43 @@ def unit_space(
     mlps: bool = False,
 ) -> Space:
     "Heads and MLPs of a model that is not known."
-    if layers < 1 or heads is not None and heads < 1 or not (heads or mlps): raise SubnetError(f"a space needs at least one unit, got {layers} layers of {heads} heads{'' if mlps else ' without MLPs'}.")
+    if layers < 1 or (heads is not None and heads < 1) or not (heads or mlps):
+        without = "" if mlps else " without MLPs"
+        found = f"{layers} layers of {heads} heads{without}"
+        raise SubnetError(f"a space needs at least one unit, got {found}.")
     layout = Layout("unknown", layers, heads or 0, heads or 0, 0, 0, 0, False, (), "", 0)
     kinds = ["head"] * bool(heads) + ["mlp"] * mlps
-    return Space(tuple(g for i in range(layers) for k in kinds for g in groups_of(layout, k, i, [], None)), layout, ModelId("an unknown model", None, "", ""))
+    groups = tuple(g for i in range(layers) for kind in kinds for g in groups_of(layout, kind, i))
+    return Space(groups, layout, ModelId("an unknown model", None, "", ""))
 
 # %% ../../nbs/core/02_space.ipynb #fffff5c2
 def same_space(left: Space, right: Space, verb: str = "combine") -> None:
     "Raise `SpaceMismatch` unless both spaces have the same coordinates on the same weights."
     if left.id == right.id: return
     if left.model.weights != right.model.weights:
-        raise SpaceMismatch(f"cannot {verb} masks of different models: left was found on {left.model}, right on {right.model}. "
-                            "Use left.rebase(space) only if you mean it.")
-    raise SpaceMismatch(f"cannot {verb} masks of different spaces: left is {left!r}, right is {right!r}. Use .to(kind) to change the kind of one of them.")
+        raise SpaceMismatch(
+            f"cannot {verb} masks of different models: left was found on {left.model}, "
+            f"right on {right.model}. Use left.rebase(space) only if you mean it.")
+    raise SpaceMismatch(
+        f"cannot {verb} masks of different spaces: left is {left!r}, right is {right!r}. "
+        "Use .to(kind) to change the kind of one of them.")
 
 
 def check_model(space: Space, model: Any) -> None:
     "Raise `SpaceMismatch` unless `space` was read from a model with these very weights."
     layout = layout_of(model)
     found = model_id(model, layout)
-    if layout != space.layout or found.weights != space.model.weights:
-        raise SpaceMismatch(f"cannot apply a mask to another model: it was found on {space.model}, this one is {found}"
-                            + ("" if layout == space.layout else f" and is shaped differently ({layout} instead of {space.layout})")
-                            + ". Load that model, or use mask.rebase(space) only if you mean it.")
+    if layout == space.layout and found.weights == space.model.weights: return
+    shaped = f" and is shaped differently ({layout} instead of {space.layout})"
+    if layout == space.layout: shaped = ""
+    raise SpaceMismatch(
+        f"cannot apply a mask to another model: it was found on {space.model}, this one is "
+        f"{found}{shaped}. Load that model, or use mask.rebase(space) only if you mean it.")
+
+# %% ../../nbs/core/02_space.ipynb #dd131b1c
+def tensors_by_kind(space: Space) -> dict[str, list[int]]:
+    "Numbers of the tensors of each kind, in the order of the space."
+    found: dict[str, list[int]] = {}
+    for number, group in enumerate(space.groups):
+        found.setdefault(group.kind, []).append(number)
+    return found

@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..core.compare import interval, student_interval
+from ..core.intervals import interval, student_interval
 from ..core.errors import SubnetError, check_names
 from .figure import Figure, set_layout
 from .style import DASHES, PALETTE, safe_text, style

@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__, plots
-from ..core.compare import agreement, jaccard
+from ..core.agreement import agreement
+from ..core.compare import jaccard
 from ..core.mask import Mask
 from ..core.files import atomic_write
 from ..core.masks import Masks

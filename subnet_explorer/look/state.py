@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..core.compare import against, consensus
+from ..core.agreement import consensus
+from ..core.compare import against
 from ..data.facts import Facts
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -74,7 +75,7 @@ class Explorer:
         self.facts, self.head, self.to = _some(data, head, batch), head, Path(to) if to is not None else None
         if self.model is not None and self.tok is None: raise SubnetError("a model needs its tokenizer: give both as load gives them, model=(model, tok).")
         self.space = self.masks[0].space
-        for m in self.masks._items:
+        for m in self.masks.entries:
             if isinstance(m, Mask): same_space(self.space, m.space, "explore together")
         if self.model is not None: check_model(self.space, self.model)
         self.filters: dict[str, Any] = {}
@@ -107,7 +108,7 @@ class Explorer:
     def densities(self) -> list[float]:
         "Densities as far as they are known: of masks that were read, or whose label it is."
         known = self.masks.index["density"].tolist() if "density" in self.masks.index else [np.nan] * len(self.masks)
-        return [m.density if isinstance(m, Mask) else k for m, k in zip(self.masks._items, known)]
+        return [m.density if isinstance(m, Mask) else k for m, k in zip(self.masks.entries, known)]
 
     @property
     def labels(self) -> list[str]:
@@ -238,7 +239,7 @@ def _name(e: Explorer, name: str) -> Path | None:      # the file, if there is a
     old = {k: v for k, v in e.masks.index.iloc[e.at].items() if not pd.isna(v) and k != "density"}
     if "density" in e.masks.index: old["density"] = mask.density
     filters = e.filters
-    e.masks = Masks([*e.masks._rows(), ({**old, "name": name}, mask)])
+    e.masks = Masks([*e.masks.rows(), ({**old, "name": name}, mask)])
     e._past.append((e.at, e.mask))
     e.at, e.mask = len(e.masks) - 1, mask
     e.filters = {k: v for k, v in filters.items() if k != "name"}
@@ -282,7 +283,7 @@ def _read(e: Explorer, positions: Sequence[int]) -> Generator[tuple[int, int], N
     "Read masks, some at a time."
     rows = []
     for n, i in enumerate(positions):
-        waiting = not isinstance(e.masks._items[i], Mask)
+        waiting = not isinstance(e.masks.entries[i], Mask)
         rows.append((e.masks.index.iloc[i].dropna().to_dict(), e.read(i)))
         if waiting: yield n + 1, len(positions)
     if not rows: raise SubnetError("no mask passes the filters: choose others.")
@@ -297,7 +298,7 @@ def _densities(e: Explorer) -> Work:
 
 def _overlap(e: Explorer) -> Work:      # columns position, label, distance, chance, shared, shared_chance, size; nearest first
     others = [i for i in e.shown if i != e.at or e.edits]
-    unread = [i for i in others if not isinstance(e.masks._items[i], Mask)]
+    unread = [i for i in others if not isinstance(e.masks.entries[i], Mask)]
     others = sorted({*others} - {*unread[READ_AT_ONCE:]})
     if not others: raise SubnetError("there is no other mask to compare with: widen the filters.")
     rows = []

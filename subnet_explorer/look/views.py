@@ -210,8 +210,8 @@ class Watch:
     @property
     def metrics(self) -> pd.DataFrame:
         "Log entries so far."
-        from subnet_explorer.core.store import _read_rows
-        return pd.DataFrame(_read_rows(self.folder / "metrics.jsonl")) if self.folder is not None else self._run.metrics
+        from subnet_explorer.core.store import read_metrics
+        return pd.DataFrame(read_metrics(self.folder / "metrics.jsonl")) if self.folder is not None else self._run.metrics
 
     @property
     def done(self) -> bool: return (self.folder / "mask.safetensors").exists() if self.folder is not None else self._run.done

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.compare import interval
+from ..core.intervals import interval
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask

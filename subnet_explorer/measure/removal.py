@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.compare import resampled
+from ..core.intervals import resampled
 from ..core.errors import SubnetError, check_names
 from ..core.space import check_model
 from ..data.facts import Facts

@@ -117,7 +117,7 @@ def write_models(
 ) -> None:
     "Train the pocket models on the CPU and save them in Hugging Face format."
     import torch
-    from subnet_explorer.core.store import progress_bar
+    from subnet_explorer.core.progress import progress_bar
     for name in check_names(names, ["bert", "gpt2"], "pocket model"):
         causal, dest = name == "gpt2", Path(folder) / name
         tok = _tokenizer(causal)

@@ -29,7 +29,8 @@ from subnet_explorer.recipes.probes import (
     unseen,
 )
 
-from ..core.compare import placement, student_interval
+from ..core.compare import placement
+from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
 from ..core.layout import layout_of

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.store import progress_bar
+from ..core.progress import progress_bar
 
 # %% auto #0
 __all__ = ['StudyLine', 'in_words', 'InnerBar', 'short']

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..core.compare import student_interval
+from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..core.masks import Masks

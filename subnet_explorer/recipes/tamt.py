@@ -27,7 +27,8 @@ from subnet_explorer.recipes.textmasks import (
 )
 
 from ..core.compare import jaccard as jaccard_between
-from ..core.compare import jaccard_chance, jaccard_distance, placement, student_interval
+from ..core.compare import jaccard_chance, jaccard_distance, placement
+from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.compare import consensus, student_interval
+from ..core.agreement import consensus
+from ..core.intervals import student_interval
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write

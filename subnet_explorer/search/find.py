@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.space import check_model
-from ..core.store import Run, Store, load_state, progress_bar, read_state, save_state
+from ..core.progress import progress_bar
+from ..core.store import Run, Store, load_state, read_state, save_state
 from ..model.apply import evaluating, masked, parameter_like
 from ..model.packed import Packing, run_blocks
 from .engine import MaskOptimizer, PlainOptimizer, Replay, stacked

@@ -24,7 +24,8 @@ from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
-from ..core.store import Run, Store, progress_bar
+from ..core.progress import progress_bar
+from ..core.store import Run, Store
 from ..model.apply import masked
 from .find import Monitor, frozen, seen
 from .objectives import Context, Objective

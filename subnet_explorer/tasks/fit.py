@@ -21,7 +21,8 @@ from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.layout import follow_path, layout_of
 from ..core.space import model_id
-from ..core.store import Run, load_state, progress_bar, save_state
+from ..core.progress import progress_bar
+from ..core.store import Run, load_state, save_state
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like

@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.compare import interval
+from ..core.intervals import interval
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.layout import layout_of
 from ..core.mask import Mask
 from ..core.space import check_model, digest, model_id
-from ..core.store import open_study, watched
+from ..core.progress import watched
+from ..core.store import open_study
 from ..data.facts import Facts
 from ..measure.ask import Answers, Condition, draws_of
 from ..measure.metrics import predict

@@ -3,31 +3,38 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial.distance import jaccard as scipy_jaccard
 from sklearn.metrics import jaccard_score
 
-from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance, student_interval
+from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance
+from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.intervals import student_interval
+from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks, overlaps, survival, votes
 from subnet_explorer.core.space import Group, ModelId, Space
-from subnet_explorer.core.layout import Layout
-from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 
 LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
-SPACE = Space((Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))), LAYOUT, ModelId("toy", None, "c", "w"))      # no multiple of eight
-LARGE = Space((Group("a", "weight", 0, "q", (40, 50)), Group("b", "weight", 1, "q", (900,))), LAYOUT, ModelId("toy", None, "c", "w"))
+MODEL = ModelId("toy", None, "c", "w")
+TENSORS = Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))
+SPACE = Space(TENSORS, LAYOUT, MODEL)                                           # no multiple of eight
+LARGE = Space((Group("a", "weight", 0, "q", (40, 50)), Group("b", "weight", 1, "q", (900,))), LAYOUT, MODEL)
 OTHER = Space(SPACE.groups, LAYOUT, ModelId("toy", None, "c", "other weights"))
 
 average = pytest.mark.parametrize("average", ["micro", "macro"])
-bits = lambda mask: np.concatenate([b.ravel() for _, b in mask.items()])
+
+
+def bits(mask: Mask) -> np.ndarray: return np.concatenate([b.ravel() for _, b in mask.items()])
+
 
 @st.composite
 def masks(draw):
     "A mask of SPACE, often with empty or full tensors."
-    one = lambda n: draw(st.sampled_from([[0] * n, [1] * n]) | st.lists(st.integers(0, 1), min_size=n, max_size=n))
-    return Mask.of(SPACE, {g.name: np.array(one(g.size), bool).reshape(g.shape) for g in SPACE.groups})
+    def some(n): return st.sampled_from([[0] * n, [1] * n]) | st.lists(st.integers(0, 1), min_size=n, max_size=n)
+    return Mask.of(SPACE, {g.name: np.array(draw(some(g.size)), bool).reshape(g.shape) for g in SPACE.groups})
 
 
 # ── against other people's code ──────────────────────────────────────────────────────────────────────────────────────
@@ -40,25 +47,31 @@ def test_micro_is_the_distance_over_all_bits(a, b):
 
 @given(masks(), masks())
 def test_macro_is_the_mean_over_tensors(a, b):
-    assert jaccard_distance(a, b, "macro") == pytest.approx(np.mean([1 - jaccard_score(a[g.name].ravel(), b[g.name].ravel(), zero_division=1.0) for g in SPACE.groups]))
+    pairs = [(a[g.name].ravel(), b[g.name].ravel()) for g in SPACE.groups]
+    expected = np.mean([1 - jaccard_score(x, y, zero_division=1.0) for x, y in pairs])
+    assert jaccard_distance(a, b, "macro") == pytest.approx(expected)
 
 
 @average
 @pytest.mark.parametrize("p, q", [(.5, .5), (.1, .6), (.02, .03)])
 def test_chance_is_what_random_masks_give(average, p, q):
-    a = Mask.of(LARGE, {"a": np.random.default_rng(0).random((40, 50)) < p, "b": np.random.default_rng(1).random(900) < q})
-    b = Mask.random(LARGE, q, seed=1)
+    one, other = np.random.default_rng(0).random((40, 50)) < p, np.random.default_rng(1).random(900) < q
+    a, b = Mask.of(LARGE, {"a": one, "b": other}), Mask.random(LARGE, q, seed=1)
     simulated = np.mean([jaccard_distance(a.random_like(i), b.random_like(1000 + i), average) for i in range(60)])
     assert jaccard_chance(a, b, average) == pytest.approx(simulated, abs=.004)
 
 
 @pytest.mark.parametrize("p, q", [(.014, .014), (.05, .05), (.014, .3), (.5, .5)])
 def test_chance_overlap_of_two_seeds_in_closed_form(p, q):
-    "One minus the distance is the overlap |A & B| / |A | B|, by chance d / (2 - d) at one density d, and pq / (p + q - pq) at two."
-    space = Space((Group("a", "weight", 0, "q", (1000, 300)), Group("b", "weight", 1, "q", (100_000,))), LAYOUT, ModelId("toy", None, "c", "w"))
+    """One minus the distance is the overlap |A & B| / |A | B|.
+
+    By chance it is d / (2 - d) at one density d, and pq / (p + q - pq) at two."""
+    tensors = Group("a", "weight", 0, "q", (1000, 300)), Group("b", "weight", 1, "q", (100_000,))
+    space = Space(tensors, LAYOUT, MODEL)
     pair = Masks([({"seed": i}, Mask.random(space, d, i)) for i, d in enumerate((p, q))])
     t = jaccard(pair, by="seed").query("a != b").iloc[0]
-    assert 1 - t.chance == pytest.approx(p * q / (p + q - p * q), rel=1e-4) and 1 - t.distance == pytest.approx(1 - t.chance, rel=.15)
+    assert 1 - t.chance == pytest.approx(p * q / (p + q - p * q), rel=1e-4)
+    assert 1 - t.distance == pytest.approx(1 - t.chance, rel=.15)
     if p == q: assert 1 - t.chance == pytest.approx(p / (2 - p), rel=1e-4)
 
 
@@ -75,15 +88,18 @@ def test_empty_and_full_masks(average, measure):
 @average
 def test_identical_and_opposite_masks(average):
     a = Mask.random(LARGE, .3, seed=0)
-    assert jaccard_distance(a, a, average) == 0 and jaccard_distance(a, ~a, average) == 1 and 0 < jaccard_chance(a, a, average) < 1
+    assert jaccard_distance(a, a, average) == 0 and jaccard_distance(a, ~a, average) == 1
+    assert 0 < jaccard_chance(a, a, average) < 1
     half = Mask.of(SPACE, {"a": np.zeros((7, 3), bool), "b": np.ones(10, bool), "c": np.zeros(1, bool)})
-    assert jaccard_distance(half, Mask.full(SPACE), average) == pytest.approx({"micro": 22 / 32, "macro": 2 / 3}[average])      # tensors that are empty on one side only
+    expected = {"micro": 22 / 32, "macro": 2 / 3}[average]           # tensors that are empty on one side only
+    assert jaccard_distance(half, Mask.full(SPACE), average) == pytest.approx(expected)
 
 
 def test_masks_of_other_spaces_and_unknown_averages():
     a = Mask.full(SPACE)
-    with pytest.raises(SpaceMismatch, match="cannot compare masks of different models"): jaccard_distance(a, Mask.full(OTHER))
-    with pytest.raises(SpaceMismatch, match="cannot compare masks of different spaces"): jaccard_distance(a, Mask.full(LARGE))
+    for other, what in ((OTHER, "models"), (LARGE, "spaces")):
+        says = f"cannot compare masks of different {what}"
+        with pytest.raises(SpaceMismatch, match=says): jaccard_distance(a, Mask.full(other))
     with pytest.raises(SpaceMismatch): jaccard_chance(a, Mask.full(OTHER))
     with pytest.raises(UnknownName, match="micro"): jaccard_distance(a, a, "mirco")
 
@@ -93,7 +109,7 @@ def test_masks_of_other_spaces_and_unknown_averages():
 @average
 @given(a=masks(), b=masks(), c=masks())
 def test_it_is_a_distance(average, a, b, c):
-    d = lambda x, y: jaccard_distance(x, y, average)
+    def d(x, y): return jaccard_distance(x, y, average)
     assert d(a, b) == d(b, a) and 0 <= d(a, b) <= 1 and (d(a, b) == 0) == (a == b)
     assert d(a, c) <= d(a, b) + d(b, c) + 1e-12
 
@@ -101,7 +117,8 @@ def test_it_is_a_distance(average, a, b, c):
 @average
 @given(a=masks(), b=masks())
 def test_chance_is_symmetric_and_bounded(average, a, b):
-    assert jaccard_chance(a, b, average) == pytest.approx(jaccard_chance(b, a, average)) and -1e-12 <= jaccard_chance(a, b, average) <= 1 + 1e-12
+    chance = jaccard_chance(a, b, average)
+    assert chance == pytest.approx(jaccard_chance(b, a, average)) and -1e-12 <= chance <= 1 + 1e-12
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,18 +127,22 @@ def test_chance_is_symmetric_and_bounded(average, a, b):
 def test_the_table_of_single_masks(average):
     ms = {n: Mask.random(SPACE, d, seed=i) for i, (n, d) in enumerate([("z", .2), ("a", .5), ("m", .9)])}
     t = jaccard(Masks([({"task": n}, m) for n, m in ms.items()]), by="task", average=average)
-    assert list(zip(t.a, t.b)) == [(x, y) for x in ms for y in ms]                  # in the order of the collection
+    in_order = [(x, y) for x in ms for y in ms]                                     # of the collection
+    assert list(zip(t.a, t.b, strict=True)) == in_order
     assert t.distance.tolist() == [jaccard_distance(ms[x], ms[y], average) for x in ms for y in ms]
     assert t.chance.tolist() == [jaccard_chance(ms[x], ms[y], average) for x in ms for y in ms]
 
 
 def test_seeds_are_averaged_and_never_compared_with_themselves():
     ms = {(n, s): Mask.random(SPACE, .5, seed=10 * i + s) for i, n in enumerate("xy") for s in range(3)}
-    t = jaccard(Masks([({"task": n, "seed": s}, m) for (n, s), m in ms.items()]), by="task").set_index(["a", "b"]).distance
+    many = Masks([({"task": n, "seed": s}, m) for (n, s), m in ms.items()])
+    t = jaccard(many, by="task").set_index(["a", "b"]).distance
     for x in "xy":
-        for y in "xy": assert t[x, y] == pytest.approx(np.mean([jaccard_distance(ms[x, s], ms[y, r]) for s in range(3) for r in range(3) if x != y or s != r]))
+        for y in "xy":
+            pairs = [(s, r) for s in range(3) for r in range(3) if x != y or s != r]
+            assert t[x, y] == pytest.approx(np.mean([jaccard_distance(ms[x, s], ms[y, r]) for s, r in pairs]))
     assert t["x", "x"] > 0
-    with pytest.raises(UnknownName, match="did you mean task"): jaccard(Masks([({"task": "x"}, ms["x", 0])]), by="tsk")
+    with pytest.raises(UnknownName, match="did you mean task"): jaccard(many, by="tsk")
 
 
 # ── counts from packed bits ──────────────────────────────────────────────────────────────────────────────────────────
@@ -130,10 +151,11 @@ def test_seeds_are_averaged_and_never_compared_with_themselves():
 def collections(draw):
     "Several masks of one space whose tensors are smaller and larger than a word and a block."
     sizes = draw(st.lists(st.sampled_from([1, 7, 8, 63, 64, 65, 200, 5000]), min_size=1, max_size=3))
-    space = Space(tuple(Group(f"g{i}", "weight", i, "q", (n,)) for i, n in enumerate(sizes)), LAYOUT, ModelId("toy", None, "c", "w"))
+    space = Space(tuple(Group(f"g{i}", "weight", i, "q", (n,)) for i, n in enumerate(sizes)), LAYOUT, MODEL)
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     density = draw(st.sampled_from([0, .01, .5, 1]))
-    return Masks([({"seed": s}, Mask.of(space, {g.name: rng.random(g.shape) < density for g in space.groups})) for s in range(draw(st.integers(1, 20)))])
+    def some(): return Mask.of(space, {g.name: rng.random(g.shape) < density for g in space.groups})
+    return Masks([({"seed": s}, some()) for s in range(draw(st.integers(1, 20)))])
 
 
 @given(collections())
@@ -149,33 +171,39 @@ def test_counts_are_those_of_unpacked_bits(many):
 @pytest.mark.parametrize("n", [2, 3, 255, 256, 300])
 def test_many_masks_and_many_blocks(n):
     size = 70_001 if n > 3 else 64 * (1 << 16) + 9000                         # more than a block of votes; of overlaps
-    space, rng = Space((Group("g", "weight", 0, "q", (size,)),), LAYOUT, ModelId("toy", None, "c", "w")), np.random.default_rng(0)
-    many = Masks([({"seed": s}, Mask.of(space, {"g": np.append(rng.random(size - 1) < .5, True)})) for s in range(n)])
-    stack = np.stack([m["g"] for _, m in many])
+    space, rng = Space((Group("g", "weight", 0, "q", (size,)),), LAYOUT, MODEL), np.random.default_rng(0)
+    stack = np.stack([np.append(rng.random(size - 1) < .5, True) for _ in range(n)])
+    many = Masks([({"seed": s}, Mask.of(space, {"g": row})) for s, row in enumerate(stack)])
     total = stack.sum(0)
-    assert np.array_equal(votes(many)[0], np.bincount(total, minlength=n + 1)) and np.array_equal(survival(many)["g"], total / n)
+    assert np.array_equal(votes(many)[0], np.bincount(total, minlength=n + 1))
+    assert np.array_equal(survival(many)["g"], total / n)
     if n < 10: assert np.array_equal(overlaps(many)[:, :, 0], [[(a & b).sum() for a in stack] for b in stack])
 
 
 def test_counting_leaves_masks_packed(tmp_path):
     "Nothing but the packed bits of masks stays in memory, and files are read on first use."
     import tracemalloc
-    space = Space((Group("g", "weight", 0, "q", (1000, 8000)),), LAYOUT, ModelId("toy", None, "c", "w"))
+    space = Space((Group("g", "weight", 0, "q", (1000, 8000)),), LAYOUT, MODEL)
     files = [Mask.random(space, .5, s).save(tmp_path / f"{s}.mask") for s in range(4)]
     tracemalloc.start()
     many = Masks([({"seed": s}, f) for s, f in enumerate(files)])
     assert tracemalloc.get_traced_memory()[0] < 1e5
-    overlaps(many); votes(many)
+    overlaps(many)
+    votes(many)
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 4.2e6 and most < 8e6                                          # four masks of 1 MB; unpacked they have 32 MB
+    assert kept < 4.2e6 and most < 8e6                                          # four masks of 1 MB; unpacked 32 MB
     with pytest.raises(SubnetError, match="no mask to compare"): overlaps(Masks([]))
 
 
 # ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).filter(lambda x: np.ptp(x) > 1e-3), st.sampled_from([.5, .9, .95]))
+some_values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).filter(lambda x: np.ptp(x) > 1e-3)
+
+@given(some_values, st.sampled_from([.5, .9, .95]))
 def test_students_intervals_are_those_of_scipy(x, level):
     ours = student_interval(x, level)
-    assert (ours["n"], ours["mean"], ours["std"]) == (len(x), pytest.approx(np.mean(x)), pytest.approx(np.std(x, ddof=1)))
-    assert [ours["low"], ours["high"]] == pytest.approx(stats.t.interval(level, len(x) - 1, np.mean(x), stats.sem(x)), rel=1e-6, abs=1e-6)
+    assert ours["n"] == len(x) and ours["mean"] == pytest.approx(np.mean(x))
+    assert ours["std"] == pytest.approx(np.std(x, ddof=1))
+    theirs = stats.t.interval(level, len(x) - 1, np.mean(x), stats.sem(x))
+    assert [ours["low"], ours["high"]] == pytest.approx(theirs, rel=1e-6, abs=1e-6)

@@ -15,7 +15,8 @@ def test_sixteen_masks_of_bert_base_take_90_mb(tmp_path):
     space = Space.of(model.to_empty(device="cpu"), "weight", layers="top-half")
     assert space.size == 6 * (4 * 768 * 768 + 2 * 768 * 3072)
     rng = np.random.default_rng(0)
-    mask = Mask(space, tuple(rng.bytes(g.size // 8) for g in space.groups), {"method": "find", "task": "IsA", "seed": 0, "steps": 400})
+    meta = {"method": "find", "task": "IsA", "seed": 0, "steps": 400}
+    mask = Mask(space, tuple(rng.bytes(g.size // 8) for g in space.groups), meta)
     file = mask.save(tmp_path / "mask.safetensors")
     assert 16 * file.stat().st_size <= 90e6 and file.stat().st_size < space.size / 8 + 20_000
     assert Mask.load(file) == mask

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from subnet_explorer.model.apply import masked
-from subnet_explorer.core.compare import interval
+from subnet_explorer.core.intervals import interval
 from subnet_explorer.data.facts import Fact, Facts, read_facts, split
 from subnet_explorer.measure.ask import Precision, cloze, majority, perplexity, plausibility, precision
 from subnet_explorer.measure.metrics import accuracy

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from subnet_explorer import heads
 from subnet_explorer.model.apply import masked
-from subnet_explorer.core.compare import interval, resampled
+from subnet_explorer.core.intervals import interval, resampled
 from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.measure.removal import REMOVAL, Removal, removal, removal_table
 from subnet_explorer.measure.ask import Answers, Precision, cloze, perplexity, text_nll
