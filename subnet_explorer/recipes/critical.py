@@ -78,8 +78,8 @@ def material(
     control, _ = most_fluent(model, tok, answerable(disjoint(target, control) if filtered else control, tok))
     parts = _parts(len(control), seed, "control facts")
     train, dev, test = (replace(control, items=tuple(control.items[i] for i in p), name=f"{control.name}/{n}") for p, n in zip(parts, ("train", "dev", "test")))
-    known = {c for f in target for c in (concept(f.sub), concept(f.obj))}
-    near = replace(test, items=tuple(f for f in test if {concept(f.sub), concept(f.obj)} & known), name=f"{control.name}/near")
+    known = {c for f in target for c in (concept(f.subject), concept(f.object))}
+    near = replace(test, items=tuple(f for f in test if {concept(f.subject), concept(f.object)} & known), name=f"{control.name}/near")
     pieces = [Blocks(text.ids[p], 0) if isinstance(text, Blocks) else [text[i] for i in p] for p in _parts(len(text), seed, "texts")]
     return Material(target, rest, Split(train, dev, test), near, tuple(pieces), both if filtered else 0)
 

@@ -20,7 +20,8 @@ from subnet_explorer.data.files import BadFacts
 from subnet_explorer.data.facts import Fact, Facts, read_facts
 from subnet_explorer.data.graphs import disjoint, neighbourhood, shared_triples, read_graph, triple, wordings
 from subnet_explorer.core.mask import Mask
-from subnet_explorer.data.pocket import CRITICAL, sentences
+from subnet_explorer.data.grammar import sentences
+from subnet_explorer.data.pocket import CRITICAL
 from subnet_explorer.model.load import load
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.space import granular
@@ -256,9 +257,9 @@ def test_report(study, tmp_path):
 
 @pytest.fixture
 def files(tmp_path, birds, control):
-    lines = lambda facts: "".join("\t".join((f.relation, f.sub, f.obj)) + "\n" for f in one_worded(facts))
+    lines = lambda facts: "".join("\t".join((f.relation, f.subject, f.object)) + "\n" for f in one_worded(facts))
     (tmp_path / "target.tsv").write_text(lines(birds))
-    (tmp_path / "control.jsonl").write_text("".join(json.dumps(dict(relation=f.relation, head=f.sub, tail=f.obj)) + "\n" for f in one_worded(control)))
+    (tmp_path / "control.jsonl").write_text("".join(json.dumps(dict(relation=f.relation, head=f.subject, tail=f.object)) + "\n" for f in one_worded(control)))
     (tmp_path / "text.txt").write_text("\n".join(TEXT))
     return tmp_path
 

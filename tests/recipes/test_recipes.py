@@ -16,7 +16,7 @@ from subnet_explorer.measure.ask import cloze
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.model.load import load
-from subnet_explorer.data.pocket import sentences, treebank
+from subnet_explorer.data.grammar import sentences, treebank
 from subnet_explorer.recipes.lamp import lamp, lamp_ablation, lamp_json, lamp_report
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.core.errors import SubnetError, UnknownName
@@ -26,7 +26,7 @@ FACTS = read_facts("pocket", RELATIONS)
 TREES, TEXTS = [s.tagged for s in read_conllu(treebank(40))], [" ".join(t["form"] for t in s) for s in sentences(40)]
 weights = lambda model: {k: v.clone() for k, v in model.state_dict().items()}
 same = lambda model, before: all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-key = lambda f: (f.relation, f.sub, f.obj)
+key = lambda f: (f.relation, f.subject, f.object)
 
 
 class Spied:

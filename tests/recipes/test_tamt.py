@@ -25,7 +25,7 @@ from subnet_explorer.search.distil import MLM, Hidden, LanguageHead
 from subnet_explorer.search.objectives import Context
 from subnet_explorer.model.sequences import Sequences, row_losses
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import find
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError, UnknownName
