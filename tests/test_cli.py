@@ -103,7 +103,7 @@ def test_doctor(call):
 
 # ── refused at the door ──────────────────────────────────────────────────────────────────────────────────────────────
 
-ROWS = [json.dumps({"pred": "MadeOf", "sub_label": f.sub, "obj_label": f.obj, "masked_sentences": [f.prompt], "uuid": f.uuid}) for f in read_facts("pocket", "MadeOf").items[:20]]
+ROWS = [json.dumps({"pred": "MadeOf", "sub_label": f.subject, "obj_label": f.object, "masked_sentences": [f.prompt], "uuid": f.uuid}) for f in read_facts("pocket", "MadeOf").items[:20]]
 line = lambda prompt: json.dumps({"pred": "MadeOf", "sub_label": "a cup", "obj_label": "glass", "masked_sentences": [prompt]})
 POCKET = ["--facts", "pocket", "--relations", "MadeOf"]
 

@@ -9,12 +9,13 @@ import hashlib
 import json
 import random
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -22,8 +23,8 @@ from ..core.errors import SubnetError, check_names
 from .files import BadFacts, numbered_lines, numbered_sources
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'two_hop', 'object_id', 'too_long',
-           'answerable', 'with_start', 'encode']
+__all__ = ['TEMPLATES', 'BadPrompt', 'Fact', 'Facts', 'with_subject_and_object', 'read_facts', 'Split', 'split', 'two_hop',
+           'object_id', 'too_long', 'answerable', 'with_start', 'encode']
 
 # %% ../../nbs/data/01_facts.ipynb #9ee87288
 class BadPrompt(BadFacts):
@@ -32,25 +33,42 @@ class BadPrompt(BadFacts):
     Cause: The template or the text of a fact has no blank for the object, or several.
     Fix: Write [MASK] once, where the object stands.
     """
-    relation = ""
+
+    relation = ""      # of the fact, where it is known
 
 
 @dataclass(frozen=True)
 class Fact:
     "One cloze question with one right answer."
     relation: str
-    sub: str
-    obj: str
+    subject: str
+    object: str
     prompt: str          # contains "[MASK]" exactly once
     uuid: str
 
+    @property
+    def sub(self) -> str:
+        "The subject, by its earlier name."
+        _warn_of_earlier("sub", "subject")
+        return self.subject
 
+    @property
+    def obj(self) -> str:
+        "The object, by its earlier name."
+        _warn_of_earlier("obj", "object")
+        return self.object
+
+
+def _warn_of_earlier(name: str, now: str) -> None:
+    warnings.warn(f"Fact.{name} is called Fact.{now} now.", DeprecationWarning, stacklevel=3)
+
+# %% ../../nbs/data/01_facts.ipynb #e07c3d58
 @dataclass(frozen=True)
 class Facts:
     "A sequence of facts."
     items: tuple[Fact, ...]
     name: str = "facts"
-    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)     # relation -> reason -> count
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)   # relation -> reason -> n
 
     @property
     def relations(self) -> list[str]:
@@ -60,169 +78,283 @@ class Facts:
     @property
     def fingerprint(self) -> str:
         "Hash of all prompts and answers, in order (16 hex digits)."
-        return hashlib.sha256("\n".join(f"{f.relation}\t{f.prompt}\t{f.obj}" for f in self.items).encode()).hexdigest()[:16]
+        lines = (f"{f.relation}\t{f.prompt}\t{f.object}" for f in self.items)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def __len__(self) -> int: return len(self.items)
     def __iter__(self) -> Iterator[Fact]: return iter(self.items)
 
     def __getitem__(self, relation: str | Iterable[str]) -> Facts:
-        "Facts of one relation, or of several."
-        names = check_names([relation] if isinstance(relation, str) else relation, self.relations, "relation")
-        return replace(self, items=tuple(f for f in self.items if f.relation in names), skipped={r: s for r, s in self.skipped.items() if r in names})
+        "Take the facts of one relation, or of several."
+        asked = [relation] if isinstance(relation, str) else relation
+        names = check_names(asked, self.relations, "relation")
+        items = tuple(f for f in self.items if f.relation in names)
+        skipped = {r: reasons for r, reasons in self.skipped.items() if r in names}
+        return replace(self, items=items, skipped=skipped)
 
     def left_out(self, reason: str | None = None) -> int:
-        "How many lines or facts were left out on the way, in all or for one reason."
-        return sum(n for of in self.skipped.values() for why, n in of.items() if reason in (None, why))
+        "Count the lines or facts that were left out on the way, in all or for one reason."
+        counted = [(why, n) for reasons in self.skipped.values() for why, n in reasons.items()]
+        return sum(n for why, n in counted if reason in (None, why))
 
     def table(self) -> pd.DataFrame:
-        "One row per fact."
-        return pd.DataFrame([vars(f) for f in self.items])
+        "Make a table with one row per fact: relation, sub, obj, prompt, uuid."
+        return pd.DataFrame([_row(f) for f in self.items])
 
     def _repr_html_(self) -> str:
-        t = self.table()
-        rows = t.groupby("relation", sort=False).agg(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
+        if not self.items: return f"<b>0 facts</b> from {self.name}"
+        shown = dict(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
+        rows = self.table().groupby("relation", sort=False).agg(**shown)
         return f"<b>{len(self):,} facts</b> from {self.name}" + rows.to_html()
-    def __repr__(self) -> str: return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations)"
+
+    def __repr__(self) -> str:
+        return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations)"
+
+
+def _row(f: Fact) -> dict[str, str]:
+    return dict(relation=f.relation, sub=f.subject, obj=f.object, prompt=f.prompt, uuid=f.uuid)
 
 # %% ../../nbs/data/01_facts.ipynb #367e1cd5
 TEMPLATES: dict[str, str] = {
-    "AtLocation": "a place for {head} is the {tail} .", "CapableOf": "{head} is able to {tail} .", "Causes": "the result of {head} is {tail} .",
-    "CausesDesire": "because of {head} you want to {tail} .", "Desires": "what {head} wants is {tail} .", "HasA": "{head} has a {tail} .",
-    "HasPrerequisite": "before {head} there must be {tail} .", "HasProperty": "{head} is very {tail} .", "HasSubevent": "during {head} you {tail} .",
-    "IsA": "{head} is a kind of {tail} .", "MadeOf": "{head} is made of {tail} .", "MotivatedByGoal": "the goal of {head} is to {tail} .",
-    "NotDesires": "{head} does not want {tail} .", "PartOf": "{head} is a part of the {tail} .", "ReceivesAction": "{head} can be {tail} .",
-    "UsedFor": "{head} is used for {tail} .",
+    "AtLocation": "a place for {subject} is the {object} .",
+    "CapableOf": "{subject} is able to {object} .",
+    "Causes": "the result of {subject} is {object} .",
+    "CausesDesire": "because of {subject} you want to {object} .",
+    "Desires": "what {subject} wants is {object} .",
+    "HasA": "{subject} has a {object} .",
+    "HasPrerequisite": "before {subject} there must be {object} .",
+    "HasProperty": "{subject} is very {object} .",
+    "HasSubevent": "during {subject} you {object} .",
+    "IsA": "{subject} is a kind of {object} .",
+    "MadeOf": "{subject} is made of {object} .",
+    "MotivatedByGoal": "the goal of {subject} is to {object} .",
+    "NotDesires": "{subject} does not want {object} .",
+    "PartOf": "{subject} is a part of the {object} .",
+    "ReceivesAction": "{subject} can be {object} .",
+    "UsedFor": "{subject} is used for {object} .",
 }
-"Our prompt templates for ConceptNet relations; `{tail}` is masked."
+"Our prompt templates for ConceptNet relations; `{object}` is masked."
 
-# %% ../../nbs/data/01_facts.ipynb #29ad81b8
-def read_facts(
-    source: str | Path,                             # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
-    relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
-    templates: Mapping[str, str] | str | Path | None = None,   # prompts by relation with {head} and {tail}; for LAMA a relations.jsonl with [X] and [Y]
-    strict: bool = True,                            # False: count prompts without exactly one [MASK] instead of stopping
-    prompt: int = 0,                                # which of several masked sentences; the pocket facts have the unseen probe first, then five known wordings
-) -> Facts:
-    "Read cloze facts; raise `BadFacts` with file and line where they are broken."
-    if str(source) == "pocket":
-        from subnet_explorer.data.pocket import pocket_path
-        source, name = pocket_path("facts.jsonl"), "pocket"
-    else: name = Path(source).name
-    by_name = _templates(templates)
-    found, keys, skipped = [], [], {}
-    for path, rows in numbered_sources(source):
-        columns, rows = _header(path, rows) if (tsv := ".tsv" in path.suffixes) else ((), rows)
-        for n, line in rows:
-            try:
-                row = _cells(line, columns) if tsv else json.loads(line)
-                fact = _stated(row, by_name) if _is_triple(row) else _lama(row, by_name, prompt)
-            except BadPrompt as e:
-                if strict: raise BadFacts(f"{path}, line {n}: {e} Use strict=False to leave such lines out.") from None
-                fact = e.relation, "not exactly one [MASK]"
-            except SubnetError as e: raise BadFacts(f"{path}, line {n}: {e}") from None
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-                raise BadFacts(f"{path}, line {n}: not a {'tab-separated triple' if tsv else 'JSON object in LAMA format, nor one with relation, head and tail'} ({type(e).__name__}: {e}).") from None
-            if isinstance(fact, tuple): _count(skipped, *fact); continue
-            found.append(fact)
-            own = fact.prompt if _is_triple(row) and row.get("text") and not by_name else ""                    # a wording of its triple
-            keys.append(((fact.relation, fact.sub, fact.obj, own), (fact.relation, fact.prompt.lower(), fact.obj)))
-    said, asked = ({key[which]: i for i, key in reversed(list(enumerate(keys)))} for which in (0, 1))
-    kept = tuple(f for i, (f, key) in enumerate(zip(found, keys)) if said[key[0]] == i == asked[key[1]])      # the first of equals stays
-    for r, k in (Counter(f.relation for f in found) - Counter(f.relation for f in kept)).items(): _count(skipped, r, "repeated fact", k)
-    if not kept: raise BadFacts(f"no facts in {source}" + (f"; left out: {skipped}." if skipped else "."))
-    out = Facts(kept, name, skipped)
-    if relations is None: return out
-    return out[[r.strip() for r in relations.split(",")] if isinstance(relations, str) else list(relations)]
-
-# %% ../../nbs/data/01_facts.ipynb #cb6e505b
-def _count(skipped: dict, relation: str, why: str, k: int = 1) -> None:
-    of = skipped.setdefault(relation, {})
-    of[why] = of.get(why, 0) + k
+# %% ../../nbs/data/01_facts.ipynb #d81e50b7
+def with_subject_and_object(form: str) -> str:
+    "Spell a template that has {head} and {tail}, as files of triples do, with {subject} and {object}."
+    return form.replace("{head}", "{subject}").replace("{tail}", "{object}")
 
 
 def _templates(source: Mapping[str, str] | str | Path | None) -> dict[str, str]:
-    "Templates by relation; a LAMA relations file is translated from [X] and [Y]."
+    "Read templates by relation; a LAMA relations file is translated from [X] and [Y]."
     if source is None: return {}
-    out = dict(source) if isinstance(source, Mapping) else {}
-    for n, line in numbered_lines(Path(source)) if not out else ():
-        try: d = json.loads(line); out[d["relation"]] = d["template"].replace("[X]", "{head}").replace("[Y]", "{tail}")
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise BadFacts(f"{source}, line {n}: not a JSON object with relation and template ({type(e).__name__}: {e}).") from None
-    for r, t in out.items():
-        if t.count("{head}") != 1 or t.count("{tail}") != 1: raise BadFacts(f"the template of {r} must contain {{head}} and {{tail}} once each: {t!r}.")
-    return out
+    given = dict(source) if isinstance(source, Mapping) else _lama_templates(Path(source))
+    found = {relation: with_subject_and_object(form) for relation, form in given.items()}
+    for relation, form in found.items():
+        if form.count("{subject}") != 1 or form.count("{object}") != 1:
+            wanted = f"must contain {{subject}} and {{object}} once each: {given[relation]!r}."
+            raise BadFacts(f"the template of {relation} {wanted}")
+    return found
+
+
+def _lama_templates(path: Path) -> dict[str, str]:
+    found = {}
+    for n, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+            found[row["relation"]] = row["template"].replace("[X]", "{subject}").replace("[Y]", "{object}")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            said = f"not a JSON object with relation and template ({type(e).__name__}: {e})."
+            raise BadFacts(f"{path}, line {n}: {said}") from None
+    return found
+
+# %% ../../nbs/data/01_facts.ipynb #29ad81b8
+def read_facts(
+    source: str | Path,     # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
+    relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
+    templates: Mapping[str, str] | str | Path | None = None,   # {subject} and {object} by relation,
+                                                               # or LAMA's relations.jsonl
+    strict: bool = True,    # False: count prompts without exactly one [MASK] instead of stopping
+    prompt: int = 0,        # which masked sentence; in pocket facts the unseen probe is the first
+) -> Facts:
+    "Read cloze facts; raise `BadFacts` with file and line where they are broken."
+    place, name = source, Path(source).name
+    if str(source) == "pocket":
+        from subnet_explorer.data.pocket import pocket_path
+        place, name = pocket_path("facts.jsonl"), "pocket"
+    own_templates = _templates(templates)
+    told: list[_Told] = []
+    skipped: dict[str, dict[str, int]] = {}
+    for path, rows in numbered_sources(place):
+        for found in _read_lines(path, rows, own_templates, prompt, strict):
+            if isinstance(found, _Told): told.append(found)
+            else: _count(skipped, found.relation, found.why)
+    kept = _first_of_equals(told)
+    repeated = Counter(t.fact.relation for t in told) - Counter(f.relation for f in kept)
+    for relation, n in repeated.items(): _count(skipped, relation, "repeated fact", n)
+    if not kept: raise BadFacts(f"no facts in {place}" + (f"; left out: {skipped}." if skipped else "."))
+    facts = Facts(kept, name, skipped)
+    if relations is None: return facts
+    if isinstance(relations, str): relations = [r.strip() for r in relations.split(",")]
+    return facts[relations]
+
+
+def _count(skipped: dict[str, dict[str, int]], relation: str, why: str, n: int = 1) -> None:
+    reasons = skipped.setdefault(relation, {})
+    reasons[why] = reasons.get(why, 0) + n
+
+# %% ../../nbs/data/01_facts.ipynb #cb6e505b
+class _Told(NamedTuple):
+    "A fact, and the wording that its line brought for the triple, if it did."
+    fact: Fact
+    wording: str
+
+
+class _LeftOut(NamedTuple):
+    "A line of which no fact is made, and why."
+    relation: str
+    why: str
+
+
+_NO_OBJECT = "JSON object in LAMA format, nor one with relation, head and tail"
+
+
+def _read_lines(
+    path: Path,
+    rows: Iterator[tuple[int, str]],
+    templates: Mapping[str, str],
+    which: int,
+    strict: bool,
+) -> Iterator[_Told | _LeftOut]:
+    "Read the facts of one file, line by line."
+    is_table = ".tsv" in path.suffixes
+    columns, rows = _header(path, rows) if is_table else ((), rows)
+    wanted = "tab-separated triple" if is_table else _NO_OBJECT
+    for n, line in rows:
+        where = f"{path}, line {n}"
+        try:
+            row = _cells(line, columns) if is_table else json.loads(line)
+            found = _read_line(row, templates, which)
+        except BadPrompt as e:
+            found = _LeftOut(e.relation, "not exactly one [MASK]")
+            if strict: raise BadFacts(f"{where}: {e} Use strict=False to leave such lines out.") from None
+        except SubnetError as e: raise BadFacts(f"{where}: {e}") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+            raise BadFacts(f"{where}: not a {wanted} ({type(e).__name__}: {e}).") from None
+        yield found
+
+
+def _first_of_equals(told: Sequence[_Told]) -> tuple[Fact, ...]:
+    "Keep the first of the lines that state the same, if it is also the first that asks the same."
+    stated = [(t.fact.relation, t.fact.subject, t.fact.object, t.wording) for t in told]
+    asked = [(t.fact.relation, t.fact.prompt.lower(), t.fact.object) for t in told]
+    first_stated, first_asked = _first_places(stated), _first_places(asked)
+    return tuple(t.fact for i, t in enumerate(told) if first_stated[stated[i]] == i == first_asked[asked[i]])
+
+
+def _first_places(keys: Sequence[Hashable]) -> dict[Hashable, int]:
+    return {key: i for i, key in reversed(list(enumerate(keys)))}
 
 # %% ../../nbs/data/01_facts.ipynb #2deb8102
+def _read_line(row: Any, templates: Mapping[str, str], which: int) -> _Told | _LeftOut:
+    "Read one line."
+    is_triple = isinstance(row, dict) and bool({"head", "tail"} & row.keys())
+    fact = _triple(row, templates) if is_triple else _lama(row, templates, which)
+    if isinstance(fact, _LeftOut): return fact
+    own_wording = is_triple and row.get("text") and not templates
+    return _Told(fact, fact.prompt if own_wording else "")
+
+
+def _fact(relation: str, subject: str, object: str, prompt: str, uuid: str | None) -> Fact:
+    "Make a fact of which everything is there."
+    texts = dict(relation=relation, subject=subject, object=object, masked_sentences=prompt)
+    for name, value in texts.items():
+        if not isinstance(value, str) or not value.strip():
+            raise BadFacts(f"{name} is {value!r} where some text was expected.")
+    uuid = uuid or hashlib.sha256(f"{relation}|{subject}|{object}".encode()).hexdigest()[:16]
+    return Fact(relation, subject, object, _check_prompt(prompt, relation), uuid)
+
+
 def _check_prompt(prompt: str, relation: str = "") -> str:
     n = prompt.count("[MASK]")
     if n == 1: return prompt
-    error = BadPrompt(f"{'no' if n == 0 else n} [MASK] in the prompt {prompt[:80]!r}: exactly one is needed.")
+    found = f"{'no' if n == 0 else n} [MASK] in the prompt {prompt[:80]!r}"
+    error = BadPrompt(f"{found}: exactly one is needed.")
     error.relation = relation
     raise error
 
-
-def _fact(relation: str, sub: str, obj: str, prompt: str, uuid: str | None) -> Fact:
-    for name, value in dict(relation=relation, sub=sub, obj=obj, masked_sentences=prompt).items():
-        if not isinstance(value, str) or not value.strip(): raise BadFacts(f"{name} is {value!r} where some text was expected.")
-    return Fact(relation, sub, obj, _check_prompt(prompt, relation), uuid or hashlib.sha256(f"{relation}|{sub}|{obj}".encode()).hexdigest()[:16])
-
-
-def _lama(d: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact | tuple[str, str]:
-    "One LAMA object: ConceptNet, Google-RE and T-REx spellings."
-    relation = d.get("pred") or d["predicate_id"]
-    sub, obj = d.get("sub_label") or d["sub"], d.get("obj_label") or d["obj"]
-    if templates:
-        if relation not in templates: return relation, "no template for the relation"
-        prompt = templates[relation].format(head=sub, tail="[MASK]")
-    elif "evidences" in d and "masked_sentences" not in d:
-        fit = [e["masked_sentence"] for e in d["evidences"] if e["masked_sentence"].count("[MASK]") == 1]
-        if not fit: return relation, "no evidence with exactly one [MASK]"
-        prompt = fit[0]
-    elif isinstance(d.get("masked_sentences"), str): raise BadFacts("masked_sentences is a text where a list of texts was expected.")
-    else: prompt = d["masked_sentences"][which] if "masked_sentences" in d else d["masked_sentence"]
-    return _fact(relation, sub, obj, prompt, d.get("uuid"))
-
 # %% ../../nbs/data/01_facts.ipynb #b6efa26d
-def _is_triple(row: Any) -> bool: return isinstance(row, dict) and bool({"head", "tail"} & row.keys())
+def _lama(row: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact | _LeftOut:
+    "Read one LAMA object: ConceptNet, Google-RE and T-REx spellings."
+    relation = row.get("pred") or row["predicate_id"]
+    subject, object = row.get("sub_label") or row["sub"], row.get("obj_label") or row["obj"]
+    if templates:
+        if relation not in templates: return _LeftOut(relation, "no template for the relation")
+        prompt = templates[relation].format(subject=subject, object="[MASK]")
+    elif "evidences" in row and "masked_sentences" not in row:
+        usable = [text for e in row["evidences"] if (text := e["masked_sentence"]).count("[MASK]") == 1]
+        if not usable: return _LeftOut(relation, "no evidence with exactly one [MASK]")
+        prompt = usable[0]
+    elif isinstance(row.get("masked_sentences"), str):
+        raise BadFacts("masked_sentences is a text where a list of texts was expected.")
+    elif "masked_sentences" in row: prompt = row["masked_sentences"][which]
+    else: prompt = row["masked_sentence"]
+    return _fact(relation, subject, object, prompt, row.get("uuid"))
 
-
-def _stated(d: Mapping[str, Any], templates: Mapping[str, str]) -> Fact | tuple[str, str]:
-    "One triple: relation, head, tail[, text][, label][, uuid]."
-    relation, head, tail, text, known = d["relation"], d["head"], d["tail"], d.get("text"), templates or TEMPLATES
-    if "label" in d and float(d["label"]) == 0: return relation, "false triple"
+# %% ../../nbs/data/01_facts.ipynb #e91b7f46
+def _triple(row: Mapping[str, Any], templates: Mapping[str, str]) -> Fact | _LeftOut:
+    "Read one triple: relation, head, tail[, text][, label][, uuid]."
+    relation, subject, object, text = row["relation"], row["head"], row["tail"], row.get("text")
+    if "label" in row and float(row["label"]) == 0: return _LeftOut(relation, "false triple")
     if text and not templates:
-        fact = _fact(relation, head, tail, _mask_last(text, tail, relation), d.get("uuid"))
-        return replace(fact, uuid=f"{fact.uuid}/{hashlib.sha256(fact.prompt.encode()).hexdigest()[:6]}")      # the triple and its wording
-    if relation not in known: return relation, "no template for the relation"
-    return _fact(relation, head, tail, known[relation].format(head=head, tail="[MASK]"), d.get("uuid"))
+        fact = _fact(relation, subject, object, _mask_last(text, object, relation), row.get("uuid"))
+        of_wording = hashlib.sha256(fact.prompt.encode()).hexdigest()[:6]
+        return replace(fact, uuid=f"{fact.uuid}/{of_wording}")      # the triple and its wording
+    known = templates or TEMPLATES
+    if relation not in known: return _LeftOut(relation, "no template for the relation")
+    prompt = known[relation].format(subject=subject, object="[MASK]")
+    return _fact(relation, subject, object, prompt, row.get("uuid"))
 
 
-def _mask_last(text: str, tail: str, relation: str) -> str:
-    "Mask the last occurrence of the tail as whole words, unless the text has its [MASK]."
+def _mask_last(text: str, object: str, relation: str) -> str:
+    "Mask the last occurrence of the object as whole words, unless the text has its [MASK]."
     if "[MASK]" in text: return text
-    spans = [m.span() for m in re.finditer(rf"(?<!\w)(?<!\w-){re.escape(tail)}(?!-?\w)", text)]
-    if spans: return f"{text[:spans[-1][0]]}[MASK]{text[spans[-1][1]:]}"
-    error = BadPrompt(f"no [MASK] in the text {text[:80]!r}, nor the tail {tail!r} as whole words: one of them is needed.")
+    spans = [m.span() for m in re.finditer(rf"(?<!\w)(?<!\w-){re.escape(object)}(?!-?\w)", text)]
+    if spans:
+        start, stop = spans[-1]
+        return f"{text[:start]}[MASK]{text[stop:]}"
+    missing = f"no [MASK] in the text {text[:80]!r}, nor the tail {object!r} as whole words"
+    error = BadPrompt(f"{missing}: one of them is needed.")
     error.relation = relation
     raise error
 
 # %% ../../nbs/data/01_facts.ipynb #eeee62ca
-def _header(path: Path, rows: Iterator[tuple[int, str]]) -> tuple[tuple[str, ...], Iterator[tuple[int, str]]]:
-    "Column names of a table of triples, none if it has no header, and its other rows."
-    if (first := next(rows, None)) is None: return (), rows
-    names = tuple(c.strip().lower() for c in first[1].removeprefix("\ufeff").split("\t"))
-    missing = [c for c in ("relation", "head", "tail") if c not in names]
+_COLUMNS = ("relation", "head", "tail")
+_Rows = Iterator[tuple[int, str]]
+
+
+def _header(path: Path, rows: _Rows) -> tuple[tuple[str, ...], _Rows]:
+    "Read the column names of a table of triples, none without a header, and its other rows."
+    first = next(rows, None)
+    if first is None: return (), rows
+    n, line = first
+    names = tuple(c.strip().lower() for c in line.removeprefix("\ufeff").split("\t"))
+    missing = [c for c in _COLUMNS if c not in names]
     if len(missing) > 1: return (), chain([first], rows)
-    if missing: raise BadFacts(f"{path}, line {first[0]}: the header has no column {missing[0]}: found {', '.join(names)}.")
-    if twice := [c for c, k in Counter(names).items() if k > 1 and c in ("relation", "head", "tail", "text", "label")]: raise BadFacts(f"{path}, line {first[0]}: the header names {twice[0]} twice.")
+    if missing:
+        found = ", ".join(names)
+        raise BadFacts(f"{path}, line {n}: the header has no column {missing[0]}: found {found}.")
+    twice = [c for c, k in Counter(names).items() if k > 1 and c in (*_COLUMNS, "text", "label")]
+    if twice: raise BadFacts(f"{path}, line {n}: the header names {twice[0]} twice.")
     return names, rows
 
 
 def _cells(line: str, columns: tuple[str, ...]) -> dict[str, str]:
-    "A row of a table of triples by column."
+    "Read a row of a table of triples by column."
     cells = [c.strip() for c in line.split("\t")]
-    if columns and len(cells) != len(columns): raise BadFacts(f"{len(cells)} columns where the header names {len(columns)}: {line[:80]!r}.")
-    if not columns and len(cells) not in (3, 4): raise BadFacts(f"{len(cells)} columns where relation, head, tail[, label] were expected: {line[:80]!r}.")
-    return {c: v for c, v in zip(columns or ("relation", "head", "tail", "label"), cells) if c in ("relation", "head", "tail", "text", "label")}
+    if columns and len(cells) != len(columns):
+        raise BadFacts(f"{len(cells)} columns where the header names {len(columns)}: {line[:80]!r}.")
+    if not columns and len(cells) not in (3, 4):
+        wanted = "relation, head, tail[, label]"
+        raise BadFacts(f"{len(cells)} columns where {wanted} were expected: {line[:80]!r}.")
+    named = zip(columns or (*_COLUMNS, "label"), cells, strict=False)      # the label may be missing
+    return {c: value for c, value in named if c in (*_COLUMNS, "text", "label")}
 
 # %% ../../nbs/data/01_facts.ipynb #39f1048a
 @dataclass(frozen=True)
@@ -235,36 +367,61 @@ class Split:
     @property
     def hash(self) -> str:
         "Hash of the three parts (16 hex digits)."
-        return hashlib.sha256("|".join(part.fingerprint for part in (self.train, self.dev, self.test)).encode()).hexdigest()[:16]
+        prints = "|".join(part.fingerprint for part in (self.train, self.dev, self.test))
+        return hashlib.sha256(prints.encode()).hexdigest()[:16]
 
-    def __getitem__(self, relation: str | Iterable[str]) -> Split: return Split(self.train[relation], self.dev[relation], self.test[relation])
+    def __getitem__(self, relation: str | Iterable[str]) -> Split:
+        "Take the split of one relation, or of several."
+        return Split(self.train[relation], self.dev[relation], self.test[relation])
 
     def overlap(self) -> pd.DataFrame:
-        "Per relation: share of test facts whose prompt with its object, prompt, subject, or object occurs in training."
-        def shares(r: str) -> dict[str, Any]:
-            train, test = self.train[r].items, self.test[r].items
-            of = lambda key: (lambda known: sum(key(f) in known for f in test) / len(test))({key(f) for f in train})
-            return dict(relation=r, pair=of(lambda f: (f.prompt.lower(), f.obj)), prompt=of(lambda f: f.prompt.lower()), subject=of(lambda f: f.sub), object=of(lambda f: f.obj))
-        return pd.DataFrame([shares(r) for r in self.test.relations])
+        "Share of test facts, per relation, whose prompt with object, prompt, subject or object is in training."
+        relations = self.test.relations
+        rows = [_overlap(r, self.train[r].items, self.test[r].items) for r in relations]
+        return pd.DataFrame(rows)
 
 
+_COMPARED: dict[str, Callable[[Fact], Hashable]] = {
+    "pair": lambda f: (f.prompt.lower(), f.object),
+    "prompt": lambda f: f.prompt.lower(),
+    "subject": lambda f: f.subject,
+    "object": lambda f: f.object,
+}
+
+
+def _overlap(relation: str, train: Sequence[Fact], test: Sequence[Fact]) -> dict[str, Any]:
+    row: dict[str, Any] = {"relation": relation}
+    for name, key in _COMPARED.items():
+        known = {key(f) for f in train}
+        row[name] = sum(key(f) in known for f in test) / len(test)
+    return row
+
+# %% ../../nbs/data/01_facts.ipynb #a60f19c4
 def split(
     facts: Facts,
     seed: int = 0,
     shares: tuple[int, int, int] = (7, 2, 1),      # train : development : test
 ) -> Split:
-    "Split every relation at random; raise `BadFacts` when one has too few facts to give each part at least one."
-    parts: tuple[set[str], set[str], set[str]] = (set(), set(), set())
-    for r in facts.relations:
-        items = list(dict.fromkeys((f.relation, f.sub, f.obj) for f in facts[r]))      # wordings of a triple stay together
-        random.Random(f"split-{seed}-{r}").shuffle(items)
-        n, total = len(items), sum(shares)
-        cut = n * shares[0] // total, n * (shares[0] + shares[1]) // total
-        pieces = items[:cut[0]], items[cut[0]:cut[1]], items[cut[1]:]
-        if not all(pieces): raise BadFacts(f"relation {r} has {n} facts, too few to split {':'.join(map(str, shares))}: at least {total} are safe. Leave it out, or add facts.")
-        for part, piece in zip(parts, pieces): part.update(piece)
-    return Split(*(replace(facts, items=tuple(f for f in facts if (f.relation, f.sub, f.obj) in part), name=f"{facts.name}/{n}")
-                   for part, n in zip(parts, ("train", "dev", "test"))))
+    "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."
+    parts: tuple[set[tuple[str, str, str]], ...] = (set(), set(), set())
+    for relation in facts.relations:
+        triples = list(dict.fromkeys(map(_stated, facts[relation])))
+        random.Random(f"split-{seed}-{relation}").shuffle(triples)
+        n, total = len(triples), sum(shares)
+        first, second = n * shares[0] // total, n * (shares[0] + shares[1]) // total
+        pieces = triples[:first], triples[first:second], triples[second:]
+        if not all(pieces):
+            ratio = ":".join(map(str, shares))
+            few = f"relation {relation} has {n} facts, too few to split {ratio}"
+            raise BadFacts(f"{few}: at least {total} are safe. Leave it out, or add facts.")
+        for part, piece in zip(parts, pieces, strict=True): part.update(piece)
+    train, dev, test = (tuple(f for f in facts if _stated(f) in part) for part in parts)
+    return Split(replace(facts, items=train, name=f"{facts.name}/train"),
+                 replace(facts, items=dev, name=f"{facts.name}/dev"),
+                 replace(facts, items=test, name=f"{facts.name}/test"))
+
+
+def _stated(fact: Fact) -> tuple[str, str, str]: return fact.relation, fact.subject, fact.object
 
 # %% ../../nbs/data/01_facts.ipynb #841ed1e8
 def two_hop(
@@ -273,74 +430,115 @@ def two_hop(
     second: str = "HasProperty",
 ) -> Facts:
     "Join (s, first, m) and (m, second, o) into (s, second, o), leaving out what `facts` already say."
-    known, by_sub = {(f.relation, f.sub, f.obj) for f in facts}, {}
-    for f in facts[second]: by_sub.setdefault(f.sub, []).append(f)
-    found, lost = {}, 0
-    for f in facts[first]:
-        for g in by_sub.get(f.obj, []):
-            key = (second, f.sub, g.obj)
-            if key in known or key in found: continue
-            prompt = re.sub(rf"\b{re.escape(g.sub)}\b", lambda _: f.sub, g.prompt, count=1)
-            if f.sub not in prompt: lost += 1; continue
-            found[key] = _fact(second, f.sub, g.obj, prompt, None)
-    if not found: raise BadFacts(f"no {first} fact leads to a {second} fact: the objects of one and the subjects of the other do not meet.")
-    return Facts(tuple(found.values()), f"{facts.name}/two-hop", {second: {"subject not found in the prompt": lost}} if lost else {})
+    known = set(map(_stated, facts))
+    about: dict[str, list[Fact]] = {}      # facts of the second relation by subject
+    for fact in facts[second]: about.setdefault(fact.subject, []).append(fact)
+    found: dict[tuple[str, str, str], Fact] = {}
+    lost = 0
+    for one, two in ((f, g) for f in facts[first] for g in about.get(f.object, [])):
+        joined = (second, one.subject, two.object)
+        if joined in known or joined in found: continue
+        prompt = _with_subject(two, one.subject)
+        if one.subject in prompt: found[joined] = _fact(*joined, prompt, None)
+        else: lost += 1
+    if not found:
+        apart = "the objects of one and the subjects of the other do not meet."
+        raise BadFacts(f"no {first} fact leads to a {second} fact: {apart}")
+    skipped = {second: {"subject not found in the prompt": lost}} if lost else {}
+    return Facts(tuple(found.values()), f"{facts.name}/two-hop", skipped)
+
+
+def _with_subject(fact: Fact, subject: str) -> str:
+    "Put another subject into the prompt of a fact."
+    return re.sub(rf"\b{re.escape(fact.subject)}\b", lambda _: subject, fact.prompt, count=1)
 
 # %% ../../nbs/data/01_facts.ipynb #67928d23
 def object_id(
     tok: Any,          # tokenizer
     fact: Fact,
 ) -> int | None:       # token id, or None if the object is not one token
-    "The token that answers a fact's prompt."
+    "Find the token that answers a fact's prompt."
     before = fact.prompt.split("[MASK]")[0]
-    ids = tok((" " if before[-1:].isspace() else "") + fact.obj, add_special_tokens=False).input_ids
+    ids = tok((" " if before[-1:].isspace() else "") + fact.object, add_special_tokens=False).input_ids
     return ids[0] if len(ids) == 1 and ids[0] != tok.unk_token_id else None
 
 
 def too_long(tok: Any, fact: Fact) -> bool:
-    "Whether a prompt has more tokens than the model can read."
-    return len(fact.prompt) > tok.model_max_length and len(tok(fact.prompt.replace("[MASK]", tok.mask_token or "")).input_ids) > tok.model_max_length
+    "Tell whether a prompt has more tokens than the model can read."
+    if len(fact.prompt) <= tok.model_max_length: return False      # a token has at least one letter
+    return len(tok(fact.prompt.replace("[MASK]", tok.mask_token or "")).input_ids) > tok.model_max_length
 
-
+# %% ../../nbs/data/01_facts.ipynb #0e84c5f7
 def answerable(
     facts: Facts,
     tok: Any,                 # tokenizer
     strict: bool = False,     # True: stop if a fact cannot be answered, and say which
-) -> Facts:
-    "The facts whose object is one token of `tok` and whose prompt is not too long; the others are counted in `.skipped`, or named in an error if `strict`."
-    kept, skipped = [], {r: dict(s) for r, s in facts.skipped.items()}
-    shown = lambda words: ", ".join(map(repr, (found := list(dict.fromkeys(words)))[:20])) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
-    if strict and (several := [f.obj for f in facts if object_id(tok, f) is None]): raise BadFacts(f"objects of {facts.name} that are not one token of this tokenizer: {shown(several)}. Replace these facts, or use strict=False to leave them out.")
-    if strict and (long := [f.prompt[:60] for f in facts if too_long(tok, f)]): raise BadFacts(f"prompts of {facts.name} with more than {tok.model_max_length} tokens: {shown(long)}. Shorten them, or use strict=False to leave them out.")
+) -> Facts:                   # the others are counted in `.skipped`
+    "Keep the facts whose object is one token and whose prompt fits; raise `BadFacts` for none."
+    if strict: _check_answerable(facts, tok)
+    kept, skipped = [], {r: dict(reasons) for r, reasons in facts.skipped.items()}
     for f in facts:
         if object_id(tok, f) is None: _count(skipped, f.relation, "object is not one token")
         elif too_long(tok, f): _count(skipped, f.relation, "prompt too long")
         else: kept.append(f)
-    if not kept: raise BadFacts(f"none of the {len(facts)} objects of {facts.name} is one token of this tokenizer.")
+    if not kept:
+        raise BadFacts(f"none of the {len(facts)} objects of {facts.name} is one token of this tokenizer.")
     return replace(facts, items=tuple(kept), skipped=skipped)
+
+
+def _check_answerable(facts: Facts, tok: Any) -> None:
+    "Raise `BadFacts` with the objects and prompts that cannot be used."
+    several = [f.object for f in facts if object_id(tok, f) is None]
+    if several:
+        found = f"objects of {facts.name} that are not one token of this tokenizer: {_listed(several)}."
+        raise BadFacts(f"{found} Replace these facts, or use strict=False to leave them out.")
+    long = [f.prompt[:60] for f in facts if too_long(tok, f)]
+    if long:
+        found = f"prompts of {facts.name} with more than {tok.model_max_length} tokens: {_listed(long)}."
+        raise BadFacts(f"{found} Shorten them, or use strict=False to leave them out.")
+
+
+def _listed(texts: Iterable[str]) -> str:
+    "List different texts, twenty at most."
+    found = list(dict.fromkeys(texts))
+    more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+    return ", ".join(map(repr, found[:20])) + more
 
 # %% ../../nbs/data/01_facts.ipynb #8a72e2e4
 def with_start(tok: Any, ids: list[int]) -> list[int]:
-    "Token ids that begin with the beginning-of-text token once, if the tokenizer has one, cut to the longest allowed."
+    "Put the beginning-of-text token first, if there is one, and cut to the longest allowed."
     if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
     return ids[:tok.model_max_length]
 
 
 def encode(
-    tok: Any,
+    tok: Any,                         # tokenizer
     fact: Fact,
-    causal: bool,
+    causal: bool,                     # whether the model reads from left to right
 ) -> tuple[list[int], int, int]:      # token ids, position that predicts the object, object id
-    "Token ids of a prompt and where its answer is read."
-    gold = object_id(tok, fact)
-    if too_long(tok, fact): raise BadFacts(f"a prompt of {fact.relation} is longer than the {tok.model_max_length} tokens this model can read: filter with answerable(facts, tok) first.")
-    if gold is None: raise BadFacts(f"the object {fact.obj!r} is not one token: filter with answerable(facts, tok) first.")
-    before, after = _check_prompt(fact.prompt).split("[MASK]")
+    "Encode a prompt and tell where its answer is read; raise `BadFacts` if it cannot be answered."
+    answer = object_id(tok, fact)
+    filtered = "filter with answerable(facts, tok) first."
+    if too_long(tok, fact):
+        limit = f"the {tok.model_max_length} tokens this model can read"
+        raise BadFacts(f"a prompt of {fact.relation} is longer than {limit}: {filtered}")
+    if answer is None: raise BadFacts(f"the object {fact.object!r} is not one token: {filtered}")
+    _check_prompt(fact.prompt)
     if causal:
-        if any(c.isalnum() for c in after): raise BadFacts(f"a causal model cannot see what follows the mask in {fact.prompt!r}: use prompts that end with [MASK].")
-        ids = tok(before.rstrip()).input_ids
-        if tok.eos_token_id is not None and len(ids) > 1 and ids[-1] == tok.eos_token_id: ids = ids[:-1]
-        return (ids := with_start(tok, ids)), len(ids) - 1, gold
-    if tok.mask_token is None: raise BadFacts(f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model.")
+        ids = with_start(tok, _ids_before_mask(tok, fact.prompt))
+        return ids, len(ids) - 1, answer
+    if tok.mask_token is None:
+        raise BadFacts(f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model.")
     ids = tok(fact.prompt.replace("[MASK]", tok.mask_token)).input_ids
-    return ids, ids.index(tok.mask_token_id), gold
+    return ids, ids.index(tok.mask_token_id), answer
+
+
+def _ids_before_mask(tok: Any, prompt: str) -> list[int]:
+    "Encode what a causal model reads, without an end-of-text token behind it."
+    before, after = prompt.split("[MASK]")
+    if any(c.isalnum() for c in after):
+        unseen = f"a causal model cannot see what follows the mask in {prompt!r}"
+        raise BadFacts(f"{unseen}: use prompts that end with [MASK].")
+    ids = tok(before.rstrip()).input_ids
+    ends = tok.eos_token_id is not None and len(ids) > 1 and ids[-1] == tok.eos_token_id
+    return ids[:-1] if ends else ids

@@ -15,51 +15,20 @@ from typing import Any, TextIO
 from ..core.errors import SubnetError
 
 # %% auto #0
-__all__ = ['BadFacts', 'numbered_sources', 'dataset_parts', 'numbered_lines', 'BadTexts', 'open_text', 'file_text', 'check_text']
+__all__ = ['BadFacts', 'BadTexts', 'opened', 'text_format', 'numbered_lines', 'numbered_sources', 'dataset_parts', 'open_text',
+           'file_text', 'check_text']
 
 # %% ../../nbs/data/00_files.ipynb #a4a8a7dd
 class BadFacts(SubnetError):
     """A facts file is broken, or facts do not suffice for what was asked.
 
-    Cause: A line that is not in the format of its file, a prompt without exactly one [MASK], an object that is more than one token, or too few facts to split.
-    Fix: Correct the line in the message, or pass strict=False (--lenient in the shell) to leave such lines out and count them.
+    Cause: A line that is not in the format of its file, a prompt without exactly one [MASK],
+        an object that is more than one token, or too few facts to split.
+    Fix: Correct the line in the message,
+        or pass strict=False (--lenient in the shell) to leave such lines out and count them.
     """
 
-# %% ../../nbs/data/00_files.ipynb #d5367266
-def numbered_sources(source: str | Path) -> list[tuple[Path, Iterator[tuple[int, str]]]]:
-    "Files with their numbered lines; rows of a data set count as lines."
-    if not str(source).startswith("datasets:"): return [(p, numbered_lines(p)) for p in _files(Path(source))]
-    parts = dataset_parts(str(source).removeprefix("datasets:"))
-    return [(Path(part), ((n, json.dumps(row, default=str)) for n, row in enumerate(rows, 1))) for part, rows in parts.items()]
 
-
-def dataset_parts(name: str, error: type[SubnetError] = BadFacts) -> Mapping[str, Any]:
-    "The parts of a data set, from a folder or the hub."
-    from datasets import load_dataset
-    args = (name,) if Path(name).is_dir() or name.count("/") == 0 else tuple(name.rsplit("/", 1)) if name.count("/") > 1 else (name,)
-    try: return load_dataset(*args)
-    except Exception as e: raise error(f"cannot load the data set {name!r} ({type(e).__name__}: {str(e).splitlines()[0][:120]}).") from e
-
-
-def _files(path: Path) -> list[Path]:
-    "The data files at `path`."
-    if path.is_dir():
-        if files := sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")) and not p.name.startswith("relations")): return files
-        raise BadFacts(f"the folder {path} holds no .jsonl file.")
-    if not path.exists(): raise BadFacts(f'there is no facts file {path}: give "pocket", a .jsonl file in LAMA format, a folder of them, or a .tsv file of triples.')
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")): raise BadFacts(f"cannot tell the format of {path.name}: expected .jsonl or .tsv, possibly with .gz.")
-    return [path]
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    "Numbered non-empty lines of a text file, compressed or not."
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):
-                if line.strip(): yield n, line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise BadFacts(f"cannot read {path}: it is missing, cut short, or not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
-
-# %% ../../nbs/data/00_files.ipynb #e8d5c164
 class BadTexts(SubnetError):
     """A text file is broken or empty, or there is too little text for what was asked.
 
@@ -67,22 +36,89 @@ class BadTexts(SubnetError):
     Fix: Give more or longer text, or smaller blocks.
     """
 
+# %% ../../nbs/data/00_files.ipynb #8f20ac36
+def opened(path: Path, encoding: str = "utf-8") -> TextIO:
+    "Open a text file, compressed or not."
+    if path.suffix == ".gz": return gzip.open(path, "rt", encoding=encoding)
+    return open(path, encoding=encoding)
 
+
+def text_format(path: Path) -> str:
+    "Say which kind of text a file of this name should hold, for messages."
+    return "gzip-compressed UTF-8 text" if path.suffix == ".gz" else "UTF-8 text"
+
+
+def numbered_lines(
+    path: Path,
+    error: type[SubnetError] = BadFacts,      # what is raised if it cannot be read
+) -> Iterator[tuple[int, str]]:               # number from 1, line without its end
+    "Read the non-empty lines of a text file, compressed or not."
+    try:
+        with opened(path) as f:
+            for n, line in enumerate(f, 1):
+                if line.strip(): yield n, line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise error(f"cannot read {path}: it is missing, cut short, or not {text_format(path)} ({e}).") from e
+
+# %% ../../nbs/data/00_files.ipynb #d5367266
+def numbered_sources(
+    source: str | Path,                       # a file, a folder, or "datasets:NAME[/CONFIG]"
+    error: type[SubnetError] = BadFacts,      # what is raised if it cannot be read
+) -> list[tuple[Path, Iterator[tuple[int, str]]]]:
+    "Find the files of a source with their numbered lines; rows of a data set count as lines."
+    if not str(source).startswith("datasets:"):
+        return [(path, numbered_lines(path, error)) for path in _files(Path(source))]
+    parts = dataset_parts(str(source).removeprefix("datasets:"), error)
+    return [(Path(part), _json_lines(rows)) for part, rows in parts.items()]
+
+
+def _json_lines(rows: Any) -> Iterator[tuple[int, str]]:
+    "Write the rows of a data set as numbered lines of JSON."
+    for n, row in enumerate(rows, 1): yield n, json.dumps(row, default=str)
+
+
+def dataset_parts(name: str, error: type[SubnetError] = BadFacts) -> Mapping[str, Any]:
+    "Load the parts of a data set, from a folder or the hub."
+    from datasets import load_dataset
+    with_config = not Path(name).is_dir() and name.count("/") > 1      # OWNER/NAME/CONFIG
+    try: return load_dataset(*(name.rsplit("/", 1) if with_config else [name]))
+    except Exception as e:
+        said = str(e).partition("\n")[0][:120]
+        raise error(f"cannot load the data set {name!r} ({type(e).__name__}: {said}).") from e
+
+
+def _files(path: Path) -> list[Path]:
+    "List the data files at `path`."
+    if path.is_dir():
+        lines = [p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz"))]
+        if files := sorted(p for p in lines if not p.name.startswith("relations")): return files
+        raise BadFacts(f"the folder {path} holds no .jsonl file.")
+    if not path.exists():
+        known = 'give "pocket", a .jsonl file in LAMA format, a folder of them, or a .tsv file of triples.'
+        raise BadFacts(f"there is no facts file {path}: {known}")
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")):
+        raise BadFacts(f"cannot tell the format of {path.name}: expected .jsonl or .tsv, possibly with .gz.")
+    return [path]
+
+# %% ../../nbs/data/00_files.ipynb #e8d5c164
 @contextmanager
 def open_text(path: Path, error: type[SubnetError] = BadTexts) -> Iterator[TextIO]:
-    "A text file, compressed or not; what cannot be read is an error that names it."
+    "Open a text file, compressed or not; what cannot be read is an error that names it."
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f: yield f
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise error(f"cannot read {path}: it cannot be opened, is cut short, or is not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
+        with opened(path, "utf-8-sig") as f: yield f
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        expected = text_format(path)
+        raise error(f"cannot read {path}: it cannot be opened, is cut short, or is not {expected} ({e}).") from e
 
 
 def file_text(path: Path, error: type[SubnetError] = BadTexts) -> str:
-    "The content of a text file."
+    "Read a text file, compressed or not."
     with open_text(path, error) as f: text = f.read()
     check_text(path, "\0" in text, not text.strip(), error)
     return text
 
 
 def check_text(path: Path, binary: bool, blank: bool, error: type[SubnetError] = BadTexts) -> None:
+    "Raise `error` if a file was found to be binary, or to hold nothing but white space."
     if binary: raise error(f"{path} is a binary file: it holds a zero byte. Plain text was expected.")
     if blank: raise error(f"{path} is empty.")

@@ -15,9 +15,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from .facts import TEMPLATES, Fact, Facts, read_facts
-from .files import BadFacts
 from ..core.errors import check_names
+from .facts import TEMPLATES, Fact, Facts, read_facts, with_subject_and_object
+from .files import BadFacts
 
 # %% auto #0
 __all__ = ['FORMATS', 'IN_TARGET', 'concept', 'triple', 'wordings', 'neighbourhood', 'shared_triples', 'disjoint', 'wordnet',
@@ -25,86 +25,163 @@ __all__ = ['FORMATS', 'IN_TARGET', 'concept', 'triple', 'wordings', 'neighbourho
 
 # %% ../../nbs/data/02_graphs.ipynb #8f778485
 def concept(words: str) -> str:
-    "A head or tail as it is compared: lower case, single spaces, no article."
+    "Spell a subject or object as it is compared: lower case, single spaces, no article."
     words = " ".join(words.lower().split())
     return re.sub(r"^(?:an?|the) (?=.)", "", words)
 
 
-def triple(fact: Fact) -> tuple[str, str, str]:      # relation, head, tail
-    "What a fact states, whatever its wording: relation and tail in any case, head also with any article."
-    return fact.relation.lower(), concept(fact.sub), " ".join(fact.obj.lower().split())
+_Triple = tuple[str, str, str]      # relation, subject, object
+
+
+def triple(fact: Fact) -> _Triple:
+    "Tell what a fact states, in whatever wording and case, the subject with whatever article."
+    return fact.relation.lower(), concept(fact.subject), " ".join(fact.object.lower().split())
 
 # %% ../../nbs/data/02_graphs.ipynb #4d533751
-FORMATS: dict[str, tuple[str, ...]] = {
-    "IsA": ("A {head} is a {tail}", "A {head} is {tail}", "A {head} is a type of {tail}", "A {head} is a kind of {tail}", "A {head} is a sort of {tail}",
-            "{head} is a {tail}", "{head} is {tail}", "{head} is a type of {tail}", "{head} is a kind of {tail}", "{head} is a sort of {tail}", "{head} is a hyponym of {tail}"),
-    "AtLocation": ("You find a {head} in the {tail}", "A {head} can be found in a {tail}", "A {head} is in the {tail}", "{head} can be found in the {tail}", "The place for a {head} is the {tail}"),
-    "CapableOf": ("A {head} can {tail}", "{head} can {tail}", "A {head} is able to {tail}", "One thing that a {head} can do is {tail}"),
-    "Causes": ("{head} causes {tail}", "A {head} causes {tail}", "{head} leads to {tail}", "The effect of {head} is {tail}", "Something that {head} may cause is {tail}"),
-    "CausesDesire": ("{head} makes you want to {tail}", "A {head} makes you want to {tail}", "{head} would make people want to {tail}", "Because of {head} you would like to {tail}"),
-    "Desires": ("A {head} wants to {tail}", "{head} wants to {tail}", "A {head} wants {tail}", "{head} wants {tail}", "What a {head} likes is {tail}"),
-    "HasA": ("A {head} has a {tail}", "A {head} has {tail}", "{head} has a {tail}", "{head} has {tail}", "A {head} comes with {tail}"),
-    "HasPrerequisite": ("To {head} you need {tail}", "To {head} you must first {tail}", "Before you {head} you {tail}", "{head} requires {tail}"),
-    "HasProperty": ("A {head} is {tail}", "{head} is {tail}", "A {head} is usually {tail}", "{head} can be {tail}", "A {head} is very {tail}"),
-    "HasSubevent": ("When you {head} you {tail}", "While you {head} you may {tail}", "If you {head} you will {tail}", "One thing that you do when you {head} is {tail}"),
-    "MadeOf": ("A {head} is made of {tail}", "{head} is made of {tail}", "A {head} is made from {tail}", "{head} consists of {tail}"),
-    "MotivatedByGoal": ("You would {head} because you want to {tail}", "People {head} to {tail}", "You {head} in order to {tail}", "The reason to {head} is to {tail}"),
-    "NotDesires": ("A {head} does not want {tail}", "{head} does not want {tail}", "A {head} does not want to {tail}", "A {head} does not like {tail}"),
-    "PartOf": ("A {head} is part of a {tail}", "A {head} is part of the {tail}", "{head} is part of {tail}", "{head} is a part of the {tail}"),
-    "ReceivesAction": ("A {head} can be {tail}", "{head} can be {tail}", "A {head} may get {tail}", "Sometimes a {head} is {tail}"),
-    "UsedFor": ("A {head} is used for {tail}", "{head} is used for {tail}", "You can use a {head} for {tail}", "A {head} is used to {tail}", "A {head} helps with {tail}"),
+_OF_THINGS: dict[str, tuple[str, ...]] = {
+    "IsA": ("A {subject} is a {object}", "A {subject} is {object}",
+            "A {subject} is a type of {object}", "A {subject} is a kind of {object}",
+            "A {subject} is a sort of {object}", "{subject} is a {object}",
+            "{subject} is {object}", "{subject} is a type of {object}",
+            "{subject} is a kind of {object}", "{subject} is a sort of {object}",
+            "{subject} is a hyponym of {object}"),
+    "AtLocation": ("You find a {subject} in the {object}",
+                   "A {subject} can be found in a {object}", "A {subject} is in the {object}",
+                   "{subject} can be found in the {object}",
+                   "The place for a {subject} is the {object}"),
+    "HasA": ("A {subject} has a {object}", "A {subject} has {object}",
+             "{subject} has a {object}", "{subject} has {object}",
+             "A {subject} comes with {object}"),
+    "HasProperty": ("A {subject} is {object}", "{subject} is {object}",
+                    "A {subject} is usually {object}", "{subject} can be {object}",
+                    "A {subject} is very {object}"),
+    "MadeOf": ("A {subject} is made of {object}", "{subject} is made of {object}",
+               "A {subject} is made from {object}", "{subject} consists of {object}"),
+    "PartOf": ("A {subject} is part of a {object}", "A {subject} is part of the {object}",
+               "{subject} is part of {object}", "{subject} is a part of the {object}"),
+    "CapableOf": ("A {subject} can {object}", "{subject} can {object}",
+                  "A {subject} is able to {object}",
+                  "One thing that a {subject} can do is {object}"),
+    "ReceivesAction": ("A {subject} can be {object}", "{subject} can be {object}",
+                       "A {subject} may get {object}", "Sometimes a {subject} is {object}"),
+    "UsedFor": ("A {subject} is used for {object}", "{subject} is used for {object}",
+                "You can use a {subject} for {object}", "A {subject} is used to {object}",
+                "A {subject} helps with {object}"),
 }
-"Formats by relation, tail last. `IsA`: Bayazit et al. 2024, WordNet; the others are ours."
+
+# %% ../../nbs/data/02_graphs.ipynb #9e3f7c18
+_OF_EVENTS: dict[str, tuple[str, ...]] = {
+    "Causes": ("{subject} causes {object}", "A {subject} causes {object}",
+               "{subject} leads to {object}", "The effect of {subject} is {object}",
+               "Something that {subject} may cause is {object}"),
+    "CausesDesire": ("{subject} makes you want to {object}",
+                     "A {subject} makes you want to {object}",
+                     "{subject} would make people want to {object}",
+                     "Because of {subject} you would like to {object}"),
+    "Desires": ("A {subject} wants to {object}", "{subject} wants to {object}",
+                "A {subject} wants {object}", "{subject} wants {object}",
+                "What a {subject} likes is {object}"),
+    "HasPrerequisite": ("To {subject} you need {object}",
+                        "To {subject} you must first {object}",
+                        "Before you {subject} you {object}", "{subject} requires {object}"),
+    "HasSubevent": ("When you {subject} you {object}", "While you {subject} you may {object}",
+                    "If you {subject} you will {object}",
+                    "One thing that you do when you {subject} is {object}"),
+    "MotivatedByGoal": ("You would {subject} because you want to {object}",
+                        "People {subject} to {object}", "You {subject} in order to {object}",
+                        "The reason to {subject} is to {object}"),
+    "NotDesires": ("A {subject} does not want {object}", "{subject} does not want {object}",
+                   "A {subject} does not want to {object}",
+                   "A {subject} does not like {object}"),
+}
+
+FORMATS = _OF_THINGS | _OF_EVENTS
+"Formats by relation, object last. `IsA`: Bayazit et al. 2024, WordNet; the others are ours."
 
 # %% ../../nbs/data/02_graphs.ipynb #acf11c01
-_OWN = re.compile(r"(?i)(?:an?|the|some|any|my|your|his|her|its|our|their|this|that|these|those)\b ?")
-_VOWEL = re.compile(r"(?i)(?!uni(?![nm])|us[eu]|ut[ei]|ur[ai]n|ubiq|eu|ewe|one\b|once)[aeiou]|hour|honest|honou?r|heir")
+_DETERMINER = re.compile(
+    r"(?i)(?:an?|the|some|any|my|your|his|her|its|our|their|this|that|these|those)\b ?")
+_VOWEL = re.compile(
+    r"(?i)(?!uni(?![nm])|us[eu]|ut[ei]|ur[ai]n|ubiq|eu|ewe|one\b|once)[aeiou]"
+    r"|hour|honest|honou?r|heir")
 
 
-def _worded(form: str, head: str, tail: str) -> str:
-    "The prompt of a triple in one format."
+def _worded(form: str, subject: str, object: str) -> str:
+    "Put a triple into one format, with the object masked."
     def put(m: re.Match[str]) -> str:
-        article, words = m[1] or "", head if m[2] == "head" else tail
-        if article: article = "" if _OWN.match(words) else article[0] + ("n " if _VOWEL.match(words) else " ")
-        return article + (words if m[2] == "head" else "[MASK]")
-    prompt = re.sub(r"(\b[Aa] )?\{(head|tail)\}", put, form)
+        article, is_subject = m[1], m[2] == "subject"
+        words = subject if is_subject else object
+        shown = subject if is_subject else "[MASK]"
+        if not article or _DETERMINER.match(words): return shown
+        return article[0] + ("n " if _VOWEL.match(words) else " ") + shown
+    prompt = re.sub(r"(\b[Aa] )?\{(subject|object)\}", put, form)
     return prompt if prompt.startswith("[MASK]") else prompt[0].upper() + prompt[1:]
 
 
-def _check_formats(formats: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
-    "Formats by relation, each with {head} and {tail} once."
-    for r, forms in formats.items():
-        if isinstance(forms, str) or not forms: raise BadFacts(f"the formats of {r} are {forms!r} where a list of texts with {{head}} and {{tail}} was expected.")
-        for form in forms:
-            if form.count("{head}") != 1 or form.count("{tail}") != 1: raise BadFacts(f"the format {form!r} of {r} must contain {{head}} and {{tail}} once each.")
-    return formats
+def _check_formats(formats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    "Check formats by relation, each with {subject} and {object} (or {head} and {tail}) once."
+    found = {}
+    for relation, forms in formats.items():
+        if isinstance(forms, str) or not forms:
+            wanted = "a list of texts with {subject} and {object}"
+            raise BadFacts(f"the formats of {relation} are {forms!r} where {wanted} was expected.")
+        found[relation] = [with_subject_and_object(form) for form in forms]
+        for form in found[relation]:
+            if form.count("{subject}") != 1 or form.count("{object}") != 1:
+                wanted = "must contain {subject} and {object} once each."
+                raise BadFacts(f"the format {form!r} of {relation} {wanted}")
+    return found
 
 # %% ../../nbs/data/02_graphs.ipynb #6119a190
+def wordings(
+    facts: Facts,
+    formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object};
+                                                          # None: pocket wordings, for others FORMATS
+    causal: bool = True,         # only what a causal model can be asked; False: all, with a full stop
+) -> Facts:                      # triple by triple, without repetitions
+    "Put every triple into every usable wording; raise `BadFacts` if one has none."
+    forms = _check_formats(FORMATS if formats is None else formats)
+    known = _pocket_sentences() if formats is None else {}
+    asked = dict.fromkeys(f.relation for f in facts if _base(f) not in known)
+    check_names(asked, forms, "relation with formats")
+    found: dict[_Triple, list[Fact]] = {}
+    skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
+    first = {triple(f): f for f in reversed(facts.items)}
+    for f in first.values():
+        if _base(f) in known: prompts = list(dict.fromkeys(known[_base(f)]))
+        else: prompts = _prompts(f, forms[f.relation], full_stop=not causal)
+        usable = [(k, p) for k, p in enumerate(prompts) if not causal or _ends_with_object(p)]
+        if not usable: raise BadFacts(_NO_WORDING.format(f.relation, f.subject))
+        if lost := len(prompts) - len(usable):
+            reasons = skipped.setdefault(f.relation, {})
+            reasons[_GOES_ON] = reasons.get(_GOES_ON, 0) + lost
+        found[triple(f)] = [replace(f, prompt=p, uuid=f"{_base(f)}/{k}") for k, p in usable]
+    items = tuple(w for t in dict.fromkeys(map(triple, facts)) for w in found[t])
+    return replace(facts, items=items, name=f"{facts.name}/wordings", skipped=skipped)
+
+
+_GOES_ON = "wording goes on after its object"
+_NO_WORDING = (
+    "no wording of {} ends with its object, so a causal model cannot be asked whether {!r} …: "
+    "give formats in which {{object}} comes last, or use causal=False.")
+
+# %% ../../nbs/data/02_graphs.ipynb #70d3c9af
 @cache
-def _pocket() -> dict[str, list[str]]:
+def _pocket_sentences() -> dict[str, list[str]]:
     "The masked sentences of the pocket facts by uuid."
     from subnet_explorer.data.pocket import pocket_rows
     return {r["uuid"]: r["masked_sentences"] for r in pocket_rows()}
 
 
-def wordings(
-    facts: Facts,
-    formats: Mapping[str, Sequence[str]] | None = None,      # by relation, with {head} and {tail}; None: the pocket wordings for pocket facts, FORMATS for others
-    causal: bool = True,                                     # only wordings that a causal model can be asked; False: all, with a full stop
-) -> Facts:                                                  # triple by triple, without repetitions
-    "Put every triple into every usable wording."
-    forms = _check_formats(FORMATS if formats is None else formats)
-    known = _pocket() if formats is None else {}
-    check_names(dict.fromkeys(f.relation for f in facts if _base(f) not in known), forms, "relation with formats")
-    found, kept = {}, {r: dict(s) for r, s in facts.skipped.items()}
-    for f in {triple(f): f for f in reversed(facts.items)}.values():
-        full = lambda p: p if causal or not p.endswith("[MASK]") else p + "."
-        prompts = list(dict.fromkeys(known.get(_base(f)) or (full(_worded(form, f.sub, f.obj)) for form in forms[f.relation])))
-        usable = [(k, p) for k, p in enumerate(prompts) if not causal or not any(c.isalnum() for c in p.split("[MASK]")[1])]
-        if not usable: raise BadFacts(f"no wording of {f.relation} ends with its object, so a causal model cannot be asked whether {f.sub!r} …: give formats in which {{tail}} comes last, or use causal=False.")
-        if lost := len(prompts) - len(usable): of = kept.setdefault(f.relation, {}); of["wording goes on after its object"] = of.get("wording goes on after its object", 0) + lost
-        found[triple(f)] = [replace(f, prompt=p, uuid=f"{_base(f)}/{k}") for k, p in usable]
-    return replace(facts, items=tuple(w for t in dict.fromkeys(map(triple, facts)) for w in found[t]), name=f"{facts.name}/wordings", skipped=kept)
+def _prompts(fact: Fact, forms: Sequence[str], full_stop: bool) -> list[str]:
+    "Put a triple into some formats, without repetitions."
+    prompts = [_worded(form, fact.subject, fact.object) for form in forms]
+    if full_stop: prompts = [p + "." if p.endswith("[MASK]") else p for p in prompts]
+    return list(dict.fromkeys(prompts))
+
+
+def _ends_with_object(prompt: str) -> bool:
+    return not any(c.isalnum() for c in prompt.split("[MASK]")[1])
 
 
 def _base(fact: Fact) -> str: return fact.uuid.split("/")[0]      # of all wordings of a triple
@@ -112,113 +189,167 @@ def _base(fact: Fact) -> str: return fact.uuid.split("/")[0]      # of all wordi
 # %% ../../nbs/data/02_graphs.ipynb #177467a8
 def neighbourhood(
     facts: Facts,
-    about: str,          # a head or tail, with or without article
+    about: str,          # a subject or object, with or without article
     n: int,              # triples; all wordings of a triple come along
     seed: int = 0,
 ) -> Facts:              # in the order of `facts`
-    "Take `n` triples of the connected neighbourhood of a concept."
+    "Take `n` triples of the neighbourhood of a concept; raise `BadFacts` if there are fewer."
     if n < 1: raise BadFacts(f"a neighbourhood of {n} triples was asked for: at least one is needed.")
-    ends, at = {t: (t[1], concept(t[2])) for t in map(triple, facts)}, {}
-    for t in sorted(ends):
-        for c in dict.fromkeys(ends[t]): at.setdefault(c, []).append(t)
-    (start,) = check_names([concept(about)], at, f"concept in {facts.name}:")
-    rng, found, seen, ring = random.Random(f"neighbourhood-{seed}"), {}, {start}, [start]
+    concepts = {t: (t[1], concept(t[2])) for t in map(triple, facts)}
+    triples: dict[str, list[_Triple]] = {}      # by concept
+    for t in sorted(concepts):
+        for c in dict.fromkeys(concepts[t]): triples.setdefault(c, []).append(t)
+    (start,) = check_names([concept(about)], triples, f"concept in {facts.name}:")
+    rng = random.Random(f"neighbourhood-{seed}")
+    found: dict[_Triple, None] = {}
+    seen, ring = {start}, [start]
     while ring and len(found) < n:
-        edges = sorted({t for c in ring for t in at[c]} - found.keys())
+        edges = sorted({t for c in ring for t in triples[c]} - found.keys())
         rng.shuffle(edges)
         found |= dict.fromkeys(edges[:n - len(found)])
-        ring = [c for c in dict.fromkeys(c for t in edges for c in ends[t]) if c not in seen]
+        ring = [c for c in dict.fromkeys(c for t in edges for c in concepts[t]) if c not in seen]
         seen |= set(ring)
-    if len(found) < n: raise BadFacts(f"only {len(found)} triples of {facts.name} can be reached from {start!r}, where {n} were asked for: ask for fewer, or start from another concept.")
-    return replace(facts, items=tuple(f for f in facts if triple(f) in found), name=f"{facts.name}/{start}")
+    if len(found) < n:
+        few = f"only {len(found)} triples of {facts.name} can be reached from {start!r}"
+        asked = f"where {n} were asked for: ask for fewer, or start from another concept."
+        raise BadFacts(f"{few}, {asked}")
+    items = tuple(f for f in facts if triple(f) in found)
+    return replace(facts, items=items, name=f"{facts.name}/{start}")
 
 # %% ../../nbs/data/02_graphs.ipynb #cd532bed
 IN_TARGET = "stated by the target"
+"Why `disjoint` leaves a fact out, as `.skipped` counts it."
 
 
 def shared_triples(target: Facts, control: Facts) -> Facts:
-    "The facts of `control` whose triple `target` states, too, in whatever wording."
+    "Take the facts of `control` whose triple `target` states, too, in whatever wording."
     told = set(map(triple, target))
-    return replace(control, items=tuple(f for f in control if triple(f) in told), name=f"{control.name}/overlap", skipped={})
+    items = tuple(f for f in control if triple(f) in told)
+    return replace(control, items=items, name=f"{control.name}/overlap", skipped={})
 
 
 def disjoint(target: Facts, control: Facts) -> Facts:
-    "The control without the target's triples."
-    both = {f for f in shared_triples(target, control)}
-    items = tuple(f for f in control if f not in both)
-    if not items: raise BadFacts(f"nothing is left of {control.name} to be kept: all of its {len(control)} facts are also stated by {target.name}. Give a control with other facts.")
-    skipped = {r: dict(s) for r, s in control.skipped.items()}
-    for r, k in Counter(f.relation for f in both).items(): skipped[r] = {**skipped.get(r, {}), IN_TARGET: skipped.get(r, {}).get(IN_TARGET, 0) + k}
+    "Take the control without the target's triples; raise `BadFacts` if nothing is left."
+    shared = shared_triples(target, control).items
+    in_both = set(shared)
+    items = tuple(f for f in control if f not in in_both)
+    if not items:
+        nothing = f"nothing is left of {control.name} to be kept"
+        all_told = f"all of its {len(control)} facts are also stated by {target.name}"
+        raise BadFacts(f"{nothing}: {all_told}. Give a control with other facts.")
+    skipped = {r: dict(reasons) for r, reasons in control.skipped.items()}
+    for relation, n in Counter(f.relation for f in dict.fromkeys(shared)).items():
+        reasons = skipped.setdefault(relation, {})
+        reasons[IN_TARGET] = reasons.get(IN_TARGET, 0) + n
     return replace(control, items=items, skipped=skipped)
 
 # %% ../../nbs/data/02_graphs.ipynb #7cf4c9d3
-def _places(source: str | Path | None) -> list[Path]:
-    "Folders in which WordNet's files may lie, in the order in which they are searched."
-    if source is not None: return [Path(source), Path(source) / "dict"]
-    told = [os.environ.get("WNSEARCHDIR"), (home := os.environ.get("WNHOME")) and f"{home}/dict"]
-    usual = ["/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict", "/usr/local/share/WordNet-3.0/dict", "/usr/local/share/wordnet/dict", "/opt/local/share/WordNet-3.0/dict",
-             "/opt/homebrew/opt/wordnet/dict", "~/nltk_data/corpora/wordnet", "/usr/share/nltk_data/corpora/wordnet", "/usr/local/share/nltk_data/corpora/wordnet"]
-    return [Path(p).expanduser() for p in (*told, *usual) if p]
+_USUAL_FOLDERS = (
+    "/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict",
+    "/usr/local/share/WordNet-3.0/dict", "/usr/local/share/wordnet/dict",
+    "/opt/local/share/WordNet-3.0/dict", "/opt/homebrew/opt/wordnet/dict", "~/nltk_data/corpora/wordnet",
+    "/usr/share/nltk_data/corpora/wordnet", "/usr/local/share/nltk_data/corpora/wordnet",
+)
+
+
+def _wordnet_folder(source: str | Path | None) -> Path:
+    "Find WordNet's files, where they were said to be or in the folders where they usually are."
+    if source is not None: places = [Path(source), Path(source) / "dict"]
+    else:
+        home = os.environ.get("WNHOME")
+        told = [os.environ.get("WNSEARCHDIR"), f"{home}/dict" if home else None]
+        places = [Path(p).expanduser() for p in (*told, *_USUAL_FOLDERS) if p]
+    for place in places:
+        if (place / "data.noun").is_file(): return place
+    missing = f"there is no WordNet (data.noun) in {', '.join(map(str, places))}"
+    raise BadFacts(f"{missing}: give its folder, set WNSEARCHDIR, or install it (Debian: wordnet-base).")
 
 
 def _entries(path: Path) -> Iterator[tuple[int, list[str]]]:
-    "Numbered fields of a WordNet file, without its licence and glosses."
+    "Read the numbered fields of a WordNet file, without its licence and glosses."
     try:
         with path.open(encoding="utf-8") as f:
             for n, line in enumerate(f, 1):
                 if line.strip() and not line.startswith("  "): yield n, line.split(" | ")[0].split()
     except (OSError, UnicodeDecodeError) as e: raise BadFacts(f"cannot read {path} ({e}).") from e
 
-
-def _synset(fields: list[str]) -> tuple[str, list[str], list[str]]:      # offset, words, hypernyms
-    "One line of `data.noun`."
-    offset, count = fields[0], int(fields[3], 16)
-    words, pointers = fields[4:4 + 2 * count:2], fields[4 + 2 * count:]
-    if not re.fullmatch(r"\d{8}", offset) or fields[2] != "n" or not count or len(pointers) != 1 + 4 * int(pointers[0]): raise ValueError("counts and fields differ")
-    return offset, words, [to for symbol, to, pos in zip(pointers[1::4], pointers[2::4], pointers[3::4]) if (symbol, pos) == ("@", "n")]
-
-# %% ../../nbs/data/02_graphs.ipynb #158a26b5
-def wordnet(
-    source: str | Path | None = None,      # WordNet's folder; None: $WNSEARCHDIR, $WNHOME/dict, then the usual folders
-    senses: int | None = None,             # only so many most frequent senses of a head; None: all
-) -> Facts:                                # relation IsA, in the order of the file
-    "Read the hypernym triples of WordNet's nouns."
-    places = _places(source)
-    if (folder := next((p for p in places if (p / "data.noun").is_file()), None)) is None:
-        raise BadFacts(f"there is no WordNet (data.noun) in {', '.join(map(str, places))}: give its folder, set WNSEARCHDIR, or install it (Debian: wordnet-base).")
-    ranks = _ranks(folder / "index.noun") if (folder / "index.noun").is_file() else {}
-    if senses is not None and not ranks: raise BadFacts(f"senses={senses} needs index.noun, and {folder} has none: use senses=None.")
-    synsets, words, left, found = {}, {}, Counter(), {}
-    for n, fields in _entries(folder / "data.noun"):
-        try: offset, lemmas, up = _synset(fields)
-        except (ValueError, IndexError) as e: raise BadFacts(f"{folder / 'data.noun'}, line {n}: not a synset as in wndb(5WN) ({e}).") from None
-        synsets[offset], words[offset] = (lemmas, up), [w for w in lemmas if re.fullmatch("[a-z]{2,}", w)]
-    if not synsets: raise BadFacts(f"no synset in {folder / 'data.noun'}: the file is empty.")
-    sense = lambda w, offset: ranks.get((w, offset), (1, True))      # (rank, never seen in tagged text)
-    for offset, (lemmas, up) in synsets.items():
-        for above in up:
-            if above not in synsets: raise BadFacts(f"{folder / 'data.noun'}: the hypernym {above} of {offset} is not in the file: it is cut short.")
-            tail = min(words[above], key=lambda w: sense(w, above)[::-1], default=None)
-            left["not a single lower-case word"] += len(lemmas) if tail is None else len(lemmas) - len(words[offset])
-            for head in words[offset] if tail else ():
-                if head == tail: left["head and tail are the same"] += 1
-                elif senses is not None and sense(head, offset)[0] > senses: left["rare sense"] += 1
-                elif (head, tail) in found: left["repeated fact"] += 1
-                else: found[head, tail] = Fact("IsA", head, tail, TEMPLATES["IsA"].format(head=head, tail="[MASK]"), hashlib.sha256(f"IsA|{head}|{tail}".encode()).hexdigest()[:16])
-    if not found: raise BadFacts(f"no hypernym of a single lower-case word in {folder / 'data.noun'}; left out: {dict(left)}.")
-    return Facts(tuple(found.values()), "wordnet", {"IsA": {why: k for why, k in left.items() if k}})
+# %% ../../nbs/data/02_graphs.ipynb #21c9d7f6
+_OFFSET = re.compile(r"\d{8}")
+_SINGLE = re.compile("[a-z]{2,}")
 
 
-def _ranks(path: Path) -> dict[tuple[str, str], tuple[int, bool]]:      # (lemma, offset) -> rank, 1 for the most frequent sense; whether it is never seen in tagged text
-    "The order of senses in `index.noun`."
-    out = {}
+def _synsets(path: Path) -> dict[str, tuple[list[str], list[str]]]:
+    "Read words and hypernyms from `data.noun`, by offset."
+    found = {}
+    for n, fields in _entries(path):
+        try:
+            offset, count = fields[0], int(fields[3], 16)
+            words, pointers = fields[4:4 + 2 * count:2], fields[4 + 2 * count:]
+            as_said = len(pointers) == 1 + 4 * int(pointers[0])
+            if not _OFFSET.fullmatch(offset) or fields[2] != "n" or not count or not as_said:
+                raise ValueError("counts and fields differ")
+        except (ValueError, IndexError) as e:
+            raise BadFacts(f"{path}, line {n}: not a synset as in wndb(5WN) ({e}).") from None
+        targets = zip(pointers[1::4], pointers[2::4], pointers[3::4], strict=True)
+        hypernyms = [to for symbol, to, kind in targets if (symbol, kind) == ("@", "n")]
+        found[offset] = words, hypernyms
+    if not found: raise BadFacts(f"no synset in {path}: the file is empty.")
+    return found
+
+
+def _ranks(path: Path) -> dict[tuple[str, str], tuple[bool, int]]:
+    "Read from `index.noun`, by lemma and offset, if tagged text never has a sense, and its rank."
+    found = {}
     for n, fields in _entries(path):
         try:
             offsets = fields[-int(fields[2]):]
-            if fields[1] != "n" or not all(re.fullmatch(r"\d{8}", o) for o in offsets) or len(fields) != 6 + int(fields[3]) + len(offsets): raise ValueError("counts and fields differ")
-        except (ValueError, IndexError) as e: raise BadFacts(f"{path}, line {n}: not a lemma as in wndb(5WN) ({e}).") from None
-        out |= {(fields[0], o): (k, k > int(fields[-len(offsets) - 1])) for k, o in enumerate(offsets, 1)}
-    return out
+            seen = int(fields[-len(offsets) - 1])
+            as_said = len(fields) == 6 + int(fields[3]) + len(offsets)
+            if fields[1] != "n" or not all(map(_OFFSET.fullmatch, offsets)) or not as_said:
+                raise ValueError("counts and fields differ")
+        except (ValueError, IndexError) as e:
+            raise BadFacts(f"{path}, line {n}: not a lemma as in wndb(5WN) ({e}).") from None
+        for rank, offset in enumerate(offsets, 1): found[fields[0], offset] = rank > seen, rank
+    return found
+
+# %% ../../nbs/data/02_graphs.ipynb #158a26b5
+def wordnet(
+    source: str | Path | None = None,   # WordNet's folder; None: $WNSEARCHDIR, $WNHOME/dict, the usual ones
+    senses: int | None = None,          # only so many most frequent senses of a subject; None: all
+) -> Facts:                             # relation IsA, in the order of the file
+    "Read the hypernym triples of WordNet's nouns; raise `BadFacts` where the files are broken."
+    folder = _wordnet_folder(source)
+    nouns, index = folder / "data.noun", folder / "index.noun"
+    ranks = _ranks(index) if index.is_file() else {}
+    if senses is not None and not ranks:
+        raise BadFacts(f"senses={senses} needs index.noun, and {folder} has none: use senses=None.")
+    synsets = _synsets(nouns)
+    usable = {offset: list(filter(_SINGLE.fullmatch, words)) for offset, (words, _) in synsets.items()}
+    skipped: Counter[str] = Counter()
+    found: dict[tuple[str, str], Fact] = {}
+    for offset, above in ((o, above) for o, (_, hypernyms) in synsets.items() for above in hypernyms):
+        if above not in synsets:
+            missing = f"the hypernym {above} of {offset} is not in the file"
+            raise BadFacts(f"{nouns}: {missing}: it is cut short.")
+        use = {w: ranks.get((w, above), (True, 1)) for w in usable[above]}
+        object = min(use, key=use.__getitem__, default="")
+        subjects = usable[offset] if object else []
+        skipped["not a single lower-case word"] += len(synsets[offset][0]) - len(subjects)
+        for subject in subjects:
+            rank = ranks.get((subject, offset), (True, 1))[1]
+            if subject == object: skipped["head and tail are the same"] += 1
+            elif senses is not None and rank > senses: skipped["rare sense"] += 1
+            elif (subject, object) in found: skipped["repeated fact"] += 1
+            else: found[subject, object] = _is_a(subject, object)
+    left_out = {why: n for why, n in skipped.items() if n}
+    if not found: raise BadFacts(f"no hypernym of a single lower-case word in {nouns}; left out: {left_out}.")
+    return Facts(tuple(found.values()), "wordnet", {"IsA": left_out})
+
+
+def _is_a(subject: str, object: str) -> Fact:
+    uuid = hashlib.sha256(f"IsA|{subject}|{object}".encode()).hexdigest()[:16]
+    prompt = TEMPLATES["IsA"].format(subject=subject, object="[MASK]")
+    return Fact("IsA", subject, object, prompt, uuid)
 
 # %% ../../nbs/data/02_graphs.ipynb #ac96b93b
 def read_graph(
@@ -228,13 +359,20 @@ def read_graph(
 ) -> Facts:
     "Read triples in all their usable wordings."
     if str(source) == "wordnet": return wordings(wordnet(), causal=causal)
-    facts, known = read_facts(source), {}
-    if pocket or str(source) == "pocket": known = {triple(f): f for f in read_facts("pocket")}
-    seen = [known.get(triple(f), f) for f in facts]
-    worded = [f for f in seen if _base(f) in _pocket() or f.uuid == _base(f) and f.relation in FORMATS]
-    by_triple: dict[tuple[str, str, str], list[Fact]] = {}
-    for f in wordings(replace(facts, items=tuple(worded)), causal=causal) if worded else ():
-        if not (_base(f) in _pocket() and f.uuid.endswith("/0")): by_triple.setdefault(triple(f), []).append(f)
-    again = {id(f) for f in worded}
-    items = dict.fromkeys(g for f in seen for g in (by_triple.get(triple(f), []) if id(f) in again else [f]))
-    return replace(facts, items=tuple(items))
+    facts = read_facts(source)
+    from_pocket = read_facts("pocket") if pocket or str(source) == "pocket" else ()
+    known = {triple(f): f for f in from_pocket}
+    stated = [known.get(triple(f), f) for f in facts]
+    to_word = tuple(f for f in stated if _can_be_worded(f))
+    worded: dict[_Triple, list[Fact]] = {}
+    for f in wordings(replace(facts, items=to_word), causal=causal) if to_word else ():
+        unseen = _base(f) in _pocket_sentences() and f.uuid.endswith("/0")
+        if not unseen: worded.setdefault(triple(f), []).append(f)
+    said = (worded.get(triple(f), []) if _can_be_worded(f) else [f] for f in stated)
+    return replace(facts, items=tuple(dict.fromkeys(w for of_fact in said for w in of_fact)))
+
+
+def _can_be_worded(fact: Fact) -> bool:
+    "Tell whether a fact is of the pocket world, or came without a sentence and has formats."
+    if _base(fact) in _pocket_sentences(): return True
+    return fact.uuid == _base(fact) and fact.relation in FORMATS

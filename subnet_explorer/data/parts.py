@@ -5,6 +5,7 @@
 # %% ../../nbs/data/07_parts.ipynb #44bc5433
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,21 @@ def read_task(
     source: str | Path,              # as in `read_glue` or `read_squad`
     part: str = "train",             # "train" or "dev"
     task: str | None = None,         # a GLUE task by name
-    strict: bool = True,             # False: count what is broken instead of stopping; misplaced answers are moved
+    strict: bool = True,             # False: count what is broken, and move misplaced answers
 ) -> Labelled:
     "Read labelled sentences, or questions about texts, as the source says."
     if not is_squad(source): return read_glue(source, part, task, strict)
-    if task is not None: raise SubnetError(f"{source} holds questions about texts: no task of GLUE can be named for it, got {task!r}.")
+    if task is not None:
+        wrong = f"no task of GLUE can be named for it, got {task!r}."
+        raise SubnetError(f"{source} holds questions about texts: {wrong}")
     return read_squad(source, part, "raise" if strict else "move")
 
 
 def alone(source: str | Path) -> bool:
-    "Whether a source has no development part, so that a share of the training rows must be set aside."
+    "Tell whether a source has no development part."
     if not is_squad(source): return Path(str(source)).is_file()
-    return not without_prefix(source).startswith("datasets:") and without_prefix(source) != "pocket" and squad_files(source)["dev"] is None
+    bare = without_prefix(source)
+    return not bare.startswith("datasets:") and bare != "pocket" and squad_files(source)["dev"] is None
 
 # %% ../../nbs/data/07_parts.ipynb #9ac09d6d
 @dataclass(frozen=True)
@@ -46,40 +50,66 @@ class TaskData:
 
     def __post_init__(self) -> None:
         for part, data in self.parts.items():
-            if not len(data): raise SubnetError(f"there is no {part} sentence in {data.name}: give more data, or a larger share.")
-            if not data.real and len(set(data.gold)) < 2: raise SubnetError(f"all {part} sentences of {data.name} have the label {data.gold[0]!r}, so that no score can tell models apart: give more sentences, or others.")
+            if not len(data):
+                none = f"there is no {part} sentence in {data.name}"
+                raise SubnetError(f"{none}: give more data, or a larger share.")
+            if not data.real and len(set(data.gold)) < 2:
+                same = f"all {part} sentences of {data.name} have the label {data.gold[0]!r}"
+                blind = "so that no score can tell models apart"
+                raise SubnetError(f"{same}, {blind}: give more sentences, or others.")
 
     @property
-    def parts(self) -> dict[str, Labelled]: return {"train": self.train, "search": self.search, "test": self.test}
+    def parts(self) -> dict[str, Labelled]:
+        "The three parts by name."
+        return {"train": self.train, "search": self.search, "test": self.test}
+
     @property
-    def metric(self) -> str: return self.test.task.metrics[0]
-    def identity(self) -> dict[str, Any]: return {k: {"data": d.fingerprint, "n": len(d)} for k, d in self.parts.items()}
-    def __repr__(self) -> str: return f"TaskData({self.train.name}: " + ", ".join(f"{len(d):,} to {k}" for k, d in zip(("train", "search", "test"), self.parts.values())) + f"; {self.metric})"
+    def metric(self) -> str:
+        "The metric that counts."
+        return self.test.task.metrics[0]
+
+    def identity(self) -> dict[str, Any]:
+        "Say what the parts hold."
+        return {name: {"data": data.fingerprint, "n": len(data)} for name, data in self.parts.items()}
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(data):,} to {name}" for name, data in self.parts.items())
+        return f"TaskData({self.train.name}: {sizes}; {self.metric})"
 
 # %% ../../nbs/data/07_parts.ipynb #87fa4a17
 def task_data(
-    source: str | Path,              # as in `read_glue` or, for questions about texts, `read_squad`: "squad:FILE"; where there is no development part a share is set aside for the report too
+    source: str | Path,              # as in `read_task`; without a development part, a share of the
+                                     # training sentences is set aside for the report, too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
     search: float = 0.2,             # share of the training sentences on which masks are searched
     on_dev: bool = False,            # search and report on the same sentences, as published
-    train: int | None = None,        # at most so many sentences to train on, the same for every seed of a study (`fit` has a limit for others) …
+    train: int | None = None,        # at most so many sentences to train on, the same for every seed
+                                     # of a study (`fit` has a limit for others) …
     test: int | None = None,         # … and to report on
     seed: int = 0,
-    strict: bool = True,             # False: count broken lines instead of stopping, and move misplaced answers
+    strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:
     "Read the three parts of a task."
-    if not 0 < search < 0.5: raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
+    if not 0 < search < 0.5:
+        raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
     learn = read_task(source, "train", task, strict)
-    learn, report = _set_aside(learn, search, seed) if alone(source) else (learn, read_task(source, "dev", task, strict))
-    few = lambda d, n: d if n is None else d.take(n, seed)
-    report = few(report, test)
-    learn, held = (learn, report) if on_dev else _set_aside(learn, search, seed + 1)
-    return TaskData(few(learn, train), held, report)
+    if alone(source): learn, report = _set_aside(learn, search, seed)
+    else: report = read_task(source, "dev", task, strict)
+    if test is not None: report = report.take(test, seed)
+    if on_dev: held = report
+    else: learn, held = _set_aside(learn, search, seed + 1)
+    if train is not None: learn = learn.take(train, seed)
+    return TaskData(learn, held, report)
 
 
 def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
-    "All rows but those of a share of the texts, and these."
-    texts = sorted({data.unit(r) for r in data})
-    aside = set(np.random.default_rng(seed).choice(texts, max(1, round(share * len(texts))), replace=False).tolist())
-    return tuple(replace(data, items=tuple(r for r in data if (data.unit(r) in aside) == there)) for there in (False, True))
+    "Part the rows: all but those of a share of the texts, and these."
+    texts = sorted({data.unit(row) for row in data})
+    n = max(1, round(share * len(texts)))
+    aside = set(np.random.default_rng(seed).choice(texts, n, replace=False).tolist())
+    return (_only(data, (row for row in data if data.unit(row) not in aside)),
+            _only(data, (row for row in data if data.unit(row) in aside)))
+
+
+def _only(data: Labelled, rows: Iterable[dict[str, Any]]) -> Labelled: return replace(data, items=tuple(rows))

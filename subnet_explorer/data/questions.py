@@ -5,7 +5,6 @@
 # %% ../../nbs/data/06_questions.ipynb #bfdf6f1a
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import string
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import SubnetError, check_names
-from .files import dataset_parts
-from .tables import LabelTask, Labelled
+from .files import dataset_parts, opened, text_format
+from .tables import Labelled, LabelTask
 
 # %% auto #0
 __all__ = ['SQUAD', 'MISPLACED', 'BadQuestions', 'MisplacedAnswers', 'Questions', 'read_squad', 'without_prefix', 'is_squad',
@@ -30,29 +29,44 @@ class BadQuestions(SubnetError):
     """A file of questions is broken, or is not in the format of SQuAD v1.1.
 
     Cause: The file is no JSON with data, paragraphs, qas and answers, or there is no question in it.
-    Fix: Give a SQuAD v1.1 file, plain or compressed with gzip, a folder of train-*.json and dev-*.json, or "datasets:NAME".
+    Fix: Give a SQuAD v1.1 file, plain or compressed with gzip,
+        a folder of train-*.json and dev-*.json, or "datasets:NAME".
     """
+
 
 class MisplacedAnswers(BadQuestions):
     """Answers do not stand in their contexts where the file says.
 
-    Cause: Contexts were cleaned or cut after the answers were marked, or offsets count bytes instead of characters.
-    Fix: Correct the file, or read it with `misplaced="move"` (the answer is looked for elsewhere in its context) or `misplaced="drop"`; both are counted.
+    Cause: Contexts were cleaned or cut after the answers were marked,
+        or offsets count bytes instead of characters.
+    Fix: Correct the file, or read it with `misplaced="move"` (the answer is looked for elsewhere
+        in its context) or `misplaced="drop"`; both are counted.
     """
 
-SQUAD = LabelTask("SQuAD", ("question",), ("context",), ("answers",), metrics=("f1", "exact"), spans=True, length=384)
+
+SQUAD = LabelTask("SQuAD", ("question",), ("context",), ("answers",), metrics=("f1", "exact"),
+                  spans=True, length=384)
 "How questions about a text are laid out and scored."
+
 
 @dataclass(frozen=True)
 class Questions(Labelled):
     "Questions, each with a text in which its answer stands."
     task: LabelTask = SQUAD
-    coded: dict = field(default_factory=dict, init=False, repr=False, compare=False)      # what heads have made of them; see `spans`
+    coded: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)   # by heads
 
     @property
-    def gold(self) -> list[tuple[str, ...]]: return [tuple(a["text"] for a in r["answers"]) for r in self]
-    def unit(self, row: Mapping[str, Any]) -> str: return row["context"]
-    def __repr__(self) -> str: return f"Questions({self.name}: {len(self):,} about {len({r['context'] for r in self}):,} texts)"
+    def gold(self) -> list[tuple[str, ...]]:
+        "The right answers to each question."
+        return [tuple(answer["text"] for answer in row["answers"]) for row in self]
+
+    def unit(self, row: Mapping[str, Any]) -> str:
+        "Name the context: questions about one text stay together."
+        return row["context"]
+
+    def __repr__(self) -> str:
+        texts = {row["context"] for row in self}
+        return f"Questions({self.name}: {len(self):,} about {len(texts):,} texts)"
 
 # %% ../../nbs/data/06_questions.ipynb #f3d2672a
 MISPLACED = ("raise", "move", "drop")
@@ -60,147 +74,259 @@ MISPLACED = ("raise", "move", "drop")
 
 
 def read_squad(
-    source: str | Path,              # "pocket", a .json[.gz] file, two with a comma, a folder, or "datasets:NAME"; perhaps with "squad:" before it
+    source: str | Path,              # "pocket", a .json[.gz] file, two with a comma, a folder,
+                                     # or "datasets:NAME"; perhaps with "squad:" before it
     part: str = "train",             # "train" or "dev"; of the pocket world also "test"
-    misplaced: str = "raise",        # or "move" to the nearest occurrence, or "drop": answers that do not stand at their offset
+    misplaced: str = "raise",        # or "move" to the nearest occurrence, or "drop":
+                                     # answers that do not stand at their offset
 ) -> Questions:
-    "Read questions in SQuAD v1.1 format; raise `BadQuestions` with what was found where they are broken."
+    "Read questions in SQuAD v1.1 format; raise `BadQuestions` where they are broken."
     check_names([misplaced], MISPLACED, "rule for misplaced answers")
-    source = without_prefix(source)
-    if source == "pocket":
-        from subnet_explorer.data.pocket import PARTS, questions
-        rows, name = _flat(questions(part=check_names([part], PARTS, "part")[0]), "the pocket world"), f"pocket:answers/{part}"
-    else:
-        check_names([part], ["train", "dev"], "part")
-        rows, name = _from_datasets(source.removeprefix("datasets:"), part) if source.startswith("datasets:") else _from_file(source, part)
-    items, skipped, wrong = [], Counter(), []
+    rows, name = _rows(without_prefix(source), part)
+    items: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    wrong: list[str] = []
     for row in rows:
         row["answers"] = list(_placed(row, misplaced, skipped, wrong))
         if row["answers"]: items.append(row)
         else: skipped["question without answer"] += 1
-    if wrong: raise MisplacedAnswers(f'{len(wrong)} answers in {name} do not stand at their offset; the first: {wrong[0]} Use misplaced="move" (in a shell: --lenient) to take the nearest occurrence, or "drop" to leave them out.')
-    if not items: raise BadQuestions(f"no question with an answer in {name}" + (f"; left out: {dict(skipped)}." if skipped else "."))
-    if twice := [i for i, k in Counter(r["id"] for r in items).items() if k > 1]: raise BadQuestions(f"{name}: {len(twice)} ids stand before several questions, e.g. {twice[0]!r}.")
+    if wrong:
+        found = f"{len(wrong)} answers in {name} do not stand at their offset; the first: {wrong[0]}"
+        remedy = 'Use misplaced="move" (in a shell: --lenient) to take the nearest occurrence'
+        raise MisplacedAnswers(f'{found} {remedy}, or "drop" to leave them out.')
+    if not items:
+        left = f"; left out: {dict(skipped)}." if skipped else "."
+        raise BadQuestions(f"no question with an answer in {name}{left}")
+    twice = [i for i, n in Counter(row["id"] for row in items).items() if n > 1]
+    if twice:
+        several = f"{len(twice)} ids stand before several questions"
+        raise BadQuestions(f"{name}: {several}, e.g. {twice[0]!r}.")
     return Questions(tuple(items), name=name, skipped=dict(skipped))
 
+# %% ../../nbs/data/06_questions.ipynb #39be7d15
+def _rows(source: str, part: str) -> tuple[Iterator[dict[str, Any]], str]:
+    "Find the rows of a source, and its name."
+    if source == "pocket":
+        from subnet_explorer.data.grammar import PARTS
+        from subnet_explorer.data.pocket_tasks import questions
+        check_names([part], PARTS, "part")
+        return _flat(questions(part=part), "the pocket world"), f"pocket:answers/{part}"
+    check_names([part], ["train", "dev"], "part")
+    if source.startswith("datasets:"): return _from_datasets(source.removeprefix("datasets:"), part)
+    return _from_file(source, part)
 
-def _placed(row: dict[str, Any], misplaced: str, skipped: Counter, wrong: list[str]) -> Iterator[dict[str, Any]]:
-    "The answers that stand in the context."
-    for a in row["answers"]:
-        text, start, context = a["text"], a["start"], row["context"]
-        if context[start:start + len(text)] == text and start >= 0: yield a; continue
-        places = [m.start() for m in re.finditer(f"(?={re.escape(text)})", context)] if misplaced == "move" else []
-        if misplaced == "raise": wrong.append(f"question {row['id']!r} has {text[:60]!r} at {start}, where its context reads {context[max(0, start):][:len(text)][:60]!r}.")
-        elif places: skipped["answer moved"] += 1; yield {**a, "start": min(places, key=lambda p: abs(p - start))}
+
+def _placed(
+    row: dict[str, Any],
+    misplaced: str,            # one of `MISPLACED`
+    skipped: Counter[str],     # counts what is moved or dropped
+    wrong: list[str],          # gets what is to be raised
+) -> Iterator[dict[str, Any]]:
+    "Take the answers that stand in the context."
+    context = row["context"]
+    for answer in row["answers"]:
+        text, start = answer["text"], answer["start"]
+        if start >= 0 and context[start:start + len(text)] == text:
+            yield answer
+            continue
+        places = _occurrences(text, context) if misplaced == "move" else []
+        if misplaced == "raise": wrong.append(_says(row, text, start))
+        elif places:
+            skipped["answer moved"] += 1
+            nearest = min((abs(place - start), place) for place in places)[1]
+            yield {**answer, "start": nearest}
         else: skipped["answer dropped"] += 1
+
+
+def _occurrences(text: str, context: str) -> list[int]:
+    return [m.start() for m in re.finditer(f"(?={re.escape(text)})", context)]
+
+
+def _says(row: dict[str, Any], text: str, start: int) -> str:
+    there = row["context"][max(0, start):][:len(text)][:60]
+    return f"question {row['id']!r} has {text[:60]!r} at {start}, where its context reads {there!r}."
 
 # %% ../../nbs/data/06_questions.ipynb #60a2ab31
 def _flat(data: Any, where: str) -> Iterator[dict[str, Any]]:
-    "Rows of the nested format."
-    def inner(of: Any, key: str, what: str) -> list:
-        found = of.get(key) if isinstance(of, dict) else None
-        if isinstance(found, list): return found
-        raise BadQuestions(f"{where}: {what} should be an object with a list {key!r}, as in SQuAD v1.1; found {_seen(of)}.")
-    for a, article in enumerate(inner(data, "data", "the file")):
-        for p, paragraph in enumerate(inner(article, "paragraphs", f"article {a}")):
+    "Unpack the nested format into rows."
+    for a, article in enumerate(_inner(data, "data", f"{where}: the file")):
+        for p, paragraph in enumerate(_inner(article, "paragraphs", f"{where}: article {a}")):
             at = f"article {a}, paragraph {p}"
-            for q in inner(paragraph, "qas", at):
-                if isinstance(q, dict) and (q.get("is_impossible") or q.get("plausible_answers")): raise BadQuestions(f"{where}: {at} has questions without an answer, as SQuAD v2.0 has; only v1.1 is read here, where every question has one.")
-                yield _row(dict(id=q.get("id") if isinstance(q, dict) else None, question=q.get("question") if isinstance(q, dict) else None, context=paragraph.get("context"),
-                                answers=[dict(text=x.get("text"), start=x.get("answer_start")) if isinstance(x, dict) else x for x in inner(q, "answers", f"a question of {at}")]), f"{where}, {at}")
+            for asked in _inner(paragraph, "qas", f"{where}: {at}"):
+                fields = asked if isinstance(asked, dict) else {}
+                if fields.get("is_impossible") or fields.get("plausible_answers"):
+                    of_v2 = "questions without an answer, as SQuAD v2.0 has"
+                    raise BadQuestions(f"{where}: {at} has {of_v2}; {_ONLY_V1}")
+                answers = _inner(asked, "answers", f"{where}: a question of {at}")
+                row = {"id": fields.get("id"), "question": fields.get("question")}
+                row |= {"context": paragraph.get("context"), "answers": list(map(_answer, answers))}
+                yield _checked(row, f"{where}, {at}")
 
 
-def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    "A row of which everything is there."
+_ONLY_V1 = "only v1.1 is read here, where every question has one."
+
+
+def _inner(of: Any, key: str, what: str) -> list[Any]:
+    "Take a list out of an object."
+    found = of.get(key) if isinstance(of, dict) else None
+    if isinstance(found, list): return found
+    wanted = f"an object with a list {key!r}, as in SQuAD v1.1"
+    raise BadQuestions(f"{what} should be {wanted}; found {_in_few_words(of)}.")
+
+
+def _in_few_words(what: Any) -> str:
+    "Say what was found."
+    if isinstance(what, dict):
+        return f"an object with {', '.join(map(repr, list(what)[:5])) or 'nothing'}"
+    if isinstance(what, list): return f"a list of {len(what)}"
+    return repr(what)[:60]
+
+
+def _answer(said: Any) -> Any:
+    if not isinstance(said, dict): return said
+    return dict(text=said.get("text"), start=said.get("answer_start"))
+
+# %% ../../nbs/data/06_questions.ipynb #68cf1e93
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    "Raise unless everything is there."
     if isinstance(row["id"], int): row["id"] = str(row["id"])
     for k in ("id", "question", "context"):
-        if not isinstance(row[k], str) or not row[k].strip(): raise BadQuestions(f"{where}: the {k} is {row[k]!r} where some text was expected.")
-    for a in row["answers"]:
-        if not isinstance(a, dict) or not isinstance(a["text"], str) or not a["text"].strip() or isinstance(a["start"], bool) or not isinstance(a["start"], int):
-            raise BadQuestions(f"{where}: question {row['id']!r} has the answer {a!r} where a text and a whole number, answer_start, were expected.")
+        if not isinstance(row[k], str) or not row[k].strip():
+            raise BadQuestions(f"{where}: the {k} is {row[k]!r} where some text was expected.")
+    for answer in row["answers"]:
+        if not _is_answer(answer):
+            wanted = "a text and a whole number, answer_start, were expected"
+            raise BadQuestions(f"{where}: question {row['id']!r} has the answer {answer!r} where {wanted}.")
     return row
 
 
-def _seen(what: Any) -> str:
-    "What was found, in few words."
-    return f"an object with {', '.join(map(repr, list(what)[:5])) or 'nothing'}" if isinstance(what, dict) else f"a list of {len(what)}" if isinstance(what, list) else repr(what)[:60]
+def _is_answer(answer: Any) -> bool:
+    if not isinstance(answer, dict): return False
+    text, start = answer["text"], answer["start"]
+    is_text = isinstance(text, str) and bool(text.strip())
+    return is_text and isinstance(start, int) and not isinstance(start, bool)
 
 # %% ../../nbs/data/06_questions.ipynb #15adba34
 def without_prefix(source: str | Path) -> str:
-    "A source without the prefix of its kind."
+    "Take the prefix of its kind from a source."
     source = str(source).removeprefix("squad:")
     return "pocket" if source == "pocket:answers" else source
 
 
+_KNOWN_SOURCES = ("pocket:answers", "datasets:squad", "datasets:rajpurkar/squad")
+
+
 def is_squad(source: str | Path) -> bool:
-    "Whether a source of a task names questions about texts."
+    "Tell whether a source of a task names questions about texts."
     one = str(source).split(",")[0]
-    return one.startswith("squad:") or one in ("pocket:answers", "datasets:squad", "datasets:rajpurkar/squad") or one.endswith((".json", ".json.gz")) or (Path(one).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev")))
+    if one.startswith("squad:") or one in _KNOWN_SOURCES: return True
+    if one.endswith((".json", ".json.gz")): return True
+    return Path(one).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev"))
 
 
 def _parts(folder: Path, part: str) -> list[Path]:
-    "The files of a part."
-    return sorted(p for p in folder.iterdir() if p.name.startswith(part) and p.name.endswith((".json", ".json.gz")))
+    "List the files of a part."
+    files = (path for path in folder.iterdir() if path.name.endswith((".json", ".json.gz")))
+    return sorted(path for path in files if path.name.startswith(part))
 
 
 def squad_files(source: str | Path) -> dict[str, Path | None]:      # train, dev; None: there is none
-    "The files of which a source is made."
+    "Find the files of which a source is made; raise `BadQuestions` if that is not clear."
     paths = [Path(p) for p in without_prefix(source).split(",")]
-    if len(paths) > 2: raise BadQuestions(f"a training and a development file were expected, found {len(paths)} names in {str(source)!r}.")
-    if missing := [p for p in paths if not p.exists()]: raise BadQuestions(f'there is no file of questions {missing[0]}: give "pocket", a .json or .json.gz file in the format of SQuAD v1.1, a folder with train-v1.1*.json and dev-v1.1*.json, or "datasets:squad".')
-    if len(paths) == 2: return dict(zip(("train", "dev"), paths))
-    if not paths[0].is_dir():
-        beside = _parts(paths[0].parent, "dev") if paths[0].name.startswith("train") else []
-        return {"train": paths[0], "dev": beside[0] if len(beside) == 1 else None}
-    found = {part: _parts(paths[0], part) for part in ("train", "dev")}
+    if len(paths) > 2:
+        wanted = "a training and a development file were expected"
+        raise BadQuestions(f"{wanted}, found {len(paths)} names in {str(source)!r}.")
+    missing = [path for path in paths if not path.exists()]
+    if missing: raise BadQuestions(f"there is no file of questions {missing[0]}: {_SOURCES}")
+    if len(paths) == 2: return {"train": paths[0], "dev": paths[1]}
+    if paths[0].is_dir(): return _folder_files(paths[0])
+    beside = _parts(paths[0].parent, "dev") if paths[0].name.startswith("train") else []
+    return {"train": paths[0], "dev": beside[0] if len(beside) == 1 else None}
+
+
+_SOURCES = ('give "pocket", a .json or .json.gz file in the format of SQuAD v1.1, '
+            'a folder with train-v1.1*.json and dev-v1.1*.json, or "datasets:squad".')
+
+# %% ../../nbs/data/06_questions.ipynb #e31b59c4
+def _folder_files(folder: Path) -> dict[str, Path | None]:
+    "Find the training and development file in a folder."
+    found = {part: _parts(folder, part) for part in ("train", "dev")}
     for part, files in found.items():
-        if len(files) > 1: raise BadQuestions(f"the folder {paths[0]} has {len(files)} files of the {part} part: {', '.join(p.name for p in files)}. Give two files with a comma between: squad:TRAIN,DEV.")
-    if not any(found.values()): raise BadQuestions(f"the folder {paths[0]} holds no file train*.json or dev*.json: found {', '.join(sorted(p.name for p in paths[0].iterdir())[:5]) or 'nothing'}.")
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            several = f"the folder {folder} has {len(files)} files of the {part} part: {names}."
+            raise BadQuestions(f"{several} Give two files with a comma between: squad:TRAIN,DEV.")
+    if not any(found.values()):
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        wanted = "no file train*.json or dev*.json"
+        raise BadQuestions(f"the folder {folder} holds {wanted}: found {there}.")
     return {part: files[0] if files else None for part, files in found.items()}
 
 
 def _from_file(source: str, part: str) -> tuple[Iterator[dict[str, Any]], str]:
-    "Rows of a part, and its name; a file given by itself is the training part, or what its name says."
-    files = squad_files(source)
-    if (path := Path(source) if Path(source).is_file() and (part == "train" or Path(source).name.startswith(part)) else files[part]) is None: raise BadQuestions(f"{source} has no {part} part: give two files with a comma between, squad:TRAIN,DEV, or a folder with both.")
+    "Read the rows of a part, and its name."
+    path, alone = squad_files(source)[part], Path(source)
+    if alone.is_file() and (part == "train" or alone.name.startswith(part)): path = alone
+    if path is None:
+        remedy = "give two files with a comma between, squad:TRAIN,DEV, or a folder with both."
+        raise BadQuestions(f"{source} has no {part} part: {remedy}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: data = json.load(f)
-    except json.JSONDecodeError as e: raise BadQuestions(f"{path} is no JSON file ({e}): SQuAD v1.1 is one object with 'data'.") from None
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise BadQuestions(f"cannot read {path}: it is cut short, or not {'gzip-compressed ' * (path.suffix == '.gz')}UTF-8 text ({e}).") from e
+        with opened(path) as f: data = json.load(f)
+    except json.JSONDecodeError as e:
+        raise BadQuestions(f"{path} is no JSON file ({e}): SQuAD v1.1 is one object with 'data'.") from None
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise BadQuestions(f"cannot read {path}: it is cut short, or not {text_format(path)} ({e}).") from e
     return _flat(data, str(path)), path.name
 
-
+# %% ../../nbs/data/06_questions.ipynb #3c60ea87
 def _from_datasets(name: str, part: str) -> tuple[Iterator[dict[str, Any]], str]:
-    "Rows of a part of a data set, and its name."
+    "Read the rows of a part of a data set, and its name."
     parts, wanted = dataset_parts(name, BadQuestions), {"train": "train", "dev": "validation"}[part]
-    if wanted not in parts: raise BadQuestions(f"the data set {name!r} has no part {wanted!r}: found {', '.join(parts)}.")
-    def rows() -> Iterator[dict[str, Any]]:
-        for n, r in enumerate(parts[wanted]):
-            if lost := [k for k in ("id", "question", "context", "answers") if k not in r]: raise BadQuestions(f"the data set {name!r} has no column {lost[0]!r}: found {', '.join(r)}. Is it SQuAD?")
-            a = r["answers"]
-            yield _row(dict(id=r["id"], question=r["question"], context=r["context"], answers=[dict(text=t, start=s) for t, s in zip(a["text"], a["answer_start"], strict=True)]), f"{name}/{wanted}, row {n}")
-    return rows(), f"{name}/{wanted}"
+    if wanted not in parts:
+        raise BadQuestions(f"the data set {name!r} has no part {wanted!r}: found {', '.join(parts)}.")
+    rows = (_data_set_row(row, n, name, wanted) for n, row in enumerate(parts[wanted]))
+    return rows, f"{name}/{wanted}"
+
+
+def _data_set_row(said: Mapping[str, Any], n: int, name: str, part: str) -> dict[str, Any]:
+    lost = [k for k in ("id", "question", "context", "answers") if k not in said]
+    if lost:
+        found = f"found {', '.join(said)}. Is it SQuAD?"
+        raise BadQuestions(f"the data set {name!r} has no column {lost[0]!r}: {found}")
+    texts, starts = said["answers"]["text"], said["answers"]["answer_start"]
+    answers = [dict(text=text, start=start) for text, start in zip(texts, starts, strict=True)]
+    row = dict(id=said["id"], question=said["question"], context=said["context"], answers=answers)
+    return _checked(row, f"{name}/{part}, row {n}")
 
 # %% ../../nbs/data/06_questions.ipynb #1c23374a
 def normalised_answer(text: str) -> str:
-    "An answer as the official script compares it: in lower case, without punctuation, articles and needless space."
+    "Spell an answer as the official script does: lower case, no punctuation, articles, extra space."
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def _f1(one: str, other: str) -> float:
-    "F1 of the words of two answers."
+    "Compute F1 of the words of two answers."
     a, b = normalised_answer(one).split(), normalised_answer(other).split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
+
+
+def _exact(one: str, other: str) -> float:
+    return float(normalised_answer(one) == normalised_answer(other))
 
 
 def answer_scores(
     gold: Sequence[Sequence[str]],      # right answers to each question
     predicted: Sequence[str],
 ) -> dict[str, np.ndarray]:             # f1, exact: (question,)
-    "F1 and exact match of every answer, of the best right one."
-    if len(gold) != len(predicted) or not len(gold): raise SubnetError(f"{len(predicted)} answers to {len(gold)} questions: at least one, and as many of each, were expected.")
-    if empty := [i for i, g in enumerate(gold) if isinstance(g, str) or not len(g)]: raise SubnetError(f"question {empty[0]} should have a list of right answers, found {gold[empty[0]]!r}.")
-    return {"f1": np.array([max(_f1(g, p) for g in all_) for all_, p in zip(gold, predicted)]),
-            "exact": np.array([max(float(normalised_answer(g) == normalised_answer(p)) for g in all_) for all_, p in zip(gold, predicted)])}
+    "Score every answer by F1 and exact match, against the best right one."
+    if len(gold) != len(predicted) or not len(gold):
+        wanted = "at least one, and as many of each, were expected."
+        raise SubnetError(f"{len(predicted)} answers to {len(gold)} questions: {wanted}")
+    for i, right in enumerate(gold):
+        if isinstance(right, str) or not len(right):
+            raise SubnetError(f"question {i} should have a list of right answers, found {right!r}.")
+    pairs = list(zip(gold, predicted, strict=True))
+    return {"f1": np.array([max(_f1(right, said) for right in of) for of, said in pairs]),
+            "exact": np.array([max(_exact(right, said) for right in of) for of, said in pairs])}

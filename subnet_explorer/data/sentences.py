@@ -8,18 +8,18 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import dataset_parts
 from ..core.errors import SubnetError, check_names
-from .files import file_text
+from .files import dataset_parts, file_text
 
 # %% auto #0
-__all__ = ['SCHEMES', 'GAP', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'coded_words',
-           'fitting']
+__all__ = ['SCHEMES', 'GAP', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'words_of',
+           'coded_words', 'fitting']
 
 # %% ../../nbs/data/04_sentences.ipynb #4b724222
 class BadSentences(SubnetError):
@@ -29,12 +29,13 @@ class BadSentences(SubnetError):
     Fix: Correct the line in the message; look at the number of columns and at blank lines between sentences.
     """
 
+
 @dataclass(frozen=True)
 class Sentence:
-    "The syntactic words of a sentence and their annotation."
+    "The syntactic words of a sentence and their annotation; raise `BadSentences` if it is no tree."
     words: tuple[str, ...]
     upos: tuple[str, ...]       # universal parts of speech
-    head: tuple[int, ...]       # place of each word's head: one-based, 0 is the root
+    head: tuple[int, ...]       # place of each word's syntactic head: one-based, 0 is the root
     deprel: tuple[str, ...]     # relation to the head, with its subtype
 
     @property
@@ -47,206 +48,339 @@ class Sentence:
         "Heads and relations."
         return list(self.head), list(self.deprel)
 
-    def __post_init__(self) -> None:
-        n = len(self.words)
-        if not n or any(len(v) != n for v in (self.upos, self.head, self.deprel)): raise BadSentences(f"a sentence has at least one word, and of each a part of speech, a head and a relation: found {n}, {len(self.upos)}, {len(self.head)} and {len(self.deprel)}.")
-        if off := [i for i, h in enumerate(self.head, 1) if not 0 <= h <= n or h == i]: raise BadSentences(f"the head of word {off[0]} ({self.words[off[0] - 1]!r}) is {self.head[off[0] - 1]}, " + ("the word itself." if self.head[off[0] - 1] == off[0] else f"but there are {n} words: 0 (root) to {n} were expected."))
-        if (roots := [w for w, h in zip(self.words, self.head) if h == 0])[1:] or not roots: raise BadSentences(f"{len(roots) or 'no'} root{'s' * (len(roots) != 1)}{': ' * bool(roots)}{', '.join(map(repr, roots[:5]))} where exactly one word with head 0 was expected.")
-        if loose := [i for i in range(1, n + 1) if not _rooted(self.head, i)]: raise BadSentences(f"the heads of word {loose[0]} ({self.words[loose[0] - 1]!r}) go round in a circle and never reach the root.")
-
+    def __post_init__(self) -> None: _check_tree(self)
     def __len__(self) -> int: return len(self.words)
 
+# %% ../../nbs/data/04_sentences.ipynb #8be05c43
+def _check_tree(s: Sentence) -> None:
+    n, found = len(s.words), [len(s.words), len(s.upos), len(s.head), len(s.deprel)]
+    if not n or len(set(found)) > 1:
+        wanted = "a sentence has at least one word, and of each a part of speech, a head and a relation"
+        raise BadSentences(f"{wanted}: found {found[0]}, {found[1]}, {found[2]} and {found[3]}.")
+    for i, (word, head) in enumerate(zip(s.words, s.head, strict=True), 1):
+        said = f"the head of word {i} ({word!r}) is {head}"
+        if head == i: raise BadSentences(f"{said}, the word itself.")
+        if not 0 <= head <= n:
+            raise BadSentences(f"{said}, but there are {n} words: 0 (root) to {n} were expected.")
+    roots = [word for word, head in zip(s.words, s.head, strict=True) if head == 0]
+    if len(roots) != 1:
+        found_roots = f"{len(roots)} roots: {', '.join(map(repr, roots[:5]))}" if roots else "no roots"
+        raise BadSentences(f"{found_roots} where exactly one word with head 0 was expected.")
+    for i, word in enumerate(s.words, 1):
+        if not _leads_to_root(s.head, i):
+            circle = "go round in a circle and never reach the root."
+            raise BadSentences(f"the heads of word {i} ({word!r}) {circle}")
 
-def _rooted(head: Sequence[int], i: int) -> bool:
-    "Whether one comes from word `i` to the root."
+
+def _leads_to_root(head: Sequence[int], i: int) -> bool:
+    "Tell whether one comes from word `i` to the root."
     for _ in head:
         if i: i = head[i - 1]
     return i == 0
 
 # %% ../../nbs/data/04_sentences.ipynb #144dab19
+_Rows = list[tuple[int, dict[str, Any]]]      # number of the line, columns of the word
+
+
 def read_conllu(
-    source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps", or "datasets:NAME[/CONFIG]"
+    source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps",
+                               # or "datasets:NAME[/CONFIG]"
     part: str = "train",       # "train", "dev" or "test" (not for text or a file)
 ) -> list[Sentence]:
     "Read a treebank; raise `BadSentences` with file and line where it is broken."
     if str(source) == "pocket-gaps": return gapped(read_conllu("pocket", part))
     if str(source) == "pocket":
-        from subnet_explorer.data.pocket import PARTS, treebank
-        check_names([part], PARTS, "part"); source = treebank(PARTS[part], part=part)
-    out = [_sentence(rows, where) for rows, where in (_annotated(source, part) if str(source).startswith("datasets:") else _conllu_rows(source))]
-    if not out: raise BadSentences(f"there is no sentence in {_named(source)}.")
-    return out
+        from subnet_explorer.data.grammar import PARTS, treebank
+        check_names([part], PARTS, "part")
+        source = treebank(PARTS[part], part=part)
+    is_data_set = str(source).startswith("datasets:")
+    found = _data_set_rows(source, part) if is_data_set else _conllu_rows(source)
+    sentences = [_sentence(rows, where) for rows, where in found]
+    if not sentences: raise BadSentences(f"there is no sentence in {_named(source)}.")
+    return sentences
 
 
-def _conllu_rows(source: str | Path) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], str]]:
-    "The words of each sentence with the numbers of their lines, and where they come from."
-    from conllu.exceptions import ParseException
-    from conllu.parser import DEFAULT_FIELDS, DEFAULT_FIELD_PARSERS, parse_line
-    where, lines, asis = _named(source), _source_lines(source), lambda cells, i: cells[i]
-    parsers = {k: f if k in ("id", "head") else asis for k, f in DEFAULT_FIELD_PARSERS.items()}
-    for first, group in _groups(lines):
-        rows: list[tuple[int, dict[str, Any]]] = []
-        for n, line in enumerate(group, first):
+def _conllu_rows(source: str | Path) -> Iterator[tuple[_Rows, str]]:
+    "Read the words of each sentence, and where they come from."
+    where = _named(source)
+    for first, lines in _groups(_source_lines(source)):
+        rows: _Rows = []
+        for n, line in enumerate(lines, first):
             if line.startswith("#"): continue
-            if (k := line.count("\t") + 1) != len(DEFAULT_FIELDS): raise BadSentences(f"{where}, line {n}: {k} column{'s' * (k != 1)} where {len(DEFAULT_FIELDS)} were expected, with a tab between: {line[:60]!r}.")
-            try: row = parse_line(re.sub(" {2,}", " ", line), DEFAULT_FIELDS, parsers)
-            except ParseException as e: raise BadSentences(f"{where}, line {n}: {_number(e, line)}") from None
-            if not isinstance(row["id"], int): continue                                # a range or an empty node
-            if row["id"] != len(rows) + 1: raise BadSentences(f"{where}, line {n}: the word has number {row['id']} where {len(rows) + 1} was expected. Is the empty line between two sentences missing?")
+            row = _conllu_row(line, f"{where}, line {n}")
+            number = row["id"]
+            if not isinstance(number, int): continue      # a range or an empty node
+            if number != len(rows) + 1:
+                wrong = f"the word has number {number} where {len(rows) + 1} was expected"
+                hint = "Is the empty line between two sentences missing?"
+                raise BadSentences(f"{where}, line {n}: {wrong}. {hint}")
             rows.append((n, row))
         if rows: yield rows, where
 
 # %% ../../nbs/data/04_sentences.ipynb #3b6e85a2
+def _conllu_row(line: str, where: str) -> dict[str, Any]:
+    "Read the columns of a word, its number and head as numbers."
+    from conllu.exceptions import ParseException
+    from conllu.parser import DEFAULT_FIELDS, parse_line
+    found, wanted = line.count("\t") + 1, len(DEFAULT_FIELDS)
+    if found != wanted:
+        columns = f"{found} column{'s' * (found != 1)} where {wanted} were expected"
+        raise BadSentences(f"{where}: {columns}, with a tab between: {line[:60]!r}.")
+    try: return parse_line(re.sub(" {2,}", " ", line), DEFAULT_FIELDS, _conllu_parsers())
+    except ParseException as e:
+        cells = line.split("\t")
+        wrong = f"the id {cells[0]!r} is no number, range of numbers (1-2) or decimal (1.1)."
+        if "'head'" in str(e): wrong = f"the head {cells[6]!r} is no number from 0 (root) to the last word."
+        raise BadSentences(f"{where}: {wrong}") from None
+
+
+@cache
+def _conllu_parsers() -> dict[str, Any]:
+    "Functions by column: number and head are parsed, everything else stays as it is."
+    from conllu.parser import DEFAULT_FIELD_PARSERS
+    return {k: f if k in ("id", "head") else _cell for k, f in DEFAULT_FIELD_PARSERS.items()}
+
+
+def _cell(cells: Sequence[str], i: int) -> str: return cells[i]
+
+
 def _named(source: str | Path) -> str: return "the text" if _is_text(source) else str(source)
 
 
-def _is_text(source: str | Path) -> bool: return isinstance(source, str) and ("\n" in source or "\t" in source or not source.strip())
+def _is_text(source: str | Path) -> bool:
+    return isinstance(source, str) and ("\n" in source or "\t" in source or not source.strip())
 
 
 def _source_lines(source: str | Path) -> list[str]:
-    "The lines of a text, or of the file it names."
-    if not _is_text(source) and not (path := Path(source)).is_file(): raise BadSentences(f'there is no file {path}: give the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", or "datasets:NAME".')
-    text = source if _is_text(source) else file_text(path, BadSentences)
+    "Read the lines of a text, or of the file it names."
+    if _is_text(source): text = str(source)
+    elif Path(source).is_file(): text = file_text(Path(source), BadSentences)
+    else: raise BadSentences(f"there is no file {Path(source)}: {_SOURCES}")
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
+_SOURCES = ('give the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", '
+            'or "datasets:NAME".')
+
+# %% ../../nbs/data/04_sentences.ipynb #c3a07f95
 def _groups(lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    "Lines between empty ones, with the number of the first."
+    "Group lines between empty ones, with the number of the first."
     group: list[str] = []
     for n, line in enumerate([*lines, ""], 1):
         if line.strip(): group.append(line)
-        elif group: yield n - len(group), group; group = []
-
-
-def _number(e: Exception, line: str) -> str:
-    "Which number of a line is none."
-    cells = line.split("\t")
-    name, value = ("head", cells[6]) if "'head'" in str(e) else ("id", cells[0])
-    return f"the {name} {value!r} is no number" + (" from 0 (root) to the last word." if name == "head" else ", range of numbers (1-2) or decimal (1.1).")
+        elif group:
+            yield n - len(group), group
+            group = []
 
 
 def _sentence(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str) -> Sentence:
-    "A sentence of the rows of its words."
-    for n, row in rows:
-        for name in ("form", "upos", "deprel"):
-            if not row[name] or row[name] == "_" and name != "form": raise BadSentences(f"{where}, line {n}: the word {row['form']!r} has no {name}.")
-        if not isinstance(row["head"], int): raise BadSentences(f"{where}, line {n}: the head {row['head'] or '_'!r} is no number from 0 (root) to the last word.")
-        if not 0 <= row["head"] <= len(rows): raise BadSentences(f"{where}, line {n}: the head of {row['form']!r} is {row['head']}, but the sentence has {len(rows)} word{'s' * (len(rows) != 1)}.")
-    try: return Sentence(*(tuple(row[name] for _, row in rows) for name in ("form", "upos", "head", "deprel")))
-    except BadSentences as e: raise BadSentences(f"{where}, sentence from line {rows[0][0]} on: {e}") from None
+    "Make a sentence of the rows of its words."
+    for n, row in rows: _check_word(row, len(rows), f"{where}, line {n}")
+    columns = ("form", "upos", "head", "deprel")
+    words, upos, head, deprel = (tuple(row[name] for _, row in rows) for name in columns)
+    try: return Sentence(words, upos, head, deprel)
+    except BadSentences as e:
+        raise BadSentences(f"{where}, sentence from line {rows[0][0]} on: {e}") from None
+
+
+def _check_word(row: Mapping[str, Any], n: int, where: str) -> None:
+    "Raise unless a word of a sentence of `n` has all that it needs."
+    word, head = row["form"], row["head"]
+    for name in ("form", "upos", "deprel"):
+        missing = not row[name] or (row[name] == "_" and name != "form")
+        if missing: raise BadSentences(f"{where}: the word {word!r} has no {name}.")
+    if not isinstance(head, int):
+        raise BadSentences(f"{where}: the head {head or '_'!r} is no number from 0 (root) to the last word.")
+    if not 0 <= head <= n:
+        size = f"the sentence has {n} word{'s' * (n != 1)}"
+        raise BadSentences(f"{where}: the head of {word!r} is {head}, but {size}.")
 
 # %% ../../nbs/data/04_sentences.ipynb #a785c0a5
-def _part_of(source: str | Path, part: str, columns: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    "The rows of one part of a data set, labels by name, and where they come from."
+def _part_of(
+    source: str | Path,
+    part: str,
+    columns: Sequence[str],
+) -> tuple[list[dict[str, Any]], str]:
+    "Read the rows of one part of a data set, labels by name, and where they come from."
     name = str(source).removeprefix("datasets:")
     parts = dataset_parts(name, BadSentences)
-    part = "validation" if part == "dev" and "dev" not in parts else part
+    if part == "dev" and "dev" not in parts: part = "validation"
     rows = parts[check_names([part], list(parts), "part")[0]]
-    if missing := [c for c in columns if c not in rows.column_names]: raise BadSentences(f"the data set {name!r} has no column {missing[0]}, only {', '.join(rows.column_names)}.")
+    missing = [c for c in columns if c not in rows.column_names]
+    if missing:
+        found = ", ".join(rows.column_names)
+        raise BadSentences(f"the data set {name!r} has no column {missing[0]}, only {found}.")
     names = {c: getattr(getattr(rows.features[c], "feature", None), "names", None) for c in columns}
-    named = lambda c, values: [(names[c][v] if v >= 0 else None) if names[c] and isinstance(v, int) else v for v in values]      # -1: no label
-    return [{c: named(c, row[c]) for c in columns} for row in rows.select_columns(list(columns))], f"{name}/{part}"
+    selected = rows.select_columns(list(columns))
+    named = [{c: _by_name(row[c], names[c]) for c in columns} for row in selected]
+    return named, f"{name}/{part}"
 
 
-def _annotated(source: str | Path, part: str) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], str]]:
-    "The words of each sentence of a data set; the number of the row stands for that of the line."
+def _by_name(labels: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    "Give numbered labels their names, and None for -1, which is no label."
+    if not names: return list(labels)
+    return [_name_of(label, names) for label in labels]
+
+
+def _name_of(label: Any, names: Sequence[str]) -> Any:
+    if not isinstance(label, int): return label
+    return names[label] if label >= 0 else None
+
+
+def _data_set_rows(source: str | Path, part: str) -> Iterator[tuple[_Rows, str]]:
+    "Read the words of each sentence of a data set; its number stands for that of a line."
     data, where = _part_of(source, part, ("tokens", "upos", "head", "deprel"))
-    for n, d in enumerate(data, 1):
-        if len({len(v) for v in d.values()}) != 1: raise BadSentences(f"{where}, line {n}: {', '.join(f'{len(v)} {k}' for k, v in d.items())}: as many of each were expected.")
-        words = [dict(zip(("form", "upos", "head", "deprel"), w)) for w in zip(*d.values()) if w[2] not in (None, "None", "_")]
-        for w in words:
-            if not re.fullmatch(r"\d+", str(w["head"])): raise BadSentences(f"{where}, line {n}: the head {w['head']!r} is no number.")
-        if words: yield [(n, {**w, "head": int(w["head"])}) for w in words], where
+    for n, row in enumerate(data, 1):
+        if len({len(values) for values in row.values()}) != 1:
+            counted = ", ".join(f"{len(values)} {k}" for k, values in row.items())
+            raise BadSentences(f"{where}, line {n}: {counted}: as many of each were expected.")
+        words = []
+        for form, upos, head, deprel in zip(*row.values(), strict=True):
+            if head in (None, "None", "_"): continue      # a multi-word range
+            if not re.fullmatch(r"\d+", str(head)):
+                raise BadSentences(f"{where}, line {n}: the head {head!r} is no number.")
+            words.append((n, dict(form=form, upos=upos, head=int(head), deprel=deprel)))
+        if words: yield words, where
 
 # %% ../../nbs/data/04_sentences.ipynb #6ac9cecf
-def _tags(tags: Iterable[str]) -> list[tuple[str, str]]:
-    "Prefix and type of each entity label; BILOU is spelled as BIOES."
-    found = [re.fullmatch(r"(O)|([BIESLU])(?:-(.*))?", t) if isinstance(t, str) else t for t in tags]
-    if wrong := [t for t, m in zip(tags, found) if not isinstance(m, re.Match)]: raise BadSentences(f"{wrong[0]!r} is no entity label: O, or B-, I-, E- or S- and a type, was expected.")
-    return [({"L": "E", "U": "S"}.get(p := m[1] or m[2], p), m[3] or "") for m in found]
+_BIOES = {"L": "E", "U": "S"}      # letters of BILOU
+
+
+def _prefix_and_type(tag: str) -> tuple[str, str]:
+    "Take an entity label apart; BILOU is spelled as BIOES."
+    found = re.fullmatch(r"(O)|([BIESLU])(?:-(.*))?", tag) if isinstance(tag, str) else None
+    if found is None:
+        raise BadSentences(f"{tag!r} is no entity label: O, or B-, I-, E- or S- and a type, was expected.")
+    prefix = found[1] or found[2]
+    return _BIOES.get(prefix, prefix), found[3] or ""
 
 
 def chunks(tags: Sequence[str]) -> list[tuple[str, int, int]]:      # type, first word, one past the last
-    "The entities of a sentence's labels, of any scheme, by the rules of conlleval."
-    out, start, (before, was) = [], 0, ("O", "")
-    for i, (prefix, kind) in enumerate([*_tags(tags), ("O", "")]):
+    "Find the entities of a sentence's labels, of any scheme, by the rules of conlleval."
+    found, start = [], 0
+    before, was = "O", ""
+    for i, (prefix, kind) in enumerate([*map(_prefix_and_type, tags), ("O", "")]):
         begins = prefix != "O" and (prefix in "BS" or before in "OES" or kind != was)
-        if before != "O" and (begins or prefix == "O"): out.append((was, start, i))
+        if before != "O" and (begins or prefix == "O"): found.append((was, start, i))
         if begins: start = i
         before, was = prefix, kind
-    return out
+    return found
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
-    "The same entities in IOB2."
-    out = ["O"] * len(tags)
-    for kind, start, stop in chunks(tags): out[start:stop] = [f"{p}-{kind}".removesuffix("-") for p in "B" + "I" * (stop - start - 1)]
-    return out
+    "Write the same entities in IOB2."
+    found = ["O"] * len(tags)
+    for kind, start, stop in chunks(tags):
+        prefixes = "B" + "I" * (stop - start - 1)
+        found[start:stop] = [f"{prefix}-{kind}".removesuffix("-") for prefix in prefixes]
+    return found
 
 # %% ../../nbs/data/04_sentences.ipynb #a31775df
 SCHEMES = ("IOB1", "IOB2", "BIOES")
 "Schemes of entity labels."
 
+_Tagged = tuple[list[int], list[str], list[str]]      # numbers of lines, words, labels of a sentence
+
 
 def read_ner(
-    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", or "datasets:NAME[/CONFIG]" with columns tokens and ner_tags
+    source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket",
+                               # "pocket-gaps", or "datasets:NAME[/CONFIG]" with tokens and ner_tags
     scheme: str = "auto",      # one of `SCHEMES`; "auto": found out; "conlleval": unchecked
     part: str = "train",       # "train", "dev" or "test" (not for text or a file)
 ) -> list[tuple[list[str], list[str]]]:      # words, IOB2 labels
-    "Read words with entity labels; raise `BadSentences` with file and line where they are broken."
+    "Read words with entity labels; raise `BadSentences` with the line where they are broken."
     check_names([scheme], ["auto", *SCHEMES, "conlleval"], "scheme of entity labels")
     if str(source) == "pocket-gaps": return gapped(read_ner("pocket", part=part))
     if str(source) == "pocket":
-        from subnet_explorer.data.pocket import PARTS, entities
-        check_names([part], PARTS, "part"); source = entities(PARTS[part], part=part)
-    if str(source).startswith("datasets:"):
-        rows, where = _part_of(source, part, ("tokens", "ner_tags"))
-        if uneven := [n for n, d in enumerate(rows, 1) if len(d["tokens"]) != len(d["ner_tags"])]: raise BadSentences(f"{where}, line {uneven[0]}: not as many labels as words.")
-        found = [([n] * len(d["tokens"]), d["tokens"], d["ner_tags"]) for n, d in enumerate(rows, 1) if d["tokens"]]
-    else: where, found = _named(source), _columns(source)
+        from subnet_explorer.data.grammar import PARTS, entities
+        check_names([part], PARTS, "part")
+        source = entities(PARTS[part], part=part)
+    is_data_set = str(source).startswith("datasets:")
+    where = _named(source)
+    if is_data_set: found, where = _data_set_tags(source, part)
+    else: found = _columns(source)
     if not found: raise BadSentences(f"there is no sentence in {_named(source)}.")
     for places, _, tags in found:
-        for n, t in zip(places, tags):
-            try: _tags([t])
+        for n, tag in zip(places, tags, strict=True):
+            try: _prefix_and_type(tag)
             except BadSentences as e: raise BadSentences(f"{where}, line {n}: {e}") from None
     if scheme != "conlleval": _check_scheme(found, scheme, where)
     return [(words, iob2(tags)) for _, words, tags in found]
 
+# %% ../../nbs/data/04_sentences.ipynb #07ae9b3c
+def _data_set_tags(source: str | Path, part: str) -> tuple[list[_Tagged], str]:
+    "Read words and labels of a data set; the number of the row stands for that of the line."
+    rows, where = _part_of(source, part, ("tokens", "ner_tags"))
+    found = []
+    for n, row in enumerate(rows, 1):
+        words, tags = row["tokens"], row["ner_tags"]
+        if len(words) != len(tags): raise BadSentences(f"{where}, line {n}: not as many labels as words.")
+        if words: found.append(([n] * len(words), words, tags))
+    return found, where
 
-def _columns(source: str | Path) -> list[tuple[list[int], list[str], list[str]]]:      # line numbers, words, labels of each sentence
-    "First and last column."
-    out, wide = [], 0
-    for first, group in _groups(["" if line.startswith("-DOCSTART-") else line for line in _source_lines(source)]):
-        rows = [[c.strip() for c in line.split("\t")] if "\t" in line else re.split(" +", line.strip(" ")) for line in group]
-        for n, cells in enumerate(rows, first):
+
+def _columns(source: str | Path) -> list[_Tagged]:
+    "Read the first and last column."
+    found, wide = [], 0
+    lines = ["" if line.startswith("-DOCSTART-") else line for line in _source_lines(source)]
+    for first, group in _groups(lines):
+        rows = [_split(line) for line in group]
+        for n, (line, cells) in enumerate(zip(group, rows, strict=True), first):
             wide = wide or len(cells)
             if len(cells) < 2 or len(cells) != wide or not cells[0]:
-                raise BadSentences(f"{_named(source)}, line {n}: {len(cells)} column{'s' * (len(cells) != 1)} where {max(wide, 2)}{' or more' * (wide < 2)} were expected, the word first and the label last: {group[n - first][:60]!r}.")
-        out.append((list(range(first, first + len(rows))), [r[0] for r in rows], [r[-1] for r in rows]))
-    return out
+                k, least = len(cells), f"{max(wide, 2)}{' or more' * (wide < 2)}"
+                wrong = f"{k} column{'s' * (k != 1)} where {least} were expected"
+                where = f"{_named(source)}, line {n}"
+                order = "the word first and the label last"
+                raise BadSentences(f"{where}: {wrong}, {order}: {line[:60]!r}.")
+        places = list(range(first, first + len(rows)))
+        found.append((places, [cells[0] for cells in rows], [cells[-1] for cells in rows]))
+    return found
+
+
+def _split(line: str) -> list[str]:
+    "Split a line at its tabs, or at its blanks if it has none."
+    if "\t" in line: return [cell.strip() for cell in line.split("\t")]
+    return re.split(" +", line.strip(" "))
 
 # %% ../../nbs/data/04_sentences.ipynb #6ed86f14
 def _breach(tags: Sequence[str], scheme: str) -> int | None:
-    "The first label that a scheme does not allow where it stands."
-    row = [("O", ""), *_tags(tags), ("O", "")]
-    for i, ((p, t), (q, u), (r, v)) in enumerate(zip(row, row[1:], row[2:])):
-        inside, goes_on = p in "BI" and t == u, r in "IE" and u == v
-        if scheme == "BIOES": wrong = (q in "IE" and not inside) or (q in "BI" and not goes_on)
-        else: wrong = q in "ES" or q == {"IOB2": "I", "IOB1": "B"}[scheme] and not inside
+    "Find the first label that a scheme does not allow where it stands."
+    row = [("O", ""), *map(_prefix_and_type, tags), ("O", "")]
+    for i, (prefix, kind) in enumerate(row[1:-1]):
+        (before, kind_before), (after, kind_after) = row[i], row[i + 2]
+        inside = before in "BI" and kind_before == kind
+        goes_on = after in "IE" and kind_after == kind
+        if scheme == "BIOES": wrong = (prefix in "IE" and not inside) or (prefix in "BI" and not goes_on)
+        elif prefix in "ES": wrong = True
+        else: wrong = prefix == {"IOB2": "I", "IOB1": "B"}[scheme] and not inside
         if wrong: return i
     return None
 
 
-def _check_scheme(found: Sequence[tuple[list[int], list[str], list[str]]], scheme: str, where: str) -> None:
+def _check_scheme(found: Sequence[_Tagged], scheme: str, where: str) -> None:
     "Raise if labels follow none of the schemes they may have."
-    single = scheme != "auto" or any(p in "ES" for _, _, tags in found for p, _ in _tags(tags))
-    breaches = {}
-    for s in ((scheme if scheme != "auto" else "BIOES",) if single else ("IOB2", "IOB1")):
-        at = next(((places[i], tags[i]) for places, _, tags in found if (i := _breach(tags, s)) is not None), None)
-        if at is None: return
-        breaches[s] = at
-    said = " and ".join(f"line {n}: {t!r} cannot stand there in {s}" for s, (n, t) in breaches.items())
-    raise BadSentences(f"{where}, {said}. Correct the labels, name another scheme, or use scheme=\"conlleval\" to read them by its rules.")
+    said = []
+    for name in [scheme] if scheme != "auto" else _likely_schemes(found):
+        breach = _first_breach(found, name)
+        if breach is None: return
+        said.append(breach)
+    remedy = "Correct the labels, name another scheme"
+    as_conlleval = 'use scheme="conlleval" to read them by its rules'
+    raise BadSentences(f"{where}, {' and '.join(said)}. {remedy}, or {as_conlleval}.")
+
+
+def _likely_schemes(found: Sequence[_Tagged]) -> list[str]:
+    "Tell BIOES by its prefixes; what has none of them may be IOB2 or IOB1."
+    prefixes = {_prefix_and_type(tag)[0] for _, _, tags in found for tag in tags}
+    return ["BIOES"] if prefixes & {"E", "S"} else ["IOB2", "IOB1"]
+
+
+def _first_breach(found: Sequence[_Tagged], scheme: str) -> str | None:
+    for places, _, tags in found:
+        i = _breach(tags, scheme)
+        if i is not None: return f"line {places[i]}: {tags[i]!r} cannot stand there in {scheme}"
+    return None
 
 # %% ../../nbs/data/04_sentences.ipynb #df207b1d
 GAP = "[MASK]"
@@ -259,22 +393,33 @@ def gapped(
     seed: int = 0,
 ) -> list[Any]:
     "Put gaps for a share of the words of every sentence; annotation stays as it is."
-    if not 0 <= share <= 1: raise SubnetError(f"the share of gaps is a fraction between 0 and 1, got {share}.")
+    if not 0 <= share <= 1:
+        raise SubnetError(f"the share of gaps is a fraction between 0 and 1, got {share}.")
     return [_with_gaps(s, share, seed) for s in sentences]
 
 
 def _with_gaps(sentence: Any, share: float, seed: int) -> Any:
-    words = list(sentence.words if isinstance(sentence, Sentence) else sentence[0])
-    if GAP in words: raise BadSentences(f"the sentence {' '.join(words)[:60]!r} has gaps already: give the original.")
+    words = words_of(sentence)
+    if GAP in words:
+        raise BadSentences(f"the sentence {' '.join(words)[:60]!r} has gaps already: give the original.")
     order = list(range(len(words)))
     random.Random(f"gaps-{seed}-{' '.join(words)}").shuffle(order)
     for i in order[:round(share * len(words))]: words[i] = GAP
-    return replace(sentence, words=tuple(words)) if isinstance(sentence, Sentence) else (words, sentence[1])
+    if isinstance(sentence, Sentence): return replace(sentence, words=tuple(words))
+    return words, sentence[1]
+
+
+def words_of(sentence: Any) -> list[str]:
+    "List the words of a `Sentence`, or of a pair of words and labels."
+    return list(sentence.words if isinstance(sentence, Sentence) else sentence[0])
 
 
 def coded_words(tok: Any, words: Sequence[str], **more: Any) -> Any:      # what the tokenizer gives
     "Tokenise words, gaps as the mask token; raise `BadSentences` if there is none."
-    if GAP in words and tok.mask_token is None: raise BadSentences(f"a sentence with gaps needs the tokenizer of a masked model, and {type(tok).__name__} has no mask token: {' '.join(words)[:60]!r}.")
+    if GAP in words and tok.mask_token is None:
+        needed = "a sentence with gaps needs the tokenizer of a masked model"
+        missing = f"{type(tok).__name__} has no mask token"
+        raise BadSentences(f"{needed}, and {missing}: {' '.join(words)[:60]!r}.")
     return tok([tok.mask_token if w == GAP else w for w in words], is_split_into_words=True, **more)
 
 # %% ../../nbs/data/04_sentences.ipynb #589409c5
@@ -285,15 +430,21 @@ def fitting(
     shortest: int = 1,             # words at least
 ) -> tuple[list[Any], dict[str, int]]:      # what fits, in order; reason -> how many do not
     "Leave out and count what is too long; raise `BadSentences` if nothing fits."
-    kept, skipped = [], Counter()
-    for s in sentences:
-        words = list(s.words if isinstance(s, Sentence) else s[0])
-        why = f"more than {longest} words" if len(words) > longest else f"fewer than {shortest} words" if len(words) < shortest else ""
-        if not why:
-            coded = coded_words(tok, words, verbose=False)
-            if len(coded.input_ids) > tok.model_max_length: why = f"more than {tok.model_max_length} tokens"
-            elif len({*coded.word_ids()} - {None}) < len(words): why = "a word without token"
+    kept, skipped = [], Counter[str]()
+    for sentence in sentences:
+        why = _why_unfit(words_of(sentence), tok, longest, shortest)
         if why: skipped[why] += 1
-        else: kept.append(s)
-    if not kept: raise BadSentences(f"none of {len(sentences)} sentences fits: {dict(skipped) or 'there is none'}.")
+        else: kept.append(sentence)
+    if not kept:
+        raise BadSentences(f"none of {len(sentences)} sentences fits: {dict(skipped) or 'there is none'}.")
     return kept, dict(skipped)
+
+
+def _why_unfit(words: list[str], tok: Any, longest: int, shortest: int) -> str:
+    "Say why a sentence does not fit; nothing if it does."
+    if len(words) > longest: return f"more than {longest} words"
+    if len(words) < shortest: return f"fewer than {shortest} words"
+    coded = coded_words(tok, words, verbose=False)
+    if len(coded.input_ids) > tok.model_max_length: return f"more than {tok.model_max_length} tokens"
+    with_token = {*coded.word_ids()} - {None}
+    return "a word without token" if len(with_token) < len(words) else ""

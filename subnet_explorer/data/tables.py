@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .files import numbered_lines, numbered_sources
 from ..core.errors import SubnetError, check_names
 from ..core.space import digest
+from .files import numbered_lines, numbered_sources
 
 # %% auto #0
 __all__ = ['GLUE', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices', 'read_choices']
@@ -28,35 +29,45 @@ class BadTable(SubnetError):
     """A table of labelled sentences is broken, or is not the table of this task.
 
     Cause: A column is missing, a row has too many or too few cells, or a label is not one of the task's.
-    Fix: Check that file and task belong together and that columns are separated by tabs; strict=False (--lenient) leaves broken rows out and counts them.
+    Fix: Check that file and task belong together and that columns are separated by tabs;
+        strict=False (--lenient) leaves broken rows out and counts them.
     """
+
 
 @dataclass(frozen=True)
 class LabelTask:
     "How a task is laid out and scored."
     name: str
-    text: tuple[str, ...] = ("sentence", "sentence1", "text")      # possible names of the column of the first sentence …
-    pair: tuple[str, ...] = ("sentence2",)                         # … of the second; none: single sentences
+    text: tuple[str, ...] = ("sentence", "sentence1", "text")   # names of the first sentence's column …
+    pair: tuple[str, ...] = ("sentence2",)     # … and of the second's; none: single sentences
     label: tuple[str, ...] = ("label",)
-    labels: tuple[str, ...] = ()                                   # in the order of their numbers; empty: real values
-    metrics: tuple[str, ...] = ("accuracy",)                       # the first one counts
-    dev: str = "dev"                                               # name of the development file
-    bare: tuple[str, ...] = ()                                     # columns of a file without header
-    spans: bool = False                                            # whether answers are pieces of the second text
-    length: int = 128                                              # tokens that are usually read
+    labels: tuple[str, ...] = ()               # in the order of their numbers; empty: real values
+    metrics: tuple[str, ...] = ("accuracy",)   # the first one counts
+    dev: str = "dev"                           # name of the development file
+    bare: tuple[str, ...] = ()                 # columns of a file without header
+    spans: bool = False                        # whether answers are pieces of the second text
+    length: int = 128                          # tokens that are usually read
 
-
-GLUE: dict[str, LabelTask] = {t.name: t for t in (
-    LabelTask("CoLA", ("sentence",), (), labels=("0", "1"), metrics=("matthews", "accuracy"), bare=("source", "label", "mark", "sentence")),
-    LabelTask("SST-2", ("sentence",), (), labels=("0", "1")),
-    LabelTask("MRPC", ("#1 String", "sentence1"), ("#2 String", "sentence2"), ("Quality", "label"), ("0", "1"), ("accuracy", "f1")),
-    LabelTask("STS-B", ("sentence1",), ("sentence2",), ("score", "label"), metrics=("correlation", "pearson", "spearman")),
-    LabelTask("QQP", ("question1",), ("question2",), ("is_duplicate", "label"), ("0", "1"), ("accuracy", "f1")),
-    LabelTask("MNLI", ("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label"), ("entailment", "neutral", "contradiction"), dev="dev_matched"),
-    LabelTask("QNLI", ("question",), ("sentence",), labels=("entailment", "not_entailment")),
-    LabelTask("RTE", ("sentence1",), ("sentence2",), labels=("entailment", "not_entailment")),
-    LabelTask("WNLI", ("sentence1",), ("sentence2",), labels=("0", "1")),
-)}
+# %% ../../nbs/data/05_tables.ipynb #a91d5c37
+_ENTAILS = ("entailment", "not_entailment")
+_YES_NO = ("0", "1")
+_GLUE = (
+    LabelTask("CoLA", ("sentence",), (), labels=_YES_NO, metrics=("matthews", "accuracy"),
+              bare=("source", "label", "mark", "sentence")),
+    LabelTask("SST-2", ("sentence",), (), labels=_YES_NO),
+    LabelTask("MRPC", ("#1 String", "sentence1"), ("#2 String", "sentence2"), ("Quality", "label"),
+              _YES_NO, ("accuracy", "f1")),
+    LabelTask("STS-B", ("sentence1",), ("sentence2",), ("score", "label"),
+              metrics=("correlation", "pearson", "spearman")),
+    LabelTask("QQP", ("question1",), ("question2",), ("is_duplicate", "label"),
+              _YES_NO, ("accuracy", "f1")),
+    LabelTask("MNLI", ("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label"),
+              ("entailment", "neutral", "contradiction"), dev="dev_matched"),
+    LabelTask("QNLI", ("question",), ("sentence",), labels=_ENTAILS),
+    LabelTask("RTE", ("sentence1",), ("sentence2",), labels=_ENTAILS),
+    LabelTask("WNLI", ("sentence1",), ("sentence2",), labels=_YES_NO),
+)
+GLUE: dict[str, LabelTask] = {task.name: task for task in _GLUE}
 "The tasks of GLUE by name."
 
 # %% ../../nbs/data/05_tables.ipynb #9d282112
@@ -79,7 +90,7 @@ class Labelled:
         return [r["label"] for r in self]
 
     def unit(self, row: Mapping[str, Any]) -> str:
-        "What must not be shared between parts: rows of one unit stay together."
+        "Name what must not be shared between parts: rows of one unit stay together."
         return "\t".join(str(row[k]) for k in ("sentence", "pair") if k in row)
 
     @property
@@ -88,159 +99,280 @@ class Labelled:
         return digest(self.items, sort=False)
 
     def take(self, n: int, seed: int = 0) -> Labelled:
-        "`n` random rows, in order (all, if there are no more)."
+        "Draw `n` rows, in order (all, if there are no more)."
         if n < 0: raise SubnetError(f"a number of rows is 0 or more, got {n}.")
-        picked = sorted(random.Random(f"take-{seed}").sample(range(len(self)), min(n, len(self))))
-        return replace(self, items=tuple(self.items[i] for i in picked), name=f"{self.name}[{len(picked)}]")
+        rng = random.Random(f"take-{seed}")
+        picked = sorted(rng.sample(range(len(self)), min(n, len(self))))
+        items = tuple(self.items[i] for i in picked)
+        return replace(self, items=items, name=f"{self.name}[{len(picked)}]")
 
     def __len__(self) -> int: return len(self.items)
     def __iter__(self) -> Iterator[dict[str, Any]]: return iter(self.items)
     def __getitem__(self, i: int) -> dict[str, Any]: return self.items[i]
-    def table(self) -> pd.DataFrame: return pd.DataFrame(list(self.items))
+
+    def table(self) -> pd.DataFrame:
+        "Make a table with one row per example."
+        return pd.DataFrame(list(self.items))
+
     def _repr_html_(self) -> str: return f"<b>{self!r}</b>" + self.table().head().to_html()
+
     def __repr__(self) -> str:
-        kinds = "real values" if self.real else ", ".join(f"{k}: {n:,}" for k, n in sorted(Counter(r["label"] for r in self).items()))
-        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {kinds})"
+        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)})"
+
+# %% ../../nbs/data/05_tables.ipynb #f3087ca9
+def _kinds(data: Labelled) -> str:
+    "List the labels with their numbers."
+    if data.real: return "real values"
+    counts = Counter(row["label"] for row in data)
+    return ", ".join(f"{label}: {n:,}" for label, n in sorted(counts.items()))
 
 # %% ../../nbs/data/05_tables.ipynb #f1bd7c2c
 def read_glue(
-    source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv, or "datasets:NAME[/CONFIG]"
+    source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv,
+                                     # or "datasets:NAME[/CONFIG]"
     part: str = "train",             # "train" or "dev" (not for a file)
-    task: str | LabelTask | None = None,    # a GLUE task by name; None: as the file or folder is called, else any table with sentence[1], sentence2, label
+    task: str | LabelTask | None = None,   # a GLUE task by name; None: as file or folder is called,
+                                           # else any table with sentence[1], sentence2, label
     strict: bool = True,             # False: count broken lines instead of stopping
 ) -> Labelled:
-    "Read a table of labelled sentences; raise `BadTable` with file and line where it is broken."
+    "Read a table of labelled sentences; raise `BadTable` with the line where it is broken."
     check_names([part], ["train", "dev", "dev_mismatched"], "part")
-    found = task if isinstance(task, LabelTask) else _task(task or str(source), asked=task is not None)
-    columns, rows, where, found = _table(str(source), part, found)
-    places = [next((columns.index(n) for n in names if n in columns), None) for names in (found.text, found.pair, found.label)]
-    for place, names in zip(places, (found.text, found.pair, found.label)):
-        if place is None and names and not (names is found.pair and found.name == "table"):
-            raise BadTable(f"{where} has no column {' or '.join(names)}: found {', '.join(columns) or 'nothing'}. " + (f"Is it a {found.name} table?" if found.name != "table" else "A header with these names was expected."))
-    items, skipped = [], Counter()
-    for n, cells in rows:
-        try: items.append(_row(cells, columns, places, found))
+    if not isinstance(task, LabelTask): task = _task(task or str(source), asked=task is not None)
+    table = _table(str(source), part, task)
+    places = _places(table)
+    items: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    for n, cells in table.rows:
+        try: items.append(_row(cells, table.columns, places, table.task))
         except _Unlabelled as e: skipped[str(e)] += 1
         except BadTable as e:
-            if strict: raise BadTable(f"{where}, line {n}: {e}") from None
+            if strict: raise BadTable(f"{table.where}, line {n}: {e}") from None
             skipped["broken line"] += 1
-    if not items: raise BadTable(f"no labelled sentence in {where}" + (f": left out {dict(skipped)}." if skipped else "."))
-    if found.name == "table": items, found = _classes(items, found, where)
-    return Labelled(tuple(items), found, f"{Path(str(source)).name}/{part}" if not Path(str(source)).is_file() else Path(str(source)).name, dict(skipped))
+    if not items:
+        left = f": left out {dict(skipped)}." if skipped else "."
+        raise BadTable(f"no labelled sentence in {table.where}{left}")
+    found = table.task
+    if found.name == "table": items, found = _classes(items, found, table.where)
+    path = Path(str(source))
+    name = path.name if path.is_file() else f"{path.name}/{part}"
+    return Labelled(tuple(items), found, name, dict(skipped))
 
-# %% ../../nbs/data/05_tables.ipynb #64ea37ba
+
 class _Unlabelled(Exception):
     "A row without gold label."
 
+# %% ../../nbs/data/05_tables.ipynb #64ea37ba
+_Row = dict[str, Any]
+
+
+class _Table(NamedTuple):
+    "A table as it lies there."
+    columns: list[str]
+    rows: Iterator[tuple[int, list[Any]]]      # with their numbers
+    where: str                                 # for messages
+    task: LabelTask
+
 
 def _task(name: str, asked: bool) -> LabelTask:
-    "The GLUE task that a name or path speaks of; a plain table if it speaks of none."
-    flat = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
-    known = {flat(n): t for n, t in GLUE.items()}
+    "Find the GLUE task that a name or path speaks of; a plain table if it speaks of none."
+    known = {_bare_name(name): task for name, task in GLUE.items()}
     for piece in reversed(re.split(r"[/:\\]", name)):
-        if (t := known.get(flat(piece.split(".tsv")[0]))): return t
+        task = known.get(_bare_name(piece.split(".tsv")[0]))
+        if task: return task
     if asked: check_names([name], GLUE, "task")
     return LabelTask("table")
 
 
-def _table(source: str, part: str, task: LabelTask) -> tuple[list[str], Iterator[tuple[int, list[Any]]], str, LabelTask]:
-    "Column names, numbered rows, where they come from, and the task."
-    if source.startswith("pocket:"):
-        from subnet_explorer.data.pocket import POCKET_TASKS, labelled
-        name = check_names([source.removeprefix("pocket:")], POCKET_TASKS, "pocket task")[0]
-        rows = labelled(name, part=part)
-        return list(rows[0]), ((n, list(r.values())) for n, r in enumerate(rows, 1)), source, replace(GLUE[POCKET_TASKS[name]], name=name, text=("sentence", "sentence1"), pair=("sentence2",) if "sentence2" in rows[0] else (), label=("label",))
-    if source.startswith("datasets:"):
-        wanted = {"train": "train", "dev": "validation" + task.dev.removeprefix("dev"), "dev_mismatched": "validation_mismatched"}[part]
-        files = [(p, rows) for p, rows in numbered_sources(source) if p.name == wanted]
-        if not files: raise BadTable(f"the data set {source.removeprefix('datasets:')!r} has no part {wanted!r}.")
-        rows = [(n, json.loads(line)) for n, line in files[0][1]]
-        return list(rows[0][1]) if rows else [], ((n, list(r.values())) for n, r in rows), f"{source}/{wanted}", task
+def _bare_name(name: str) -> str: return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _places(table: _Table) -> list[int | None]:      # of text, pair and label
+    "Find the columns of a task; raise `BadTable` if one is missing."
+    task = table.task
+    places: list[int | None] = []
+    for names in (task.text, task.pair, task.label):
+        place = next((table.columns.index(name) for name in names if name in table.columns), None)
+        optional = names is task.pair and task.name == "table"
+        if place is None and names and not optional:
+            found = f"found {', '.join(table.columns) or 'nothing'}"
+            hint = "A header with these names was expected."
+            if task.name != "table": hint = f"Is it a {task.name} table?"
+            missing = " or ".join(names)
+            raise BadTable(f"{table.where} has no column {missing}: {found}. {hint}")
+        places.append(place)
+    return places
+
+# %% ../../nbs/data/05_tables.ipynb #87f2c0d5
+def _table(source: str, part: str, task: LabelTask) -> _Table:
+    "Find the table of a source."
+    if source.startswith("pocket:"): return _pocket_table(source, part)
+    if source.startswith("datasets:"): return _data_set_table(source, part, task)
     path = Path(source)
     if path.is_dir():
-        names = [f"{n}{end}" for n in dict.fromkeys((task.dev if part == "dev" else part, part)) for end in (".tsv", ".tsv.gz")]
-        path = next((path / n for n in names if (path / n).exists()), path / names[0])
-    if not path.exists(): raise BadTable(f'there is no table {path}: give "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv, or "datasets:NAME/CONFIG".')
-    lines = ((n, line.removeprefix("\ufeff").split("\t")) for n, line in numbered_lines(path))
-    head = list(task.bare) or next(lines, (0, []))[1]
-    return head, lines, str(path), task
+        stems = dict.fromkeys((task.dev if part == "dev" else part, part))
+        files = [path / f"{stem}{end}" for stem in stems for end in (".tsv", ".tsv.gz")]
+        path = next((file for file in files if file.exists()), files[0])
+    if not path.exists():
+        known = 'give "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv'
+        raise BadTable(f'there is no table {path}: {known}, or "datasets:NAME/CONFIG".')
+    lines = numbered_lines(path, BadTable)
+    rows = ((n, line.removeprefix("\ufeff").split("\t")) for n, line in lines)
+    columns = list(task.bare) or next(rows, (0, []))[1]
+    return _Table(columns, rows, str(path), task)
+
+
+def _pocket_table(source: str, part: str) -> _Table:
+    from subnet_explorer.data.pocket_tasks import POCKET_TASKS, labelled
+    name = check_names([source.removeprefix("pocket:")], POCKET_TASKS, "pocket task")[0]
+    rows = labelled(name, part=part)
+    columns = list(rows[0])
+    task = replace(GLUE[POCKET_TASKS[name]], name=name, text=("sentence", "sentence1"),
+                   pair=("sentence2",) if "sentence2" in columns else (), label=("label",))
+    return _Table(columns, _numbered_values(enumerate(rows, 1)), source, task)
+
+
+_DATA_SET_PARTS = {"train": "train", "dev_mismatched": "validation_mismatched"}
+
+
+def _data_set_table(source: str, part: str, task: LabelTask) -> _Table:
+    wanted = _DATA_SET_PARTS.get(part) or "validation" + task.dev.removeprefix("dev")
+    lines = next((rows for p, rows in numbered_sources(source, BadTable) if p.name == wanted), None)
+    if lines is None:
+        name = source.removeprefix("datasets:")
+        raise BadTable(f"the data set {name!r} has no part {wanted!r}.")
+    rows = [(n, json.loads(line)) for n, line in lines]
+    columns = list(rows[0][1]) if rows else []
+    return _Table(columns, _numbered_values(rows), f"{source}/{wanted}", task)
+
+
+def _numbered_values(rows: Iterable[tuple[int, _Row]]) -> Iterator[tuple[int, list[Any]]]:
+    for n, row in rows: yield n, list(row.values())
 
 # %% ../../nbs/data/05_tables.ipynb #e8ce918c
-def _row(cells: list[Any], columns: list[str], places: list[int | None], task: LabelTask) -> dict[str, Any]:
-    "One row as sentence, pair and label."
-    if len(cells) != len(columns): raise BadTable(f"{len(cells)} columns where {len(columns)} were expected ({', '.join(columns[:6])}).")
-    text, pair, label = (None if p is None else cells[p] for p in places)
-    texts = {k: "" if v is None else str(v).strip() for k, v, there in (("sentence", text, True), ("pair", pair, places[1] is not None)) if there}
-    if empty := [k for k, v in texts.items() if not v]: raise BadTable(f"the {empty[0]} is empty.")
+def _row(cells: list[Any], columns: list[str], places: list[int | None], task: LabelTask) -> _Row:
+    "Read one row as sentence, pair and label."
+    if len(cells) != len(columns):
+        wanted = f"{len(columns)} were expected ({', '.join(columns[:6])})"
+        raise BadTable(f"{len(cells)} columns where {wanted}.")
+    text, pair, label = (None if place is None else cells[place] for place in places)
+    row: dict[str, Any] = {"sentence": _text(text)}
+    if places[1] is not None: row["pair"] = _text(pair)
+    empty = [name for name, value in row.items() if not value]
+    if empty: raise BadTable(f"the {empty[0]} is empty.")
     if label in ("-", "", None, -1, "-1"): raise _Unlabelled("no gold label")
-    if task.name == "table": return {**texts, "label": str(label)}
+    return row | {"label": _label(label, task)}
+
+
+def _text(cell: Any) -> str: return "" if cell is None else str(cell).strip()
+
+
+def _label(label: Any, task: LabelTask) -> str | float:
+    "Read a label of a task by its name, its number or its value."
+    if task.name == "table": return str(label)
     if task.labels:
-        name = task.labels[label] if isinstance(label, int) and 0 <= label < len(task.labels) else str(label).strip()
-        if name not in task.labels: raise BadTable(f"the label {label!r} is none of {', '.join(task.labels)}.")
-        return {**texts, "label": name}
+        is_number = isinstance(label, int) and 0 <= label < len(task.labels)
+        name = task.labels[label] if is_number else str(label).strip()
+        if name not in task.labels:
+            raise BadTable(f"the label {label!r} is none of {', '.join(task.labels)}.")
+        return name
     try: value = float(label)
-    except (TypeError, ValueError): raise BadTable(f"the label {label!r} is no number, but {task.name} has real values.") from None
-    if value != value or abs(value) == float("inf"): raise BadTable(f"the label {label!r} is no finite number.")
-    return {**texts, "label": value}
+    except (TypeError, ValueError):
+        raise BadTable(f"the label {label!r} is no number, but {task.name} has real values.") from None
+    if not math.isfinite(value): raise BadTable(f"the label {label!r} is no finite number.")
+    return value
+
+# %% ../../nbs/data/05_tables.ipynb #b02fe571
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
-def _classes(items: list[dict[str, Any]], task: LabelTask, where: str) -> tuple[list[dict[str, Any]], LabelTask]:
-    "Labels of a table without known task: numbers with a fraction are real values, everything else are classes."
+def _classes(items: list[_Row], task: LabelTask, where: str) -> tuple[list[_Row], LabelTask]:
+    "Tell whether labels of a table without known task are classes or real values."
     seen = sorted({r["label"] for r in items})
-    numbers = all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", s) for s in seen)
-    if numbers and any(not float(s).is_integer() for s in seen): return [{**r, "label": float(r["label"])} for r in items], replace(task, metrics=GLUE["STS-B"].metrics)
-    if len(seen) > 100: raise BadTable(f"{where} has {len(seen)} different labels: is {task.label[0]!r} the right column?")
+    if all(map(_NUMBER.fullmatch, seen)) and not all(float(s).is_integer() for s in seen):
+        values = [{**row, "label": float(row["label"])} for row in items]
+        return values, replace(task, metrics=GLUE["STS-B"].metrics)
+    if len(seen) > 100:
+        many = f"{where} has {len(seen)} different labels"
+        raise BadTable(f"{many}: is {task.label[0]!r} the right column?")
     return items, replace(task, labels=tuple(seen))
 
 # %% ../../nbs/data/05_tables.ipynb #edc42599
 class BadChoices(SubnetError):
     """A file of multiple-choice questions is broken.
 
-    Cause: A line that is neither CommonsenseQA nor COPA as JSON, an answer that is none of the choices, or a test part without answers.
+    Cause: A line that is neither CommonsenseQA nor COPA as JSON, an answer that is none of the choices,
+        or a test part without answers.
     Fix: Correct the line in the message, or take a part with answers.
     """
 
 
-def read_choices(source: str | Path) -> list[dict[str, Any]]:      # question, choices, label, id[, concept][, kind]
-    "Read multiple-choice questions from a .jsonl or .jsonl.gz file; raise `BadChoices` with file and line where it is broken."
-    path, out = Path(source), []
-    if not path.exists(): raise BadChoices(f"there is no file {path}: give a .jsonl or .jsonl.gz file in the format of CommonsenseQA or COPA.")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")): raise BadChoices(f"cannot tell the format of {path.name}: expected .jsonl, possibly with .gz.")
-    for n, line in numbered_lines(path):
-        try:
-            d = json.loads(line)
-            if not isinstance(d, dict): raise BadChoices("not a JSON object.")
-            out.append(_checked(_copa(d) if "premise" in d else _commonsense(d)))
-        except BadChoices as e: raise BadChoices(f"{path}, line {n}: {e}") from None
-        except KeyError as e: raise BadChoices(f"{path}, line {n}: the key {e.args[0]!r} is missing. Is this a test part without answers?" if e.args[0] in ("answerKey", "label") else f"{path}, line {n}: the key {e.args[0]!r} is missing.") from None
-        except (ValueError, TypeError, AttributeError) as e: raise BadChoices(f"{path}, line {n}: neither CommonsenseQA nor COPA as a JSON object ({type(e).__name__}: {e}).") from None
-    if not out: raise BadChoices(f"there is no question in {path}.")
-    return out
+def read_choices(
+    source: str | Path,           # a .jsonl or .jsonl.gz file
+) -> list[dict[str, Any]]:        # question, choices, label, id[, concept][, kind]
+    "Read multiple-choice questions; raise `BadChoices` with file and line where they are broken."
+    path = Path(source)
+    if not path.exists():
+        known = "give a .jsonl or .jsonl.gz file in the format of CommonsenseQA or COPA."
+        raise BadChoices(f"there is no file {path}: {known}")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise BadChoices(f"cannot tell the format of {path.name}: expected .jsonl, possibly with .gz.")
+    found = [_choice_row(line, f"{path}, line {n}") for n, line in numbered_lines(path, BadChoices)]
+    if not found: raise BadChoices(f"there is no question in {path}.")
+    return found
+
+
+def _choice_row(line: str, where: str) -> dict[str, Any]:
+    "Read one question."
+    try:
+        said = json.loads(line)
+        if not isinstance(said, dict): raise BadChoices("not a JSON object.")
+        return _checked(_copa(said) if "premise" in said else _commonsense(said))
+    except BadChoices as e: raise BadChoices(f"{where}: {e}") from None
+    except KeyError as e:
+        key = e.args[0]
+        hint = " Is this a test part without answers?" if key in ("answerKey", "label") else ""
+        raise BadChoices(f"{where}: the key {key!r} is missing.{hint}") from None
+    except (ValueError, TypeError, AttributeError) as e:
+        wrong = f"neither CommonsenseQA nor COPA as a JSON object ({type(e).__name__}: {e})."
+        raise BadChoices(f"{where}: {wrong}") from None
 
 # %% ../../nbs/data/05_tables.ipynb #66096c31
-def _commonsense(d: dict[str, Any]) -> dict[str, Any]:
-    "A line of CommonsenseQA: the question with its choices inside, or both side by side."
-    asked = {**d["question"], "question": d["question"]["stem"]} if isinstance(d["question"], dict) else d
-    choices, answer = asked["choices"], d["answerKey"]
-    names, texts = (choices["label"], choices["text"]) if isinstance(choices, dict) else ([c["label"] for c in choices], [c["text"] for c in choices])
-    if len(names) != len(texts): raise BadChoices(f"{len(names)} labels for {len(texts)} choices.")
-    if len(set(names)) < len(names): raise BadChoices(f"two choices have the same label: {', '.join(map(str, names))}.")
-    if answer not in names: raise BadChoices(f"the answer {answer!r} is none of the choices {', '.join(map(str, names))}.")
-    row = dict(question=asked["question"], choices=list(texts), label=names.index(answer), id=str(d["id"]))
-    return row if asked.get("question_concept") is None else row | {"concept": asked["question_concept"]}
+def _commonsense(said: dict[str, Any]) -> dict[str, Any]:
+    "Read a line of CommonsenseQA: the question with its choices inside, or both side by side."
+    nested = said["question"]
+    asked = {**nested, "question": nested["stem"]} if isinstance(nested, dict) else said
+    choices, answer = asked["choices"], said["answerKey"]
+    if isinstance(choices, dict): labels, texts = choices["label"], choices["text"]
+    else: labels, texts = [c["label"] for c in choices], [c["text"] for c in choices]
+    known = ", ".join(map(str, labels))
+    if len(labels) != len(texts): raise BadChoices(f"{len(labels)} labels for {len(texts)} choices.")
+    if len(set(labels)) < len(labels): raise BadChoices(f"two choices have the same label: {known}.")
+    if answer not in labels: raise BadChoices(f"the answer {answer!r} is none of the choices {known}.")
+    row = dict(question=asked["question"], choices=list(texts), label=labels.index(answer))
+    row["id"] = str(said["id"])
+    if asked.get("question_concept") is not None: row["concept"] = asked["question_concept"]
+    return row
 
 
-def _copa(d: dict[str, Any]) -> dict[str, Any]:
-    "A line of COPA: the premise goes on with one of two sentences."
-    if d["question"] not in ("cause", "effect"): raise BadChoices(f"the question is {d['question']!r} where cause or effect was expected.")
-    if isinstance(d["label"], bool) or d["label"] not in (0, 1): raise BadChoices(f"the answer {d['label']!r} is none of the choices 0, 1.")
-    premise = d["premise"].strip().rstrip(".?! ")
-    return dict(question=f"{premise} {'so' if d['question'] == 'effect' else 'because'}" if premise else "", choices=[d["choice1"], d["choice2"]], label=d["label"], id=str(d["idx"]), kind=d["question"])
+def _copa(said: dict[str, Any]) -> dict[str, Any]:
+    "Read a line of COPA: the premise goes on with one of two sentences."
+    kind, label = said["question"], said["label"]
+    if kind not in ("cause", "effect"):
+        raise BadChoices(f"the question is {kind!r} where cause or effect was expected.")
+    if isinstance(label, bool) or label not in (0, 1):
+        raise BadChoices(f"the answer {label!r} is none of the choices 0, 1.")
+    premise = said["premise"].strip().rstrip(".?! ")
+    question = f"{premise} {'so' if kind == 'effect' else 'because'}" if premise else ""
+    choices = [said["choice1"], said["choice2"]]
+    return dict(question=question, choices=choices, label=label, id=str(said["idx"]), kind=kind)
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    "A question that can be asked."
+    "Raise unless a question can be asked."
     for what, text in (("question", row["question"]), *(("choice", c) for c in row["choices"])):
-        if not isinstance(text, str) or not text.strip(): raise BadChoices(f"a {what} is {text!r} where some text was expected.")
-    if len(row["choices"]) < 2: raise BadChoices("there is nothing to choose from: a question needs at least two choices.")
-    return row | {"question": row["question"].strip(), "choices": [c.strip() for c in row["choices"]]}
+        if not isinstance(text, str) or not text.strip():
+            raise BadChoices(f"a {what} is {text!r} where some text was expected.")
+    if len(row["choices"]) < 2:
+        raise BadChoices("there is nothing to choose from: a question needs at least two choices.")
+    choices = [c.strip() for c in row["choices"]]
+    return row | {"question": row["question"].strip(), "choices": choices}

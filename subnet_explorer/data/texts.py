@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,51 +36,49 @@ def read_texts(
 ) -> list[str]:
     "Read plain text; raise `BadTexts` where there is none."
     check_names([by], ["line", "paragraph"], "unit of text")
-    lines = _text_lines(source, part)
-    if by == "line": out = [text for line in lines if (text := line.strip())]
-    else: out = [text for p in re.split(r"\n\s*\n", "\n".join(line.rstrip() for line in lines)) if (text := p.strip())]
-    if not out: raise BadTexts(f"there is no text in {source}: nothing but empty lines.")
-    return out
+    texts: Iterable[str] = _text_lines(source, part)
+    if by == "paragraph": texts = re.split(r"\n\s*\n", "\n".join(line.rstrip() for line in texts))
+    found = [text.strip() for text in texts if text.strip()]
+    if not found: raise BadTexts(f"there is no text in {source}: nothing but empty lines.")
+    return found
 
 
 def _text_lines(source: str | Path, part: str) -> Iterator[str]:
-    "The lines of plain text, one at a time; files end with an empty one."
+    "Read the lines of plain text, one at a time; files end with an empty one."
     if str(source) == "pocket":
-        from subnet_explorer.data.pocket import sentences
-        yield from (" ".join(t["form"] for t in s) for s in sentences(1000))
-    elif str(source).startswith("datasets:"): yield from _rows(str(source).removeprefix("datasets:"), part)
+        from subnet_explorer.data.grammar import sentence_text, sentences
+        yield from map(sentence_text, sentences(1000))
+    elif str(source).startswith("datasets:"):
+        yield from _rows(str(source).removeprefix("datasets:"), part)
     else:
-        for p in _text_files(Path(source)): yield from _pieces_of(p); yield ""
+        for path in _text_files(Path(source)):
+            yield from _lines_of(path)
+            yield ""
 
 
 def _text_files(path: Path) -> list[Path]:
-    "The text files at `path`."
-    if not path.exists(): raise BadTexts(f'there is no text {path}: give "pocket", a text file (possibly .gz), a folder of .txt files, or "datasets:NAME".')
+    "List the text files at `path`."
+    if not path.exists():
+        known = 'give "pocket", a text file (possibly .gz), a folder of .txt files, or "datasets:NAME".'
+        raise BadTexts(f"there is no text {path}: {known}")
     if not path.is_dir(): return [path]
-    if files := sorted(p for p in path.iterdir() if p.name.endswith((".txt", ".txt.gz"))): return files
-    raise BadTexts(f"the folder {path} holds no .txt file.")
-
-
-def _rows(name: str, part: str) -> Iterator[str]:
-    "The lines of a data set's texts."
-    parts = dataset_parts(name, BadTexts)
-    rows = parts[check_names([part], list(parts), "part")[0]]
-    if "text" not in rows.column_names: raise BadTexts(f"the data set {name!r} has no column text, only {', '.join(rows.column_names)}.")
-    for i in range(0, len(rows), 1000):      # a thousand at a time: a column as a whole may not fit in memory
-        for row in rows[i:i + 1000]["text"]: yield from str(row).splitlines() or [""]
+    files = sorted(p for p in path.iterdir() if p.name.endswith((".txt", ".txt.gz")))
+    if not files: raise BadTexts(f"the folder {path} holds no .txt file.")
+    return files
 
 # %% ../../nbs/data/03_texts.ipynb #36552d7e
 PIECE = 1 << 18      # letters that are read at a time
 LINE = 1 << 20       # letters that a line may have before it is cut
 
 
-def _pieces_of(path: Path) -> Iterator[str]:
-    "The lines of a text file, compressed or not."
+def _lines_of(path: Path) -> Iterator[str]:
+    "Read the lines of a text file, compressed or not."
     rest, blank = "", True
     with open_text(path) as f:
         while piece := f.read(PIECE):
             check_text(path, "\0" in piece, False)
-            blank, rest = blank and not piece.strip(), rest + piece
+            blank = blank and not piece.strip()
+            rest += piece
             end = rest.rfind("\n") + 1
             if not end and len(rest) >= LINE: end = rest.rfind(" ") + 1 or len(rest)
             yield from rest[:end].splitlines()
@@ -88,13 +86,24 @@ def _pieces_of(path: Path) -> Iterator[str]:
     check_text(path, False, blank)
     yield from rest.splitlines()
 
+
+def _rows(name: str, part: str) -> Iterator[str]:
+    "Read the lines of a data set's texts."
+    parts = dataset_parts(name, BadTexts)
+    rows = parts[check_names([part], list(parts), "part")[0]]
+    if "text" not in rows.column_names:
+        found = ", ".join(rows.column_names)
+        raise BadTexts(f"the data set {name!r} has no column text, only {found}.")
+    for i in range(0, len(rows), 1000):      # a column as a whole may not fit in memory
+        for text in rows[i:i + 1000]["text"]: yield from str(text).splitlines() or [""]
+
 # %% ../../nbs/data/03_texts.ipynb #f7b4e2c4
 @dataclass(frozen=True, eq=False)
 class Blocks:
     "Running text as token ids, cut into blocks of equal size."
     ids: np.ndarray      # (block, size) int32, in memory or mapped from a file
     dropped: int         # tokens at the end that filled no block
-    known: Mapping[str, Any] = field(default_factory=dict, repr=False)      # fingerprint and top, where the file says them
+    known: Mapping[str, Any] = field(default_factory=dict, repr=False)   # what a file says: fingerprint, top
 
     @property
     def size(self) -> int:
@@ -106,33 +115,45 @@ class Blocks:
         "Hash of all token ids (16 hex digits)."
         if "fingerprint" in self.known: return self.known["fingerprint"]
         h = hashlib.sha256(f"{self.ids.shape}".encode())
-        for part in _by_parts(self.ids): h.update(part.astype("<i4").tobytes())
+        for rows in _by_parts(self.ids): h.update(rows.astype("<i4").tobytes())
         return h.hexdigest()[:16]
 
     @property
     def top(self) -> int:
         "The highest token id."
-        return self.known["top"] if "top" in self.known else max(int(part.max()) for part in _by_parts(self.ids))
+        if "top" in self.known: return self.known["top"]
+        return max(int(rows.max()) for rows in _by_parts(self.ids))
 
     def __len__(self) -> int: return len(self.ids)
+
     def __getitem__(self, some: slice) -> Blocks:
-        "Some of the blocks."
-        if not isinstance(some, slice): raise BadTexts("take several blocks with a slice, e.g. blocks[:10]; the token ids are in .ids.")
-        if not len(ids := self.ids[some]): raise BadTexts(f"there are {len(self)} blocks, and none of them is in {some.start}:{some.stop}.")
+        "Take some of the blocks."
+        if not isinstance(some, slice):
+            raise BadTexts("take several blocks with a slice, as blocks[:10]; token ids are in .ids.")
+        ids = self.ids[some]
+        if not len(ids):
+            none = f"none of them is in {some.start}:{some.stop}."
+            raise BadTexts(f"there are {len(self)} blocks, and {none}")
         return Blocks(ids, 0)
-    def __repr__(self) -> str: return f"Blocks({len(self):,} of {self.size} tokens; {self.dropped} left over)"
 
+    def __repr__(self) -> str:
+        return f"Blocks({len(self):,} of {self.size} tokens; {self.dropped} left over)"
 
+# %% ../../nbs/data/03_texts.ipynb #6e1d82f9
 def _by_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    "All rows, a megabyte at a time."
+    "Read all rows, a megabyte at a time."
     rows = max(1, (1 << 18) // max(1, ids.shape[1]))
-    for i in range(0, len(ids), rows): yield ids[i:i + rows]; release(ids)
+    for i in range(0, len(ids), rows):
+        yield ids[i:i + rows]
+        release(ids)
 
 
 def release(ids: np.ndarray) -> None:
     "Let go of the pages of a mapped file that were read; they are read again when needed."
-    while ids is not None and not isinstance(ids, mmap.mmap): ids = ids.base if isinstance(ids, np.ndarray) else None
-    if ids is not None and hasattr(mmap, "MADV_DONTNEED"): ids.madvise(mmap.MADV_DONTNEED)
+    owner: Any = ids
+    while isinstance(owner, np.ndarray): owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 # %% ../../nbs/data/03_texts.ipynb #49374787
 def blocks(
@@ -141,61 +162,104 @@ def blocks(
     size: int = 512,              # tokens of a block, as many as the model reads or fewer
     between: str = "",            # what ends each text, e.g. "\n"
 ) -> Blocks:
-    "Join the token ids of all texts and cut them into blocks; raise `BadTexts` if they do not fill one."
+    "Join the token ids of all texts and cut them into blocks; raise `BadTexts` if there is none."
     if isinstance(texts, str): raise BadTexts("give a list of texts, not one string: [text].")
     _check_size(tok, size)
-    counts = Counter()
-    return Blocks(np.concatenate(list(_cut(tok, texts, size, between, counts))), counts["left"])
+    counts: Counter[str] = Counter()
+    ids = np.concatenate(list(_cut(tok, texts, size, between, counts)))
+    return Blocks(ids, counts["left"])
 
 
-def _check_size(tok: Any, size: int) -> None:
-    if size <= (around := len(tok("").input_ids)) + 1: raise BadTexts(f"a block needs at least {around + 2} tokens, got size={size}.")
-    if size > tok.model_max_length: raise BadTexts(f"blocks of {size} tokens are longer than the {tok.model_max_length} that this model can read: choose a size up to that.")
-
-
-def _cut(tok: Any, texts: Iterable[str], size: int, between: str, counts: Counter) -> Iterator[np.ndarray]:      # (n, size) int32 each; counts: gets texts, blocks, left
-    "Blocks, as many at a time as some text gives."
-    around, rest = tok("").input_ids, np.empty(0, np.int32)
-    k, inner = int(bool(around) and around[0] in (tok.cls_token_id, tok.bos_token_id)), size - len(around)
+def _cut(
+    tok: Any,
+    texts: Iterable[str],
+    size: int,
+    between: str,
+    counts: Counter[str],      # gets the numbers of texts, of blocks, and of tokens left
+) -> Iterator[np.ndarray]:     # (n, size) int32
+    "Cut blocks, as many at a time as some text gives."
+    around = tok("").input_ids
+    starts = bool(around) and around[0] in (tok.cls_token_id, tok.bos_token_id)
+    before, after = around[:int(starts)], around[int(starts):]
+    inner = size - len(around)
+    rest = np.empty(0, np.int32)
     for ids in _token_ids(tok, texts, between, counts):
         rest = np.concatenate([rest, ids])
-        if not (n := len(rest) // inner): continue
-        one = lambda part: np.tile(np.array(part, np.int32), (n, 1))
-        yield np.concatenate([one(around[:k]), rest[:n * inner].reshape(n, inner), one(around[k:])], 1)
+        n = len(rest) // inner
+        if not n: continue
+        inside = rest[:n * inner].reshape(n, inner)
+        yield np.concatenate([_repeated(before, n), inside, _repeated(after, n)], 1)
         counts["blocks"] += n
         rest = rest[n * inner:].copy()
     counts["left"] = len(rest)
-    if not counts["blocks"]: raise BadTexts(f"these {counts['texts']} texts have {len(rest)} tokens, too few for one block of {size}" + (f": size={len(rest) + len(around)} or less would do." if len(rest) > 1 else ": there is hardly any text."))
+    if not counts["blocks"]: raise BadTexts(_too_few(counts, size, len(around)))
+
+# %% ../../nbs/data/03_texts.ipynb #c70e41d3
+def _check_size(tok: Any, size: int) -> None:
+    around = len(tok("").input_ids)
+    if size < around + 2: raise BadTexts(f"a block needs at least {around + 2} tokens, got size={size}.")
+    if size > tok.model_max_length:
+        limit = f"the {tok.model_max_length} that this model can read"
+        raise BadTexts(f"blocks of {size} tokens are longer than {limit}: choose a size up to that.")
 
 
-def _token_ids(tok: Any, texts: Iterable[str], between: str, counts: Counter) -> Iterator[np.ndarray]:
-    "Token ids of several texts at a time."
-    batch, letters = [], 0
-    def coded() -> np.ndarray: return np.fromiter(chain.from_iterable(tok(batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False).input_ids), np.int32)
-    for t in texts:
-        batch.append(t + between); letters += len(t); counts["texts"] += 1
-        if letters >= PIECE: yield coded(); batch, letters = [], 0
-    if batch: yield coded()
+def _repeated(ids: list[int], n: int) -> np.ndarray: return np.tile(np.array(ids, np.int32), (n, 1))
+
+
+def _too_few(counts: Counter[str], size: int, around: int) -> str:
+    left = counts["left"]
+    enough = f"size={left + around} or less would do." if left > 1 else "there is hardly any text."
+    return f"these {counts['texts']} texts have {left} tokens, too few for one block of {size}: {enough}"
+
+
+def _token_ids(
+    tok: Any,
+    texts: Iterable[str],
+    between: str,
+    counts: Counter[str],
+) -> Iterator[np.ndarray]:
+    "Tokenise several texts at a time."
+    batch: list[str] = []
+    letters = 0
+    for text in texts:
+        batch.append(text + between)
+        letters += len(text)
+        counts["texts"] += 1
+        if letters >= PIECE:
+            yield _joined_ids(tok, batch)
+            batch, letters = [], 0
+    if batch: yield _joined_ids(tok, batch)
+
+
+def _joined_ids(tok: Any, texts: list[str]) -> np.ndarray:
+    settings = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    ids = tok(texts, verbose=False, **settings).input_ids
+    return np.fromiter(chain.from_iterable(ids), np.int32)
 
 # %% ../../nbs/data/03_texts.ipynb #37d6f001
 def _content(source: str | Path, part: str) -> str:
-    "Hash of a text."
+    "Hash a text."
     h = hashlib.sha256()
     if str(source) == "pocket" or str(source).startswith("datasets:"):
         for line in _text_lines(source, part): h.update(line.encode() + b"\n")
         return h.hexdigest()
-    for p in _text_files(Path(source)):
+    for path in _text_files(Path(source)):
         try:
-            with p.open("rb") as f: h.update(hashlib.file_digest(f, "sha256").digest() + p.suffix.encode())
-        except OSError as e: raise BadTexts(f"cannot read {p}: {e}.") from e
+            with path.open("rb") as f: of_file = hashlib.file_digest(f, "sha256").digest()
+        except OSError as e: raise BadTexts(f"cannot read {path}: {e}.") from e
+        h.update(of_file + path.suffix.encode())
     return h.hexdigest()
 
 
+_LEFT_BY_CALLS = ("truncation", "padding")      # a fast tokenizer keeps these from its latest call
+
+
 def _coding(tok: Any) -> str:
-    "Hash of a tokenizer's rules."
-    if hasattr(tok, "backend_tokenizer"): rules = {k: v for k, v in json.loads(tok.backend_tokenizer.to_str()).items() if k not in ("truncation", "padding")}      # these two are left there by earlier calls
-    else: rules = [type(tok).__name__, tok.get_vocab(), tok.init_kwargs]
-    return digest(rules, 64)
+    "Hash a tokenizer's rules."
+    if not hasattr(tok, "backend_tokenizer"):
+        return digest([type(tok).__name__, tok.get_vocab(), tok.init_kwargs], 64)
+    rules = json.loads(tok.backend_tokenizer.to_str())
+    return digest({k: v for k, v in rules.items() if k not in _LEFT_BY_CALLS}, 64)
 
 # %% ../../nbs/data/03_texts.ipynb #1644b66c
 def read_blocks(
@@ -205,33 +269,54 @@ def read_blocks(
     *,
     between: str = "",                 # what ends each line, e.g. "\n"
     part: str = "train",               # which part of a data set
-    cache: str | Path | None = None,   # folder of the files; None: the folder named by SUBNET_EXPLORER_CACHE, else ~/.cache/subnet_explorer
+    cache: str | Path | None = None,   # folder of the files; None: $SUBNET_EXPLORER_CACHE,
+                                       # else ~/.cache/subnet_explorer
 ) -> Blocks:
-    "Running text of any size as blocks in a mapped file, in bounded memory; raise `BadTexts` where there is none."
+    "Map running text of any size as blocks, in bounded memory; raise `BadTexts` where there is none."
     _check_size(tok, size)
-    folder = Path(cache or os.environ.get("SUBNET_EXPLORER_CACHE") or Path.home() / ".cache" / "subnet_explorer") / "blocks"
-    key = digest([_content(source, part), _coding(tok), size, between, 1], 32)      # 1: version of the format
+    usual = os.environ.get("SUBNET_EXPLORER_CACHE") or Path.home() / ".cache" / "subnet_explorer"
+    folder = Path(cache or usual) / "blocks"
+    version = 1      # of the format
+    key = digest([_content(source, part), _coding(tok), size, between, version], 32)
     file, note = folder / f"{key}.npy", folder / f"{key}.json"
     if not (file.exists() and note.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        counts = Counter()
-        try: _write_rows(file, _cut(tok, (text for line in _text_lines(source, part) if (text := line.strip())), size, between, counts), size)
+        counts: Counter[str] = Counter()
+        lines = (line.strip() for line in _text_lines(source, part) if line.strip())
+        try: _write_rows(file, _cut(tok, lines, size, between, counts), size)
         except BadTexts as e: raise BadTexts(f"{source}: {e}") from None
-        whole = Blocks(np.load(file, mmap_mode="r", allow_pickle=False), counts["left"])
-        atomic_write(note, json.dumps({"source": Path(str(source)).name, "dropped": whole.dropped, "fingerprint": whole.fingerprint, "top": whole.top}))
-    found = json.loads(note.read_text())
-    return Blocks(np.load(file, mmap_mode="r", allow_pickle=False), found["dropped"], {k: found[k] for k in ("fingerprint", "top")})
+        whole = Blocks(_mapped(file), counts["left"])
+        found = {"source": Path(str(source)).name, "dropped": whole.dropped}
+        found |= {"fingerprint": whole.fingerprint, "top": whole.top}
+        atomic_write(note, json.dumps(found))
+    known = json.loads(note.read_text())
+    dropped = known["dropped"]
+    return Blocks(_mapped(file), dropped, {k: known[k] for k in ("fingerprint", "top")})
 
 
+def _mapped(file: Path) -> np.ndarray: return np.load(file, mmap_mode="r", allow_pickle=False)
+
+# %% ../../nbs/data/03_texts.ipynb #b8e46a15
 def _write_rows(file: Path, parts: Iterator[np.ndarray], size: int) -> None:
     "Write an array whose number of rows is not known before the end."
-    def header(rows: int) -> None: np.lib.format.write_array_header_1_0(f, {"descr": "<i4", "fortran_order": False, "shape": (rows, size)})
     rows = 0
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.stem, suffix=".part", delete=False) as f:
         try:
-            header(0); begin = f.tell()
-            for part in parts: f.write(part.astype("<i4", copy=False).tobytes()); rows += len(part)
-            f.seek(0); header(rows)
+            _write_header(f, rows, size)
+            begin = f.tell()
+            for part in parts:
+                f.write(part.astype("<i4", copy=False).tobytes())
+                rows += len(part)
+            f.seek(0)
+            _write_header(f, rows, size)
             if f.tell() != begin: raise RuntimeError("the header of the array has changed its length")
-            f.flush(); os.fsync(f.fileno()); f.close(); os.replace(f.name, file)
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            os.replace(f.name, file)
         finally: Path(f.name).unlink(missing_ok=True)
+
+
+def _write_header(f: IO[bytes], rows: int, size: int) -> None:
+    shape = {"descr": "<i4", "fortran_order": False, "shape": (rows, size)}
+    np.lib.format.write_array_header_1_0(f, shape)

@@ -94,7 +94,7 @@ def _other_answers(tok: Any, known: Facts) -> dict[tuple[str, str], set[int]]:
     "Token ids of every right object, by relation and subject."
     out: dict[tuple[str, str], set[int]] = {}
     for f in known:
-        if (i := object_id(tok, f)) is not None: out.setdefault((f.relation, f.sub), set()).add(i)
+        if (i := object_id(tok, f)) is not None: out.setdefault((f.relation, f.subject), set()).add(i)
     return out
 
 
@@ -109,8 +109,8 @@ def _ranks(prompts: Prompts, logits: torch.Tensor, tok: Any, other: Mapping[tupl
     "Ranks, log-probability and first answer of each prompt."
     (rank, logp, better), top = right_answers(prompts, logits), logits.argmax(1)
     extra = [{} if among is None else {"among": 1 + int(better[i, among].sum())} for i in range(len(better))]
-    return [dict(relation=f.relation, uuid=f.uuid, sub=f.sub, obj=f.obj, rank=int(rank[i]),
-                 filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.sub), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip(), **extra[i])
+    return [dict(relation=f.relation, uuid=f.uuid, sub=f.subject, obj=f.object, rank=int(rank[i]),
+                 filtered=int(rank[i]) - sum(bool(better[i, j]) for j in other.get((f.relation, f.subject), ())), logprob=float(logp[i]), answer=tok.decode(top[i]).strip(), **extra[i])
             for i, f in enumerate(prompts.facts)]
 
 # %% ../../nbs/measure/00_ask.ipynb #a24eae2a
@@ -142,15 +142,15 @@ def predictions(
 def majority(train: Facts, test: Facts, known: Facts | None = None) -> pd.DataFrame:
     "Ranks of the test objects among the training objects of their relation by frequency (ties alphabetically); an unseen object is never found (rank 10⁹)."
     rows, right = [], {}
-    for f in known or test: right.setdefault((f.relation, f.sub), set()).add(f.obj)
+    for f in known or test: right.setdefault((f.relation, f.subject), set()).add(f.object)
     for relation in test.relations:
         check_names([relation], train.relations, "relation of the training facts")
-        counts = Counter(f.obj for f in train[relation])
+        counts = Counter(f.object for f in train[relation])
         order = {o: i for i, (o, _) in enumerate(sorted(counts.items(), key=lambda c: (-c[1], c[0])), 1)}
         for f in test[relation]:
-            rank = order.get(f.obj, 10**9)
-            above = sum(order.get(o, rank) < rank for o in right.get((relation, f.sub), ()))
-            rows.append(dict(under="majority", draw=0, relation=relation, uuid=f.uuid, sub=f.sub, obj=f.obj, rank=rank, filtered=rank - above, answer=next(iter(order))))
+            rank = order.get(f.object, 10**9)
+            above = sum(order.get(o, rank) < rank for o in right.get((relation, f.subject), ()))
+            rows.append(dict(under="majority", draw=0, relation=relation, uuid=f.uuid, sub=f.subject, obj=f.object, rank=rank, filtered=rank - above, answer=next(iter(order))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/00_ask.ipynb #6f35268b
@@ -329,7 +329,7 @@ def most_fluent(
     check_names([by], ["tail", "sentence"], "kind of perplexity")
     if not len(facts): raise SubnetError("there is nothing to choose: no fact was given.")
     if by == "sentence":
-        texts = text_nll(model, tok, [f.prompt.replace("[MASK]", f.obj) for f in facts])
+        texts = text_nll(model, tok, [f.prompt.replace("[MASK]", f.object) for f in facts])
         value = -(texts.nll / texts.tokens).to_numpy()      # (fact,) log of 1 / perplexity
     else:
         with evaluating(model): prompts, value = Prompts(model, tok, facts), np.empty(len(facts))

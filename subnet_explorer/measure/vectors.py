@@ -64,7 +64,7 @@ def vectors(
             with torch.no_grad(), evaluating(model), masked(model, by[r], check=False):
                 for index in np.array_split(np.arange(len(p.facts)), range(256, len(p.facts), 256)):
                     arrays.append(p.sequences.read(index, range(len(index)), position[index], head=torch.nn.Identity()).float().cpu().numpy())
-            rows += [dict(relation=r, sub=f.sub, obj=f.obj, under=name, at=where) for f in p.facts]
+            rows += [dict(relation=r, sub=f.subject, obj=f.object, under=name, at=where) for f in p.facts]
     if not rows: raise SubnetError("there is no vector to compute: give at least one fact and one condition.")
     return Vectors(pd.DataFrame(rows), np.concatenate(arrays))
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..core.errors import SubnetError, check_names
 from ..core.layout import FAMILIES
-from ..data.pocket import corpus, pocket_path, vocabulary
+from ..data.grammar import corpus, vocabulary
+from ..data.pocket import pocket_path
 
 # %% auto #0
 __all__ = ['UnknownModel', 'load', 'write_models', 'tiny']

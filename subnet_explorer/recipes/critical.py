@@ -121,7 +121,7 @@ def _take(text: Sequence[str] | Blocks, part: np.ndarray) -> Any:
     return Blocks(text.ids[part], 0) if isinstance(text, Blocks) else [text[i] for i in part]
 
 
-def _concepts(fact: Any) -> set[str]: return {concept(fact.sub), concept(fact.obj)}
+def _concepts(fact: Any) -> set[str]: return {concept(fact.subject), concept(fact.object)}
 
 # %% ../../nbs/recipes/08_critical.ipynb #927d86a8
 @dataclass(frozen=True, kw_only=True)

@@ -7,25 +7,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from subnet_explorer import fit, load, preserved
-from subnet_explorer.model.apply import masked, parameter
-from subnet_explorer.measure.metrics import accuracy, predict
-from subnet_explorer.tasks.heads import Chooser
-from subnet_explorer.tasks.fit import Lora, adapted
-from subnet_explorer.core.mask import Mask
-from subnet_explorer.search.objectives import Context, Task
-from subnet_explorer.data.pocket import PARTS, choose, pocket_rows
-from subnet_explorer.model.load import tiny
-from subnet_explorer.search.score import importance
-from subnet_explorer.core.layout import FAMILIES, layout_of
-from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.layout import FAMILIES, layout_of
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.space import Space
 from subnet_explorer.core.store import OtherRun
+from subnet_explorer.data.grammar import PARTS
+from subnet_explorer.data.pocket import pocket_rows
+from subnet_explorer.data.pocket_tasks import choose
 from subnet_explorer.data.tables import BadChoices, read_choices
-from subnet_explorer import transfer as tr
+from subnet_explorer.measure.metrics import accuracy, predict
+from subnet_explorer.model.apply import masked, parameter
+from subnet_explorer.model.load import tiny
+from subnet_explorer.search.objectives import Context, Task
+from subnet_explorer.search.score import importance
+from subnet_explorer.tasks import relearn as tr
+from subnet_explorer.tasks.fit import Lora, adapted
+from subnet_explorer.tasks.heads import Chooser
 
 QUESTIONS = choose(24, part="dev")
 PAIRS = [dict(q, question=q["question"].replace("[MASK]", "what")) for q in QUESTIONS]
@@ -41,19 +44,46 @@ def bert(): return load("pocket-bert")
 
 
 def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
-def same(model, before): return list(model.state_dict()) == list(before) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def same(model, before):
+    return list(model.state_dict()) == list(before) and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FLAT = dict(id="q1", question="What do birds do?", question_concept="birds", choices=dict(label=["A", "B", "C"], text=["swim", "fly", "bark"]), answerKey="B")
+FLAT = dict(
+    id="q1",
+    question="What do birds do?",
+    question_concept="birds",
+    choices=dict(label=["A", "B", "C"], text=["swim", "fly", "bark"]),
+    answerKey="B",
+)
 COPA = dict(premise="The sun rose.", choice1="It was dark.", choice2="It was light.", question="effect", label=1, idx=7)
 
 
-def nested(d): return dict(id=d["id"], answerKey=d["answerKey"], question=dict(stem=d["question"], question_concept=d["question_concept"], choices=[dict(label=l, text=t) for l, t in zip(*d["choices"].values())]))
+def nested(d):
+    return dict(
+        id=d["id"],
+        answerKey=d["answerKey"],
+        question=dict(
+            stem=d["question"],
+            question_concept=d["question_concept"],
+            choices=[dict(label=name, text=text) for name, text in zip(*d["choices"].values(), strict=True)],
+        ),
+    )
 
 
-@given(st.integers(2, 7).flatmap(lambda k: st.tuples(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), min_size=k, max_size=k), st.integers(0, k - 1))))
+@given(
+    st.integers(2, 7).flatmap(
+        lambda k: st.tuples(
+            st.lists(
+                st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), min_size=k, max_size=k
+            ),
+            st.integers(0, k - 1),
+        )
+    )
+)
 def test_both_layouts_say_the_same(tmp_path_factory, asked):
     texts, answer = asked
     d = dict(FLAT, choices=dict(label=[chr(65 + i) for i in range(len(texts))], text=texts), answerKey=chr(65 + answer))
@@ -66,23 +96,44 @@ def test_both_layouts_say_the_same(tmp_path_factory, asked):
 def test_copa(tmp_path):
     path = tmp_path / "copa.jsonl"
     path.write_text("\n".join(map(json.dumps, [COPA, dict(COPA, question="cause", label=0)])))
-    assert read_choices(path) == [dict(question="The sun rose so", choices=["It was dark.", "It was light."], label=1, id="7", kind="effect"),
-                                  dict(question="The sun rose because", choices=["It was dark.", "It was light."], label=0, id="7", kind="cause")]
+    assert read_choices(path) == [
+        dict(question="The sun rose so", choices=["It was dark.", "It was light."], label=1, id="7", kind="effect"),
+        dict(question="The sun rose because", choices=["It was dark.", "It was light."], label=0, id="7", kind="cause"),
+    ]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{oops", "neither CommonsenseQA nor COPA"), ("[1]", "not a JSON object"), ("7", "not a JSON object"),
-    *[(json.dumps({k: v for k, v in FLAT.items() if k != gone}), f"key '{gone}' is missing") for gone in ("question", "choices", "answerKey", "id")],
-    *[(json.dumps({k: v for k, v in COPA.items() if k != gone}), f"key '{gone}' is missing") for gone in ("question", "choice1", "label", "idx")],
-    (json.dumps(nested(FLAT) | {"question": {"stem": "What?"}}), "key 'choices' is missing"),
-    (json.dumps(dict(FLAT, answerKey="E")), "the answer 'E' is none of the choices A, B, C"), (json.dumps(dict(FLAT, answerKey=1)), "the answer 1 is none"),
-    (json.dumps(dict(FLAT, answerKey="A", choices=dict(label=["A"], text=["swim"]))), "nothing to choose from"),
-    (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim"]))), "2 labels for 1 choices"), (json.dumps(dict(FLAT, choices=dict(label=["B", "B"], text=["swim", "fly"]))), "same label"),
-    (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", " "]))), "a choice is ' '"), (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", 5]))), "a choice is 5"),
-    (json.dumps(dict(FLAT, question="")), "a question is ''"), (json.dumps(dict(FLAT, question=None)), "neither|a question is None"), (json.dumps(dict(FLAT, choices=7)), "neither CommonsenseQA"),
-    (json.dumps(dict(COPA, label=2)), "the answer 2 is none"), (json.dumps(dict(COPA, label=True)), "the answer True is none"), (json.dumps(dict(COPA, question="why")), "cause or effect"),
-    (json.dumps(dict(COPA, premise=" . ")), "a question is ''"), (json.dumps(dict(COPA, premise=3)), "neither CommonsenseQA"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{oops", "neither CommonsenseQA nor COPA"),
+        ("[1]", "not a JSON object"),
+        ("7", "not a JSON object"),
+        *[
+            (json.dumps({k: v for k, v in FLAT.items() if k != gone}), f"key '{gone}' is missing")
+            for gone in ("question", "choices", "answerKey", "id")
+        ],
+        *[
+            (json.dumps({k: v for k, v in COPA.items() if k != gone}), f"key '{gone}' is missing")
+            for gone in ("question", "choice1", "label", "idx")
+        ],
+        (json.dumps(nested(FLAT) | {"question": {"stem": "What?"}}), "key 'choices' is missing"),
+        (json.dumps(dict(FLAT, answerKey="E")), "the answer 'E' is none of the choices A, B, C"),
+        (json.dumps(dict(FLAT, answerKey=1)), "the answer 1 is none"),
+        (json.dumps(dict(FLAT, answerKey="A", choices=dict(label=["A"], text=["swim"]))), "nothing to choose from"),
+        (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim"]))), "2 labels for 1 choices"),
+        (json.dumps(dict(FLAT, choices=dict(label=["B", "B"], text=["swim", "fly"]))), "same label"),
+        (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", " "]))), "a choice is ' '"),
+        (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", 5]))), "a choice is 5"),
+        (json.dumps(dict(FLAT, question="")), "a question is ''"),
+        (json.dumps(dict(FLAT, question=None)), "neither|a question is None"),
+        (json.dumps(dict(FLAT, choices=7)), "neither CommonsenseQA"),
+        (json.dumps(dict(COPA, label=2)), "the answer 2 is none"),
+        (json.dumps(dict(COPA, label=True)), "the answer True is none"),
+        (json.dumps(dict(COPA, question="why")), "cause or effect"),
+        (json.dumps(dict(COPA, premise=" . ")), "a question is ''"),
+        (json.dumps(dict(COPA, premise=3)), "neither CommonsenseQA"),
+    ],
+)
 def test_broken_lines_are_named(tmp_path, line, message):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(FLAT) + "\n" + line + "\n")
@@ -91,20 +142,27 @@ def test_broken_lines_are_named(tmp_path, line, message):
 
 def test_broken_files_are_named(tmp_path):
     with pytest.raises(BadChoices, match="there is no file"): read_choices(tmp_path / "none.jsonl")
-    (tmp_path / "q.csv").write_text("a,b"); (tmp_path / "empty.jsonl").write_text("\n"); (tmp_path / "q.jsonl.gz").write_bytes(b"not compressed")
+    (tmp_path / "q.csv").write_text("a,b")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "q.jsonl.gz").write_bytes(b"not compressed")
     with pytest.raises(BadChoices, match="cannot tell the format"): read_choices(tmp_path / "q.csv")
     with pytest.raises(BadChoices, match="no question in"): read_choices(tmp_path / "empty.jsonl")
-    with pytest.raises(SubnetError, match="gzip-compressed"): read_choices(tmp_path / "q.jsonl.gz")
+    with pytest.raises(BadChoices, match="gzip-compressed"): read_choices(tmp_path / "q.jsonl.gz")
 
 
 @pytest.mark.real
 def test_real_questions(real):
-    train, dev = (read_choices(real / "datasets" / "commonsenseqa" / f) for f in ("train.jsonl.gz", "dev_rand_split.jsonl"))
+    train, dev = (
+        read_choices(real / "datasets" / "commonsenseqa" / f) for f in ("train.jsonl.gz", "dev_rand_split.jsonl")
+    )
     assert (len(train), len(dev)) == (9741, 1221) and {len(q["choices"]) for q in train + dev} == {5}
-    assert all("concept" in q for q in dev) and dev[0]["choices"][dev[0]["label"]] == "bank" and dev[0]["concept"] == "revolving door"
+    assert all("concept" in q for q in dev)
+    assert dev[0]["choices"][dev[0]["label"]] == "bank"
+    assert dev[0]["concept"] == "revolving door"
     assert np.bincount([q["label"] for q in dev]).min() > 200
     copa = [read_choices(real / "datasets" / "copa" / f"{p}.jsonl") for p in ("train", "val")]
-    assert [len(c) for c in copa] == [400, 100] and copa[0][0]["question"] == "My body cast a shadow over the grass because"
+    assert [len(c) for c in copa] == [400, 100]
+    assert copa[0][0]["question"] == "My body cast a shadow over the grass because"
 
 
 @pytest.mark.real
@@ -128,14 +186,21 @@ def test_questions_share_no_facts(seed, k, gone):
     asked = {p: choose(40, seed, p, removed, k=k) for p in PARTS}
     facts = {p: {q["uuid"] for q in qs} for p, qs in asked.items()}
     assert not facts["train"] & facts["dev"] and not facts["train"] & facts["test"] and not facts["dev"] & facts["test"]
-    assert not (facts["train"] | facts["dev"]) & set(removed) and set(removed) <= facts["test"] and asked["test"] == choose(40, seed, "test", removed, k=k)
+    assert not (facts["train"] | facts["dev"]) & set(removed)
+    assert set(removed) <= facts["test"]
+    assert asked["test"] == choose(40, seed, "test", removed, k=k)
     true = {(r["pred"], r["sub_phrase"], r["obj_label"]) for r in rows}
     by = {r["uuid"]: r for r in rows}
     for q in (q for qs in asked.values() for q in qs):
         r = by[q["uuid"]]
-        assert len(set(q["choices"])) == k and q["choices"][q["label"]] == r["obj_label"] == q["obj"] and q["question"] in r["masked_sentences"][1:] and q["related"] == (q["uuid"] in removed)
+        assert len(set(q["choices"])) == k
+        assert q["choices"][q["label"]] == r["obj_label"] == q["obj"]
+        assert q["question"] in r["masked_sentences"][1:]
+        assert q["related"] == (q["uuid"] in removed)
         assert sum((r["pred"], r["sub_phrase"], c) in true for c in q["choices"]) == 1
-    if removed: assert sum(q["related"] for q in asked["test"]) == 20 and all(a["relation"] == b["relation"] for a, b in zip(asked["test"][::2], asked["test"][1::2]))
+    if removed:
+        assert sum(q["related"] for q in asked["test"]) == 20
+        assert all(a["relation"] == b["relation"] for a, b in zip(asked["test"][::2], asked["test"][1::2], strict=True))
 
 
 def test_the_place_of_the_answer_and_its_frequency_say_little():
@@ -147,12 +212,21 @@ def test_the_place_of_the_answer_and_its_frequency_say_little():
 
 
 def test_pocket_questions_refuse():
-    for change, match in ((dict(removed=["nowhere"]), "e.g. 'nowhere'"), (dict(k=1), "choices 2 or more"), (dict(n=-1), "0 .the usual one. or more"), (dict(k=500), "too few for 500 choices"),
-                          (dict(removed=[next(r["uuid"] for r in pocket_rows() if r["pred"] == "IsA")], relations=["MadeOf"]), "not facts of MadeOf")):
+    for change, match in (
+        (dict(removed=["nowhere"]), "e.g. 'nowhere'"),
+        (dict(k=1), "choices 2 or more"),
+        (dict(n=-1), "0 .the usual one. or more"),
+        (dict(k=500), "too few for 500 choices"),
+        (
+            dict(removed=[next(r["uuid"] for r in pocket_rows() if r["pred"] == "IsA")], relations=["MadeOf"]),
+            "not facts of MadeOf",
+        ),
+    ):
         with pytest.raises(SubnetError, match=match): choose(**change)
     with pytest.raises(UnknownName, match="did you mean IsA"): choose(relations=["Isa"])
     everything = [r["uuid"] for r in pocket_rows() if r["pred"] == "MadeOf"]
-    with pytest.raises(SubnetError, match="all MadeOf facts of the test part are removed"): choose(4, part="test", removed=everything)
+    with pytest.raises(SubnetError, match="all MadeOf facts of the test part are removed"):
+        choose(4, part="test", removed=everything)
 
 
 # ── a chooser is what transformers calls multiple choice ─────────────────────────────────────────────────────────────
@@ -163,31 +237,38 @@ def plainly(model, tok, head, q):      # (choice,)
     for c in q["choices"]:
         if "[MASK]" in q["question"]: coded = tok(q["question"].replace("[MASK]", c), return_tensors="pt")
         elif tok.mask_token: coded = tok(q["question"], c, return_tensors="pt")
-        else: coded = {"input_ids": torch.tensor([tok(q["question"]).input_ids + [tok.eos_token_id] + tok(c).input_ids])}
+        else:
+            coded = {"input_ids": torch.tensor([[*tok(q["question"]).input_ids, tok.eos_token_id, *tok(c).input_ids]])}
         if not tok.mask_token: coded = {"input_ids": coded["input_ids"]}
         h = model.base_model(**coded).last_hidden_state[0]
         out.append((head.out.weight @ h[0 if tok.mask_token else -1] + head.out.bias)[0])
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("asked", [QUESTIONS, PAIRS, UNEVEN, [*QUESTIONS[:5], *UNEVEN[:6]]], ids=["blanks", "pairs", "uneven", "mixed"])
+@pytest.mark.parametrize(
+    "asked", [QUESTIONS, PAIRS, UNEVEN, [*QUESTIONS[:5], *UNEVEN[:6]]], ids=["blanks", "pairs", "uneven", "mixed"]
+)
 @pytest.mark.parametrize("path", ["auto", "plain"])
 def test_loss_and_gradient_written_out(any_model, asked, path):
     model, tok = any_model
     head = Chooser(model, asked, seed=3)
     with torch.no_grad(): head.out.weight.mul_(20)
-    wanted = torch.stack([F.cross_entropy(plainly(model, tok, head, q)[None], torch.tensor([q["label"]])) for q in asked]).mean()
+    wanted = torch.stack(
+        [F.cross_entropy(plainly(model, tok, head, q)[None], torch.tensor([q["label"]])) for q in asked]
+    ).mean()
     loss = Task(asked, head).prepare(Context(model, tok, 1, len(asked), 0, path=path))(0)
     body = parameter(model, Space.of(model, "weight").groups[3])
     for value in (wanted, loss): assert value.isfinite()
     assert torch.allclose(loss, wanted, rtol=1e-5, atol=1e-6)
-    for one, two in zip(torch.autograd.grad(loss, [head.out.weight, body]), torch.autograd.grad(wanted, [head.out.weight, body])): assert torch.allclose(one, two, rtol=1e-3, atol=1e-5) and one.any()
+    ours, theirs = (torch.autograd.grad(value, [head.out.weight, body]) for value in (loss, wanted))
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-5) and one.any()
     with torch.no_grad():
         scores = predict(model, head, [head.encode(tok, q) for q in asked], path, batch=5)
-        for q, row in zip(asked, scores):
+        for q, row in zip(asked, scores, strict=True):
             k = len(q["choices"])
             assert np.allclose(row[:k], plainly(model, tok, head, q), rtol=1e-4, atol=1e-4) and (row[k:] < -1e30).all()
-    right = [head.read(s[None])[0] == q["label"] for q, s in zip(asked, scores)]
+    right = [head.read(s[None])[0] == q["label"] for q, s in zip(asked, scores, strict=True)]
     assert accuracy(model, tok, asked, head) == np.mean(right)
 
 
@@ -195,11 +276,18 @@ def test_as_bert_for_multiple_choice(bert):
     from transformers import BertForMultipleChoice
     model, tok = bert
     theirs, head = BertForMultipleChoice(model.config).eval(), Chooser(model, PAIRS, seed=1)
-    theirs.bert.load_state_dict(model.bert.state_dict(), strict=False); theirs.classifier.load_state_dict(head.out.state_dict())
+    theirs.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    theirs.classifier.load_state_dict(head.out.state_dict())
     class First(torch.nn.Module):
         def forward(self, h): return h[:, 0]
-    theirs.bert.pooler = First()                                           # their pooler is not of the language model: it would be random
-    coded = tok([q["question"] for q in PAIRS for _ in range(4)], [c for q in PAIRS for c in q["choices"]], padding=True, return_tensors="pt")
+    # their pooler is not of the language model: it would be random
+    theirs.bert.pooler = First()
+    coded = tok(
+        [q["question"] for q in PAIRS for _ in range(4)],
+        [c for q in PAIRS for c in q["choices"]],
+        padding=True,
+        return_tensors="pt",
+    )
     labels = torch.tensor([q["label"] for q in PAIRS])
     with torch.no_grad(): out = theirs(**{k: v.view(len(PAIRS), 4, -1) for k, v in coded.items()}, labels=labels)
     loss = Task(PAIRS, head).prepare(Context(model, tok, 1, len(PAIRS), 0))(0)
@@ -211,12 +299,14 @@ def test_as_gpt2_double_heads():
     from transformers import GPT2DoubleHeadsModel
     model, tok = load("pocket-gpt2")
     theirs, head = GPT2DoubleHeadsModel(model.config).eval(), Chooser(model, PAIRS, seed=1)
-    theirs.transformer.load_state_dict(model.transformer.state_dict()); theirs.multiple_choice_head.summary.load_state_dict(head.out.state_dict())
+    theirs.transformer.load_state_dict(model.transformer.state_dict())
+    theirs.multiple_choice_head.summary.load_state_dict(head.out.state_dict())
     rows = [head.encode(tok, q)[0] for q in PAIRS]
     width = max(len(i) for r in rows for i in r)
     ids = torch.tensor([[i + [0] * (width - len(i)) for i in r] for r in rows])
     last = torch.tensor([[len(i) - 1 for i in r] for r in rows])
-    with torch.no_grad(): out = theirs(input_ids=ids, mc_token_ids=last, mc_labels=torch.tensor([q["label"] for q in PAIRS]))
+    with torch.no_grad():
+        out = theirs(input_ids=ids, mc_token_ids=last, mc_labels=torch.tensor([q["label"] for q in PAIRS]))
     assert torch.allclose(Task(PAIRS, head).prepare(Context(model, tok, 1, len(PAIRS), 0))(0), out.mc_loss, rtol=1e-4)
 
 
@@ -225,17 +315,29 @@ def test_what_is_too_long_is_cut_and_counted(any_model):
     long = [dict(q, question=" ".join([q["question"].replace(" .", "")] * 12)) for q in PAIRS[:3]] + PAIRS[3:6]
     head = Chooser(model, long)
     assert head.cut(tok, long) == 3 and all(len(i) <= 64 for q in long for i in head.encode(tok, q)[0])
-    for q in long: assert [tok.decode(i).split()[-2 if tok.mask_token else -1] for i in head.encode(tok, q)[0]] == [c.split()[-1] for c in q["choices"]]      # the longer text is cut, the choice stays
+    # the longer text is cut, the choice stays
+    for q in long:
+        assert [tok.decode(i).split()[-2 if tok.mask_token else -1] for i in head.encode(tok, q)[0]] == [
+            c.split()[-1] for c in q["choices"]
+        ]
     assert Chooser(model, long, length=8).cut(tok, PAIRS[:4]) == 4
 
 
 def test_choosers_refuse(bert):
     model, tok = bert
     head, q = Chooser(model, []), QUESTIONS[0]
-    for change, match in ((dict(label=4), "0 … 3, got 4"), (dict(label=-1), "got -1"), (dict(label="bird"), "got 'bird'"), (dict(label=True), "got True"), (dict(choices=["a"], label=0), "has 1 choice, at least two"),
-                          (dict(choices=[], label=0), "has 0 choices"), (dict(question="[MASK] is [MASK] ."), "found 2 .MASK.")):
+    for change, match in (
+        (dict(label=4), "0 … 3, got 4"),
+        (dict(label=-1), "got -1"),
+        (dict(label="bird"), "got 'bird'"),
+        (dict(label=True), "got True"),
+        (dict(choices=["a"], label=0), "has 1 choice, at least two"),
+        (dict(choices=[], label=0), "has 0 choices"),
+        (dict(question="[MASK] is [MASK] ."), "found 2 .MASK."),
+    ):
         with pytest.raises(SubnetError, match=match): head.encode(tok, {**q, **change})
-    with pytest.raises(SubnetError, match="several sequences"): importance(model, tok, Task(QUESTIONS, head), Space.of(model, "head"), 1)
+    with pytest.raises(SubnetError, match="several sequences"):
+        importance(model, tok, Task(QUESTIONS, head), Space.of(model, "head"), 1)
 
 
 # ── ways to train ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,7 +347,10 @@ def test_head_only_leaves_the_body(any_model):
     before, head = state(model), Chooser(model, QUESTIONS)
     start = head.out.weight.clone()
     log = fit(model, tok, Task(QUESTIONS, head), train="head", steps=8, head_lr=.01, every=1, dropout=True)
-    assert same(model, before) and not torch.equal(head.out.weight, start) and len(log) == 8 and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert same(model, before)
+    assert not torch.equal(head.out.weight, start)
+    assert len(log) == 8
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -258,10 +363,14 @@ def test_updates_are_added_to_every_family(family):
         full = model.eval()(input_ids=ids).logits
         with adapted(model, Lora(rank=3, alpha=6), seed=4) as updates:
             assert torch.equal(model(input_ids=ids).logits, full) and layout_of(model).transposed == (family == "gpt2")
-            assert sum(p.requires_grad for p in model.parameters()) == len(updates) == 2 * 2 * len(layout_of(model).roles)
-            for i, p in enumerate(updates): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * .2)
+            assert (
+                sum(p.requires_grad for p in model.parameters()) == len(updates) == 2 * 2 * len(layout_of(model).roles)
+            )
+            for i, p in enumerate(updates):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
             changed = model(input_ids=ids).logits
-        assert torch.allclose(model(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-3) and not torch.allclose(changed, full, atol=1e-2)
+        assert torch.allclose(model(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(changed, full, atol=1e-2)
     assert list(dict(model.named_modules()).values()) == list(modules.values()) and not hasattr(model, "peft_config")
     touched = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     layout, prefix = layout_of(model), next(n for n, m in model.named_modules() if m is model.base_model)
@@ -275,11 +384,13 @@ def test_updates_are_added_to_every_family(family):
 def test_updates_are_gone_after_an_exception(bert):
     model, _ = bert
     before, modules = state(model), dict(model.named_modules())
-    with pytest.raises(KeyboardInterrupt):
-        with adapted(model, Lora()) as updates:
-            for p in updates: p.data.fill_(1.)
-            raise KeyboardInterrupt
-    assert same(model, before) and dict(model.named_modules()) == modules and all(p.requires_grad for p in model.parameters()) and not model.training
+    with pytest.raises(KeyboardInterrupt), adapted(model, Lora()) as updates:
+        for p in updates: p.data.fill_(1.)
+        raise KeyboardInterrupt
+    assert same(model, before)
+    assert dict(model.named_modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.training
 
 
 def test_updates_learn_and_the_model_comes_back(any_model):
@@ -287,7 +398,19 @@ def test_updates_learn_and_the_model_comes_back(any_model):
     asked = choose(48, part="train", relations=["MadeOf", "IsA"])
     before, head = state(model), Chooser(model, asked)
     with preserved(model):
-        log = fit(model, tok, Task(asked, head), train=Lora(rank=4), lr=5e-3, head_lr=5e-3, steps=60, batch=16, every=20, keep="last", seed=2)
+        log = fit(
+            model,
+            tok,
+            Task(asked, head),
+            train=Lora(rank=4),
+            lr=5e-3,
+            head_lr=5e-3,
+            steps=60,
+            batch=16,
+            every=20,
+            keep="last",
+            seed=2,
+        )
         assert log.loss.iloc[-1] < .7 * np.log(4) and accuracy(model, tok, asked, head) > .6
     assert same(model, before)
 
@@ -321,15 +444,31 @@ def test_interrupted_updates_continue_to_the_bit(bert, tmp_path):
         nonlocal head
         head = Chooser(model, QUESTIONS, seed=1)
         with preserved(model):
-            fit(model, tok, Task(QUESTIONS, head), train="lora", steps=8, batch=8, every=2, lr=1e-3, monitor=Looking(stop), keep="last", to=folder, checkpoint=0, seed=1)
+            fit(
+                model,
+                tok,
+                Task(QUESTIONS, head),
+                train="lora",
+                steps=8,
+                batch=8,
+                every=2,
+                lr=1e-3,
+                monitor=Looking(stop),
+                keep="last",
+                to=folder,
+                checkpoint=0,
+                seed=1,
+            )
             return torch.cat([p.detach().flatten() for p in [*model.parameters(), *head.parameters()]])
     head, before = None, state(model)
     whole = run(tmp_path / "whole")
     with pytest.raises(Stop): run(tmp_path / "parts", stop=3)
     assert same(model, before)
     for _ in range(2): assert torch.equal(run(tmp_path / "parts"), whole)
-    with pytest.raises(OtherRun, match="train"):
-        with preserved(model): fit(model, tok, Task(QUESTIONS, Chooser(model, QUESTIONS, seed=1)), train=Lora(rank=2), steps=8, batch=8, every=2, lr=1e-3, monitor=Looking(None), keep="last", to=tmp_path / "parts", seed=1)
+    goal = Task(QUESTIONS, Chooser(model, QUESTIONS, seed=1))
+    same_run = dict(steps=8, batch=8, every=2, lr=1e-3, keep="last", to=tmp_path / "parts", seed=1)
+    with pytest.raises(OtherRun, match="train"), preserved(model):
+        fit(model, tok, goal, train=Lora(rank=2), monitor=Looking(None), **same_run)
 
 
 @pytest.mark.parametrize("kind", ["weight", "head"])
@@ -344,7 +483,8 @@ def test_masks_hold_but_not_under_updates(bert, kind):
             fit(model, tok, Task(QUESTIONS, head), train=way, steps=4, lr=1e-3, weight_decay=.1)
             assert all((w == 0).all() for w in gone()) == (way != "lora")
             assert same(model, held) == (way == "head")
-            if way == "lora":                                              # equation of the docstring: masked weight plus an update of low rank
+            # equation of the docstring: masked weight plus an update of low rank
+            if way == "lora":
                 g = next(g for g, _ in mask.to("weight").items() if g.name.endswith("weight"))
                 name = next(n for n in held if n.endswith(g.name))
                 assert torch.linalg.matrix_rank(parameter(model, g).detach() - held[name], atol=1e-5) <= 8
@@ -353,8 +493,15 @@ def test_masks_hold_but_not_under_updates(bert, kind):
 
 def test_without_peft_the_command_is_named(bert, monkeypatch):
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "peft" else real(name, *a, **k))
-    with pytest.raises(SubnetError, match=r"pip install 'subnet_explorer\[lora\]'"): fit(*bert, Task(QUESTIONS, Chooser(bert[0], QUESTIONS)), train="lora", steps=1)
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *a, **k: (
+            (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "peft" else real(name, *a, **k)
+        ),
+    )
+    with pytest.raises(SubnetError, match=r"pip install 'subnet_explorer\[lora\]'"):
+        fit(*bert, Task(QUESTIONS, Chooser(bert[0], QUESTIONS)), train="lora", steps=1)
 
 
 def test_ways_to_train_are_checked(bert):
@@ -369,7 +516,9 @@ def test_ways_to_train_are_checked(bert):
 
 GONE = [r["uuid"] for r in pocket_rows() if r["pred"] == "IsA"][:6]
 TRAIN, TEST = choose(40, removed=GONE), choose(24, part="test", removed=GONE)
-QUICK = dict(tuning=("head", "lora", "all"), seeds=(0, 1), epochs=1, lr=dict(head=1e-2, lora=3e-3, all=1e-3), progress=False)
+QUICK = dict(
+    tuning=("head", "lora", "all"), seeds=(0, 1), epochs=1, lr=dict(head=1e-2, lora=3e-3, all=1e-3), progress=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -383,11 +532,14 @@ def study(bert, tmp_path_factory):
 
 
 def test_every_question_is_asked_once_in_every_cell(study):
-    under, items, folder = study
+    _, items, folder = study
     assert len(items) == 4 * 3 * 2 * 24 and not items.duplicated(["under", "draw", "tuning", "seed", "id"]).any()
-    assert not [p for p in (folder / "cells").iterdir() if p.is_dir()] and len(list((folder / "cells").glob("*.json"))) == 24
+    assert not [p for p in (folder / "cells").iterdir() if p.is_dir()]
+    assert len(list((folder / "cells").glob("*.json"))) == 24
     table = tr.accuracies(items)
-    assert list(table) == ["under", "draw", "tuning", "seed", "related", "n", "accuracy", "chance"] and set(table.n) == {12} and set(table.chance) == {.25}
+    assert list(table) == ["under", "draw", "tuning", "seed", "related", "n", "accuracy", "chance"]
+    assert set(table.n) == {12}
+    assert set(table.chance) == {0.25}
     row = table.query("under == 'random' and draw == 1 and tuning == 'all' and seed == 1 and related").accuracy.item()
     part = items.query("under == 'random' and draw == 1 and tuning == 'all' and seed == 1").set_index("id")
     assert row == np.mean([part.choice[q["id"]] == q["label"] for q in TEST if q["related"]])
@@ -399,7 +551,19 @@ def test_a_cell_is_a_fine_tuning_from_the_pretrained_weights(bert, study, way):
     under, items, _ = study
     head = Chooser(model, TRAIN, 1)
     with preserved(model), masked(model, under["without"], train=True):
-        fit(model, tok, Task(TRAIN, head), train=way, steps=3, lr=QUICK["lr"][way], head_lr=QUICK["lr"][way], batch=16, clip=1., keep="last", seed=1)
+        fit(
+            model,
+            tok,
+            Task(TRAIN, head),
+            train=way,
+            steps=3,
+            lr=QUICK["lr"][way],
+            head_lr=QUICK["lr"][way],
+            batch=16,
+            clip=1.0,
+            keep="last",
+            seed=1,
+        )
         with torch.no_grad(): said = [int(plainly(model, tok, head, q).argmax()) for q in TEST]
     assert said == items.query("under == 'without' and tuning == @way and seed == 1").choice.tolist()
 
@@ -409,9 +573,22 @@ def test_cells_are_read_and_the_study_grows(bert, study, monkeypatch):
     real, trained = tr.fit, []
     monkeypatch.setattr(tr, "fit", lambda *a, **k: (trained.append(k["seed"]), real(*a, **k))[1])
     assert tr.answers(*bert, under, TRAIN, TEST, **QUICK, to=folder).equals(items) and not trained
-    more = tr.answers(*bert, {"full": None, "same": under["without"]}, TRAIN, TEST, "related", **{**QUICK, "seeds": (0, 1, 2), "tuning": ("head",)}, to=folder)
-    assert trained == [2, 2] and (more.query("seed < 2 and under == 'same'").choice.tolist() == items.query("tuning == 'head' and under == 'without'").choice.tolist())
-    with pytest.raises(OtherRun, match="differs in steps"): tr.answers(*bert, under, TRAIN, TEST, **{**QUICK, "epochs": 2}, to=folder)
+    more = tr.answers(
+        *bert,
+        {"full": None, "same": under["without"]},
+        TRAIN,
+        TEST,
+        "related",
+        **{**QUICK, "seeds": (0, 1, 2), "tuning": ("head",)},
+        to=folder,
+    )
+    assert trained == [2, 2]
+    assert (
+        more.query("seed < 2 and under == 'same'").choice.tolist()
+        == items.query("tuning == 'head' and under == 'without'").choice.tolist()
+    )
+    with pytest.raises(OtherRun, match="differs in steps"):
+        tr.answers(*bert, under, TRAIN, TEST, **{**QUICK, "epochs": 2}, to=folder)
 
 
 def test_an_interrupted_study_goes_on(bert, study, tmp_path, monkeypatch):
@@ -422,35 +599,67 @@ def test_an_interrupted_study_goes_on(bert, study, tmp_path, monkeypatch):
         if len(calls) == 3: raise KeyboardInterrupt
         return real(*a)
     monkeypatch.setattr(tr, "predict", stopping)
-    with pytest.raises(KeyboardInterrupt): tr.answers(*bert, {"full": None, "without": under["without"]}, TRAIN, TEST, **QUICK, to=tmp_path / "s")
+    with pytest.raises(KeyboardInterrupt):
+        tr.answers(*bert, {"full": None, "without": under["without"]}, TRAIN, TEST, **QUICK, to=tmp_path / "s")
     assert same(bert[0], before)
     again = tr.answers(*bert, {"full": None, "without": under["without"]}, TRAIN, TEST, **QUICK, to=tmp_path / "s")
     assert len(calls) == 3 + 12 - 2
     key = ["under", "tuning", "seed", "id"]
-    assert again.set_index(key).choice.sort_index().equals(items[items.under != "random"].set_index(key).choice.sort_index())
+    assert (
+        again.set_index(key)
+        .choice.sort_index()
+        .equals(items[items.under != "random"].set_index(key).choice.sort_index())
+    )
 
 
 def test_gaps_written_out(study):
-    under, items, _ = study
+    _, items, _ = study
     table = tr.gaps(items, samples=200).set_index(["tuning", "under", "against"])
     share = items.groupby(["tuning", "under", "related", "draw", "seed", "item"]).right.mean()
     for (tuning, name, other), row in table.iterrows():
-        mean = lambda n: share[tuning, n, True].groupby("item").mean().mean() - share[tuning, n, False].groupby("item").mean().mean()
-        assert row.gap == pytest.approx(mean(name) - (mean(other) if other else 0), abs=1e-9) and row.low <= row.gap <= row.high
-        assert row.gap == pytest.approx(row.related - row.others) and row["items"] == 6 and row.other_items == len({q["uuid"] for q in TEST if not q["related"]}) and row.repetitions == (4 if name == "random" else 2)
-    assert len(table) == 3 * 3 * 3 and (table.loc["head", "full", "random"].gap == pytest.approx(-table.loc["head", "random", "full"].gap))
+        def gap(n, tuning=tuning):
+            related, others = (share[tuning, n, r].groupby("item").mean().mean() for r in (True, False))
+            return related - others
+        assert row.gap == pytest.approx(gap(name) - (gap(other) if other else 0), abs=1e-9)
+        assert row.low <= row.gap <= row.high
+        assert row.gap == pytest.approx(row.related - row.others)
+        assert row["items"] == 6
+        assert row.other_items == len({q["uuid"] for q in TEST if not q["related"]})
+        assert row.repetitions == (4 if name == "random" else 2)
+    assert len(table) == 3 * 3 * 3
+    assert table.loc["head", "full", "random"].gap == pytest.approx(-table.loc["head", "random", "full"].gap)
 
 
 def planted(effect, rng, seeds=3, n=80):
-    rows = [dict(under=u, draw=0, tuning="all", seed=s, id=f"{r}{i}", item=f"{r}{i}", related=r, choices=4, right=bool(rng.random() < .7 - effect * (r and u == "without")))
-            for u in ("full", "without") for s in range(seeds) for r in (True, False) for i in range(n)]
+    rows = [
+        dict(
+            under=u,
+            draw=0,
+            tuning="all",
+            seed=s,
+            id=f"{r}{i}",
+            item=f"{r}{i}",
+            related=r,
+            choices=4,
+            right=bool(rng.random() < 0.7 - effect * (r and u == "without")),
+        )
+        for u in ("full", "without")
+        for s in range(seeds)
+        for r in (True, False)
+        for i in range(n)
+    ]
     return pd.DataFrame(rows)
 
 
 def test_intervals_cover_what_was_planted():
     "In nine of ten tables at least (95 % intervals), and an effect is told from none."
     for effect in (0., .3):
-        found = [tr.gaps(planted(effect, np.random.default_rng(s)), ["full"], samples=300).query("under == 'without' and against == 'full'").iloc[0] for s in range(20)]
+        found = [
+            tr.gaps(planted(effect, np.random.default_rng(s)), ["full"], samples=300)
+            .query("under == 'without' and against == 'full'")
+            .iloc[0]
+            for s in range(20)
+        ]
         assert sum(f.low <= -effect <= f.high for f in found) >= 18
         if effect: assert sum(f.high < 0 for f in found) >= 18
 
@@ -458,11 +667,32 @@ def test_intervals_cover_what_was_planted():
 def test_transfer_refuses(bert, tmp_path):
     model, tok = bert
     none = {"full": None}
-    for change, match in ((dict(under={}), "nothing to learn: 0 conditions"), (dict(under={"soft": .5}), "'soft' holds a float"), (dict(under={"x": []}), "'x' has no mask"), (dict(train=[]), "0 questions"),
-                          (dict(related=lambda q: True), "all of the 24 test questions"), (dict(related=lambda q: False), "none of the 24"), (dict(related="relate"), "did you mean related"),
-                          (dict(seeds=(1, 1)), "which must differ"), (dict(tuning=("body",)), "unknown tuning|unknown way"), (dict(epochs=0), "epochs must be"), (dict(lr=-1), "lr must be"), (dict(batch=0), "batch must be"),
-                          (dict(lr=dict(head=1.)), "tuning with a learning rate"), (dict(test=[dict(q, label=9) for q in TEST]), "got 9")):
+    for change, match in (
+        (dict(under={}), "nothing to learn: 0 conditions"),
+        (dict(under={"soft": 0.5}), "'soft' holds a float"),
+        (dict(under={"x": []}), "'x' has no mask"),
+        (dict(train=[]), "0 questions"),
+        (dict(related=lambda q: True), "all of the 24 test questions"),
+        (dict(related=lambda q: False), "none of the 24"),
+        (dict(related="relate"), "did you mean related"),
+        (dict(seeds=(1, 1)), "which must differ"),
+        (dict(tuning=("body",)), "unknown tuning|unknown way"),
+        (dict(epochs=0), "epochs must be"),
+        (dict(lr=-1), "lr must be"),
+        (dict(batch=0), "batch must be"),
+        (dict(lr=dict(head=1.0)), "tuning with a learning rate"),
+        (dict(test=[dict(q, label=9) for q in TEST]), "got 9"),
+    ):
         o = dict(under=none, train=TRAIN, test=TEST, related="related", **QUICK) | change
         with pytest.raises(SubnetError, match=match): tr.answers(model, tok, **o, to=tmp_path / "never")
-    with pytest.raises(SpaceMismatch): tr.answers(model, tok, {"other": Mask.full(Space.of(tiny("bert"), "head"))}, TRAIN, TEST, **QUICK, to=tmp_path / "never")
+    with pytest.raises(SpaceMismatch):
+        tr.answers(
+            model,
+            tok,
+            {"other": Mask.full(Space.of(tiny("bert"), "head"))},
+            TRAIN,
+            TEST,
+            **QUICK,
+            to=tmp_path / "never",
+        )
     assert not (tmp_path / "never").exists()

@@ -7,12 +7,14 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from subnet_explorer.data.files import BadFacts
-from subnet_explorer.data.facts import Fact, Facts, answerable, encode, object_id, read_facts, split
-from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.data.facts import Fact, Facts, answerable, encode, object_id, read_facts, split
+from subnet_explorer.data.files import BadFacts
+from subnet_explorer.data.sentences import read_conllu
+from subnet_explorer.data.tables import BadTable, read_glue
 
 LAMA = {"pred": "IsA", "sub_label": "robin", "obj_label": "bird", "masked_sentences": ["a robin is a [MASK] ."]}
 GOOD = json.dumps(LAMA) + "\n"
@@ -51,26 +53,37 @@ def test_bad_lines_are_named(tmp_path, name, text, line, says):
     assert str(e.value).startswith(f"{file}, line {line}: ") and re.search(says, str(e.value))
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("none.jsonl", None, 'give "pocket"'), ("a.csv", b"x", "cannot tell the format"), ("a.jsonl", b"", "no facts in"), ("a.tsv", b"IsA\ta\tb\t0\n", "no facts in"),
-    ("a.jsonl", GOOD.encode() + b'\xff\xfe{"pred"\n', "a.jsonl"), ("a.jsonl.gz", b"not compressed", "a.jsonl.gz"), ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-20], "a.jsonl.gz"),
-], ids=["missing", "csv", "empty", "nothing-left", "not-utf8", "not-gzip", "cut-gzip"])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("none.jsonl", None, 'give "pocket"'),
+        ("a.csv", b"x", "cannot tell the format"),
+        ("a.jsonl", b"", "no facts in"),
+        ("a.tsv", b"IsA\ta\tb\t0\n", "no facts in"),
+        ("a.jsonl", GOOD.encode() + b'\xff\xfe{"pred"\n', "a.jsonl"),
+        ("a.jsonl.gz", b"not compressed", "a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-20], "a.jsonl.gz"),
+    ],
+    ids=["missing", "csv", "empty", "nothing-left", "not-utf8", "not-gzip", "cut-gzip"],
+)
 def test_bad_files_are_named(tmp_path, name, content, says):
     if content is not None: (tmp_path / name).write_bytes(content)
     with pytest.raises(BadFacts, match=re.escape(says)): read_facts(tmp_path / name)
 
 
 def test_bad_folders_relations_and_templates(tmp_path):
-    with pytest.raises(BadFacts, match="holds no .jsonl"): read_facts(tmp_path)
+    with pytest.raises(BadFacts, match=r"holds no \.jsonl"): read_facts(tmp_path)
     file = tmp_path / "a.jsonl"
     file.write_text(GOOD)
     with pytest.raises(UnknownName, match="did you mean IsA"): read_facts(file, "Isa")
-    with pytest.raises(BadFacts, match="must contain {head} and {tail}"): read_facts(file, templates={"IsA": "{head} is"})
+    with pytest.raises(BadFacts, match=r"must contain \{subject\} and \{object\}"):
+        read_facts(file, templates={"IsA": "{subject} is"})
     with pytest.raises(SubnetError, match="IsA"): read_facts(file, templates={"PartOf": "{head} of {tail}"})
     for text in ("{oops\n", '{"relation": "IsA"}\n'):
         (tmp_path / "relations.jsonl").write_text(text)
-        with pytest.raises(BadFacts, match="relations.jsonl, line 1"): read_facts(file, templates=tmp_path / "relations.jsonl")
-    with pytest.raises(BadFacts, match="nowhere.jsonl"): read_facts(file, templates=tmp_path / "nowhere.jsonl")
+        with pytest.raises(BadFacts, match=r"relations\.jsonl, line 1"):
+            read_facts(file, templates=tmp_path / "relations.jsonl")
+    with pytest.raises(BadFacts, match=r"nowhere\.jsonl"): read_facts(file, templates=tmp_path / "nowhere.jsonl")
 
 
 def test_bad_treebank():
@@ -80,8 +93,17 @@ def test_bad_treebank():
 # ── good input ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_same_facts_in_every_spelling(tmp_path):
-    trex = {"predicate_id": "IsA", "sub_label": "robin", "obj_label": "bird", "uuid": "u1",
-            "evidences": [{"masked_sentence": "[MASK] and [MASK] ."}, {"masked_sentence": "a robin is a [MASK] ."}, {"masked_sentence": "another [MASK] ."}]}
+    trex = {
+        "predicate_id": "IsA",
+        "sub_label": "robin",
+        "obj_label": "bird",
+        "uuid": "u1",
+        "evidences": [
+            {"masked_sentence": "[MASK] and [MASK] ."},
+            {"masked_sentence": "a robin is a [MASK] ."},
+            {"masked_sentence": "another [MASK] ."},
+        ],
+    }
     old = {"pred": "IsA", "sub": "robin", "obj": "bird", "masked_sentence": "a robin is a [MASK] ."}
     (tmp_path / "relations.jsonl").write_text(json.dumps({"relation": "IsA", "template": "a [X] is a [Y] ."}) + "\n")
     def read(name: str, text: str, **kw):
@@ -89,14 +111,27 @@ def test_the_same_facts_in_every_spelling(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return read_facts(tmp_path / name, **kw).items
     (wanted,) = read("a.jsonl", GOOD)
-    for name, text, kw in (("b.jsonl.gz", GOOD, {}), ("c.jsonl", json.dumps(trex), {}), ("d.jsonl", json.dumps(old) + "\r\n", {}),
-                           ("e.tsv", "IsA\trobin\tbird\t1\n", {"templates": {"IsA": "a {head} is a {tail} ."}}), ("f.tsv.gz", " IsA \trobin\t bird", {"templates": tmp_path / "relations.jsonl"}),
-                           ("g.jsonl", with_(masked_sentences=["nothing"]), {"templates": tmp_path / "relations.jsonl"})):
+    for name, text, kw in (
+        ("b.jsonl.gz", GOOD, {}),
+        ("c.jsonl", json.dumps(trex), {}),
+        ("d.jsonl", json.dumps(old) + "\r\n", {}),
+        ("e.tsv", "IsA\trobin\tbird\t1\n", {"templates": {"IsA": "a {subject} is a {object} ."}}),
+        ("e2.tsv", "IsA\trobin\tbird\t1\n", {"templates": {"IsA": "a {head} is a {tail} ."}}),
+        ("f.tsv.gz", " IsA \trobin\t bird", {"templates": tmp_path / "relations.jsonl"}),
+        ("g.jsonl", with_(masked_sentences=["nothing"]), {"templates": tmp_path / "relations.jsonl"}),
+    ):
         (found,) = read(name, text, **kw)
-        assert (found.relation, found.sub, found.obj, found.prompt) == (wanted.relation, wanted.sub, wanted.obj, wanted.prompt), name
+        assert (found.relation, found.subject, found.object, found.prompt) == (
+            wanted.relation,
+            wanted.subject,
+            wanted.object,
+            wanted.prompt,
+        ), name
     assert read("c.jsonl", json.dumps(trex))[0].uuid == "u1"
-    assert wanted.uuid == read("d.jsonl", json.dumps(old))[0].uuid                     # made from the fact, hence stable
-    with pytest.raises(BadFacts, match="no facts"): read("h.jsonl", json.dumps({**trex, "evidences": trex["evidences"][:1]}))
+    # made from the fact, hence stable
+    assert wanted.uuid == read("d.jsonl", json.dumps(old))[0].uuid
+    with pytest.raises(BadFacts, match="no facts"):
+        read("h.jsonl", json.dumps({**trex, "evidences": trex["evidences"][:1]}))
 
 
 def test_folders_and_counts_of_what_was_left_out(tmp_path):
@@ -105,7 +140,7 @@ def test_folders_and_counts_of_what_was_left_out(tmp_path):
     (tmp_path / "relations.jsonl").write_text("not facts")
     (tmp_path / "x.tsv").write_text("IsA\tcat\tanimal\nIsA\tcat\tfish\t0\nFoo\ta\tb\nFoo\tc\td\n")
     facts = read_facts(tmp_path)
-    assert [f.obj for f in facts] == ["bird", "animal"] and facts.skipped == {"IsA": {"repeated fact": 1}}
+    assert [f.object for f in facts] == ["bird", "animal"] and facts.skipped == {"IsA": {"repeated fact": 1}}
     facts = read_facts(tmp_path / "x.tsv")
     assert len(facts) == 1 and facts.skipped == {"IsA": {"false triple": 1}, "Foo": {"no template for the relation": 2}}
 
@@ -113,8 +148,31 @@ def test_folders_and_counts_of_what_was_left_out(tmp_path):
 def test_pocket_facts_are_as_promised():
     facts = read_facts("pocket")
     assert len(facts) >= 2500 and len(facts.relations) == 16 and not facts.skipped
-    assert len({(f.relation, f.sub, f.obj) for f in facts}) == len({f.uuid for f in facts}) == len(facts)
-    assert read_facts("pocket", "IsA, PartOf").relations == ["IsA", "PartOf"] == read_facts("pocket", ["IsA", "PartOf"]).relations
+    assert len({(f.relation, f.subject, f.object) for f in facts}) == len({f.uuid for f in facts}) == len(facts)
+    assert (
+        read_facts("pocket", "IsA, PartOf").relations
+        == ["IsA", "PartOf"]
+        == read_facts("pocket", ["IsA", "PartOf"]).relations
+    )
+
+
+def test_a_fact_answers_to_its_earlier_names():
+    with pytest.warns(DeprecationWarning, match=r"Fact\.sub is called Fact\.subject now"): assert ROBIN.sub == "robin"
+    with pytest.warns(DeprecationWarning, match=r"Fact\.obj is called Fact\.object now"): assert ROBIN.obj == "bird"
+    assert list(Facts((ROBIN,)).table()) == ["relation", "sub", "obj", "prompt", "uuid"]
+
+
+def test_a_data_set_that_fails_without_a_word_is_named(monkeypatch):
+    import datasets
+    def fail(*args): raise ValueError
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(BadFacts, match="cannot load the data set 'some/where'"): read_facts("datasets:some/where")
+    with pytest.raises(BadTable, match="cannot load the data set 'some/where'"): read_glue("datasets:some/where")
+
+
+def test_a_table_that_cannot_be_read_is_a_bad_table(tmp_path):
+    (tmp_path / "a.tsv.gz").write_bytes(b"not compressed")
+    with pytest.raises(BadTable, match="gzip-compressed"): read_glue(tmp_path / "a.tsv.gz")
 
 
 # ── splits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,16 +189,20 @@ def test_splits(facts, seed):
     s = split(facts, seed)
     parts = [list(p) for p in (s.train, s.dev, s.test)]
     uuids = [f.uuid for p in parts for f in p]
-    assert len(uuids) == len(set(uuids)) == len(facts) and set(uuids) == {f.uuid for f in facts}      # disjoint and exhaustive
-    for r in facts.relations:                                                                         # shares, relation by relation
+    # disjoint and exhaustive
+    assert len(uuids) == len(set(uuids)) == len(facts) and set(uuids) == {f.uuid for f in facts}
+    # shares, relation by relation
+    for r in facts.relations:
         n = len(facts[r])
-        for part, share in zip(parts, (.7, .2, .1)): assert abs(Counter(f.relation for f in part)[r] - share * n) < 1
+        for part, share in zip(parts, (.7, .2, .1), strict=True):
+            assert abs(Counter(f.relation for f in part)[r] - share * n) < 1
     for part in parts: assert part == [f for f in facts if f in part]                                 # file order stays
     again = split(facts, seed)
     assert again.hash == s.hash and again.test.items == s.test.items
     assert s.overlap()["pair"].max() == 0
     r = facts.relations[0]
-    assert split(facts[r], seed).test.items == s.test[r].items                                        # a relation alone is split the same way
+    # a relation alone is split the same way
+    assert split(facts[r], seed).test.items == s.test[r].items
 
 
 def test_the_seed_matters_and_too_few_are_refused():
@@ -162,7 +224,9 @@ def byte_level():
         pieces, merges = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())], []
         for word in WORDS:
             for i in range(2, len(word) + 1):
-                if word[:i] not in pieces: pieces.append(word[:i]); merges.append((word[:i - 1], word[i - 1]))
+                if word[:i] not in pieces:
+                    pieces.append(word[:i])
+                    merges.append((word[:i - 1], word[i - 1]))
         t = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
         t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         if "<mask>" in special:
@@ -170,8 +234,21 @@ def byte_level():
             t.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
             names["mask_token"] = AddedToken("<mask>", lstrip=True, special=True)
         return PreTrainedTokenizerFast(tokenizer_object=t, **names)
-    return {"roberta": make(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>"),
-            "gpt2": make(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")}
+
+    return {
+        "roberta": make(
+            ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+            bos_token="<s>",
+            eos_token="</s>",
+            cls_token="<s>",
+            sep_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+        ),
+        "gpt2": make(
+            ["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+        ),
+    }
 
 
 ROBIN = Fact("IsA", "robin", "bird", "a robin is a kind of [MASK] .", "0")
@@ -182,7 +259,7 @@ def fact(prompt: str, obj: str = "bird") -> Fact: return Fact("IsA", "robin", ob
 @pytest.mark.parametrize("name", ["roberta", "gpt2"])
 def test_the_answer_carries_its_space(byte_level, name):
     tok = byte_level[name]
-    token = lambda f: tok.convert_ids_to_tokens(object_id(tok, f))
+    def token(f): return tok.convert_ids_to_tokens(object_id(tok, f))
     assert token(ROBIN) == "Ġbird"
     assert token(fact("[MASK] .")) == "bird"                           # nothing before it
     assert token(fact("a kind of-[MASK] .")) == "bird"                 # no space before it
@@ -190,8 +267,10 @@ def test_the_answer_carries_its_space(byte_level, name):
     assert object_id(tok, fact(ROBIN.prompt, "xylophone")) is None     # several tokens
     some = answerable(Facts((ROBIN, fact(ROBIN.prompt, "xylophone"))), tok)
     assert list(some) == [ROBIN] and some.skipped == {"IsA": {"object is not one token": 1}}
-    with pytest.raises(BadFacts, match="none of the 1 objects"): answerable(Facts((fact(ROBIN.prompt, "xylophone"),)), tok)
-    with pytest.raises(BadFacts, match="'xylophone' is not one token"): encode(tok, fact(ROBIN.prompt, "xylophone"), name == "gpt2")
+    with pytest.raises(BadFacts, match="none of the 1 objects"):
+        answerable(Facts((fact(ROBIN.prompt, "xylophone"),)), tok)
+    with pytest.raises(BadFacts, match="'xylophone' is not one token"):
+        encode(tok, fact(ROBIN.prompt, "xylophone"), name == "gpt2")
 
 
 def test_where_a_masked_model_answers(byte_level):
@@ -207,7 +286,8 @@ def test_where_a_causal_model_answers(byte_level):
     ids, position, gold = encode(tok, ROBIN, causal=True)
     assert ids[0] == tok.bos_token_id and position == len(ids) - 1
     assert [*ids[1:], gold] == tok("a robin is a kind of bird").input_ids
-    with pytest.raises(BadFacts, match="cannot see what follows"): encode(tok, fact("a [MASK] is a robin ."), causal=True)
+    with pytest.raises(BadFacts, match="cannot see what follows"):
+        encode(tok, fact("a [MASK] is a robin ."), causal=True)
     with pytest.raises(BadFacts, match="no mask token"): encode(tok, ROBIN, causal=False)
 
 
@@ -225,14 +305,18 @@ def test_published_files_can_be_read(real):
     lama, triples = real / "datasets" / "lama", real / "datasets" / "conceptnet100k"
     trex = read_facts(lama / "TREx", templates=lama / "relations.jsonl")
     assert len(trex) > 10_000 and all(f.prompt.count("[MASK]") == 1 for f in trex)
-    told = read_facts(lama / "TREx")                                   # evidence sentences: some tell two subjects' facts in the same words
-    assert len(told) < len(trex) and {len(f) + sum(n for of in f.skipped.values() for n in of.values()) for f in (trex, told)} == {11_682}
+    # evidence sentences: some tell two subjects' facts in the same words
+    told = read_facts(lama / "TREx")
+    assert len(told) < len(trex)
+    assert {len(f) + sum(n for of in f.skipped.values() for n in of.values()) for f in (trex, told)} == {11_682}
     assert len(read_facts(lama / "ConceptNet_negated_misprimed" / "random.jsonl")) > 100
     assert len(read_facts(triples / "train.tsv.gz").relations) == 16
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["date_of_birth_test.jsonl.gz", "place_of_birth_test.jsonl.gz", "place_of_death_test.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["date_of_birth_test.jsonl.gz", "place_of_birth_test.jsonl.gz", "place_of_death_test.jsonl"]
+)
 def test_google_re_can_be_read(real, name):
     "Some of its lines have no or several masks: they are left out and counted, like evidences of T-REx."
     facts = read_facts(real / "datasets" / "lama" / "Google_RE" / name, strict=False)
@@ -250,7 +334,9 @@ def test_prompts_that_are_too_long_are_set_aside():
 
 
 def test_one_sentence_is_one_fact(tmp_path):
-    line = lambda sub: json.dumps(dict(pred="IsA", sub_label=sub, obj_label="bird", masked_sentences=["it is a [MASK] ."])) + "\n"
+    def line(subject):
+        row = dict(pred="IsA", sub_label=subject, obj_label="bird", masked_sentences=["it is a [MASK] ."])
+        return json.dumps(row) + "\n"
     (tmp_path / "a.jsonl").write_text(line("robin") + line("the robin"))
     facts = read_facts(tmp_path / "a.jsonl")
     assert len(facts) == 1 and facts.skipped == {"IsA": {"repeated fact": 1}}

@@ -22,7 +22,8 @@ from subnet_explorer.tasks.fit import fit
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.search.objectives import Context, Task
-from subnet_explorer.data.pocket import choices, plausible, sentences, treebank
+from subnet_explorer.data.grammar import sentences, treebank
+from subnet_explorer.data.pocket_tasks import choices, plausible
 from subnet_explorer.model.load import load
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.core.space import Space
@@ -41,7 +42,7 @@ def space(pocket_bert): return Space.of(pocket_bert[0], "weight", layers="top-ha
 def facts():
     "Five facts of two relations, and three subjects that have two right objects each."
     few = [f for r in ("MadeOf", "IsA") for f in read_facts("pocket", r).items[3:8]]
-    return Facts((*few, *(Fact(f.relation, f.sub, other, f.prompt, f.uuid + "+") for f, other in zip(few[::4], ("glass", "metal", "tool")) if f.obj != other)))
+    return Facts((*few, *(Fact(f.relation, f.subject, other, f.prompt, f.uuid + "+") for f, other in zip(few[::4], ("glass", "metal", "tool")) if f.object != other)))
 
 
 def multiplied(model, values):
@@ -63,8 +64,8 @@ def by_hand(model, tok, facts, values=None):
         ids = ([tok.bos_token_id] if causal else []) + tok(text).input_ids
         at = len(ids) - 1 if causal else ids.index(tok.mask_token_id)
         scores = twin(input_ids=torch.tensor([ids])).logits[0, at].double().tolist()
-        others = {word(g.obj) for g in facts if (g.relation, g.sub) == (f.relation, f.sub)} - {word(f.obj)}
-        gold = scores[word(f.obj)]
+        others = {word(g.object) for g in facts if (g.relation, g.subject) == (f.relation, f.subject)} - {word(f.object)}
+        gold = scores[word(f.object)]
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         logsum = max(scores) + math.log(sum(math.exp(s - max(scores)) for s in scores))
         out[f.uuid] = (1 + sum(s > gold for s in scores), 1 + sum(s > gold for i, s in enumerate(scores) if i not in others), gold - logsum, tok.decode([order[0]]).strip())
@@ -110,7 +111,7 @@ def test_equal_scores_do_not_count_against_the_answer(pocket_bert, facts):
     "With the embeddings at zero the logits are the output bias: three tokens at one, all others at zero."
     model, tok = copy.deepcopy(pocket_bert[0]), pocket_bert[1]
     word = lambda o: tok(o, add_special_tokens=False).input_ids[0]
-    objects = sorted({f.obj for f in facts})
+    objects = sorted({f.object for f in facts})
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight.zero_()
         model.cls.predictions.bias.zero_()
@@ -181,7 +182,7 @@ def test_precision_of_the_model(pocket_bert, facts, space):
 def test_facts_may_share_an_identifier(pocket_bert, facts):
     "Identifiers come from files; nothing promises that they are different."
     model, tok = pocket_bert
-    same = Facts(tuple(Fact(f.relation, f.sub, f.obj, f.prompt, "same") for f in facts))
+    same = Facts(tuple(Fact(f.relation, f.subject, f.object, f.prompt, "same") for f in facts))
     value = lambda of: precision(cloze(model, tok, of, {"x": None}), (50,), samples=20).value.tolist()
     assert value(same) == value(facts)
 
@@ -210,7 +211,7 @@ def test_majority_by_hand():
     m = majority(train, test).set_index("uuid")
     assert m["rank"].to_dict() == {"R10": 1, "R11": 2, "R12": 3, "R13": 4, "R14": 10**9, "S1": 10**9}           # ties go by the alphabet; unseen objects are never found
     assert m.answer.to_dict() == dict.fromkeys(["R10", "R11", "R12", "R13", "R14"], "cup") | {"S1": "zoo"} and (m.filtered == m["rank"]).all()
-    two = Facts((fact("R", "dog", 20), dataclasses.replace(fact("R", "cup", 21), sub=fact("R", "dog", 20).sub)))             # a subject with two right objects
+    two = Facts((fact("R", "dog", 20), dataclasses.replace(fact("R", "cup", 21), subject=fact("R", "dog", 20).subject)))             # a subject with two right objects
     assert majority(train, two).set_index("obj").filtered.to_dict() == {"dog": 1, "cup": 1}
 
 
@@ -219,9 +220,9 @@ def test_majority_of_the_pocket_facts():
     value = precision(majority(data.train, data.test), (1,), samples=10).set_index("relation").value
     shares = {}
     for r in data.test.relations:
-        counts = Counter(f.obj for f in data.train[r])
+        counts = Counter(f.object for f in data.train[r])
         best = min(o for o in counts if counts[o] == max(counts.values()))
-        shares[r] = np.mean([f.obj == best for f in data.test[r]])
+        shares[r] = np.mean([f.object == best for f in data.test[r]])
     assert value.drop(["macro", "micro"]).to_dict() == pytest.approx(shares) and value["macro"] == pytest.approx(np.mean(list(shares.values())))
 
 

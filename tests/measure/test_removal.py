@@ -24,7 +24,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.objectives import Cloze, Context, Density, Task
 from subnet_explorer.search.distil import Maintain, Suppress
 from subnet_explorer.model.load import load
-from subnet_explorer.data.pocket import sentences, treebank
+from subnet_explorer.data.grammar import sentences, treebank
 from subnet_explorer.search.score import attribution, magnitude
 from subnet_explorer.search.prune import iterate
 from subnet_explorer.search.find import find, seen
@@ -92,7 +92,7 @@ def test_items_are_those_of_plain_forward_passes(gpt2, some, items):
         for data, facts in (("target", TARGET), ("control", CONTROL)):
             t = part[part.data == data].set_index("item").sort_index()
             answers, _ = plain(twin, tok, facts, [])
-            assert t.uuid.tolist() == [f.uuid for f in facts] and t["sub"].tolist() == [f.sub for f in facts]        # items are numbered as facts were given
+            assert t.uuid.tolist() == [f.uuid for f in facts] and t["sub"].tolist() == [f.subject for f in facts]        # items are numbered as facts were given
             assert np.allclose(t.logprob, [a for a, _ in answers], atol=1e-4) and t["rank"].tolist() == [r for _, r in answers] and (t.tokens == 1).all()
         t = part[part.data == "text"]
         _, written = plain(twin, tok, [], TEXTS[:7])

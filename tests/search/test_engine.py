@@ -23,7 +23,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.distil import MLM, Hidden, Maintain, Suppress
 from subnet_explorer.search.objectives import Cloze, Density, Kept, batch_at, passes
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import Diverged, WrongProcesses, find, find_all, frozen
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError

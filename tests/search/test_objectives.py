@@ -17,7 +17,7 @@ from subnet_explorer.search.distil import MLM, Maintain, Reference, Suppress
 from subnet_explorer.search.objectives import Context
 from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, head_changes, row_losses
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import find, frozen
 from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.space import Space

@@ -17,7 +17,8 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.distil import MLM
 from subnet_explorer.search.objectives import Cloze, Context, Density, Objective, Task, batch_at
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import plausible, treebank
+from subnet_explorer.data.grammar import treebank
+from subnet_explorer.data.pocket_tasks import plausible
 from subnet_explorer.search.score import attribution, importance, magnitude
 from subnet_explorer.search.find import Diverged, lr_at
 from subnet_explorer.data.sentences import read_conllu

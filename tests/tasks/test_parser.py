@@ -22,7 +22,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.objectives import Context, Density, Task
 from subnet_explorer.tasks.parser import Biaffine, Parser, decoded, parse_scores, spanning_tree, split_sentences
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.score import importance
 from subnet_explorer.search.prune import iterate
 from subnet_explorer.search.find import find

@@ -20,7 +20,9 @@ from subnet_explorer.tasks.heads import Classifier
 from subnet_explorer.tasks.fit import Fitted, fit, head_for, preserved
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.objectives import Context, Task, batch_at
-from subnet_explorer.data.pocket import PARTS, POCKET_TASKS, TUNING, WORDINGS, labelled, pocket_rows, vocabulary
+from subnet_explorer.data.grammar import PARTS, vocabulary
+from subnet_explorer.data.pocket import TUNING, WORDINGS, pocket_rows
+from subnet_explorer.data.pocket_tasks import POCKET_TASKS, labelled
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.search.find import lr_at
 from subnet_explorer.search.score import importance
