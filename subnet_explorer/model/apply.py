@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['GateValues', 'swapped', 'parameter', 'parameter_like', 'applied', 'masked', 'evaluating', 'blocks_of', 'entering',
-           'resuming', 'attending']
+__all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applied', 'masked', 'evaluating', 'blocks_of',
+           'entering', 'resuming', 'attending']
 
 # %% ../../nbs/model/01_apply.ipynb #3e4f2468
 def _tables_with(model: PreTrainedModel, name: str) -> list[tuple[dict[str, Any], str]]:
@@ -65,12 +65,12 @@ def parameter_like(model: PreTrainedModel) -> torch.Tensor:
     "A floating-point parameter of `model`: its device and type are the model's."
     return next(p for p in model.parameters() if p.is_floating_point())
 
-# %% ../../nbs/model/01_apply.ipynb #58ba8216
-GateValues = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+# %% ../../nbs/model/01_apply.ipynb #9a7f8f95
+ValuesOrFunction = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 "Values of a group: a tensor of its shape, (batch, n), or a function from features to gated features."
 
 
-def _times(x: torch.Tensor, values: GateValues, repeat: int = 1) -> torch.Tensor:
+def _times(x: torch.Tensor, values: ValuesOrFunction, repeat: int = 1) -> torch.Tensor:
     "Features times their values, each of which holds for `repeat` features."
     if not isinstance(values, torch.Tensor): return values(x)
     v = values.repeat_interleave(repeat, -1)
@@ -78,21 +78,23 @@ def _times(x: torch.Tensor, values: GateValues, repeat: int = 1) -> torch.Tensor
     return x * (v[:, None] if per_example else v)
 
 
-def _gate_input(module: nn.Module, values: GateValues, repeat: int = 1) -> RemovableHandle:
+def _gate_input(module: nn.Module, values: ValuesOrFunction, repeat: int = 1) -> RemovableHandle:
     "Hook a module so that its input is multiplied."
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_times(args[0], values, repeat), *args[1:])
     return module.register_forward_pre_hook(hook)
 
 
-def _gate_output(module: nn.Module, values: GateValues) -> RemovableHandle:
+def _gate_output(module: nn.Module, values: ValuesOrFunction) -> RemovableHandle:
     "Hook a module so that its output is multiplied."
     def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         return _times(out, values)
     return module.register_forward_hook(hook)
 
 
-def _gate_units(model: PreTrainedModel, layout: Layout, g: Group, values: GateValues) -> list[RemovableHandle]:
+def _gate_units(
+    model: PreTrainedModel, layout: Layout, g: Group, values: ValuesOrFunction
+) -> list[RemovableHandle]:
     "Hook what the gates of a group of heads, neurons, MLPs or layers multiply."
     o = follow_path(model.base_model, layout.module(g.layer, "o"))
     down = follow_path(model.base_model, layout.module(g.layer, "down"))
@@ -101,7 +103,7 @@ def _gate_units(model: PreTrainedModel, layout: Layout, g: Group, values: GateVa
     if g.kind == "mlp": return [_gate_output(down, values)]
     return [_gate_output(down, values), _gate_output(o, values)]
 
-# %% ../../nbs/model/01_apply.ipynb #9f74ff37
+# %% ../../nbs/model/01_apply.ipynb #22c5cbf9
 def _gate_lines(model: PreTrainedModel, g: Group, values: torch.Tensor, transposed: bool) -> RemovableHandle:
     "Hook a matrix whose blocks are whole columns or rows: values scale input or output features."
     module = follow_path(model.base_model, g.name.rpartition(".")[0])
@@ -121,7 +123,7 @@ def _gate_lines(model: PreTrainedModel, g: Group, values: torch.Tensor, transpos
 def applied(
     model: PreTrainedModel,
     space: Space,
-    values: Mapping[str, Any],          # `GateValues` by name of the group; functions only for whole units
+    values: Mapping[str, Any],          # by name of the group; functions for whole units only
 ) -> Iterator[None]:
     "Let `model` compute with its coordinates multiplied by `values`."
     tensors = {}
@@ -218,7 +220,7 @@ def entering(
     name = type(model).__name__
     raise SubnetError(f"block {first + 1} was not reached in the forward pass of {name}.")
 
-# %% ../../nbs/model/01_apply.ipynb #26181c9b
+# %% ../../nbs/model/01_apply.ipynb #cd4a27e8
 @contextmanager
 def resuming(
     model: PreTrainedModel,

@@ -19,7 +19,9 @@ from subnet_explorer.core.files import MaskFileError
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.search.distil import MLM
 from subnet_explorer.model.load import UnknownModel, load, tiny
-from subnet_explorer.model.compact import NotExpressible, digest, filled, remains, compared
+from subnet_explorer.model.compact import compared, digest
+from subnet_explorer.model.cut import remains
+from subnet_explorer.model.export import NotExpressible, filled
 from subnet_explorer.core.layout import FAMILIES, family_of
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily
