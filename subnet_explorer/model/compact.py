@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['FINE', 'units_of', 'Compact', 'count_parameters', 'under', 'tensors_of', 'digest', 'compact', 'compared',
            'save_compact', 'load_compact']
 
-# %% ../../nbs/model/06_compact.ipynb #d12b4880
+# %% ../../nbs/model/06_compact.ipynb #a768ec10
 FINE = ("weight", "block", "bias")      # kinds that need a rule to remove whole units
 
 
@@ -230,7 +230,7 @@ def _report_row(model: nn.Module, seconds: float, difference: float) -> dict[str
         difference=difference,
     )
 
-# %% ../../nbs/model/06_compact.ipynb #648234fa
+# %% ../../nbs/model/06_compact.ipynb #09a810ba
 def compared(
     small: Compact,
     model: PreTrainedModel | None = None,            # the full model, if `small` was loaded
@@ -322,8 +322,7 @@ def _full_model(info: Mapping[str, Any]) -> PreTrainedModel:
         said = f"{type(e).__name__}: {first_line(e)}"
         raise UnknownModel(
             f"the full model {base} cannot be read ({said}), and no weights "
-            "were saved: "
-            "pass it as load_compact(folder, model), or save with weights=True."
+            "were saved: pass it as load_compact(folder, model), or save with weights=True."
         ) from e
     model.config._name_or_path = base.name
     return model.eval()
@@ -374,7 +373,7 @@ def _cut_anew(
         )
     return small
 
-# %% ../../nbs/model/06_compact.ipynb #8b42171e
+# %% ../../nbs/model/06_compact.ipynb #989bfe20
 def _refilled(
     info: Mapping[str, Any], mask: Mask, tensors: Mapping[str, torch.Tensor],
     model: PreTrainedModel | None, folder: Path,
@@ -397,6 +396,6 @@ def load_compact(
     "Read what `save_compact` wrote; raise `MaskFileError`, or `UnknownModel` if it needs one."
     folder = Path(folder)
     info, mask, tensors = _read_folder(folder)
-    small = _refilled(info, mask, tensors, model, folder) if tensors else _cut_anew(info, mask, model, folder)
+    small = _cut_anew(info, mask, model, folder) if tensors is None else _refilled(info, mask, tensors, model, folder)
     small.saved = info["report"]
     return small
