@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['POOLS', 'linear', 'width', 'LowRank', 'HiddenReader', 'LabelReader', 'TaskHead', 'word_rows', 'special_rows',
+__all__ = ['POOLS', 'linear', 'width', 'LowRank', 'StateReader', 'LabelReader', 'TaskHead', 'word_rows', 'special_rows',
            'words_and_tags', 'as_row', 'Tagger', 'EntityTagger', 'Classifier', 'Regressor', 'Chooser']
 
 # %% ../../nbs/tasks/00_heads.ipynb #66ec08da
@@ -66,7 +66,7 @@ class LowRank(nn.Module):
         return {"weights": weights, "parameters": sum(p.numel() for p in self.parameters())}
 
 
-class HiddenReader(nn.Module):
+class StateReader(nn.Module):
     "What a head reads of hidden states: dropout and a probe before it, where asked for."
 
     def __init__(self, dropout: float) -> None:
@@ -90,8 +90,8 @@ class HiddenReader(nn.Module):
         "Count the numbers of the probe before the head; see `LowRank`."
         return {"weights": 0, "parameters": 0} if self.mlp is None else self.mlp.complexity()
 
-# %% ../../nbs/tasks/00_heads.ipynb #b70e9f74
-class LabelReader(HiddenReader):
+# %% ../../nbs/tasks/00_heads.ipynb #fbfc0c56
+class LabelReader(StateReader):
     "What the numbers of a head mean."
     labels: list[Any]            # those that it can say
     unseen: list[Any]            # those that are only met where it is scored
@@ -209,7 +209,7 @@ def _changed(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     "Settings that differ from the usual."
     return {k: v for k, v in given.items() if v != usual[k]}
 
-# %% ../../nbs/tasks/00_heads.ipynb #cde21fb9
+# %% ../../nbs/tasks/00_heads.ipynb #9c7afd7b
 class Tagger(TaskHead):
     "Label every word; examples are pairs (words, tags), or have `.words` and tags."
 
@@ -251,7 +251,7 @@ class Tagger(TaskHead):
         given = dict(pool=self.pool, of=self.of, specials=self.specials)
         return super().settings() | _changed(given, dict(pool="last", of="upos", specials=False))
 
-# %% ../../nbs/tasks/00_heads.ipynb #e7a54ee4
+# %% ../../nbs/tasks/00_heads.ipynb #d67d702d
 def _by_sentence(
     head: TaskHead,
     targets: Sequence[Sequence[int]],      # of each sentence
@@ -311,7 +311,7 @@ class Classifier(TaskHead):
         "Count examples that are longer than what is read."
         return sum(_full_length(self, tok, e) > self.limit(tok) for e in examples)
 
-# %% ../../nbs/tasks/00_heads.ipynb #2cd6051a
+# %% ../../nbs/tasks/00_heads.ipynb #5ae23ebc
 def _encode_text(
     head: Classifier,
     tok: Any,
@@ -381,7 +381,7 @@ def _check_question(example: Mapping[str, Any]) -> None:
             f"the label of a question is the place of its answer, 0 … {k - 1}, got {label!r}: {text!r}."
         )
 
-# %% ../../nbs/tasks/00_heads.ipynb #8cbfa557
+# %% ../../nbs/tasks/00_heads.ipynb #4d974820
 class Chooser(Classifier):
     "Choose an answer; examples have `question`, `choices` and `label`, the place of the right one."
     several = True
