@@ -216,7 +216,7 @@ def test_weight_masks_with_a_rule(model):
     space = Space.of(model, "weight")
     random = Mask.random(space, 0.7, 0)
     bits = {g.name: random[g.name] for g in space.groups}
-    for g in whole.space.groups: bits[g.name] = bits[g.name] & whole[g.name]
+    for name in bits.keys() & whole.space.by_name.keys(): bits[name] = bits[name] & whole[name]
     mask = Mask.of(space, bits)
     small = compact(model, mask, keep="any")
     found = {g.name: small.units[g.name].tolist() for g in units.space.groups}
