@@ -61,7 +61,8 @@ def named_errors() -> dict[str, type[SubnetError]]:
 def parts(error: type[SubnetError]) -> dict[str, str]:
     "Symptom, cause and fix of a docstring."
     first, _, rest = (error.__doc__ or "").partition("\n")
-    return {"symptom": first.strip()} | {k.lower(): v.strip() for k, v in re.findall(r"^\s*(Cause|Fix): (.+)$", rest, re.M)}
+    said = re.findall(r"^\s*(Cause|Fix): (.+?)(?=^\s*Fix:|\Z)", rest, re.M | re.S)      # may go on in further lines
+    return {"symptom": first.strip()} | {k.lower(): " ".join(v.split()) for k, v in said}
 
 
 @cache
