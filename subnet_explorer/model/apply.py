@@ -5,124 +5,145 @@
 # %% ../../nbs/model/01_apply.ipynb #c4031d28
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from ..core.errors import SubnetError
+from ..core.layout import FAMILIES, Layout, follow_path
 from ..core.mask import Mask, to
 from ..core.scores import Scores
-from ..core.layout import FAMILIES, follow_path
 from ..core.space import Group, Space, check_model, spread
-from ..core.errors import SubnetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['swapped', 'parameter', 'applied', 'masked', 'parameter_like', 'evaluating', 'blocks_of', 'entering', 'resuming',
-           'attending']
+__all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applied', 'masked', 'evaluating', 'blocks_of',
+           'entering', 'resuming', 'attending']
 
 # %% ../../nbs/model/01_apply.ipynb #3e4f2468
+def _tables_with(model: PreTrainedModel, name: str) -> list[tuple[dict[str, Any], str]]:
+    "Where a parameter of the base model is registered: twice if the output layer shares it."
+    path, _, attr = name.rpartition(".")
+    holder = follow_path(model.base_model, path)
+    tensor, tables = holder._parameters[attr], [(holder._parameters, attr)]
+    if tensor is model.base_model.get_input_embeddings().weight:
+        output = model.get_output_embeddings()
+        if getattr(output, "weight", None) is tensor: tables.append((output._parameters, "weight"))
+    return tables
+
+
 @contextmanager
 def swapped(
-    model: nn.Module,
+    model: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],      # by parameter name relative to the base model
 ) -> Iterator[None]:
-    "Let `model` compute with other tensors in place of some of its parameters; restore the same objects on leaving."
-    undo: list[tuple[dict, str, Any]] = []
+    "Let `model` compute with other tensors in place of some parameters; restore the same objects on leaving."
+    undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in tensors.items():
-            path, _, attr = name.rpartition(".")
-            holder = follow_path(model.base_model, path)
-            old = holder._parameters[attr]
-            tables = [(holder._parameters, attr)]
-            head = model.get_output_embeddings() if old is model.base_model.get_input_embeddings().weight else None
-            if getattr(head, "weight", None) is old: tables.append((head._parameters, "weight"))
-            for table, key in tables: undo.append((table, key, old)); table[key] = tensor
+            for table, key in _tables_with(model, name):
+                undo.append((table, key, table[key]))
+                table[key] = tensor
         yield
     finally:
         for table, key, old in reversed(undo): table[key] = old
 
 # %% ../../nbs/model/01_apply.ipynb #a1ed75cc
-def parameter(model: nn.Module, group: Group) -> nn.Parameter:
+def parameter(model: PreTrainedModel, group: Group) -> nn.Parameter:
     "The parameter that a weight, block or bias `group` lives on."
     path, _, attr = group.name.rpartition(".")
     return follow_path(model.base_model, path)._parameters[attr]
 
-# %% ../../nbs/model/01_apply.ipynb #e7f4b0aa
-@contextmanager
-def applied(
-    model: nn.Module,
-    space: Space,
-    values: Mapping[str, Any],                # per group: tensor of the group's shape; for structured groups also (batch, n) or a function from features to gated features
-) -> Iterator[None]:
-    "Let `model` compute with its coordinates multiplied by `values`."
-    layout, tensors = space.layout, {}
-    with ExitStack() as stack:
-        hook = lambda handle: stack.callback(handle.remove)
-        for g in space.groups:
-            v = values[g.name]
-            if g.kind == "block" and 1 in g.shape:
-                hook(_scale_features(follow_path(model.base_model, g.name.rpartition(".")[0]), g, v, layout.transposed))
-                continue
-            if g.kind in ("weight", "bias", "block"):
-                w = parameter(model, g)
-                tensors[g.name] = w * (v if g.block is None else spread(g, v, w.shape)).to(w.dtype)
-                continue
-            o, down = (follow_path(model.base_model, layout.module(g.layer, role)) for role in ("o", "down"))
-            if g.kind == "head": hook(o.register_forward_pre_hook(_gate_input(v, layout.head_dim)))
-            if g.kind == "neuron": hook(down.register_forward_pre_hook(_gate_input(v)))
-            if g.kind in ("mlp", "layer"): hook(down.register_forward_hook(_gate_output(v)))
-            if g.kind == "layer": hook(o.register_forward_hook(_gate_output(v)))
-        stack.enter_context(swapped(model, tensors))
-        yield
 
-
-def _times(x: torch.Tensor, v: Any, repeat: int = 1) -> torch.Tensor:
-    if callable(v): return v(x)
-    v = v.repeat_interleave(repeat, -1)
-    return x * (v[:, None] if v.dim() == 2 and x.dim() == 3 else v)          # (batch, n) -> (batch, 1, n); packed rows have no token axis
-def _gate_input(v: Any, repeat: int = 1) -> Any: return lambda module, args: (_times(args[0], v, repeat), *args[1:])
-def _gate_output(v: Any) -> Any: return lambda module, args, out: _times(out, v)
-
-
-def _scale_features(module: nn.Module, group: Group, v: torch.Tensor, transposed: bool) -> Any:
-    "Hook a matrix whose blocks are whole columns or rows: values scale input features, or output features before the bias."
-    columns = group.shape[0] == 1                                          # one value for all rows, that is: values along the stored columns
-    size, repeat = module.weight.shape[int(columns)], group.block[int(columns)]
-    line = v.reshape(-1).tile(repeat) if group.strided else v.reshape(-1).repeat_interleave(min(repeat, size))[:size]
-    if columns != transposed: return module.register_forward_pre_hook(lambda m, args: (args[0] * line, *args[1:]))
-    return module.register_forward_hook(lambda m, args, out: out * line + (0 if m.bias is None else m.bias * (1 - line)))
-
-# %% ../../nbs/model/01_apply.ipynb #52094443
-@contextmanager
-def masked(
-    model: nn.Module,
-    mask: Mask | Scores | None,     # what to apply; None leaves the full model, which makes loops over conditions simple
-    *,
-    train: bool = False,            # zero the weights for good and keep gradients inside the mask while the block runs
-    check: bool = True,             # compare the model's weights with the mask's fingerprint
-) -> Iterator[int]:                 # coordinates switched off
-    "Run `model` as its subnetwork (not faster, only masked); restore it exactly on leaving. Raise `SpaceMismatch` on another model."
-    if mask is None: yield 0; return
-    if check: check_model(mask.space, model)
-    if train:
-        if not isinstance(mask, Mask): raise SubnetError("training needs a binary mask: harden the scores first, e.g. with .top(density) or .above(threshold).")
-        with _held(model, mask): yield mask.space.size - mask.count
-        return
-    values = {g.name: torch.as_tensor(mask[g.name]).to(parameter_like(model)) for g in mask.space.groups}
-    with ExitStack() as stack:
-        with torch.no_grad(): stack.enter_context(applied(model, mask.space, values))      # products carry no graph
-        yield sum(int((v == 0).sum()) for v in values.values())
-
-
-def parameter_like(model: nn.Module) -> torch.Tensor:
+def parameter_like(model: PreTrainedModel) -> torch.Tensor:
     "A floating-point parameter of `model`: its device and type are the model's."
     return next(p for p in model.parameters() if p.is_floating_point())
 
-# %% ../../nbs/model/01_apply.ipynb #0e62128e
+# %% ../../nbs/model/01_apply.ipynb #9a7f8f95
+ValuesOrFunction = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"Values of a group: a tensor of its shape, (batch, n), or a function from features to gated features."
+
+
+def _times(x: torch.Tensor, values: ValuesOrFunction, repeat: int = 1) -> torch.Tensor:
+    "Features times their values, each of which holds for `repeat` features."
+    if not isinstance(values, torch.Tensor): return values(x)
+    v = values.repeat_interleave(repeat, -1)
+    per_example = v.dim() == 2 and x.dim() == 3      # (batch, n); packed rows have no token axis
+    return x * (v[:, None] if per_example else v)
+
+
+def _gate_input(module: nn.Module, values: ValuesOrFunction, repeat: int = 1) -> RemovableHandle:
+    "Hook a module so that its input is multiplied."
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_times(args[0], values, repeat), *args[1:])
+    return module.register_forward_pre_hook(hook)
+
+
+def _gate_output(module: nn.Module, values: ValuesOrFunction) -> RemovableHandle:
+    "Hook a module so that its output is multiplied."
+    def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        return _times(out, values)
+    return module.register_forward_hook(hook)
+
+
+def _gate_units(
+    model: PreTrainedModel, layout: Layout, g: Group, values: ValuesOrFunction
+) -> list[RemovableHandle]:
+    "Hook what the gates of a group of heads, neurons, MLPs or layers multiply."
+    o = follow_path(model.base_model, layout.module(g.layer, "o"))
+    down = follow_path(model.base_model, layout.module(g.layer, "down"))
+    if g.kind == "head": return [_gate_input(o, values, layout.head_dim)]
+    if g.kind == "neuron": return [_gate_input(down, values)]
+    if g.kind == "mlp": return [_gate_output(down, values)]
+    return [_gate_output(down, values), _gate_output(o, values)]
+
+# %% ../../nbs/model/01_apply.ipynb #22c5cbf9
+def _gate_lines(model: PreTrainedModel, g: Group, values: torch.Tensor, transposed: bool) -> RemovableHandle:
+    "Hook a matrix whose blocks are whole columns or rows: values scale input or output features."
+    module = follow_path(model.base_model, g.name.rpartition(".")[0])
+    assert g.block is not None
+    columns = g.shape[0] == 1            # one value for all rows, that is: values along the stored columns
+    size, repeat = module.weight.shape[int(columns)], g.block[int(columns)]
+    flat = values.reshape(-1)
+    line = flat.tile(repeat) if g.strided else flat.repeat_interleave(min(repeat, size))[:size]
+    if columns != transposed: return _gate_input(module, lambda x: x * line)
+
+    def scale(m: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        return out * line + (0 if m.bias is None else m.bias * (1 - line))
+    return module.register_forward_hook(scale)
+
+
 @contextmanager
-def _held(model: nn.Module, mask: Mask) -> Iterator[None]:
+def applied(
+    model: PreTrainedModel,
+    space: Space,
+    values: Mapping[str, Any],          # by name of the group; functions for whole units only
+) -> Iterator[None]:
+    "Let `model` compute with its coordinates multiplied by `values`."
+    tensors = {}
+    with ExitStack() as stack:
+        for g in space.groups:
+            v = values[g.name]
+            if g.kind == "block" and 1 in g.shape:
+                stack.callback(_gate_lines(model, g, v, space.layout.transposed).remove)
+            elif g.kind in ("weight", "bias", "block"):
+                w = parameter(model, g)
+                whole = v if g.block is None else spread(g, v, (w.shape[0], w.shape[1]))
+                tensors[g.name] = w * whole.to(w.dtype)
+            else:
+                for handle in _gate_units(model, space.layout, g, v): stack.callback(handle.remove)
+        stack.enter_context(swapped(model, tensors))
+        yield
+
+# %% ../../nbs/model/01_apply.ipynb #52094443
+@contextmanager
+def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
     "Zero masked weights in place and mask their gradients while the block runs."
     handles = []
     try:
@@ -135,9 +156,35 @@ def _held(model: nn.Module, mask: Mask) -> Iterator[None]:
     finally:
         for h in handles: h.remove()
 
+
+@contextmanager
+def masked(
+    model: PreTrainedModel,
+    mask: Mask | Scores | None,     # what to apply; None: the full model, which makes loops over conditions simple
+    *,
+    train: bool = False,            # zero the weights for good and keep gradients inside the mask
+    check: bool = True,             # compare the model's weights with the mask's fingerprint
+) -> Iterator[int]:                 # coordinates switched off
+    "Run `model` as its subnetwork (not faster, only masked); raise `SpaceMismatch` on another model."
+    if mask is None:
+        yield 0
+        return
+    if check: check_model(mask.space, model)
+    if train:
+        if not isinstance(mask, Mask):
+            hint = "harden the scores first, e.g. with .top(density) or .above(threshold)."
+            raise SubnetError(f"training needs a binary mask: {hint}")
+        with _held(model, mask): yield mask.space.size - mask.count
+        return
+    like = parameter_like(model)
+    values = {g.name: torch.as_tensor(mask[g.name]).to(like) for g in mask.space.groups}
+    with ExitStack() as stack:
+        with torch.no_grad(): stack.enter_context(applied(model, mask.space, values))      # no graph
+        yield sum(int((v == 0).sum()) for v in values.values())
+
 # %% ../../nbs/model/01_apply.ipynb #75f7ea91
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     "Put `model` into evaluation mode; restore the mode of every module on leaving."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -146,46 +193,56 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for m, training in modes: m.training = training
 
 # %% ../../nbs/model/01_apply.ipynb #0b9a3291
-def blocks_of(model: nn.Module, space_or_family: Any) -> tuple[nn.Module, str, nn.ModuleList]:
+def blocks_of(model: PreTrainedModel, family: str) -> tuple[nn.Module, str, nn.ModuleList]:
     "The module that holds the list of blocks, the list's attribute name, and the list."
-    family = space_or_family if isinstance(space_or_family, str) else space_or_family.layout.family
     path, _, attr = FAMILIES[family]["blocks"].rpartition(".")
     holder = follow_path(model.base_model, path)
     return holder, attr, getattr(holder, attr)
 
 
-class _Reached(Exception):
+class _Entered(Exception):
     "Ends a forward pass at the block of interest; carries its input."
 
 
-def _replace_input(states: torch.Tensor) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: dict) -> Any:
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-    return hook
-
-
-def entering(model: nn.Module, family: str, first: int, **inputs: torch.Tensor) -> torch.Tensor:    # (batch, token, hidden)
-    "Hidden states at the entrance of block `first` (zero-based)."
-    def stop(module: nn.Module, args: Any, kwargs: dict) -> None: raise _Reached(args[0] if args else kwargs["hidden_states"])
+def entering(
+    model: PreTrainedModel,
+    family: str,
+    first: int,                 # zero-based
+    **inputs: Any,              # of the model: input_ids, attention_mask, …
+) -> torch.Tensor:              # (batch, token, hidden)
+    "Hidden states at the entrance of block `first`."
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Entered(args[0] if args else kwargs["hidden_states"])
     handle = blocks_of(model, family)[2][first].register_forward_pre_hook(stop, with_kwargs=True)
     try: model.base_model(**inputs)
-    except _Reached as r: return r.args[0]
+    except _Entered as e: return e.args[0]
     finally: handle.remove()
-    raise SubnetError(f"block {first + 1} was not reached in the forward pass of {type(model).__name__}.")
+    name = type(model).__name__
+    raise SubnetError(f"block {first + 1} was not reached in the forward pass of {name}.")
 
-
+# %% ../../nbs/model/01_apply.ipynb #cd4a27e8
 @contextmanager
-def resuming(model: nn.Module, family: str, first: int, states: torch.Tensor) -> Iterator[None]:
-    "Let forward passes start at block `first` with `states` (batch, token, hidden) instead of running the blocks below."
+def resuming(
+    model: PreTrainedModel,
+    family: str,
+    first: int,                 # zero-based
+    states: torch.Tensor,       # (batch, token, hidden)
+) -> Iterator[None]:
+    "Let forward passes start at block `first` with `states` instead of running the blocks below."
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args: return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
     holder, attr, blocks = blocks_of(model, family)
-    handle = blocks[first].register_forward_pre_hook(_replace_input(states), with_kwargs=True)
+    handle = blocks[first].register_forward_pre_hook(replace, with_kwargs=True)
     setattr(holder, attr, nn.ModuleList(blocks[first:]))
     try: yield
-    finally: setattr(holder, attr, blocks); handle.remove()
+    finally:
+        setattr(holder, attr, blocks)
+        handle.remove()
 
 # %% ../../nbs/model/01_apply.ipynb #cc8d73c1
 @contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
+def attending(model: PreTrainedModel) -> Iterator[None]:
     "Make `model` return attention maps when asked with `output_attentions=True`."
     before = model.config._attn_implementation
     if before != "eager": model.set_attn_implementation("eager")

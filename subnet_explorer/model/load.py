@@ -7,151 +7,266 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import SubnetError, check_names
 from ..core.layout import FAMILIES
 from ..data.grammar import corpus, vocabulary
 from ..data.pocket import pocket_path
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
 # %% auto #0
-__all__ = ['UnknownModel', 'load', 'write_models', 'tiny']
+__all__ = ['MASKED_FAMILIES', 'UnknownModel', 'first_line', 'load', 'write_models', 'tiny']
 
 # %% ../../nbs/model/00_load.ipynb #391d1235
 class UnknownModel(SubnetError):
     """A model could not be loaded from the given name or path.
 
     Cause: No such folder, no such name on the hub, no network, or files that are no model.
-    Fix: Name a pocket model, a folder with config.json and weights, or a hub name; with a network, download it once beforehand.
+    Fix: Name a pocket model, a folder with config.json and weights, or a hub name; with a
+    network, download it once beforehand.
     """
 
+
+def first_line(error: Exception) -> str:
+    "Quote the beginning of what another library says, at most 160 characters."
+    lines = str(error).splitlines()
+    return lines[0][:160] if lines else ""
+
+
+def _why_not(name: str, source: str, error: Exception) -> str:
+    "Say why there is no model, whatever the libraries below raised."
+    if Path(source).is_dir() and Path(source, "config.json").exists():
+        return (
+            f"the model in {name!r} cannot be used ({type(error).__name__}: {first_line(error)}): "
+            "a complete language model and its tokenizer are needed."
+        )
+    return (
+        f"cannot load a model from {name!r}: it is neither a pocket model (pocket-bert, "
+        "pocket-gpt2), nor a folder with a transformers model, nor a hub name that can be "
+        f"reached ({first_line(error)})."
+    )
+
+
+def _why_untrained(name: str, missing: list[str]) -> str:
+    "Say which weights of the language-modelling head a checkpoint lacks."
+    some = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+    return (
+        f"{name!r} has no trained language-modelling head: {some} would be random. "
+        "Give a checkpoint saved with its head."
+    )
+
 # %% ../../nbs/model/00_load.ipynb #b327a612
+MASKED_FAMILIES = ("bert", "roberta", "electra", "distilbert", "mpnet")
+"Model types that are masked language models where the configuration does not say."
+
+
+def _is_masked(config: PretrainedConfig) -> bool:
+    "Whether a configuration describes a masked language model."
+    if getattr(config, "is_decoder", False): return False
+    named = any("MaskedLM" in name for name in config.architectures or [])
+    return named or config.model_type in MASKED_FAMILIES
+
+
 def load(
-    name: str | Path,                  # "pocket-bert", "pocket-gpt2", a folder, or a hub name such as "bert-base-uncased"
+    name: str | Path,                  # "pocket-bert", "pocket-gpt2", a folder, or a hub name
     *,
     revision: str | None = None,       # hub revision
     device: str = "cpu",
-    dtype: Any = None,                 # torch dtype; None for float32
-) -> tuple[Any, Any]:
+    dtype: torch.dtype | None = None,  # None for float32
+) -> tuple[PreTrainedModel, Any]:      # model, tokenizer
     "Load a language model in evaluation mode and its tokenizer; raise `UnknownModel` if there is none."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
     pocket = str(name) in ("pocket-bert", "pocket-gpt2")
     source = str(pocket_path(str(name).removeprefix("pocket-"))) if pocket else str(name)
+    how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        masked = any("MaskedLM" in a for a in config.architectures or []) or config.model_type in ("bert", "roberta", "electra", "distilbert", "mpnet")
-        auto = AutoModelForMaskedLM if masked and not getattr(config, "is_decoder", False) else AutoModelForCausalLM
-        model, info = auto.from_pretrained(source, revision=revision, trust_remote_code=False, dtype=dtype or torch.float32, output_loading_info=True)
-        tok = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as e:                         # whatever the libraries below raise, the name of the model must be in the message
-        if Path(source).is_dir() and Path(source, "config.json").exists():
-            raise UnknownModel(f"the model in {str(name)!r} cannot be used ({type(e).__name__}: {str(e).splitlines()[0][:160]}): a complete language model and its tokenizer are needed.") from e
-        raise UnknownModel(f"cannot load a model from {str(name)!r}: it is neither a pocket model (pocket-bert, pocket-gpt2), nor a folder with a "
-                           f"transformers model, nor a hub name that can be reached ({str(e).splitlines()[0][:160]}).") from e
-    if missing := sorted(k for k in info["missing_keys"] if "position_ids" not in k):
-        raise UnknownModel(f"{str(name)!r} has no trained language-modelling head: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} would be random. Give a checkpoint saved with its head.")
+        config = AutoConfig.from_pretrained(source, **how)
+        auto = AutoModelForMaskedLM if _is_masked(config) else AutoModelForCausalLM
+        how_read = {**how, "dtype": dtype or torch.float32, "output_loading_info": True}
+        model, info = auto.from_pretrained(source, **how_read)
+        tok = AutoTokenizer.from_pretrained(source, **how)
+    except Exception as error:
+        raise UnknownModel(_why_not(str(name), source, error)) from error
+    missing = sorted(k for k in info["missing_keys"] if "position_ids" not in k)
+    if missing: raise UnknownModel(_why_untrained(str(name), missing))
     if pocket: model.config._name_or_path = str(name)
     return model.eval().to(device), tok
 
 # %% ../../nbs/model/00_load.ipynb #889b8d91
-def _tokenizer(causal: bool) -> Any:
-    "BERT's word-piece tokenizer, or a GPT-2-style one in which words carry their leading space, over `vocabulary`."
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import BertTokenizer, PreTrainedTokenizerFast
+def _bert_tokenizer() -> Any:
+    "BERT's word-piece tokenizer over `vocabulary`."
+    from transformers import BertTokenizer
     words = vocabulary()
-    if not causal:
-        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{c}" for c in words if len(c) == 1)]
-        return BertTokenizer(vocab={w: i for i, w in enumerate(pieces)}, do_lower_case=True, model_max_length=64)
-    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [("<|endoftext|>", 0.0)] + [("Ġ" + w, -1.0) for w in words] + [(b, -20.0) for b in byte]
+    letters = [f"##{c}" for c in words if len(c) == 1]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    return BertTokenizer(vocab=ids, do_lower_case=True, model_max_length=64)
+
+
+def _gpt2_tokenizer() -> Any:
+    "A tokenizer as GPT-2's, in which words carry their leading space, over `vocabulary`."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [(end, 0.0)] + [("Ġ" + w, -1.0) for w in vocabulary()] + [(b, -20.0) for b in alphabet]
     t = Tokenizer(models.Unigram(pieces, unk_id=0))
     t.normalizer, t.decoder = normalizers.Lowercase(), decoders.ByteLevel()
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=64)
+    ends = dict(bos_token=end, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(tokenizer_object=t, **ends, model_max_length=64)
 
 # %% ../../nbs/model/00_load.ipynb #d8858f27
-def _model(causal: bool, tok: Any, seed: int) -> Any:
+def _new_model(causal: bool, tok: Any, seed: int) -> PreTrainedModel:
     "An untrained pocket model."
     import torch
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
     torch.manual_seed(seed)
     if causal:
+        size = dict(n_positions=64, n_embd=128, n_layer=4, n_head=4)
         end = tok.eos_token_id
-        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_positions=64, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-                                          attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end))
-    return BertForMaskedLM(BertConfig(vocab_size=len(tok), max_position_embeddings=64, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                                      intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        ends = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+        dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), **size, **dropout, **ends))
+    size = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForMaskedLM(BertConfig(vocab_size=len(tok), max_position_embeddings=64, **size, **dropout))
 
-
-def _batches(tok: Any, causal: bool, epoch: int, batch: int) -> Iterator[tuple[Any, Any, Any]]:
-    "Token ids, attention mask and labels (-100 where nothing is to be predicted) of one epoch."
-    import torch
-    text, rng = corpus(epoch), torch.Generator().manual_seed(epoch)
+# %% ../../nbs/model/00_load.ipynb #eeb342c8
+def _encoded_corpus(
+    tok: Any,
+    causal: bool,
+    epoch: int,
+) -> list[tuple[list[int], int]]:        # token ids; id of the object, or -1
+    "Sentences of one epoch, short ones first."
     end = [tok.eos_token_id] if causal else []
-    rows = sorted(((end + tok(s).input_ids + end, tok(" " + o, add_special_tokens=False).input_ids[0] if o else -1) for s, o in text), key=lambda r: len(r[0]))
+    rows = []
+    for sentence, answer in corpus(epoch):
+        gold = tok(" " + answer, add_special_tokens=False).input_ids[0] if answer else -1
+        rows.append((end + tok(sentence).input_ids + end, gold))
+    return sorted(rows, key=lambda row: len(row[0]))
+
+
+def _masked_words(
+    ids: torch.Tensor,                   # (batch, token)
+    gold: torch.Tensor,                  # (batch, 1) id of the object, or -1
+    tok: Any,
+    rng: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids of which some are masked or replaced, and where (Devlin et al. 2019, section 3.1)."
+    import torch
+    picked = torch.rand(ids.shape, generator=rng) < 0.15
+    salient = torch.rand(len(ids), 1, generator=rng) < 0.5
+    special = torch.isin(ids, torch.tensor(tok.all_special_ids))
+    picked = (picked | ((ids == gold) & salient)) & ~special
+    kind, mixed = torch.rand(ids.shape, generator=rng), ids.clone()
+    mixed[picked & (kind < 0.8)] = tok.mask_token_id
+    swapped = picked & (kind > 0.9)
+    mixed[swapped] = torch.randint(5, len(tok), ids.shape, generator=rng)[swapped]
+    return mixed, picked
+
+# %% ../../nbs/model/00_load.ipynb #90e5f2a2
+def _batches(
+    tok: Any,
+    causal: bool,
+    epoch: int,
+    batch: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    "Token ids, attention mask and labels (-100 where nothing is predicted) of one epoch."
+    import torch
+    rng = torch.Generator().manual_seed(epoch)
+    rows = _encoded_corpus(tok, causal, epoch)
     starts = torch.arange(0, len(rows), batch)
     for start in starts[torch.randperm(len(starts), generator=rng)].tolist():
         part = rows[start:start + batch]
         width = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([r + [tok.pad_token_id] * (width - len(r)) for r, _ in part])
-        real = torch.arange(width) < torch.tensor([[len(r)] for r, _ in part])
-        if causal: yield ids, real.long(), ids.masked_fill(~real, -100); continue
-        draw = lambda: torch.rand(ids.shape, generator=rng)
-        special = torch.isin(ids, torch.tensor(tok.all_special_ids))
-        picked = (draw() < 0.15) | ((ids == torch.tensor([[o] for _, o in part])) & (torch.rand(len(part), 1, generator=rng) < 0.5))
-        picked &= ~special
-        kind, mixed = draw(), ids.clone()
-        mixed[picked & (kind < 0.8)] = tok.mask_token_id
-        swap = picked & (kind > 0.9)
-        mixed[swap] = torch.randint(5, len(tok), ids.shape, generator=rng)[swap]
-        yield mixed, real.long(), ids.masked_fill(~picked, -100)
+        ids = torch.tensor([row + [tok.pad_token_id] * (width - len(row)) for row, _ in part])
+        real = torch.arange(width) < torch.tensor([[len(row)] for row, _ in part])
+        if causal:
+            yield ids, real.long(), ids.masked_fill(~real, -100)
+        else:
+            golds = torch.tensor([[gold] for _, gold in part])
+            mixed, picked = _masked_words(ids, golds, tok, rng)
+            yield mixed, real.long(), ids.masked_fill(~picked, -100)
+
+# %% ../../nbs/model/00_load.ipynb #1ef5415a
+def _train(
+    model: PreTrainedModel, tok: Any, causal: bool, epochs: int, batch: int, lr: float
+) -> None:
+    "Train a pocket model in place, with a progress bar."
+    import torch
+
+    from subnet_explorer.core.progress import progress_bar
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    total = epochs * len(range(0, len(corpus(0)), batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=total, pct_start=0.05)
+    with progress_bar("pocket-gpt2" if causal else "pocket-bert", total) as bar:
+        for epoch in range(epochs):
+            for ids, real, labels in _batches(tok, causal, epoch, batch):
+                loss = model(input_ids=ids, attention_mask=real, labels=labels).loss
+                opt.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                opt.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def write_models(
     folder: str | Path,                # where folders "bert" and "gpt2" go
     names: tuple[str, ...] = ("bert", "gpt2"),
     epochs: int = 30,
-    batch: int = 256,
+    batch: int = 256,                  # sentences
     lr: float = 2e-3,                  # peak; linear warm-up over 5 %, then cosine to zero
-    seed: int = 0,
+    seed: int = 0,                     # of the first weights
 ) -> None:
     "Train the pocket models on the CPU and save them in Hugging Face format."
-    import torch
-    from subnet_explorer.core.progress import progress_bar
     for name in check_names(names, ["bert", "gpt2"], "pocket model"):
-        causal, dest = name == "gpt2", Path(folder) / name
-        tok = _tokenizer(causal)
-        model = _model(causal, tok, seed).train()
-        opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-        total = epochs * len(list(range(0, len(corpus(0)), batch)))
-        sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=total, pct_start=0.05)
-        bar = progress_bar(f"pocket-{name}", total)
-        for epoch in range(epochs):
-            for ids, real, labels in _batches(tok, causal, epoch, batch):
-                loss = model(input_ids=ids, attention_mask=real, labels=labels).loss
-                opt.zero_grad(); loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                opt.step(); sched.step(); bar.update(); bar.set_postfix(loss=f"{loss.item():.3f}")
-        bar.close()
-        model.eval().save_pretrained(dest); tok.save_pretrained(dest)
+        causal = name == "gpt2"
+        tok = _gpt2_tokenizer() if causal else _bert_tokenizer()
+        model = _new_model(causal, tok, seed).train()
+        _train(model, tok, causal, epochs, batch, lr)
+        model.eval().save_pretrained(Path(folder) / name)
+        tok.save_pretrained(Path(folder) / name)
 
 # %% ../../nbs/model/00_load.ipynb #44e43d03
-def tiny(family: str, seed: int = 0) -> Any:
-    "A random two-layer language model of a known family (hidden size 16, 4 heads, vocabulary 40)."
-    import torch
+def _tiny_model(family: str) -> PreTrainedModel:
+    "A two-layer model of a family as transformers draws it."
     import transformers as tf
+    size = dict(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, max_position_embeddings=32,
+    )
+    ends = dict(bos_token_id=0, eos_token_id=0)
+    if family == "distilbert":
+        small = dict(dim=16, n_layers=2, n_heads=4, hidden_dim=32, max_position_embeddings=32)
+        return tf.DistilBertForMaskedLM(tf.DistilBertConfig(vocab_size=40, **small))
+    if family == "gpt2":
+        small = dict(n_embd=16, n_layer=2, n_head=4, n_positions=32)
+        return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, **small, **ends))
+    if family == "llama":
+        return tf.LlamaForCausalLM(tf.LlamaConfig(**size, num_key_value_heads=2, **ends))
+    if family == "electra": size["embedding_size"] = 16
+    name = dict(bert="Bert", roberta="Roberta", electra="Electra", mpnet="MPNet")[family]
+    config = getattr(tf, f"{name}Config")(**size)
+    return getattr(tf, f"{name}ForMaskedLM")(config)
+
+
+def tiny(
+    family: str,      # one of `FAMILIES`
+    seed: int = 0,
+) -> PreTrainedModel:
+    "Build a random two-layer language model (hidden size 16, 4 heads, vocabulary 40)."
+    import torch
     check_names([family], FAMILIES, "family")
     torch.manual_seed(seed)
-    common = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, max_position_embeddings=32)
-    if family == "distilbert": model = tf.DistilBertForMaskedLM(tf.DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=4, hidden_dim=32, max_position_embeddings=32))
-    elif family == "gpt2": model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0))
-    elif family == "llama": model = tf.LlamaForCausalLM(tf.LlamaConfig(**common, num_key_value_heads=2, bos_token_id=0, eos_token_id=0))
-    else:
-        name = dict(bert="Bert", roberta="Roberta", electra="Electra", mpnet="MPNet")[family]
-        extra = dict(embedding_size=16) if family == "electra" else {}
-        model = getattr(tf, f"{name}ForMaskedLM")(getattr(tf, f"{name}Config")(**common, **extra))
-    for p in model.parameters():      # framework initialisation is small and leaves biases at zero: too kind a test
-        torch.nn.init.normal_(p, std=0.2)
+    model = _tiny_model(family)
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
     model.config._name_or_path = f"tiny-{family}"
     return model.eval()

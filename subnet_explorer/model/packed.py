@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,65 +17,99 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..core.layout import Layout, follow_path, is_causal
 from .apply import blocks_of, entering
-from ..core.layout import Layout, is_causal, layout_of, follow_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['ANATOMY', 'Packing', 'attend', 'recomputing', 'recomputed', 'run_blocks', 'examples_of', 'packing_agrees',
+__all__ = ['ANATOMY', 'Packing', 'attend', 'recomputing', 'recomputed', 'examples_of', 'run_blocks', 'packing_agrees',
            'answering']
 
 # %% ../../nbs/model/02_packed.ipynb #fb5146ad
-_POST = dict(order="post", norm1="attention.output.LayerNorm", norm2="output.LayerNorm", act="intermediate.intermediate_act_fn")
+_POST = dict(
+    order="post", norm1="attention.output.LayerNorm", norm2="output.LayerNorm",
+    act="intermediate.intermediate_act_fn",
+)
 
 ANATOMY: dict[str, dict[str, str]] = {
     "bert": _POST,
     "roberta": _POST,
     "electra": _POST,
-    "distilbert": dict(order="post", norm1="sa_layer_norm", norm2="output_layer_norm", act="ffn.activation"),
+    "distilbert": dict(
+        order="post", norm1="sa_layer_norm", norm2="output_layer_norm", act="ffn.activation"
+    ),
     "gpt2": dict(order="pre", norm1="ln_1", norm2="ln_2", act="mlp.act", last="ln_f"),
-    "llama": dict(order="pre", norm1="input_layernorm", norm2="post_attention_layernorm", act="mlp.act_fn", last="norm", rotary="rotary_emb"),
+    "llama": dict(
+        order="pre", norm1="input_layernorm", norm2="post_attention_layernorm",
+        act="mlp.act_fn", last="norm", rotary="rotary_emb",
+    ),
 }
-"Norms, activation and their order in a block, by family (paths relative to the block; `last` and `rotary` to the base model)."
+"Order, norms and activation of a block by family: paths in it; `last`, `rotary`: in the base model."
 
 # %% ../../nbs/model/02_packed.ipynb #c178cee2
 class Packing:
     "Rows of several sequences, one after another."
 
-    def __init__(self, batch: np.ndarray, position: np.ndarray, n: int, device: Any = None, width: int | None = None) -> None:
-        # (size,) which sequence, (size,) which token of it; number of sequences; width of the rectangle, at least the longest
-        count = np.bincount(batch, minlength=n)
-        order = np.argsort(batch, kind="stable")
-        place = np.empty(len(batch), int)
-        place[order] = np.arange(len(batch)) - np.repeat(np.cumsum(count) - count, count)      # how many rows of the same sequence come before
+    def __init__(
+        self,
+        batch: np.ndarray,            # (size,) which sequence
+        position: np.ndarray,         # (size,) which token of it
+        n: int,                       # number of sequences
+        device: Any = None,
+        width: int | None = None,     # least width of the rectangle
+    ) -> None:
+        count, order = np.bincount(batch, minlength=n), np.argsort(batch, kind="stable")
+        all_rows, place = np.arange(len(batch)), np.empty(len(batch), int)
+        place[order] = all_rows - np.repeat(np.cumsum(count) - count, count)      # within the sequence
         self.n, self.size, self.width = n, len(batch), max(int(count.max()), width or 0)
-        self.even = bool((count == self.width).all() and (order == np.arange(len(batch))).all())
-        as_tensor = lambda x: torch.as_tensor(np.asarray(x), device=device)
-        self.batch, self.position, self.count, self.slot = map(as_tensor, (batch, position, count, batch * self.width + place))
+        self.even = bool((count == self.width).all() and (order == all_rows).all())
+        arrays = (batch, position, count, batch * self.width + place)
+        tensors = [torch.as_tensor(np.asarray(a), device=device) for a in arrays]
+        self.batch, self.position, self.count, self.slot = tensors
 
-    def tensors(self) -> list[torch.Tensor]: return [self.batch, self.position, self.count, self.slot]
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int] | np.ndarray, device: Any = None) -> Packing:
+        "Pack all tokens of sequences with these lengths."
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        return cls(np.repeat(np.arange(len(lengths)), lengths), positions, len(lengths), device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        "What `with_tensors` replaces: a captured graph reads it from fixed places."
+        return [self.batch, self.position, self.count, self.slot]
+
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Packing:
-        "The same packing around other tensors of the same shapes."
+        "Make the same packing around other tensors of the same shapes."
         twin = copy.copy(self)
         twin.batch, twin.position, twin.count, twin.slot = tensors
         return twin
 
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: Any = None) -> Packing:
-        "All tokens of sequences with these lengths."
-        lengths = np.asarray(lengths)
-        return cls(np.repeat(np.arange(len(lengths)), lengths), np.concatenate([np.arange(l) for l in lengths]), len(lengths), device)
+    def spread(self, x: torch.Tensor) -> torch.Tensor:      # (size, …) -> (sequence, width, …)
+        "Put rows into a rectangle; zeros where a sequence is shorter."
+        if self.even: return x.view(self.n, self.width, *x.shape[1:])
+        blank = x.new_zeros(self.n * self.width, *x.shape[1:])
+        return blank.index_copy(0, self.slot, x).view(self.n, self.width, *x.shape[1:])
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:                 # (size, …) -> (sequence, width, …)
-        "Rows in a rectangle; zeros where a sequence is shorter."
-        if not self.even: x = x.new_zeros(self.n * self.width, *x.shape[1:]).index_copy(0, self.slot, x)
-        return x.view(self.n, self.width, *x.shape[1:])
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:                 # (sequence, width, …) -> (size, …)
-        "Inverse of `spread`."
+    def gather(self, x: torch.Tensor) -> torch.Tensor:      # (sequence, width, …) -> (size, …)
+        "Undo `spread`."
         x = x.reshape(self.n * self.width, *x.shape[2:])
         return x if self.even else x[self.slot]
 
 # %% ../../nbs/model/02_packed.ipynb #548681f2
+def _seen(
+    rows: Packing,
+    tokens: Packing,
+    causal: bool,
+) -> torch.Tensor | None:            # (sequence, 1, row or 1, token)
+    "Which tokens a query may attend to, where that has to be said."
+    place = torch.arange(tokens.width, device=tokens.count.device)
+    if causal and rows is not tokens:
+        return (place <= rows.spread(rows.position)[..., None])[:, None]
+    if not causal and not tokens.even: return (place < tokens.count[:, None])[:, None, None]
+    return None
+
+
 def attend(
     q: torch.Tensor,                 # (query row, head, dimension)
     k: torch.Tensor,                 # (token, key head, dimension)
@@ -84,18 +118,19 @@ def attend(
     tokens: Packing,                 # of keys and values
     causal: bool,
 ) -> torch.Tensor:                   # (query row, head * dimension)
-    "Scaled dot-product attention within sequences."
-    mask, place = None, torch.arange(tokens.width, device=q.device)
-    if causal and rows is not tokens: mask = (place <= rows.spread(rows.position)[..., None])[:, None]
-    elif not causal and not tokens.even: mask = (place < tokens.count[:, None])[:, None, None]
-    if cpu := q.device.type == "cpu": q, k, v = q.float(), k.float(), v.float()      # bfloat16 attention is several times slower there
+    "Compute scaled dot-product attention within sequences (Vaswani et al. 2017, 3.2.1)."
+    mask = _seen(rows, tokens, causal)
+    precision: AbstractContextManager = nullcontext()
+    if q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()
+        precision = torch.autocast("cpu", enabled=False)
     q, k, v = (p.spread(x).transpose(1, 2) for p, x in ((rows, q), (tokens, k), (tokens, v)))
-    with torch.autocast("cpu", enabled=False) if cpu else nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and rows is tokens, enable_gqa=q.shape[1] != k.shape[1])
+    how: dict[str, Any] = dict(is_causal=causal and rows is tokens, enable_gqa=q.shape[1] != k.shape[1])
+    with precision: out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
     return rows.gather(out.transpose(1, 2)).flatten(1)
 
 # %% ../../nbs/model/02_packed.ipynb #e3c153f0
-_RECOMPUTING: ContextVar[bool] = ContextVar("whether a forward pass repeats an earlier one for backward", default=False)
+_RECOMPUTING = ContextVar("whether a forward pass repeats an earlier one", default=False)
 
 
 def recomputing() -> bool:
@@ -105,31 +140,130 @@ def recomputing() -> bool:
 
 @contextmanager
 def _repeating() -> Iterator[None]:
+    "Say that what runs inside has run before."
     token = _RECOMPUTING.set(True)
     try: yield
     finally: _RECOMPUTING.reset(token)
 
 
 def recomputed(f: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    "`f(*args)`, of which backward computes everything anew; nothing random may happen in it."
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _repeating()))
+    "Compute `f(*args)`, and all of it once more for backward; nothing random may happen in it."
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _repeating()
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+# %% ../../nbs/model/02_packed.ipynb #51509038
+_Owners = dict[int, torch.Tensor]      # number of rows → (row,) their examples
+_EXAMPLES: ContextVar[_Owners | None] = ContextVar("examples of packed rows", default=None)
+
+
+@contextmanager
+def _owning(tokens: Packing, rows: Packing | None) -> Iterator[None]:
+    "Say to which examples the rows of a block belong."
+    token = _EXAMPLES.set({p.size: p.batch for p in (tokens, rows or tokens)})
+    try: yield
+    finally: _EXAMPLES.reset(token)
+
+
+def examples_of(x: torch.Tensor) -> torch.Tensor | None:      # (row,); None in a padded batch
+    "Say to which example each row of the input of an output projection or MLP belongs."
+    now = _EXAMPLES.get()
+    return None if now is None else now[len(x)]
+
+# %% ../../nbs/model/02_packed.ipynb #0bbd6ce1
+def _picked(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    "Some rows; all of them if none are named."
+    return x if at is None else x[at]
+
+
+def _rotate(
+    x: torch.Tensor,                   # (row, head, dimension)
+    angles: list[torch.Tensor],        # cosine and sine, (row, 1, dimension)
+) -> torch.Tensor:
+    "Turn by rotary positions (Su et al. 2021), halves layout."
+    (a, b), (cos, sin) = x.chunk(2, -1), angles
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def _index(rows: Packing, tokens: Packing) -> torch.Tensor:
+    "Where some rows lie among all tokens."
+    return (tokens.count.cumsum(0) - tokens.count)[rows.batch] + rows.position
+
+
+def _queries_keys_values(
+    matrices: dict[str, nn.Module],
+    layout: Layout,
+    x: torch.Tensor,              # (token, hidden)
+    at: torch.Tensor | None,      # (row,) where queries are wanted
+) -> list[torch.Tensor]:          # (row, head, dimension), twice (token, key head, dimension)
+    "What attention compares, from one fused matrix or from three."
+    if "qkv" in matrices:
+        wide, narrow = layout.n_heads * layout.head_dim, layout.n_kv * layout.head_dim
+        q, k, v = matrices["qkv"](x).split([wide, narrow, narrow], -1)
+        q = _picked(q, at)
+    else:
+        q, k, v = matrices["q"](_picked(x, at)), matrices["k"](x), matrices["v"](x)
+    return [y.unflatten(-1, (-1, layout.head_dim)) for y in (q, k, v)]
+
+# %% ../../nbs/model/02_packed.ipynb #0ebdc734
+def _mlp(
+    matrices: dict[str, nn.Module],
+    act: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,                 # (row, hidden)
+) -> torch.Tensor:
+    "The second half of a block, with or without a gate matrix."
+    if "gate" in matrices: return matrices["down"](act(matrices["gate"](x)) * matrices["up"](x))
+    return matrices["down"](act(matrices["up"](x)))
+
+
+def _block(
+    base: PreTrainedModel,
+    layout: Layout,
+    i: int,
+    states: torch.Tensor,            # (token, hidden)
+    tokens: Packing,
+    rows: Packing | None,            # None: all tokens
+    angles: Any,                     # cosine and sine of positions, (1, token, dimension)
+    causal: bool,
+) -> torch.Tensor:                   # (row, hidden)
+    "Run one transformer block; only at `rows` if they are given."
+    parts, block = ANATOMY[layout.family], blocks_of(base, layout.family)[2][i]
+    matrices = {r: follow_path(base, layout.module(i, r)) for r in layout.roles}
+    norm1, norm2, act = (follow_path(block, parts[p]) for p in ("norm1", "norm2", "act"))
+    pre = parts["order"] == "pre"
+    at = None if rows is None else _index(rows, tokens)
+    q, k, v = _queries_keys_values(matrices, layout, norm1(states) if pre else states, at)
+    if angles is not None:
+        q = _rotate(q, [_picked(a[0], at)[:, None] for a in angles])
+        k = _rotate(k, [a[0][:, None] for a in angles])
+    attention = matrices["o"](attend(q, k, v, rows or tokens, tokens, causal))
+    if pre:
+        states = _picked(states, at) + attention
+        return states + _mlp(matrices, act, norm2(states))
+    states = norm1(_picked(states, at) + attention)
+    return norm2(states + _mlp(matrices, act, states))
 
 # %% ../../nbs/model/02_packed.ipynb #236a8da0
 def run_blocks(
-    model: nn.Module,
+    model: PreTrainedModel,
     layout: Layout,
     states: torch.Tensor,                       # (token, hidden)
     tokens: Packing,
     first: int = 0,
     rows: Packing | None = None,                # None: all tokens
-    every: list[torch.Tensor] | None = None,    # collects (token, hidden) after every block, the last one normed as the model does
-    recompute: bool = False,                    # compute the insides of blocks again in backward instead of keeping them
+    every: list[torch.Tensor] | None = None,    # collects (token, hidden) after every block
+    recompute: bool = False,                    # compute insides of blocks again in backward
 ) -> torch.Tensor:                              # (row, hidden)
-    "Final hidden states of packed tokens that enter block `first`."
-    base, parts = model.base_model, ANATOMY[layout.family]
-    angles = follow_path(base, parts["rotary"])(states[None], position_ids=tokens.position[None]) if "rotary" in parts else None
+    "Compute the final hidden states of packed tokens that enter block `first`."
+    base, parts, causal = model.base_model, ANATOMY[layout.family], is_causal(model)
+    angles = None
+    if "rotary" in parts:
+        turn = follow_path(base, parts["rotary"])
+        angles = turn(states[None], position_ids=tokens.position[None])
+
     def one(states: torch.Tensor, i: int, here: Packing | None) -> torch.Tensor:
-        with _owning(tokens, here): return _block(base, layout, i, states, tokens, here, angles, is_causal(model))
+        with _owning(tokens, here):
+            return _block(base, layout, i, states, tokens, here, angles, causal)
     for i in range(first, layout.n_layers):
         here = rows if i == layout.n_layers - 1 and every is None else None
         states = recomputed(one, states, i, here) if recompute else one(states, i, here)
@@ -139,63 +273,21 @@ def run_blocks(
     every[-1] = states
     return states if rows is None else states[_index(rows, tokens)]
 
-
-_EXAMPLES: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("examples of packed rows", default=None)
-
-@contextmanager
-def _owning(tokens: Packing, rows: Packing | None) -> Iterator[None]:
-    "Say to which examples the rows of a block belong; where both packings have one size, it is that of the output projection and the MLP."
-    token = _EXAMPLES.set({p.size: p.batch for p in (tokens, rows or tokens)})
-    try: yield
-    finally: _EXAMPLES.reset(token)
-
-
-def examples_of(x: torch.Tensor) -> torch.Tensor | None:      # (row,)
-    "To which example each row of the input of an output projection or MLP belongs, while packed blocks run; None in a padded batch, whose first axis is the examples."
-    return None if (now := _EXAMPLES.get()) is None else now[len(x)]
-
-
-def _index(rows: Packing, tokens: Packing) -> torch.Tensor:
-    "Where some rows lie among all tokens."
-    return (tokens.count.cumsum(0) - tokens.count)[rows.batch] + rows.position
-
-# %% ../../nbs/model/02_packed.ipynb #0bbd6ce1
-def _block(base: Any, layout: Layout, i: int, h: torch.Tensor, tokens: Packing, rows: Packing | None, angles: Any, causal: bool) -> torch.Tensor:
-    "One transformer block; only at `rows` if they are given."
-    parts, m = ANATOMY[layout.family], {r: follow_path(base, layout.module(i, r)) for r in layout.roles}
-    block = blocks_of(base, layout.family)[2][i]
-    norm1, norm2, act = (follow_path(block, parts[p]) for p in ("norm1", "norm2", "act"))
-    pre, at = parts["order"] == "pre", None if rows is None else _index(rows, tokens)
-    pick = (lambda x: x) if at is None else (lambda x: x[at])
-    x = norm1(h) if pre else h
-    heads = lambda y: y.unflatten(-1, (-1, layout.head_dim))
-    if "qkv" in m:
-        q, k, v = map(heads, m["qkv"](x).split([layout.n_heads * layout.head_dim] + [layout.n_kv * layout.head_dim] * 2, -1))
-        q = pick(q)
-    else: q, k, v = heads(m["q"](pick(x))), heads(m["k"](x)), heads(m["v"](x))
-    if angles is not None: q, k = (_rotate(y, *(a[0][:, None] if y is k else pick(a[0])[:, None] for a in angles)) for y in (q, k))
-    a = m["o"](attend(q, k, v, rows or tokens, tokens, causal))
-    mlp = lambda y: m["down"](act(m["gate"](y)) * m["up"](y) if "gate" in m else act(m["up"](y)))
-    if pre: h = pick(h) + a; return h + mlp(norm2(h))
-    h = norm1(pick(h) + a)
-    return norm2(h + mlp(h))
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    "Rotary positions (Su et al. 2021), halves layout."
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
-
 # %% ../../nbs/model/02_packed.ipynb #43501fbe
 @torch.no_grad()
-def packing_agrees(model: nn.Module, layout: Layout, ids: Sequence[torch.Tensor]) -> bool:
+def packing_agrees(
+    model: PreTrainedModel,
+    layout: Layout,
+    ids: Sequence[torch.Tensor],      # token ids of some sequences
+) -> bool:
     "Whether packed blocks give the hidden states of the model itself on these sequences."
     if layout.family not in ANATOMY: return False
     extra = {"use_cache": False} if is_causal(model) else {}
     tokens = Packing.of_lengths([len(i) for i in ids], ids[0].device)
     try:
-        wanted = torch.cat([model.base_model(input_ids=i[None], **extra)[0][0] for i in ids])
-        start = torch.cat([entering(model, layout.family, 0, input_ids=i[None], **extra)[0] for i in ids])
+        inputs = [dict(input_ids=i[None], **extra) for i in ids]
+        wanted = torch.cat([model.base_model(**i)[0][0] for i in inputs])
+        start = torch.cat([entering(model, layout.family, 0, **i)[0] for i in inputs])
         got = run_blocks(model, layout, start, tokens)
     except (AttributeError, TypeError, RuntimeError): return False
     close = 1e-4 if wanted.dtype == torch.float32 else 0.05
@@ -203,10 +295,17 @@ def packing_agrees(model: nn.Module, layout: Layout, ids: Sequence[torch.Tensor]
 
 # %% ../../nbs/model/02_packed.ipynb #570e2c99
 @contextmanager
-def answering(model: nn.Module, states: torch.Tensor) -> Iterator[None]:      # (batch, token, hidden)
-    "Let the base of `model` answer with `states`, so that a forward pass is its head only."
+def answering(
+    model: PreTrainedModel,
+    states: torch.Tensor,      # (batch, token, hidden)
+) -> Iterator[None]:
+    "Let the base of `model` answer with `states`: a forward pass is its output layer only."
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
     pooler = getattr(model.base_model, "pooler", None)
-    model.base_model.forward = lambda *args, **kwargs: Output(last_hidden_state=states, pooler_output=None if pooler is None else pooler(states))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        pooled = None if pooler is None else pooler(states)
+        return Output(last_hidden_state=states, pooler_output=pooled)
+    model.base_model.forward = forward
     try: yield
     finally: del model.base_model.forward

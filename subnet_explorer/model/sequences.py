@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -23,222 +23,382 @@ from ..data.texts import Blocks, release
 from .apply import blocks_of, entering, resuming
 from .packed import Packing, answering, packing_agrees, recomputed, run_blocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # %% auto #0
-__all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'empty_states', 'Rows', 'Sequences', 'row_losses', 'head_changes',
-           'LossWithSlope', 'longest', 'block_ids', 'Prompts']
+__all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'Coded', 'empty_states', 'Rows', 'padded', 'TokenSequences',
+           'EnteringSequences', 'states_below', 'Sequences', 'watching_blocks', 'output_of', 'LossWithSlope',
+           'output_learns', 'row_losses', 'longest', 'block_ids', 'Prompts']
 
 # %% ../../nbs/model/03_sequences.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
 
 
 def empty_states(*shape: int, device: Any = "cpu") -> torch.Tensor:      # float32
-    "An empty tensor in memory, or mapped from a temporary file if it is larger than `IN_MEMORY`."
+    "Make an empty tensor in memory, or in a temporary file if it is larger than `IN_MEMORY`."
     size = int(np.prod(shape))
     if 4 * size <= IN_MEMORY: return torch.empty(shape, device=device)
-    with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f: return torch.from_file(f.name, shared=True, size=size).view(shape)
+    with tempfile.NamedTemporaryFile(prefix="subnet_explorer") as f:
+        return torch.from_file(f.name, shared=True, size=size).view(shape)
 
 # %% ../../nbs/model/03_sequences.ipynb #ed03ef5c
 class Rows:
     "Rows of an array of token ids as tensors, read when they are asked for."
 
-    def __init__(self, ids: np.ndarray, device: Any) -> None: self.ids, self.device, self.count = ids, device, 0      # ids: (row, token)
+    def __init__(self, ids: np.ndarray, device: Any) -> None:      # ids: (row, token)
+        self.ids, self.device, self.count = ids, device, 0
+
     def __len__(self) -> int: return len(self.ids)
-    def __getitem__(self, i: int) -> torch.Tensor:
+
+    def __getitem__(self, i: int) -> torch.Tensor:                 # (token,)
         self.count += 1
         if self.count % 512 == 0: release(self.ids)
         return torch.from_numpy(self.ids[i].astype(np.int64)).to(self.device)
 
-# %% ../../nbs/model/03_sequences.ipynb #5551dd04
-KEPT = 1 << 29           # bytes that the blocks of one pass may keep for backward before they are computed again instead, where that is left open
 
+def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:      # (batch, longest, …)
+    "Pad tensors of several lengths with zeros on the right."
+    return pad_sequence(list(rows), batch_first=True)
 
-class Sequences:
-    "Token sequences ready to be read by a model from block `first` on."
+# %% ../../nbs/model/03_sequences.ipynb #b96e9c47
+class TokenSequences:
+    "Token ids of sequences, and the padded model inputs of some of them."
 
-    def __init__(self, model: nn.Module, ids: Sequence[Sequence[int]] | np.ndarray, first: int = 0, path: str = "auto", types: Sequence[Sequence[int]] | None = None,
-                 recompute: bool | None = False) -> None:      # path: "auto" or "plain"; types: token types of pairs; recompute: see `run`; None: where more than `KEPT` bytes would be kept
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]] | np.ndarray,         # an array is (sequence, token)
+        device: Any = "cpu",
+        types: Sequence[Sequence[int]] | None = None,      # token types, for pairs of texts
+        **extra: Any,                                      # further inputs of the model
+    ) -> None:
         if not len(ids): raise SubnetError("there is nothing to read: no sequence was given.")
-        check_names([path], ["auto", "plain"], "path")
-        self.model, self.first, self.layout, self.recompute = model, first, layout_of(model, whole=False), recompute
-        self.device = next(model.parameters()).device
-        even = isinstance(ids, np.ndarray)
-        self.ids = Rows(ids, self.device) if even else [torch.tensor(i, device=self.device) for i in ids]
-        self.mapped = isinstance(ids, np.memmap)
-        self.types = None if types is None else [torch.tensor(t, device=self.device) for t in types]
-        self.lengths = np.full(len(ids), ids.shape[1]) if even else np.array([len(i) for i in ids])
-        self.extra = {"use_cache": False} if is_causal(model) else {}
-        self.packed = path == "auto" and not model.training and packing_agrees(model, self.layout, [self.ids[i] for i in np.argsort(self.lengths)[[0, -1]]])
-        self.starts, self.states = np.cumsum(self.lengths) - self.lengths, None
-        if first: self.states = _below(self)
+        self.device, self.extra, self.mapped = device, extra, isinstance(ids, np.memmap)
+        self.ids: Rows | list[torch.Tensor]
+        if isinstance(ids, np.ndarray):
+            self.ids, self.lengths = Rows(ids, device), np.full(len(ids), ids.shape[1])
+        else:
+            self.ids = [torch.tensor(i, device=device) for i in ids]
+            self.lengths = np.array([len(i) for i in ids])
+        self.types = None if types is None else [torch.tensor(t, device=device) for t in types]
+        self.starts = np.cumsum(self.lengths) - self.lengths
 
     def inputs(self, index: np.ndarray) -> dict[str, Any]:
-        "Padded model inputs of some sequences; no attention mask when nothing is padded."
-        ids = pad_sequence([self.ids[i] for i in index], batch_first=True)
-        out = {"input_ids": ids, **self.extra} | ({} if self.types is None else {"token_type_ids": pad_sequence([self.types[i] for i in index], batch_first=True)})
-        if (lengths := self.lengths[index]).min() < ids.shape[1]: out["attention_mask"] = self.real(index).long().to(ids.device)
+        "Pad some sequences into model inputs, with an attention mask if anything is padded."
+        out = {"input_ids": padded([self.ids[i] for i in index]), **self.extra}
+        if self.types is not None: out["token_type_ids"] = padded([self.types[i] for i in index])
+        if self.lengths[index].min() < out["input_ids"].shape[1]:
+            out["attention_mask"] = self.real(index).long().to(self.device)
         return out
 
-    def real(self, index: np.ndarray) -> torch.Tensor:            # (batch, longest) bool, on the CPU
-        "Where there is a token and no padding."
-        return torch.arange(self.lengths[index].max()) < torch.as_tensor(self.lengths[index])[:, None]
+    def real(self, index: np.ndarray) -> torch.Tensor:       # (batch, longest) bool, on the CPU
+        "Say where there is a token and no padding."
+        lengths = torch.as_tensor(self.lengths[index])
+        return torch.arange(int(lengths.max())) < lengths[:, None]
 
-    def tokens(self, index: np.ndarray) -> torch.Tensor:          # (token,)
-        "Where the tokens of some sequences lie among all tokens, one sequence after another."
-        return torch.from_numpy(np.concatenate([np.arange(self.starts[i], self.starts[i] + self.lengths[i]) for i in index]))
+    def tokens(self, index: np.ndarray) -> torch.Tensor:     # (token,)
+        "Say where the tokens of some sequences lie among all tokens."
+        places = [np.arange(self.starts[i], self.starts[i] + self.lengths[i]) for i in index]
+        return torch.from_numpy(np.concatenate(places))
 
-    def read(
-        self,
-        index: np.ndarray,                        # (batch,) which sequences
-        batch: Sequence[int],                     # (n,) row → place in `index`
-        position: Sequence[int],                  # (n,) row → token position
-        head: nn.Module | None = None,            # None: the model's own head; else applied to the hidden states of the rows
-        ids: torch.Tensor | None = None,          # (batch, longest) other token ids of the same lengths (for dynamic masking)
-    ) -> torch.Tensor:                            # (n, vocabulary or labels)
-        "Predictions at some rows."
-        states = self.hidden(index, batch, position, ids)
-        return self.predict(states) if head is None else head(states)
-
-    def hidden(self, index: np.ndarray, batch: Sequence[int], position: Sequence[int], ids: torch.Tensor | None = None,
-               every: list[torch.Tensor] | None = None) -> torch.Tensor:                                                  # (n, hidden)
-        "Final hidden states at some rows; the states of all tokens after each block from `first` on are appended to `every`."
-        batch, position = np.asarray(batch), np.asarray(position)
-        if not self.packed or self.model.training: return _plainly(self, index, batch, position, ids, every)
-        tokens, rows = Packing.of_lengths(self.lengths[index], self.device), Packing(batch, position, len(index), self.device)
-        first = self.first if ids is None else 0
-        kept = 4 * 32 * self.layout.hidden * tokens.size * (self.layout.n_layers - first)      # bytes, roughly
-        recompute = torch.is_grad_enabled() and (kept > KEPT if self.recompute is None else self.recompute)
-        return run_blocks(self.model, self.layout, self.entered(index, ids), tokens, first, rows, every, recompute)
-
-    def entered(self, index: np.ndarray, ids: torch.Tensor | None = None) -> torch.Tensor:      # (token, hidden)
-        "Packed states at the entrance of block `first`, or of the first block for other token ids."
-        if self.first and ids is None: return self._cached(index)
-        inputs = self.inputs(index) if ids is None else {**self.inputs(index), "input_ids": ids}
-        return entering(self.model, self.layout.family, 0, **inputs)[self.real(index).to(self.device)]
-
-    def _cached(self, index: np.ndarray) -> torch.Tensor:         # (token, hidden)
-        return self.states[self.tokens(index).to(self.states.device)].to(self.device)
-
-    def predict(self, states: torch.Tensor) -> torch.Tensor:      # (n, hidden) -> (n, vocabulary)
-        "The model's own head on final hidden states, never in lower precision than the head has."
-        states = states.to(self.model.get_input_embeddings().weight.dtype)
-        with answering(self.model, states[:, None]), torch.autocast(self.device.type, enabled=False):
-            logits = self.model(input_ids=self.ids[0].new_zeros(len(states), 1), **self.extra).logits
-        return logits if logits.dim() == 2 else logits[:, 0]      # a classifier of sequences reads the one row it is given
-
-    def missing_windows(self, index: np.ndarray, known: np.ndarray) -> Iterator[np.ndarray]:      # known: (sequence,) bool
-        "The parts in which what is kept of sequences is computed when it is not known: always the same ones, so that it does not depend, to the last bit, on what was met before."
+    def missing_windows(self, index: np.ndarray, known: np.ndarray) -> Iterator[np.ndarray]:
+        "Find what a batch needs beyond the `known`, (sequence,) bool, in fixed windows."
         window = self.starts // 512
         for w in np.unique(window[index[~known[index]]]): yield np.flatnonzero(window == w)
 
-    def with_own_model(self) -> Sequences:
-        "The same with a model of its own that shares all tensors: what is later put in their place, or trained in front of them, does not reach it."
-        out = copy.copy(self)
-        out.model = copy.deepcopy(self.model, {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]})
+# %% ../../nbs/model/03_sequences.ipynb #197f6830
+class EnteringSequences(TokenSequences):
+    "Token sequences, and their states where they enter block `first` of a model."
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Sequence[Sequence[int]] | np.ndarray,
+        first: int = 0,                                    # zero-based
+        types: Sequence[Sequence[int]] | None = None,      # token types, for pairs of texts
+    ) -> None:
+        extra = {"use_cache": False} if is_causal(model) else {}
+        super().__init__(ids, next(model.parameters()).device, types, **extra)
+        self.model, self.first, self.layout = model, first, layout_of(model, whole=False)
+        self.states = states_below(self) if first else None      # (all tokens, hidden)
+
+    def kept(self, index: np.ndarray) -> torch.Tensor:           # (token, hidden)
+        "Look up the states of some sequences that were computed beforehand."
+        assert self.states is not None
+        return self.states[self.tokens(index).to(self.states.device)].to(self.device)
+
+    def entered(
+        self,
+        index: np.ndarray,                       # (batch,) which sequences
+        ids: torch.Tensor | None = None,         # (batch, longest) other token ids
+    ) -> torch.Tensor:                           # (token, hidden)
+        "Give packed states at block `first`; for other token ids, at the first block of all."
+        if self.first and ids is None: return self.kept(index)
+        inputs = self.inputs(index)
+        if ids is not None: inputs["input_ids"] = ids
+        states = entering(self.model, self.layout.family, 0, **inputs)
+        return states[self.real(index).to(self.device)]
+
+    def with_own_model(self) -> Self:
+        "Copy, with a model of its own that shares all tensors as they are now."
+        out, tensors = copy.copy(self), [*self.model.parameters(), *self.model.buffers()]
+        out.model = copy.deepcopy(self.model, {id(t): t for t in tensors})
         return out
 
 # %% ../../nbs/model/03_sequences.ipynb #9fdc4eb4
 @torch.no_grad()
-def _below(seqs: Sequences, chunk: int = 256) -> torch.Tensor:          # (all tokens, hidden)
-    "The output of the blocks below `seqs.first` for every token."
-    order, out = np.argsort(seqs.lengths, kind="stable"), None
+def states_below(
+    seqs: EnteringSequences,
+    chunk: int = 256,      # sequences at a time, fewer if they are long
+) -> torch.Tensor:         # (all tokens, hidden)
+    "Compute the output of the blocks below `seqs.first` for every token."
+    order = np.argsort(seqs.lengths, kind="stable")
     chunk = max(1, min(chunk, 8192 // int(seqs.lengths.max())))
+    out: torch.Tensor | None = None
     for part in np.array_split(order, range(chunk, len(order), chunk)):
-        h = entering(seqs.model, seqs.layout.family, seqs.first, **seqs.inputs(part))[seqs.real(part).to(seqs.device)]
-        if out is None: out = empty_states(int(seqs.lengths.sum()), h.shape[-1], device=seqs.device).to(h.dtype)
-        out[seqs.tokens(part).to(out.device)] = h.to(out.device)
+        states = entering(seqs.model, seqs.layout.family, seqs.first, **seqs.inputs(part))
+        states = states[seqs.real(part).to(seqs.device)]
+        if out is None:
+            tokens, width = int(seqs.lengths.sum()), states.shape[-1]
+            out = empty_states(tokens, width, device=seqs.device).to(states.dtype)
+        out[seqs.tokens(part).to(out.device)] = states.to(out.device)
+    assert out is not None
     return out
+
+# %% ../../nbs/model/03_sequences.ipynb #5551dd04
+KEPT = 1 << 29           # bytes
+
+
+class Sequences(EnteringSequences):
+    "Token sequences ready to be read by a model from block `first` on."
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Sequence[Sequence[int]] | np.ndarray,
+        first: int = 0,                                    # zero-based
+        path: str = "auto",                                # "auto" or "plain"
+        types: Sequence[Sequence[int]] | None = None,      # token types, for pairs of texts
+        recompute: bool | None = False,                    # see `run_blocks`
+    ) -> None:
+        check_names([path], ["auto", "plain"], "path")
+        super().__init__(model, ids, first, types)
+        self.recompute, self.packed = recompute, False
+        if path == "auto" and not model.training:
+            extremes = [self.ids[i] for i in np.argsort(self.lengths)[[0, -1]]]
+            self.packed = packing_agrees(model, self.layout, extremes)
+
+    def hidden(
+        self,
+        index: np.ndarray,                            # (batch,) which sequences
+        batch: Sequence[int] | np.ndarray,            # (n,) row → place in `index`
+        position: Sequence[int] | np.ndarray,         # (n,) row → token position
+        ids: torch.Tensor | None = None,              # (batch, longest) other token ids
+        every: list[torch.Tensor] | None = None,      # collects (token, hidden) after each block
+    ) -> torch.Tensor:                                # (n, hidden)
+        "Compute the final hidden states at some rows."
+        how = _read_packed if self.packed and not self.model.training else _read_plainly
+        return how(self, index, np.asarray(batch), np.asarray(position), ids, every)
+
+    def predict(self, states: torch.Tensor) -> torch.Tensor:
+        "Apply the model's own output layer: (n, hidden) -> (n, vocabulary)."
+        return output_of(self, states)
+
+    def read(
+        self, index: np.ndarray, batch: Sequence[int] | np.ndarray, position: Sequence[int] | np.ndarray,
+        head: nn.Module | None = None, ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        "Predict at the rows of `hidden`, by the output layer or by the `head` of a task."
+        states = self.hidden(index, batch, position, ids)
+        return self.predict(states) if head is None else head(states)
+
+# %% ../../nbs/model/03_sequences.ipynb #6b907ebe
+def _read_packed(
+    seqs: Sequences, index: np.ndarray, batch: np.ndarray, position: np.ndarray,
+    ids: torch.Tensor | None, every: list[torch.Tensor] | None,
+) -> torch.Tensor:
+    "`Sequences.hidden` on packed tokens."
+    layout, first = seqs.layout, seqs.first if ids is None else 0
+    tokens = Packing.of_lengths(seqs.lengths[index], seqs.device)
+    rows = Packing(batch, position, len(index), seqs.device)
+    kept = 4 * 32 * layout.hidden * tokens.size * (layout.n_layers - first)      # about, in bytes
+    recompute = kept > KEPT if seqs.recompute is None else seqs.recompute
+    states = seqs.entered(index, ids)
+    recompute = recompute and torch.is_grad_enabled()
+    return run_blocks(seqs.model, layout, states, tokens, first, rows, every, recompute)
 
 
 @contextmanager
-def _watching(seqs: Sequences, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    "A list that takes what every block gives out in the passes of the model."
+def watching_blocks(seqs: Sequences) -> Iterator[list[torch.Tensor]]:
+    "Collect what every block gives out, (batch, token, hidden), in the passes of the model."
     seen: list[torch.Tensor] = []
-    keep = lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    handles = [b.register_forward_hook(keep) for b in blocks_of(seqs.model, seqs.layout.family)[2]] if wanted else []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+    blocks = blocks_of(seqs.model, seqs.layout.family)[2]
+    handles = [b.register_forward_hook(keep) for b in blocks]
     try: yield seen
     finally:
         for h in handles: h.remove()
 
-
-def _plainly(seqs: Sequences, index: np.ndarray, batch: np.ndarray, position: np.ndarray, ids: torch.Tensor | None, every: list[torch.Tensor] | None) -> torch.Tensor:
+# %% ../../nbs/model/03_sequences.ipynb #0ffc7c98
+def _read_plainly(
+    seqs: Sequences, index: np.ndarray, batch: np.ndarray, position: np.ndarray,
+    ids: torch.Tensor | None, every: list[torch.Tensor] | None,
+) -> torch.Tensor:
     "`Sequences.hidden` by the model's own forward pass on a padded batch."
-    inputs, real, cached = seqs.inputs(index), seqs.real(index).to(seqs.device), seqs.first and ids is None
+    inputs, from_block = seqs.inputs(index), seqs.first and ids is None
+    start: AbstractContextManager = nullcontext()
     if ids is not None: inputs["input_ids"] = ids
-    states = pad_sequence(seqs._cached(index).split(seqs.lengths[index].tolist()), batch_first=True) if cached else None
-    with _watching(seqs, every is not None) as seen, resuming(seqs.model, seqs.layout.family, seqs.first, states) if cached else nullcontext(): out = seqs.model.base_model(**inputs)
-    if every is not None: every += [h[real] for h in [*seen[:-1], out[0]]]      # the last one normed, as the model returns it
-    return out[0][torch.as_tensor(batch, device=seqs.device), torch.as_tensor(position, device=seqs.device)]
+    if from_block:
+        states = padded(seqs.kept(index).split(seqs.lengths[index].tolist()))
+        start = resuming(seqs.model, seqs.layout.family, seqs.first, states)
+    watching: AbstractContextManager = nullcontext([]) if every is None else watching_blocks(seqs)
+    with watching as seen, start: out = seqs.model.base_model(**inputs)[0]
+    if every is not None:
+        real = seqs.real(index).to(seqs.device)
+        every += [states[real] for states in [*seen[:-1], out]]
+    rows, columns = (torch.as_tensor(i, device=seqs.device) for i in (batch, position))
+    return out[rows, columns]
+
+
+def output_of(
+    seqs: Sequences,
+    states: torch.Tensor,      # (n, hidden)
+) -> torch.Tensor:             # (n, vocabulary)
+    "Apply the model's own output layer, never in lower precision than its weights have."
+    states = states.to(seqs.model.get_input_embeddings().weight.dtype)
+    blank = seqs.ids[0].new_zeros(len(states), 1)
+    full = torch.autocast(seqs.device.type, enabled=False)
+    with answering(seqs.model, states[:, None]), full:
+        logits = seqs.model(input_ids=blank, **seqs.extra).logits
+    return logits if logits.dim() == 2 else logits[:, 0]      # a classifier reads one row
 
 # %% ../../nbs/model/03_sequences.ipynb #73426f0d
-LOGITS = 1 << 23         # logits made at a time
-
-
-def row_losses(seqs: Sequences, states: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor], rows: int | None = None) -> torch.Tensor:      # loss: (logits, which rows) -> (rows,)
-    "Per-row losses of the model's predictions, made for `rows` rows at a time so that logits of a large vocabulary never exist together."
-    rows = rows or max(1, LOGITS // len(seqs.model.get_input_embeddings().weight))
-    parts = [slice(i, i + rows) for i in range(0, len(states), rows)]
-    of = lambda s, part: loss(seqs.predict(s).float(), part)
-    if not (states.requires_grad and torch.is_grad_enabled()): return torch.cat([of(states[p], p) for p in parts])
-    if head_changes(seqs): return torch.cat([of(states[p], p) if len(parts) == 1 else recomputed(of, states[p], p) for p in parts])
-    losses, slopes = [], torch.empty_like(states)
-    for p in parts:
-        some = states.detach()[p].requires_grad_()
-        losses.append(of(some, p))
-        slopes[p] = torch.autograd.grad(losses[-1].sum(), some)[0]
-        losses[-1] = losses[-1].detach()
-    return LossWithSlope.apply(states, torch.cat(losses), slopes)
-
-
-def head_changes(seqs: Sequences) -> bool:
-    "Whether gradients must reach the head: its weights are trained, or are under a gate."
-    below = {id(m) for m in seqs.model.base_model.modules()}
-    return any("forward" in m.__dict__ or any(p is not None and p.requires_grad for p in m._parameters.values()) for m in seqs.model.modules() if id(m) not in below and m is not seqs.model)
-
-
 class LossWithSlope(torch.autograd.Function):
     "Losses of rows, (n,), whose slopes with respect to `x`, (n, width), are known already."
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor
+    ) -> torch.Tensor:
+        "Give the losses, and keep the slopes."
         ctx.save_for_backward(slopes)
         return losses.view_as(losses)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        "Scale the slopes."
         slopes, = ctx.saved_tensors
         return (grads[0][:, None] * slopes).to(slopes.dtype), None, None
+
+# %% ../../nbs/model/03_sequences.ipynb #9c7dab34
+LOGITS = 1 << 23         # logits made at a time
+
+
+def output_learns(seqs: Sequences) -> bool:
+    "Whether gradients must reach the output layer: it is trained, or under a gate."
+    below = {id(m) for m in seqs.model.base_model.modules()}
+    own = [m for m in seqs.model.modules() if id(m) not in below and m is not seqs.model]
+    trained = (p is not None and p.requires_grad for m in own for p in m._parameters.values())
+    return any("forward" in m.__dict__ for m in own) or any(trained)
+
+
+def row_losses(
+    seqs: Sequences,
+    states: torch.Tensor,                                    # (n, hidden)
+    loss: Callable[[torch.Tensor, slice], torch.Tensor],     # (logits, which rows) -> (rows,)
+    rows: int | None = None,                                 # at a time; None: `LOGITS` / vocabulary
+) -> torch.Tensor:                                           # (n,)
+    "Compute losses of the model's predictions, for some rows at a time."
+    rows = rows or max(1, LOGITS // len(seqs.model.get_input_embeddings().weight))
+    parts = [slice(i, i + rows) for i in range(0, len(states), rows)]
+
+    def of(some: torch.Tensor, part: slice) -> torch.Tensor:
+        return loss(seqs.predict(some).float(), part)
+    learning = states.requires_grad and torch.is_grad_enabled()
+    if not learning or (len(parts) == 1 and output_learns(seqs)):
+        return torch.cat([of(states[p], p) for p in parts])
+    if output_learns(seqs): return torch.cat([recomputed(of, states[p], p) for p in parts])
+    losses, slopes = [], torch.empty_like(states)
+    for p in parts:
+        some = states.detach()[p].requires_grad_()
+        found = of(some, p)
+        slopes[p] = torch.autograd.grad(found.sum(), some)[0]
+        losses.append(found.detach())
+    return LossWithSlope.apply(states, torch.cat(losses), slopes)
+
+# %% ../../nbs/model/03_sequences.ipynb #fa5d7a23
+def longest(model: PreTrainedModel, tok: Any) -> int:
+    "How many tokens a model can read."
+    most = tok.model_max_length
+    return min(most, getattr(model.config, "max_position_embeddings", most))
+
+
+def block_ids(blocks: Blocks, model: PreTrainedModel, tok: Any) -> np.ndarray:      # (block, size)
+    "Token ids of blocks; raise `SubnetError` if they are too long or from another vocabulary."
+    most, size = longest(model, tok), len(model.get_input_embeddings().weight)
+    if blocks.size > most:
+        raise SubnetError(
+            f"these are blocks of {blocks.size} tokens, and the model reads at most {most}: "
+            f"cut them with blocks(tok, texts, size={most})."
+        )
+    top = blocks.top
+    if top >= size:
+        raise SubnetError(
+            f"a block holds the token id {top}, and the model knows {size} tokens: "
+            "cut the blocks with the model's own tokenizer."
+        )
+    return blocks.ids
 
 # %% ../../nbs/model/03_sequences.ipynb #c8ec8fbd
 POSITIONS = ("predict_tail", "at_tail")
 "Where the prediction for a fact is read: before its answer, or at it."
 
 
-def longest(model: nn.Module, tok: Any) -> int:
-    "How many tokens a model can read."
-    return min(tok.model_max_length, getattr(model.config, "max_position_embeddings", tok.model_max_length))
+Coded = tuple[list[int], int, int]
+"A prompt: token ids, the position that is read, the id of the answer."
 
 
-def block_ids(blocks: Blocks, model: nn.Module, tok: Any) -> np.ndarray:      # (block, size)
-    "Token ids of blocks that the model can read; raise `SubnetError` if they are too long or from another vocabulary."
-    if blocks.size > (most := longest(model, tok)): raise SubnetError(f"these are blocks of {blocks.size} tokens, and the model reads at most {most}: cut them with blocks(tok, texts, size={most}).")
-    if (top := blocks.top) >= (size := len(model.get_input_embeddings().weight)): raise SubnetError(f"a block holds the token id {top}, and the model knows {size} tokens: cut the blocks with the model's own tokenizer.")
-    return blocks.ids
+def _at_answers(model: PreTrainedModel, tok: Any, coded: list[Coded]) -> list[Coded]:
+    "Prompts with their answers behind them, to be read there."
+    if not is_causal(model):
+        raise SubnetError(
+            'position="at_tail" reads a causal model after the answer, and '
+            f"{type(model).__name__} is a masked model, which answers where the mask stands: "
+            'use position="predict_tail".'
+        )
+    coded = [([*ids, gold], len(ids), gold) for ids, _, gold in coded]
+    size, most = max(len(ids) for ids, _, _ in coded), longest(model, tok)
+    if size > most:
+        raise SubnetError(
+            f"a prompt with its answer has {size} tokens, and the model reads at most {most}: "
+            'leave it out, or use position="predict_tail".'
+        )
+    return coded
 
-
+# %% ../../nbs/model/03_sequences.ipynb #61c5d48b
 class Prompts:
     "Encoded cloze facts."
 
-    def __init__(self, model: nn.Module, tok: Any, facts: Facts, first: int = 0, path: str = "auto", position: str = POSITIONS[0], recompute: bool | None = False) -> None:
-        causal = is_causal(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tok: Any,
+        facts: Facts,
+        first: int = 0,                        # `first`, `path`, `recompute`: see `Sequences`
+        path: str = "auto",
+        position: str = POSITIONS[0],          # one of `POSITIONS`
+        recompute: bool | None = False,
+    ) -> None:
         check_names([position], POSITIONS, "position")
-        coded = [encode(tok, f, causal) for f in facts]
-        if position == "at_tail":
-            if not causal: raise SubnetError(f'position="at_tail" reads a causal model after the answer, and {type(model).__name__} is a masked model, which answers where the mask stands: use position="predict_tail".')
-            coded = [([*ids, gold], len(ids), gold) for ids, _, gold in coded]
-            if (size := max(len(c[0]) for c in coded)) > (most := longest(model, tok)): raise SubnetError(f"a prompt with its answer has {size} tokens, and the model reads at most {most}: leave it out, or use position=\"predict_tail\".")
-        self.facts, self.sequences = facts, Sequences(model, [c[0] for c in coded], first, path, recompute=recompute)
-        self.position, self.gold = np.array([c[1] for c in coded]), torch.tensor([c[2] for c in coded], device=next(model.parameters()).device)
+        coded = [encode(tok, f, is_causal(model)) for f in facts]
+        if position == "at_tail": coded = _at_answers(model, tok, coded)
+        ids, device = [c[0] for c in coded], next(model.parameters()).device
+        self.facts, self.sequences = facts, Sequences(model, ids, first, path, recompute=recompute)
+        self.position = np.array([c[1] for c in coded])                    # (n,)
+        self.gold = torch.tensor([c[2] for c in coded], device=device)     # (n,)
 
     def logits(self, index: np.ndarray) -> torch.Tensor:      # (n, vocabulary)
-        "Predictions for some of the facts."
+        "Predict some of the facts."
         return self.sequences.read(index, range(len(index)), self.position[index])

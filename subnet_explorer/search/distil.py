@@ -26,8 +26,8 @@ from subnet_explorer.model.sequences import (
     LossWithSlope,
     POSITIONS,
     Sequences,
-    _below,
-    _watching,
+    states_below,
+    watching_blocks,
     block_ids,
     empty_states,
     row_losses,
@@ -236,7 +236,7 @@ def _read_by(model: nn.Module | None, seqs: Sequences) -> Sequences:
     out = copy.copy(seqs)
     out.model, out.layout, out.states = model.eval(), theirs, None
     out.packed = seqs.packed and packing_agrees(model, theirs, [seqs.ids[0]])
-    if seqs.first: out.states = _below(out)
+    if seqs.first: out.states = states_below(out)
     return out
 
 # %% ../../nbs/search/02_distil.ipynb #727e24c2
@@ -298,7 +298,7 @@ def _padded(hidden: Hidden, seqs: Sequences, context: Context) -> Callable[[int]
     "The distance over all positions of padded batches, by the models' own passes."
     theirs, now = _read_by(hidden.teacher, seqs), []
     def states(reader: Sequences, index: np.ndarray) -> list[torch.Tensor]:      # (batch, longest, hidden) after each block
-        with _watching(reader) as seen: out = reader.model.base_model(**seqs.inputs(index))
+        with watching_blocks(reader) as seen: out = reader.model.base_model(**seqs.inputs(index))
         return [*seen[:-1], out[0]]
     context.ahead.append(lambda step: now.__setitem__(slice(None), states(theirs, context.part(step, seqs.lengths, hidden.batch))))
     def loss(step: int) -> torch.Tensor:

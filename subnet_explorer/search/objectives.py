@@ -201,9 +201,9 @@ def fingerprint_of(data: Facts | Blocks | Iterable[Any]) -> str:
 
 # %% ../../nbs/search/01_objectives.ipynb #232cf122
 def encoded(head: Any, tok: Any, examples: Sequence[Any], learning: bool = False) -> Any:      # as many as the head makes of them
-    "Examples as a head reads them: all by its `code`, or each by itself; for learning from them, by its `lesson` if it has one."
+    "Examples as a head reads them: all by its `code`, or each by itself; for learning from them, by its `encode_for_training` if it has one."
     if hasattr(head, "code"): return head.code(tok, examples)
-    how = "lesson" if learning and hasattr(head, "lesson") else "encode"
+    how = "encode_for_training" if learning and hasattr(head, "encode_for_training") else "encode"
     return [getattr(head, how)(tok, e) for e in examples]
 
 

@@ -9,20 +9,23 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..model.apply import masked, parameter_like
-from ..measure.metrics import accuracy
-from .heads import Tagger
-from .fit import fit, preserved
+from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
+from ..measure.metrics import accuracy
+from ..model.apply import masked, parameter_like
 from ..search.objectives import Task
-from ..core.errors import SubnetError, check_names
+from .fit import fit, preserved
+from .heads import Tagger, words_and_tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['RESETS', 'RESET_RULES', 'reset', 'control_labels', 'selectivity']
@@ -35,70 +38,96 @@ RESET_RULES = ("architecture", "framework")
 "By which rule."
 
 
+def _inner_first(part: nn.Module) -> Iterator[nn.Module]:
+    "Modules of a part, each behind what it holds."
+    for child in part.children(): yield from _inner_first(child)
+    yield part
+
+
+def _draw(model: PreTrainedModel, part: nn.Module, rule: str) -> None:
+    "Initialise the modules of a part, also those that transformers marks as loaded from files."
+    tensors: list[Any] = [*part.parameters(), *part.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    for t in loaded: t._is_hf_initialized = False
+    try:
+        for m in _inner_first(part):
+            own: Any = getattr(m, "reset_parameters", None) if rule == "framework" else None
+            if own is None: model._init_weights(m)
+            else: own()
+    finally:
+        for t in loaded: t._is_hf_initialized = True
+
+
 @contextmanager
-def reset(model: nn.Module, what: str = "encoder", init: str = "architecture", seed: int = 0) -> Iterator[nn.Module]:
-    "Give `model` random weights, in place; restore all weights and buffers on leaving. Masks found meanwhile belong to these weights."
-    check_names([what], RESETS, "part to reset"); check_names([init], RESET_RULES, "initialisation")
+def reset(
+    model: PreTrainedModel,
+    what: str = "encoder",              # one of `RESETS`
+    init: str = "architecture",         # one of `RESET_RULES`
+    seed: int = 0,
+) -> Iterator[PreTrainedModel]:
+    "Give `model` random weights, in place; restore all on leaving. Masks found meanwhile fit these weights."
+    check_names([what], RESETS, "part to reset")
+    check_names([init], RESET_RULES, "initialisation")
     device = parameter_like(model).device
     with preserved(model):
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for name, part in model.base_model.named_children():
-                embedding = isinstance(part, nn.Embedding) or name.startswith("embed")
-                if any(True for _ in part.parameters()) and (what == "all" or not embedding): _draw(model, part, init)
+                kept = what != "all" and (isinstance(part, nn.Embedding) or name.startswith("embed"))
+                if not kept and any(True for _ in part.parameters()): _draw(model, part, init)
         yield model
 
-
-def _draw(model: nn.Module, part: nn.Module, init: str) -> None:
-    "Initialise the modules of a part, inner ones first."
-    loaded = [t for t in [*part.parameters(), *part.buffers()] if getattr(t, "_is_hf_initialized", False)]      # transformers would leave them as they are
-    for t in loaded: t._is_hf_initialized = False
-    try:
-        for m in _inner_first(part):
-            if init == "framework" and hasattr(m, "reset_parameters"): m.reset_parameters()
-            else: model._init_weights(m)
-    finally:
-        for t in loaded: t._is_hf_initialized = True
-
-
-def _inner_first(part: nn.Module) -> Iterator[nn.Module]:
-    for child in part.children(): yield from _inner_first(child)
-    yield part
-
 # %% ../../nbs/tasks/05_controls.ipynb #b5e5fb2a
+def _between_0_and_1(word: str, seed: int) -> float:
+    "A number that depends on a word and a seed only, even over [0, 1)."
+    digest = hashlib.sha256(f"{seed} {word}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
 def control_labels(
     sentences: Sequence[Any],                 # pairs (words, tags), or sentences with `.words` and tags
     seed: int = 0,
     like: Sequence[Any] | None = None,        # sentences whose tags are drawn; None: these
     of: str = "upos",                         # name of the tags of sentences that are no pairs
 ) -> list[tuple[list[str], list[Any]]]:       # pairs for `Tagger`
-    "Tag every word type at random, with the distribution of the real tags (Hewitt & Liang 2019, section 2)."
-    parts = lambda s: (s.words, getattr(s, of)) if hasattr(s, "words") else s
-    counts = Counter(t for s in (sentences if like is None else like) for t in parts(s)[1])
+    "Tag every word type at random, as often as the real tags occur (Hewitt & Liang 2019, section 2)."
+    known = sentences if like is None else like
+    counts = Counter(t for s in known for t in words_and_tags(s, of)[1])
     if not counts: raise SubnetError("there are no tags to draw from: no sentence was given.")
     tags = sorted(counts, key=str)
     upto = np.cumsum([counts[t] for t in tags]) / counts.total()
-    draw = lambda word: int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:6], "big") / 2**48      # in [0, 1)
-    of_type = {w: tags[int(np.searchsorted(upto, draw(w), side="right"))] for s in sentences for w in parts(s)[0]}
-    return [([*words], [of_type[w] for w in words]) for words, _ in map(parts, sentences)]
+
+    def tag(word: str) -> Any:
+        return tags[int(np.searchsorted(upto, _between_0_and_1(word, seed), side="right"))]
+    out = []
+    of_type: dict[str, Any] = {}
+    for s in sentences:
+        words = list(words_and_tags(s, of)[0])
+        for w in words:
+            if w not in of_type: of_type[w] = tag(w)
+        out.append((words, [of_type[w] for w in words]))
+    return out
 
 # %% ../../nbs/tasks/05_controls.ipynb #e7c90139
 def selectivity(
-    model: nn.Module,
+    model: PreTrainedModel,
     tok: Any,
     train: Sequence[Any],                                     # as in `control_labels`
     dev: Sequence[Any],                                       # held out
-    make: Callable[[Sequence[Any]], Tagger] | None = None,    # a new head for labels as in the examples; None: a linear probe
+    make: Callable[[Sequence[Any]], Tagger] | None = None,    # a new head for examples; None: linear
     *,
     under: Mask | Scores | None = None,                       # of a subnetwork
     seed: int = 0,
     of: str = "upos",
     **settings: Any,                                          # of `fit`, e.g. steps and head_lr
 ) -> dict[str, float]:                                        # accuracy, control, selectivity
-    "Accuracy of a probe on a task and on its control task, and the difference."
-    make, out = make or (lambda examples: Tagger(model, examples, seed, of=of)), {}
-    for name, learn, ask in (("accuracy", train, dev), ("control", control_labels(train, seed, of=of), control_labels(dev, seed, train, of))):
-        head = make([*learn, *ask])
-        with masked(model, under): fit(model, tok, Task(learn, head), train="head", seed=seed, **settings)
-        out[name] = accuracy(model, tok, ask, head, under)
-    return out | {"selectivity": out["accuracy"] - out["control"]}
+    "Compare the accuracy of a probe on a task and on its control task."
+    def score(learn: Sequence[Any], ask: Sequence[Any]) -> float:
+        examples = [*learn, *ask]
+        head = Tagger(model, examples, seed, of=of) if make is None else make(examples)
+        with masked(model, under):
+            fit(model, tok, Task(learn, head), train="head", seed=seed, **settings)
+        return accuracy(model, tok, ask, head, under)
+    real = score(train, dev)
+    control = score(control_labels(train, seed, of=of), control_labels(dev, seed, train, of))
+    return {"accuracy": real, "control": control, "selectivity": real - control}

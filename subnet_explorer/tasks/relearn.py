@@ -9,22 +9,23 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from ..core.intervals import interval
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.layout import layout_of
 from ..core.mask import Mask
+from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
 from ..core.progress import watched
 from ..core.store import open_study
@@ -36,175 +37,337 @@ from ..search.objectives import Cloze, Context, Task
 from .fit import Lora, fit, preserved
 from .heads import Chooser
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # %% auto #0
-__all__ = ['LR', 'answers', 'accuracies', 'transfer', 'gaps', 'relearning', 'relearned']
-
-# %% ../../nbs/tasks/04_relearn.ipynb #a567c8d3
-LR: dict[str, float] = {"head": 1e-3, "lora": 2e-4, "all": 2e-5}
-"Usual learning rates for pretrained models of usual size, by way of tuning."
-
-
-def _rows(under: Mapping[str, Condition]) -> list[tuple[str, int, Mask | None]]:
-    "Conditions with their draws."
-    out = [(name, draw, m) for name, c in under.items() for draw, m in enumerate(c if isinstance(c, (list, tuple)) else [c])]
-    for name, _, m in out:
-        if not (m is None or isinstance(m, Mask)): raise SubnetError(f"the condition {name!r} holds a {type(m).__name__}: a model is trained under None or a binary mask, or each of a list of them; harden scores first, e.g. with .top(density).")
-    if missing := [name for name in under if name not in {n for n, *_ in out}]: raise SubnetError(f"the condition {missing[0]!r} has no mask.")
-    return out
-
-
-def _related(related: str | Callable[[Mapping[str, Any]], bool], test: Sequence[Mapping[str, Any]]) -> list[bool]:
-    "Which questions need what was removed; there must be some, and others."
-    if isinstance(related, str):
-        for q in test: check_names([related], q, "column of the questions")
-    out = [bool(q[related] if isinstance(related, str) else related(q)) for q in test]
-    if len(set(out)) < 2: raise SubnetError(f"{'all' if any(out) else 'none'} of the {len(out)} test questions are related to what was removed: there must be some of both kinds to compare.")
-    return out
-
-# %% ../../nbs/tasks/04_relearn.ipynb #994fdc5e
-def answers(
-    model: nn.Module,
-    tok: Any,
-    under: Mapping[str, Condition],                           # conditions by name: None, a mask, or a list of masks
-    train: Sequence[Mapping[str, Any]],                       # questions: question, choices, label, as of `read_choices` or `pocket.choose`
-    test: Sequence[Mapping[str, Any]],
-    related: str | Callable[[Mapping[str, Any]], bool] = "related",      # which test questions need what was removed: a column, or a rule
-    *,
-    tuning: Sequence[str] | Mapping[str, str | Lora] = ("head", "lora", "all"),      # ways of `fit`; a mapping names them, e.g. {"lora, rank 2": Lora(2)}
-    seeds: Sequence[int] = (0, 1, 2),                         # of the new head, the order of questions, updates and dropout
-    epochs: float = 3.0,
-    lr: float | Mapping[str, float] = LR,                     # peak, by name of the tuning or for all
-    batch: int = 16,                                          # questions
-    length: int | None = None,                                # tokens at most of a question with a choice
-    clip: float | None = 1.0,
-    dropout: bool = False,
-    to: str | Path | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:                                            # columns under, draw, tuning, seed, id, item, related, choices, label, choice, right
-    "Fine-tune `model` under every condition, and ask the test questions."
-    ways, cells, marks = dict(tuning) if isinstance(tuning, Mapping) else {t: t for t in tuning}, _rows(under), _related(related, test)
-    rates = {name: float(lr[name] if isinstance(lr, Mapping) and check_names([name], lr, "tuning with a learning rate") else lr) for name in ways}
-    if not cells or not ways or not len(train) or not seeds or len(set(seeds)) < len(seeds): raise SubnetError(f"there is nothing to learn: {len(cells)} conditions, {len(ways)} ways of tuning, {len(train)} questions, seeds {list(seeds)} (which must differ).")
-    if not (math.isfinite(epochs) and epochs > 0): raise SubnetError(f"epochs must be a positive number, got {epochs}.")
-    for rate in rates.values(): check_settings(1, rate, batch)
-    for way in ways.values(): isinstance(way, Lora) or check_names([way], ["all", "head", "lora"], "way to train")
-    for m in {m.space.id: m for _, _, m in cells if m is not None}.values(): check_model(m.space, model)
-    reader = Chooser(model, train, 0, length)
-    coded = [reader.encode(tok, q) for q in test]
-    settings = dict(steps=max(1, math.ceil(epochs * math.ceil(len(train) / batch))), batch=batch, clip=clip, dropout=dropout, keep="last")
-    config = dict(recipe="transfer", model=str(model_id(model, layout_of(model))), train=digest([dict(q) for q in train]), test=digest([dict(q) for q in test]), length=length, **settings)
-    front = pd.DataFrame(dict(id=[str(q.get("id", i)) for i, q in enumerate(test)], item=[str(q.get("uuid", q.get("id", i))) for i, q in enumerate(test)], related=marks, choices=[len(q["choices"]) for q in test], label=[q["label"] for q in test]))
-    with nullcontext(to) if to else tempfile.TemporaryDirectory() as folder:
-        open_study(to, config)
-        jobs = [(n, d, m, t, s) for s in seeds for t in ways for n, d, m in cells]
-        said = [_cell(model, tok, m, train, coded, length, Path(folder), name=f"{_mask_id(m)}-{t}", train_as=ways[t], rate=rates[t], seed=s, settings=settings, progress=progress) for n, d, m, t, s in watched(jobs, "transfer", progress, lambda job: dict(under=job[0], tuning=job[3], seed=job[4]))]
-    out = pd.concat([front.assign(under=n, draw=d, tuning=t, seed=s, choice=c) for (n, d, m, t, s), c in zip(jobs, said)], ignore_index=True)
-    return out.assign(right=out.choice == out.label)[["under", "draw", "tuning", "seed", *front, "choice", "right"]]
-
-# %% ../../nbs/tasks/04_relearn.ipynb #6b261bec
-def _mask_id(mask: Mask | None) -> str: return "full" if mask is None else mask.id
-
-
-def _cell(model: nn.Module, tok: Any, mask: Mask | None, train: Sequence[Any], coded: Sequence[Any], length: int | None, folder: Path, name: str, train_as: str | Lora, rate: float, seed: int, settings: Mapping[str, Any], progress: bool) -> list[int]:
-    "The answers of one fine-tuned model, new or as they were written down."
-    how = dict(train=asdict(train_as) if isinstance(train_as, Lora) else train_as, lr=rate, seed=seed)
-    place = folder / "cells" / f"{name}-{seed}-{digest(how, 8)}".replace("/", "_")
-    file, weights = place.with_name(place.name + ".json"), place
-    if file.exists(): return json.loads(file.read_text())["choices"]
-    head = Chooser(model, train, seed, length)
-    with preserved(model), masked(model, mask, train=True):
-        fit(model, tok, Task(train, head), **settings, train=train_as, lr=rate, head_lr=rate, seed=seed, to=weights, progress=progress)
-        with evaluating(model): chosen = predict(model, head, coded).argmax(-1).tolist()
-    atomic_write(file, json.dumps({**how, "mask": _mask_id(mask), "choices": chosen}))
-    shutil.rmtree(weights)                                             # scored, and large
-    return chosen
-
-# %% ../../nbs/tasks/04_relearn.ipynb #1787adb1
-def accuracies(items: pd.DataFrame) -> pd.DataFrame:      # columns under, draw, tuning, seed, related, n, accuracy, chance
-    "Accuracy by cell, on the questions that need what was removed and on the others."
-    by = items.assign(chance=1 / items.choices).groupby(["under", "draw", "tuning", "seed", "related"], sort=False)
-    return by.agg(n=("right", "size"), accuracy=("right", "mean"), chance=("chance", "mean")).reset_index()
-
-
-def transfer(
-    model: nn.Module,
-    tok: Any,
-    under: Mapping[str, Condition],
-    train: Sequence[Mapping[str, Any]],
-    test: Sequence[Mapping[str, Any]],
-    related: str | Callable[[Mapping[str, Any]], bool] = "related",
-    **settings: Any,                                      # tuning, seeds, epochs, lr, batch, …: those of `answers`
-) -> pd.DataFrame:                                        # columns under, draw, tuning, seed, related, n, accuracy, chance
-    "Fine-tune `model` under every condition; accuracy on test questions that need what was removed and on the others."
-    return accuracies(answers(model, tok, under, train, test, related, **settings))
-
-# %% ../../nbs/tasks/04_relearn.ipynb #6a064e3e
-def gaps(
-    items: pd.DataFrame,                          # from `answers`
-    against: Sequence[str] | None = None,         # conditions to compare with; None: all others
-    samples: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:                                # columns tuning, under, against, related, others, gap, low, high, items (related), other_items, repetitions
-    "Accuracy on related questions minus others per condition (`against` is empty), and its difference from other conditions, with intervals."
-    names, rows = list(items.under.unique()), []
-    check_names(against or [], names, "condition")
-    for tuning, part in items.groupby("tuning", sort=False):
-        kinds = {kind: {n: t.groupby(["draw", "seed", "item"]).right.mean().unstack("item") for n, t in p.groupby("under", sort=False)} for kind, p in part.groupby("related")}
-        for name in (n for n in names if n in kinds[True]):
-            for other in (None, *(a for a in (names if against is None else against) if a != name and a in kinds[True])):
-                a, b = (_hits(kinds[k][name], None if other is None else kinds[k][other]) for k in (True, False))
-                gap, low, high = interval([2 * a, -2 * b], samples=samples, seed=seed)
-                rows.append(dict(tuning=tuning, under=name, against=other or "", related=a.mean(), others=b.mean(), gap=gap, low=low, high=high, items=a.shape[1], other_items=b.shape[1], repetitions=len(a)))
-    return pd.DataFrame(rows)
-
-
-def _hits(one: pd.DataFrame, other: pd.DataFrame | None) -> np.ndarray:      # rows (draw, seed), columns items -> (repetition, item)
-    "Shares of right answers, less those of another condition with the same seed."
-    if other is None: return one.to_numpy(float)
-    mean = other.groupby("seed").mean()
-    both = one[one.index.get_level_values("seed").isin(mean.index)]
-    if not len(both): raise SubnetError("two conditions have no seed in common: they cannot be paired.")
-    return both.to_numpy(float) - mean.loc[both.index.get_level_values("seed"), both.columns].to_numpy(float)
+__all__ = ['LR', 'Question', 'relearning', 'relearned', 'answers', 'accuracies', 'transfer', 'gaps']
 
 # %% ../../nbs/tasks/04_relearn.ipynb #79b31d03
+@contextmanager
+def _removed(model: PreTrainedModel, mask: Mask | Scores | None, hold: bool) -> Iterator[None]:
+    "Set what a mask removes to zero, for good or only at first; restore all on leaving."
+    with preserved(model):
+        if hold:
+            with masked(model, mask, train=True): yield
+        else:
+            with masked(model, mask, train=True): pass
+            yield
+
+
 def relearning(
-    model: nn.Module,
+    model: PreTrainedModel,
     tok: Any,
     facts: Facts,                          # to be learned again
-    under: Mapping[str, Condition],        # e.g. {"full": None, "without critical": ~mask, "without random": [~mask.random_like(s) for s in range(3)]}
+    under: Mapping[str, Condition],        # by name, e.g. {"full": None, "without critical": ~mask}
     *,
     steps: int = 100,
     every: int = 10,                       # steps between two looks
     lr: float = 3e-4,                      # at the first step
     batch: int | None = None,              # facts in a step; None: all
-    hold: bool = True,                     # removed weights stay at zero; False: they are trained, too
+    hold: bool = True,                     # removed weights stay at zero
     seed: int = 0,
-) -> pd.DataFrame:                         # columns under, draw, step, logprob, top1; step 0 is before training
-    "Fine-tune the model under each condition on `facts`, and look how well it knows them; raise `Diverged` when the loss is not finite."
-    if not under or not len(facts): raise SubnetError(f"there is nothing to learn again: {len(facts)} facts under {len(under)} conditions.")
-    watch, tables = Answers(facts), []
-    for name, draw, mask in [(name, draw, mask) for name, condition in under.items() for draw, mask in enumerate(draws_of(condition))]:
-        with preserved(model), masked(model, mask, train=True) if hold else nullcontext():
-            if not hold:
-                with masked(model, mask, train=True): pass                                # sets what is removed to zero, and lets go
-            with torch.no_grad(), evaluating(model): start = watch.prepare(Context(model, tok, 1, 1, seed))()
-            log = fit(model, tok, Cloze(facts), steps=steps, lr=lr, warmup=0.0, batch=batch or len(facts), seed=seed, monitor=watch, every=every, keep="last")
-        tables.append(pd.concat([pd.DataFrame([{"step": 0, **start}]), log])[["step", "logprob", "top1"]].assign(under=name, draw=draw))
-    return pd.concat(tables, ignore_index=True)[["under", "draw", "step", "logprob", "top1"]]
+) -> pd.DataFrame:                         # columns under, draw, step, logprob, top1
+    "Fine-tune under each condition on `facts`; raise `Diverged` when the loss is not finite."
+    if not under or not len(facts):
+        found = f"{len(facts)} facts under {len(under)} conditions"
+        raise SubnetError(f"there is nothing to learn again: {found}.")
+    watch, tables, columns = Answers(facts), [], ["under", "draw", "step", "logprob", "top1"]
+    how: dict[str, Any] = dict(steps=steps, lr=lr, warmup=0.0, seed=seed, every=every, keep="last")
+    how["batch"] = batch or len(facts)
+    for name, condition in under.items():
+        for draw, mask in enumerate(draws_of(condition)):
+            with _removed(model, mask, hold):
+                with torch.no_grad(), evaluating(model):
+                    start = watch.prepare(Context(model, tok, 1, 1, seed))()
+                log = fit(model, tok, Cloze(facts), **how, monitor=watch)
+            looks = pd.concat([pd.DataFrame([{"step": 0, **start}]), log])      # 0: before training
+            tables.append(looks.assign(under=name, draw=draw)[columns])
+    return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/tasks/04_relearn.ipynb #2b0bff57
 def relearned(
     table: pd.DataFrame,              # from `relearning`
-    reference: str = "full",          # condition whose log-probability before training is to be reached again
-    tolerance: float = 0.1,           # up to so much
-) -> pd.DataFrame:                    # columns under, draw, start, end (log-probabilities), steps (nan: not reached)
-    "First look at which facts are known as well as the full model knows them."
+    reference: str = "full",          # condition whose start is to be reached again
+    tolerance: float = 0.1,           # of log-probability
+) -> pd.DataFrame:                    # columns under, draw, start, end (log-probabilities), steps
+    "Find when facts are known as well as the full model knows them; NaN steps: never."
     check_names([reference], table["under"].unique(), "condition")
-    if not (math.isfinite(tolerance) and tolerance >= 0): raise SubnetError(f"tolerance is a difference of log-probabilities, 0 or more, got {tolerance}.")
-    goal = table[(table["under"] == reference) & (table.step == 0)].logprob.mean() - tolerance
-    rows = []
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        rule = "a difference of log-probabilities, 0 or more"
+        raise SubnetError(f"tolerance is {rule}, got {tolerance}.")
+    before = table[(table["under"] == reference) & (table.step == 0)]
+    goal, rows = before.logprob.mean() - tolerance, []
     for (name, draw), t in table.sort_values("step").groupby(["under", "draw"], sort=False):
-        back = t[t.logprob >= goal].step
-        rows.append(dict(under=name, draw=draw, start=t.logprob.iloc[0], end=t.logprob.iloc[-1], steps=back.iloc[0] if len(back) else np.nan))
+        back, known = t[t.logprob >= goal].step, t.logprob
+        steps, start, end = back.iloc[0] if len(back) else np.nan, known.iloc[0], known.iloc[-1]
+        rows.append(dict(under=name, draw=draw, start=start, end=end, steps=steps))
     order = list(dict.fromkeys(table["under"]))
-    return pd.DataFrame(rows).sort_values(["under", "draw"], key=lambda c: c.map(order.index) if c.name == "under" else c, ignore_index=True)
+
+    def as_given(column: pd.Series) -> pd.Series:
+        return column.map(order.index) if column.name == "under" else column
+    return pd.DataFrame(rows).sort_values(["under", "draw"], key=as_given, ignore_index=True)
+
+# %% ../../nbs/tasks/04_relearn.ipynb #a567c8d3
+LR: dict[str, float] = {"head": 1e-3, "lora": 2e-4, "all": 2e-5}
+"Usual learning rates for pretrained models of usual size, by way of tuning."
+
+Question = Mapping[str, Any]
+"question, choices, label, as of `read_choices` or `pocket.choose`."
+
+
+def _draws(under: Mapping[str, Condition]) -> list[tuple[str, int, Mask | None]]:
+    "Conditions by name, with their draws."
+    out: list[tuple[str, int, Mask | None]] = []
+    for name, condition in under.items():
+        masks = condition if isinstance(condition, (list, tuple)) else [condition]
+        if not len(masks): raise SubnetError(f"the condition {name!r} has no mask.")
+        for draw, mask in enumerate(masks):
+            if not (mask is None or isinstance(mask, Mask)):
+                raise SubnetError(
+                    f"the condition {name!r} holds a {type(mask).__name__}: a model is trained "
+                    "under None or a binary mask, or each of a list of them; harden scores first, "
+                    "e.g. with .top(density)."
+                )
+            out.append((name, draw, mask))
+    return out
+
+
+def _related(related: str | Callable[[Question], bool], test: Sequence[Question]) -> list[bool]:
+    "Which questions need what was removed; there must be some, and others."
+    if isinstance(related, str):
+        for q in test: check_names([related], q, "column of the questions")
+        out = [bool(q[related]) for q in test]
+    else: out = [bool(related(q)) for q in test]
+    if len(set(out)) < 2:
+        raise SubnetError(
+            f"{'all' if any(out) else 'none'} of the {len(out)} test questions are related to "
+            "what was removed: there must be some of both kinds to compare."
+        )
+    return out
+
+# %% ../../nbs/tasks/04_relearn.ipynb #ef176ed6
+@dataclass(frozen=True)
+class _Cell:
+    "One fine-tuned model: a condition, a way of tuning, a seed."
+    under: str
+    draw: int
+    mask: Mask | None
+    tuning: str
+    way: str | Lora              # how `fit` trains
+    lr: float
+    seed: int
+
+
+def _cells(
+    under: Mapping[str, Condition],
+    tuning: Sequence[str] | Mapping[str, str | Lora],
+    seeds: Sequence[int],
+    lr: float | Mapping[str, float],
+    batch: int,
+    questions: int,                 # how many there are to learn from
+) -> list[_Cell]:
+    "All cells of a study; raise `SubnetError` where there is nothing to learn."
+    ways = dict(tuning) if isinstance(tuning, Mapping) else {t: t for t in tuning}
+    draws = _draws(under)
+    rates = {name: _rate(name, lr) for name in ways}
+    if not draws or not ways or not questions or not seeds or len(set(seeds)) < len(seeds):
+        raise SubnetError(
+            f"there is nothing to learn: {len(draws)} conditions, {len(ways)} ways of tuning, "
+            f"{questions} questions, seeds {list(seeds)} (which must differ)."
+        )
+    for name, way in ways.items():
+        check_settings(1, rates[name], batch)
+        if not isinstance(way, Lora): check_names([way], ["all", "head", "lora"], "way to train")
+    order = product(seeds, ways.items(), draws)
+    return [_Cell(n, d, m, t, way, rates[t], s) for s, (t, way), (n, d, m) in order]
+
+
+def _rate(tuning: str, lr: float | Mapping[str, float]) -> float:
+    "The learning rate of a way of tuning."
+    if not isinstance(lr, Mapping): return float(lr)
+    check_names([tuning], lr, "tuning with a learning rate")
+    return float(lr[tuning])
+
+# %% ../../nbs/tasks/04_relearn.ipynb #6b261bec
+@dataclass(frozen=True)
+class _Setup:
+    "What all cells of a study share."
+    model: PreTrainedModel
+    tok: Any
+    train: Sequence[Question]
+    coded: Sequence[Any]             # encoded test questions
+    length: int | None
+    settings: dict[str, Any]         # of `fit`
+    progress: bool
+
+
+def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
+    "The answers of one fine-tuned model, new or as they were written down."
+    way = asdict(cell.way) if isinstance(cell.way, Lora) else cell.way
+    how = dict(train=way, lr=cell.lr, seed=cell.seed)
+    mask_id = "full" if cell.mask is None else cell.mask.id
+    name = f"{mask_id}-{cell.tuning}-{cell.seed}-{digest(how, 8)}".replace("/", "_")
+    weights = folder / "cells" / name
+    file = weights.with_name(name + ".json")
+    if file.exists(): return json.loads(file.read_text())["choices"]
+    model, head = setup.model, Chooser(setup.model, setup.train, cell.seed, setup.length)
+    more: dict[str, Any] = dict(train=cell.way, lr=cell.lr, head_lr=cell.lr, seed=cell.seed)
+    more["progress"] = setup.progress
+    with preserved(model), masked(model, cell.mask, train=True):
+        goal = Task(setup.train, head)
+        fit(model, setup.tok, goal, **setup.settings, **more, to=weights)
+        with evaluating(model): chosen = predict(model, head, setup.coded).argmax(-1).tolist()
+    atomic_write(file, json.dumps({**how, "mask": mask_id, "choices": chosen}))
+    shutil.rmtree(weights)
+    return chosen
+
+# %% ../../nbs/tasks/04_relearn.ipynb #ea888041
+def _questions_table(test: Sequence[Question], marks: list[bool]) -> pd.DataFrame:
+    "Columns id, item, related, choices, label of the test questions."
+    ids = [q.get("id", i) for i, q in enumerate(test)]
+    return pd.DataFrame({
+        "id": [str(i) for i in ids],
+        "item": [str(q.get("uuid", i)) for q, i in zip(test, ids, strict=True)],
+        "related": marks,
+        "choices": [len(q["choices"]) for q in test],
+        "label": [q["label"] for q in test],
+    })
+
+
+def _identity(setup: _Setup, test: Sequence[Question]) -> dict[str, Any]:
+    "What decides the answers of all cells."
+    return dict(
+        recipe="transfer",
+        model=str(model_id(setup.model, layout_of(setup.model))),
+        train=digest([dict(q) for q in setup.train]),
+        test=digest([dict(q) for q in test]),
+        length=setup.length,
+        **setup.settings,
+    )
+
+
+def _labels(cell: _Cell) -> dict[str, Any]:
+    "What the bar says."
+    return dict(under=cell.under, tuning=cell.tuning, seed=cell.seed)
+
+# %% ../../nbs/tasks/04_relearn.ipynb #994fdc5e
+def answers(
+    model: PreTrainedModel,
+    tok: Any,
+    under: Mapping[str, Condition],                     # by name: None, a mask, or several
+    train: Sequence[Question],
+    test: Sequence[Question],                           # some need what was removed, see `related`
+    related: str | Callable[[Question], bool] = "related",      # a column, or a rule
+    *,
+    tuning: Sequence[str] | Mapping[str, str | Lora] = ("head", "lora", "all"),
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: float = 3.0,
+    lr: float | Mapping[str, float] = LR,               # peak, by tuning or for all
+    batch: int = 16,                                    # questions
+    length: int | None = None,                          # tokens at most, with a choice
+    clip: float | None = 1.0,                           # largest norm of the gradient
+    dropout: bool = False,
+    to: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:      # a row a question: under, draw, tuning, seed, …, choice, right
+    "Fine-tune `model` under every condition, and ask the test questions."
+    marks, cells = _related(related, test), _cells(under, tuning, seeds, lr, batch, len(train))
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise SubnetError(f"epochs must be a positive number, got {epochs}.")
+    spaces = {c.mask.space.id: c.mask.space for c in cells if c.mask is not None}
+    for space in spaces.values(): check_model(space, model)
+    reader, steps = Chooser(model, train, 0, length), epochs * math.ceil(len(train) / batch)
+    coded = [reader.encode(tok, q) for q in test]
+    settings = dict(steps=max(1, math.ceil(steps)), batch=batch, clip=clip, dropout=dropout, keep="last")
+    setup = _Setup(model, tok, train, coded, length, settings, progress)
+    front, parts = _questions_table(test, marks), []
+    with nullcontext(str(to)) if to else tempfile.TemporaryDirectory() as folder:
+        open_study(to, _identity(setup, test))
+        for c in watched(cells, "transfer", progress, _labels):
+            cell = dict(under=c.under, draw=c.draw, tuning=c.tuning, seed=c.seed)
+            parts.append(front.assign(**cell, choice=_answered(setup, c, Path(folder))))
+    out = pd.concat(parts, ignore_index=True)
+    out = out.assign(right=out.choice == out.label)
+    return out[["under", "draw", "tuning", "seed", *front, "choice", "right"]]
+
+# %% ../../nbs/tasks/04_relearn.ipynb #1787adb1
+def accuracies(
+    items: pd.DataFrame,      # from `answers`
+) -> pd.DataFrame:            # columns under, draw, tuning, seed, related, n, accuracy, chance
+    "Count right answers by cell, on questions that need what was removed and on the others."
+    cell = ["under", "draw", "tuning", "seed", "related"]
+    by = items.assign(chance=1 / items.choices).groupby(cell, sort=False)
+    found = by.agg(n=("right", "size"), accuracy=("right", "mean"), chance=("chance", "mean"))
+    return found.reset_index()
+
+
+def transfer(
+    model: PreTrainedModel,
+    tok: Any,
+    under: Mapping[str, Condition],
+    train: Sequence[Question],
+    test: Sequence[Question],
+    related: str | Callable[[Question], bool] = "related",
+    **settings: Any,          # tuning, seeds, epochs, lr, batch, …: those of `answers`
+) -> pd.DataFrame:            # as of `accuracies`
+    "Fine-tune `model` under every condition, and count right answers."
+    return accuracies(answers(model, tok, under, train, test, related, **settings))
+
+# %% ../../nbs/tasks/04_relearn.ipynb #6a064e3e
+def _hits(
+    one: pd.DataFrame,                  # rows (draw, seed), columns items
+    other: pd.DataFrame | None,
+) -> np.ndarray:                        # (repetition, item)
+    "Shares of right answers, less those of another condition with the same seed."
+    if other is None: return one.to_numpy(float)
+    mean = other.groupby("seed").mean()
+    both = one[one.index.get_level_values("seed").isin(mean.index)]
+    if not len(both):
+        raise SubnetError("two conditions have no seed in common: they cannot be paired.")
+    seeds = both.index.get_level_values("seed")
+    return both.to_numpy(float) - mean.loc[seeds, both.columns].to_numpy(float)
+
+
+def _by_item(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "Shares of right answers by condition: rows (draw, seed), columns items."
+    tables = {}
+    for name, t in part.groupby("under", sort=False):
+        tables[name] = t.groupby(["draw", "seed", "item"]).right.mean().unstack("item")
+    return tables
+
+
+def _gap_row(
+    tuning: str, name: str, other: str | None,
+    a: np.ndarray,      # of related questions, (repetition, item)
+    b: np.ndarray,      # of the others
+    **how: Any,         # of `interval`
+) -> dict[str, Any]:
+    "A row of `gaps`."
+    gap, low, high = interval([2 * a, -2 * b], **how)
+    return {
+        "tuning": tuning, "under": name, "against": other or "",
+        "related": a.mean(), "others": b.mean(), "gap": gap, "low": low, "high": high,
+        "items": a.shape[1], "other_items": b.shape[1], "repetitions": len(a),
+    }
+
+# %% ../../nbs/tasks/04_relearn.ipynb #b9419c0e
+def gaps(
+    items: pd.DataFrame,                          # from `answers`
+    against: Sequence[str] | None = None,         # conditions to compare with; None: all others
+    samples: int = 1000,                          # of the bootstrap
+    seed: int = 0,
+) -> pd.DataFrame:
+    "Compare accuracy on related questions and others by condition, and between conditions."
+    names, rows = list(items.under.unique()), []
+    check_names(against or [], names, "condition")
+    for tuning, part in items.groupby("tuning", sort=False):
+        kinds = {kind: _by_item(p) for kind, p in part.groupby("related")}
+        shown = [n for n in names if n in kinds[True]]
+        rivals = [n for n in (names if against is None else against) if n in kinds[True]]
+        for name in shown:
+            for other in (None, *(n for n in rivals if n != name)):
+                rivals_of = {k: None if other is None else kinds[k][other] for k in (True, False)}
+                a, b = (_hits(kinds[k][name], rivals_of[k]) for k in (True, False))
+                rows.append(_gap_row(tuning, name, other, a, b, samples=samples, seed=seed))
+    return pd.DataFrame(rows)

@@ -12,34 +12,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subnet_explorer import compact, load_compact
-from subnet_explorer.model.apply import attending, blocks_of, masked
-from subnet_explorer.tasks.fit import fit
-from subnet_explorer.core.mask import Mask
-from subnet_explorer.core.files import MaskFileError
-from subnet_explorer.core.scores import Scores
-from subnet_explorer.search.distil import MLM
-from subnet_explorer.model.load import UnknownModel, load, tiny
-from subnet_explorer.model.compact import NotExpressible, digest, filled, remains, compared
-from subnet_explorer.core.layout import FAMILIES, family_of
-from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily
+from subnet_explorer.core.files import MaskFileError
+from subnet_explorer.core.layout import FAMILIES, family_of
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.scores import Scores
+from subnet_explorer.core.space import Space
+from subnet_explorer.model.apply import attending, blocks_of, masked
+from subnet_explorer.model.compact import compared, digest
+from subnet_explorer.model.cut import remains
+from subnet_explorer.model.export import NotExpressible, filled
+from subnet_explorer.model.load import UnknownModel, load, tiny
+from subnet_explorer.search.distil import MLM
+from subnet_explorer.tasks.fit import fit
 
 IDS = torch.tensor([[7, 12, 33, 5, 21, 9, 14], [30, 6, 6, 25, 11, 2, 8]])
 REAL = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-PRE = ("gpt2", "llama", "llama-bias", "mistral", "qwen2", "qwen3")      # norms before attention and MLP: a removed layer is the identity
-COMMON = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, max_position_embeddings=32)
+PRE = ("gpt2", "llama", "llama-bias", "mistral", "qwen2", "qwen3")      # norms first: a removed layer is the identity
+COMMON = dict(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+    max_position_embeddings=32,
+)
 
 
 def build(name: str):
     "A tiny random model: a known family, or a relative that only its structure gives away."
     if name in FAMILIES: return tiny(name)
     torch.manual_seed(0)
+    both = dict(attention_bias=True, mlp_bias=True)
     grouped = dict(**COMMON, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
     model = {"xlm-roberta": lambda: tf.XLMRobertaForMaskedLM(tf.XLMRobertaConfig(**COMMON)),
              "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**grouped)),
-             "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**grouped)),                      # biases at q, k, v only
-             "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**grouped, head_dim=8)),          # norms inside heads, heads wider than the hidden size
-             "llama-bias": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**grouped, attention_bias=True, mlp_bias=True))}[name]()
+             "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**grouped)),      # biases at q, k, v only
+             "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**grouped, head_dim=8)),      # norms in wide heads
+             "llama-bias": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**grouped, **both))}[name]()
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
     return model.eval()
 
@@ -59,20 +65,24 @@ def off(space: Space, *where: tuple[int, str, list[int]]) -> Mask:
 CASES = {
     "heads": ("head", [(0, "head", [1]), (1, "head", [0, 2, 3])]),                       # uneven, and uneven groups
     "group": ("head", [(1, "head", [0, 1])]),                                            # a key/value head goes
-    "pairs": ("head", [(0, "head", [1, 3])]),                                            # one query head per key/value head
+    "pairs": ("head", [(0, "head", [1, 3])]),      # one query head per key/value head
     "no heads": ("head", [(0, "head", [0, 1, 2, 3])]),
     "neurons": ("neuron", [(0, "neuron", [0, 5, 31]), (1, "neuron", list(range(17)))]),
     "no neurons": ("neuron", [(0, "neuron", list(range(32)))]),
     "mlp": ("mlp", [(1, "mlp", [0])]),
     "layer": ("layer", [(0, "layer", [0])]),
     "last layer": ("layer", [(1, "layer", [0])]),
-    "union": ("head+mlp+neuron", [(0, "head", [2]), (0, "neuron", [4, 7]), (1, "mlp", [0]), (1, "head", [3]), (1, "neuron", [1])]),
+    "union": ("head+mlp+neuron", [
+        (0, "head", [2]), (0, "neuron", [4, 7]), (1, "mlp", [0]), (1, "head", [3]), (1, "neuron", [1]),
+    ]),
     "all kinds": ("head+mlp+neuron+layer", [(0, "layer", [0]), (0, "head", [0]), (1, "head", [1]), (1, "neuron", [2])]),
     "nothing": ("head+neuron", []),
 }
 
 
-def some(names, cases=("",)): return pytest.mark.parametrize(("name", "case"), [pytest.param(n, c, id=f"{n}-{c}".strip("-")) for n in names for c in cases])
+def some(names, cases=("",)):
+    pairs = [pytest.param(n, c, id=f"{n}-{c}".strip("-")) for n in names for c in cases]
+    return pytest.mark.parametrize(("name", "case"), pairs)
 
 @pytest.fixture
 def model(name): return MODELS[name]
@@ -86,7 +96,8 @@ def logits(m, ids=IDS, real=REAL, **more) -> torch.Tensor: return m(input_ids=id
 
 def size(m) -> int: return sum(p.numel() for p in m.parameters())
 
-def close(a, b, scale: float = 1e-5): assert float((a.float() - b.float()).abs().max()) <= scale * max(1.0, float(b.float().abs().max()))
+def close(a, b, scale: float = 1e-5):
+    assert float((a.float() - b.float()).abs().max()) <= scale * max(1.0, float(b.float().abs().max()))
 
 
 # ── the same outputs ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,8 +114,10 @@ def same_outputs(model, mask):
     with masked(model, mask): wanted, bare = logits(model), logits(model, real=None)
     close(logits(small.model), wanted)
     close(logits(small.model, real=None), bare)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and not hasattr(model.base_model, "compacted")
-    assert not {p.data_ptr() for p in model.parameters() if p.numel()} & {p.data_ptr() for p in small.model.parameters() if p.numel()}
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not hasattr(model.base_model, "compacted")
+    mine, theirs = ({p.data_ptr() for p in m.parameters() if p.numel()} for m in (model, small.model))
+    assert not mine & theirs
 
 
 @some([*ANATOMIES, "llama-bias"], CASES)
@@ -122,13 +135,15 @@ def test_hidden_states_and_attention_maps(name, model, mask):
     small = compact(model, mask)
     rests = [r for r in remains(mask) if r.layer in small.layers]
     with torch.no_grad(), attending(model), attending(small.model):
-        with masked(model, mask): wanted = model(input_ids=IDS, attention_mask=REAL, output_hidden_states=True, output_attentions=True)
+        asked = dict(input_ids=IDS, attention_mask=REAL, output_hidden_states=True, output_attentions=True)
+        with masked(model, mask): wanted = model(**asked)
         got = small.model(input_ids=IDS, attention_mask=REAL, output_hidden_states=True, output_attentions=True)
     assert len(got.attentions) == len(rests) and len(got.hidden_states) == len(rests) + 1
     for place, r in enumerate(rests):
         assert got.attentions[place].shape[1] == len(r.heads)
         if r.heads: close(got.attentions[place], wanted.attentions[r.layer][:, list(r.heads)])
-        if place + 1 < len(rests) or name not in PRE: close(got.hidden_states[place + 1], wanted.hidden_states[r.layer + 1])
+        if place + 1 < len(rests) or name not in PRE:
+            close(got.hidden_states[place + 1], wanted.hidden_states[r.layer + 1])
     close(got.hidden_states[-1], wanted.hidden_states[-1])
 
 
@@ -200,9 +215,12 @@ def test_weight_masks_with_a_rule(model):
     whole = units.to("weight", how="full")
     space = Space.of(model, "weight")
     random = Mask.random(space, 0.7, 0)
-    mask = Mask.of(space, {g.name: random[g.name] & (whole[g.name] if g.name in whole.space.by_name else True) for g in space.groups})
+    bits = {g.name: random[g.name] for g in space.groups}
+    for name in bits.keys() & whole.space.by_name.keys(): bits[name] = bits[name] & whole[name]
+    mask = Mask.of(space, bits)
     small = compact(model, mask, keep="any")
-    assert {g.name: small.units[g.name].tolist() for g in units.space.groups} == {g.name: b.tolist() for g, b in units.items()}
+    found = {g.name: small.units[g.name].tolist() for g in units.space.groups}
+    assert found == {g.name: b.tolist() for g, b in units.items()}
     with masked(model, mask): wanted = logits(model)
     close(logits(small.model), wanted)
     stricter = compact(model, mask, keep=0.69)
@@ -215,7 +233,10 @@ def test_weight_masks_with_embeddings():
     "Zeros in the word embedding, which the output shares."
     model = MODELS["bert"]
     space = Space.of(model, "weight", layers=[2], embeddings=True)
-    mask = Mask.random(space, 0.6, 0) & ~Mask.of(space, {g.name: np.isin(np.arange(g.shape[1]), [0, 1, 2, 3] if g.role == "o" else [])[None] & np.ones(g.shape, bool) for g in space.groups})
+    first = {g.name: np.zeros(g.shape, bool) for g in space.groups}
+    for g in space.groups:
+        if g.role == "o": first[g.name][:, :4] = True
+    mask = Mask.random(space, 0.6, 0) & ~Mask.of(space, first)
     small = compact(model, mask, keep=0.5)
     assert 0 not in remains(small.units)[1].heads
     with masked(model, mask), masked(model, small.units, check=False): wanted = logits(model)
@@ -224,7 +245,8 @@ def test_weight_masks_with_embeddings():
 
 def test_weight_masks_without_output_matrices():
     model = MODELS["bert"]
-    with pytest.raises(SubnetError, match="removes no whole unit: a head goes with"): compact(model, Mask.full(Space.of(model, "weight", only="q,k")), keep="any")
+    asked = Mask.full(Space.of(model, "weight", only="q,k"))
+    with pytest.raises(SubnetError, match="removes no whole unit: a head goes with"): compact(model, asked, keep="any")
     some = Mask.full(Space.of(model, "weight", only="up,down"))
     assert compact(model, some, keep="any").units.space.kind == "neuron"
 
@@ -234,7 +256,8 @@ def test_weight_masks_without_output_matrices():
 @pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
 def test_it_can_be_trained_and_saved(name, tmp_path):
     model, tok = load(name)
-    mask = off(Space.of(model, "head+neuron+mlp"), (0, "head", [0, 1, 2, 3]), (1, "head", [1]), (1, "mlp", [0]), (2, "neuron", list(range(100))))
+    gone = [(0, "head", [0, 1, 2, 3]), (1, "head", [1]), (1, "mlp", [0]), (2, "neuron", list(range(100)))]
+    mask = off(Space.of(model, "head+neuron+mlp"), *gone)
     small = compact(model, mask)
     text = ["a robin is a kind of bird .", "a spoon is used for eating ."]
     if name == "pocket-bert": fit(small.model, tok, MLM(text), steps=3, batch=2, to=tmp_path / "fit")
@@ -243,13 +266,15 @@ def test_it_can_be_trained_and_saved(name, tmp_path):
     loss = small.model(input_ids=ids, labels=ids).loss
     loss.backward()
     unused = {"transformer.h.0.ln_1"}                     # the norm before heads that are gone
-    assert {n.rpartition(".")[0] for n, p in small.model.named_parameters() if p.numel() and p.grad is None} == (unused if name == "pocket-gpt2" else set())
+    idle = {n.rpartition(".")[0] for n, p in small.model.named_parameters() if p.numel() and p.grad is None}
+    assert idle == (unused if name == "pocket-gpt2" else set())
     assert all(p.grad.isfinite().all() for p in small.model.parameters() if p.grad is not None)
     with torch.no_grad():
         for p in small.model.parameters():
-            if p.grad is not None: p -= 0.01 * p.grad
+            if p.grad is not None: p.sub_(0.01 * p.grad)
     small.model.eval()
-    with pytest.raises(SubnetError, match="trained after it was made compact"): small.save(tmp_path / "thin", weights=False)
+    with pytest.raises(SubnetError, match="trained after it was made compact"):
+        small.save(tmp_path / "thin", weights=False)
     again = load_compact(small.save(tmp_path / "whole"))
     assert digest(again.model) == digest(small.model)
     with torch.no_grad():
@@ -262,7 +287,8 @@ def test_save_and_load(model, mask, tmp_path):
     "Bit for bit, from saved weights and from the full model; also what comes out."
     small = compact(model, mask)
     again = load_compact(small.save(tmp_path))
-    assert digest(again.model) == digest(small.model) == small.born and again.layers == small.layers and again.mask == mask
+    assert digest(again.model) == digest(small.model) == small.born
+    assert again.layers == small.layers and again.mask == mask
     assert torch.equal(logits(again.model), logits(small.model))
     thin = load_compact(small.save(tmp_path, weights=False), model)
     assert not (tmp_path / "model.safetensors").exists() and torch.equal(logits(thin.model), logits(small.model))
@@ -333,10 +359,11 @@ def test_report(tmp_path):
     mask = off(Space.of(model, "head+neuron"), (0, "head", [0]), (1, "neuron", list(range(20))))
     small = compact(model, mask)
     t = compared(small, rounds=2)
-    assert t.parameters.tolist() == [size(model), size(model), size(small.model)] and (t.bytes == 4 * t.parameters).all() and (t.milliseconds > 0).all()
+    assert t.parameters.tolist() == [size(model), size(model), size(small.model)]
+    assert (t.bytes == 4 * t.parameters).all() and (t.milliseconds > 0).all()
     assert t.difference["masked"] == 0 and t.difference["compact"] < 1e-4 < t.difference["dense"]
     again = load_compact(small.save(tmp_path))
-    with pytest.raises(SubnetError, match="full model is needed"): again.report
+    with pytest.raises(SubnetError, match="full model is needed"): _ = again.report
     assert compared(again, model, rounds=1).parameters.tolist() == t.parameters.tolist()
 
 
@@ -348,10 +375,13 @@ def test_bad_input():
     with pytest.raises(SubnetError, match="give a rule"): compact(model, Mask.full(Space.of(model, "weight")))
     with pytest.raises(SubnetError, match="is a rule for masks over weights"): compact(model, heads, keep="any")
     with pytest.raises(SubnetError, match="nothing is left"): compact(model, Mask.full(Space.of(model, "layer"), False))
-    with pytest.raises(SubnetError, match="harden scores"): compact(model, Scores(heads.space, {g.name: np.ones(g.shape) for g in heads.space.groups}))
-    with pytest.raises(SubnetError, match="mixes weights"): compact(model, Mask.full(Space.of(model, "head+weight")), keep="any")
+    soft = Scores(heads.space, {g.name: np.ones(g.shape) for g in heads.space.groups})
+    with pytest.raises(SubnetError, match="harden scores"): compact(model, soft)
+    mixed = Mask.full(Space.of(model, "head+weight"))
+    with pytest.raises(SubnetError, match="mixes weights"): compact(model, mixed, keep="any")
     with pytest.raises(SubnetError, match="already compact"): compact(compact(model, heads).model, heads)
-    with pytest.raises(UnknownFamily, match="no known layout fits BloomForCausalLM"): compact(tf.BloomForCausalLM(tf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4)), heads)
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4))
+    with pytest.raises(UnknownFamily, match="no known layout fits BloomForCausalLM"): compact(bloom, heads)
     odd = copy.deepcopy(model)
     odd.bert.encoder.layer[1].attention.self.query = type("Adapter", (torch.nn.Linear,), {})(16, 16)
     with pytest.raises(SubnetError, match="cannot cut a Adapter: merge adapters"): compact(odd, heads, check=False)
@@ -360,8 +390,10 @@ def test_bad_input():
 def test_a_structure_with_more_to_it_is_refused():
     "Norms over all heads at once (OLMo 2) depend on the heads that went: the model looks like Llama and is none."
     torch.manual_seed(0)
-    model = tf.Olmo2ForCausalLM(tf.Olmo2Config(**COMMON, num_key_value_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
-    with pytest.raises(SubnetError, match="cannot be made compact"): compact(model, off(Space.of(model, "head"), (0, "head", [1])))
+    config = tf.Olmo2Config(**COMMON, num_key_value_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = tf.Olmo2ForCausalLM(config).eval()
+    heads = off(Space.of(model, "head"), (0, "head", [1]))
+    with pytest.raises(SubnetError, match="cannot be made compact"): compact(model, heads)
     neurons = off(Space.of(model, "neuron"), (0, "neuron", [1, 2]))
     with masked(model, neurons): wanted = logits(model)
     close(logits(compact(model, neurons).model), wanted)
@@ -372,13 +404,20 @@ def test_the_command(tmp_path, capsys):
     model, _ = load("pocket-bert")
     space = Space.of(model, "neuron")
     mask = Mask.random(space, 0.5, seed=0).save(tmp_path / "m.mask.safetensors")
-    ask = ["compact", "--model", "pocket-bert", "--mask", str(mask), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    ask = ["compact", "--model", "pocket-bert", "--mask", str(mask), "--out", str(tmp_path / "out")]
+    ask += ["--device", "cpu", "--json"]
     assert main([*ask, "--export", "plain"]) == 0
     out = json.loads(capsys.readouterr().out)
     small = load_compact(out["folder"])
-    assert out["report"]["compact"]["parameters"] == size(small.model) < out["report"]["dense"]["parameters"] and out["layers"] == [1, 2, 3, 4]
+    sizes = {name: row["parameters"] for name, row in out["report"].items()}
+    assert sizes["compact"] == size(small.model) < sizes["dense"] and out["layers"] == [1, 2, 3, 4]
     theirs = tf.AutoModelForMaskedLM.from_pretrained(out["exported"]).eval()
     close(logits(theirs, IDS + 20), logits(small.model, IDS + 20))
     assert small.report.equals(load_compact(out["folder"]).report)                # saved, so it needs no full model
-    for more, message in ((["--keep", "any"], "is a rule for masks over weights"), (["--keep", "some"], "cannot read the rule"), (["--mask", str(tmp_path / "none")], "cannot read a mask")):
+    refused = [
+        (["--keep", "any"], "is a rule for masks over weights"),
+        (["--keep", "some"], "cannot read the rule"),
+        (["--mask", str(tmp_path / "none")], "cannot read a mask"),
+    ]
+    for more, message in refused:
         assert main([*ask, *more]) == 2 and message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"What masks promise, on every family, against independent implementations with the paths of the matrices written out again."
+"What masks promise, on every family, against independent implementations: the paths are written out again."
 from __future__ import annotations
 
 import copy
@@ -6,30 +6,31 @@ import copy
 import pytest
 import torch
 
-from subnet_explorer.model.apply import applied, attending, masked
+from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.core.layout import FAMILIES, family_of
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
-from subnet_explorer.model.load import tiny
-from subnet_explorer.core.layout import FAMILIES, family_of
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.model.apply import applied, attending, masked
+from subnet_explorer.model.load import tiny
 
 IDS = torch.tensor([[7, 12, 33, 5, 21, 9, 14], [30, 6, 6, 25, 11, 2, 8]])
 REAL = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
 
 # block, value projection, attention output, first and second MLP linear (on purpose not read from FAMILIES)
+BERT = ("attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
 PATHS = {
-    "bert": ("bert.encoder.layer.{}.", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense"),
-    "roberta": ("roberta.encoder.layer.{}.", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense"),
-    "electra": ("electra.encoder.layer.{}.", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    "bert": ("bert.encoder.layer.{}.", *BERT),
+    "roberta": ("roberta.encoder.layer.{}.", *BERT),
+    "electra": ("electra.encoder.layer.{}.", *BERT),
     "distilbert": ("distilbert.transformer.layer.{}.", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
     "mpnet": ("mpnet.encoder.layer.{}.", "attention.attn.v", "attention.attn.o", "intermediate.dense", "output.dense"),
     "gpt2": ("transformer.h.{}.", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "llama": ("model.layers.{}.", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
-    "xlm-roberta": ("roberta.encoder.layer.{}.", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    "xlm-roberta": ("roberta.encoder.layer.{}.", *BERT),
     "mistral": ("model.layers.{}.", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
 }
-HEAD_DIM, LAYER, HEADS, NEURONS = 4, 1, [0, 1], [3, 30]      # heads 0 and 1 share keys and values in the grouped-query models
+HEAD_DIM, LAYER, HEADS, NEURONS = 4, 1, [0, 1], [3, 30]      # heads 0 and 1 share keys and values in Llama
 
 
 def build(name: str):
@@ -37,7 +38,10 @@ def build(name: str):
     if name in FAMILIES: return tiny(name)
     import transformers as tf
     torch.manual_seed(0)
-    common = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, max_position_embeddings=32)
+    common = dict(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=32,
+    )
     model = (tf.XLMRobertaForMaskedLM(tf.XLMRobertaConfig(**common)) if name == "xlm-roberta" else
              tf.MistralForCausalLM(tf.MistralConfig(**common, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)))
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
@@ -97,7 +101,8 @@ def assert_untouched(model, before):
 @pytest.mark.parametrize("kind", ["weight", "block", "head+neuron+mlp", "layer"])
 @pytest.mark.parametrize("end", [None, KeyError, KeyboardInterrupt])
 def test_restored_bit_by_bit(model, kind, end):
-    m = Mask.random(Space.of(model, kind, block=(3, 5) if kind == "block" else None, embeddings=kind == "weight"), .5, seed=1)
+    space = Space.of(model, kind, block=(3, 5) if kind == "block" else None, embeddings=kind == "weight")
+    m = Mask.random(space, .5, seed=1)
     before, full = snapshot(model), logits(model)
     try:
         with masked(model, m) as n:
@@ -140,7 +145,8 @@ def test_head_off_is_its_output_projection_off(model, name, heads):
     with torch.no_grad():
         for h in heads: out_axis(o, o.weight)[:, h * HEAD_DIM:(h + 1) * HEAD_DIM] = 0
     with masked(model, off(Space.of(model, "head"), head=heads)) as n:
-        assert n == len(heads) and same(logits(model), logits(twin)) and not same(logits(model), logits(build(name)), 1e-3)
+        assert n == len(heads) and same(logits(model), logits(twin))
+        assert not same(logits(model), logits(build(name)), 1e-3)
 
 
 @pytest.mark.parametrize("heads", [HEADS, [0, 1, 2, 3]])
@@ -190,12 +196,14 @@ def test_a_gate_for_every_example(model):
 def test_embeddings_are_one_coordinate(model):
     space = Space.of(model, "weight", embeddings=True)
     (group,) = [g for g in space.groups if g.role == "embedding"]
-    assert group.shape == tuple(model.get_input_embeddings().weight.shape) and [g.name for g in space.groups].count(group.name) == 1
+    assert group.shape == tuple(model.get_input_embeddings().weight.shape)
+    assert [g.name for g in space.groups].count(group.name) == 1
     m = Mask.full(space)
     bits = {g.name: b for g, b in m.items()} | {group.name: Mask.random(space, .5, seed=3)[group.name]}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     twin = copy.deepcopy(model)
-    with torch.no_grad(): twin.get_input_embeddings().weight.mul_(torch.tensor(bits[group.name]))     # the same tensor in the head, if tied
+    with torch.no_grad():                      # the same tensor in the output layer, if tied
+        twin.get_input_embeddings().weight.mul_(torch.tensor(bits[group.name]))
     with masked(model, Mask.of(space, bits)):
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
         assert torch.equal(logits(model), logits(twin))
@@ -237,13 +245,19 @@ def test_half_precision_identity():
 # ── training inside a mask ───────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("kind", ["weight", "head+mlp"])
-@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.AdamW(p, lr=.01, weight_decay=.1), lambda p: torch.optim.SGD(p, lr=.1, momentum=.9)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.AdamW(p, lr=.01, weight_decay=.1),
+    lambda p: torch.optim.SGD(p, lr=.1, momentum=.9),
+], ids=["adamw", "sgd"])
 def test_training_keeps_the_zeros(model, kind, optimizer):
     m = Mask.random(Space.of(model, kind), .5, seed=5)
     fine = m.to("weight")
     start = {g.name: model.base_model.get_parameter(g.name).detach().clone() for g in fine.space.groups}
     opt = optimizer(model.parameters())
-    step = lambda: (opt.zero_grad(), model(input_ids=IDS, attention_mask=REAL, labels=IDS).loss.backward(), opt.step())
+    def step():
+        opt.zero_grad()
+        model(input_ids=IDS, attention_mask=REAL, labels=IDS).loss.backward()
+        opt.step()
     with masked(model, m, train=True):
         for _ in range(3): step()
     for g, bits in fine.items():
@@ -272,7 +286,7 @@ def test_the_same_on_a_gpu(kind):
     m = Mask.random(Space.of(model, kind), .5, seed=1)
     with masked(model, m): wanted = logits(model)
     model.cuda()
-    gpu = lambda: model(input_ids=IDS.cuda(), attention_mask=REAL.cuda()).logits.detach().cpu()
+    def gpu(): return model(input_ids=IDS.cuda(), attention_mask=REAL.cuda()).logits.detach().cpu()
     full = gpu()
     with masked(model, m): assert same(gpu(), wanted, 1e-3)
     with masked(model, Mask.full(m.space)): assert torch.equal(gpu(), full)

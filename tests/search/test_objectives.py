@@ -15,7 +15,7 @@ from subnet_explorer.measure.ask import perplexity
 from subnet_explorer.search.gates import Concrete, Threshold
 from subnet_explorer.search.distil import MLM, Maintain, Reference, Suppress
 from subnet_explorer.search.objectives import Context
-from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, head_changes, row_losses
+from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, output_learns, row_losses
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import find, frozen
@@ -77,7 +77,7 @@ def test_a_head_that_is_trained_gets_its_gradient(name):
     model = tiny("bert")
     seqs, h = Sequences(model, IDS), torch.randn(7, 16, requires_grad=True)
     goal, gold, weight = torch.randn(7, seqs.predict(h).shape[-1]), torch.arange(7), model.get_output_embeddings().weight
-    assert head_changes(seqs)
+    assert output_learns(seqs)
     got = row_losses(seqs, h, lambda logits, p: LOSSES[name](logits, goal[p], gold[p]), 2).sum()
     want = NAIVE[name](seqs.predict(h), goal, gold).sum()
     for a, b in zip(torch.autograd.grad(got, [h, weight]), torch.autograd.grad(want, [h, weight])): assert torch.allclose(a, b, atol=1e-5)
