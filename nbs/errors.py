@@ -61,6 +61,7 @@ def named_errors() -> dict[str, type[SubnetError]]:
 def parts(error: type[SubnetError]) -> dict[str, str]:
     "Symptom, cause and fix of a docstring."
     first, _, rest = (error.__doc__ or "").partition("\n")
+    rest = re.sub(r"\n +(?=\S)(?!Cause: |Fix: )", " ", rest)      # long lines are broken
     return {"symptom": first.strip()} | {k.lower(): v.strip() for k, v in re.findall(r"^\s*(Cause|Fix): (.+)$", rest, re.M)}
 
 

@@ -77,8 +77,8 @@ class LanguageHead(nn.Module):
 class Drawn(NamedTuple):
     "What is read and predicted in a step of language modelling."
     ids: Tensor | None      # (batch, longest) token ids; None: those of the sequences
-    batch: Tensor           # (row,) which sequence of the batch
-    position: Tensor        # (row,) which token of it
+    batch: Tensor           # (row,) which sequence of the batch, on the CPU
+    position: Tensor        # (row,) which token of it, likewise
     gold: Tensor            # (row,) the right answer
 
 
@@ -248,7 +248,8 @@ class MLM(Objective):
             index = context.part(step, seqs.lengths, self.batch)
             drawn = draw(index, step)
             every: list[Tensor] | None = [] if teacher else None
-            states = seqs.hidden(index, drawn.batch, drawn.position, drawn.ids, every)
+            rows = drawn.batch.numpy(), drawn.position.numpy()
+            states = seqs.hidden(index, *rows, drawn.ids, every)
             words = context.mean(row_losses(read, states, _nll(drawn.gold)))
             if teacher is None or every is None: return words
             return words + self.distil * context.mean(distance(teacher, index, every))
@@ -304,7 +305,7 @@ class Hidden(Objective):
     def identity(self) -> dict[str, Any]:
         "Return the hash of the texts, the batch, and what is unusual."
         texts = {"texts": fingerprint_of(self.texts), "n": len(self.texts)}
-        unusual = {"padding": True} if self.padding else {}
+        unusual: dict[str, Any] = {"padding": True} if self.padding else {}
         unusual |= teacher_of(self.teacher)
         return {"objective": "Hidden", **texts, "batch": self.batch, **unusual}
 

@@ -340,11 +340,11 @@ def encoded(
     head: Any,                    # a task head
     tok: Any,
     examples: Sequence[Any],      # whatever the head understands
-    learning: bool = False,       # to be learned from: by the head's `lesson`, if it has one
+    learning: bool = False,       # to be learned from: by `encode_for_training`, if the head has it
 ) -> Sequence[Any]:               # (ids, positions, targets[, types]), as many as the head makes
     "Encode examples as a head reads them: all by its `code`, or each by itself."
     if hasattr(head, "code"): return head.code(tok, examples)
-    encode = head.lesson if learning and hasattr(head, "lesson") else head.encode
+    encode = getattr(head, "encode_for_training", head.encode) if learning else head.encode
     return [encode(tok, example) for example in examples]
 
 # %% ../../nbs/search/01_objectives.ipynb #232cf122
