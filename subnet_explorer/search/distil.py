@@ -8,159 +8,371 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import SubnetError, check_names
-from ..core.layout import is_causal, layout_of
+from ..core.layout import Layout, is_causal, layout_of
 from ..core.space import model_id
 from ..data.facts import Facts, with_start
 from ..data.texts import Blocks
-from ..model.packed import packing_agrees
-from subnet_explorer.model.sequences import (
-    LossWithSlope,
-    POSITIONS,
-    Sequences,
-    states_below,
-    watching_blocks,
-    block_ids,
-    empty_states,
-    row_losses,
-)
-from .objectives import Context, Objective, fingerprint_of
+from ..model.sequences import POSITIONS, LossWithSlope, Sequences, block_ids, empty_states, row_losses
+from .objectives import Context, Loss, Objective, fingerprint_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['LanguageHead', 'MLM', 'Reference', 'Suppress', 'Maintain', 'Teacher', 'teacher_of', 'Hidden']
+__all__ = ['Texts', 'Draw', 'token_ids', 'LanguageHead', 'Drawn', 'Teacher', 'distance', 'teacher_of', 'MLM', 'Hidden',
+           'from_uniform', 'from_goal', 'Reference', 'Suppress', 'Maintain']
+
+# %% ../../nbs/search/02_distil.ipynb #8decb00b
+Texts = Sequence[str] | Blocks
+"Sentences, or blocks of running text."
+
+
+def token_ids(texts: Texts, context: Context) -> np.ndarray | list[list[int]]:      # (text, token)
+    "Turn texts into token ids; raise `SubnetError` for none, or for blocks that are too long."
+    if not len(texts): raise SubnetError("there is nothing to read: no text was given.")
+    if isinstance(texts, Blocks): return block_ids(texts, context.model, context.tok)
+    return [context.tok(t, truncation=True).input_ids for t in texts]
 
 # %% ../../nbs/search/02_distil.ipynb #25b706a5
 class LanguageHead(nn.Module):
-    "A copy of a model's language-modelling head over the embedding of the full model; with `train`, all of it but a tied decoder is trained."
+    "Predict words by a copy of a model's head, of which all but a tied decoder can be trained."
 
-    def __init__(self, model: nn.Module, train: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, train: bool = True) -> None:
         super().__init__()
-        words, out = model.base_model.get_input_embeddings().weight, model.get_output_embeddings()
-        if out is None: raise SubnetError(f"{type(model).__name__} has no language-modelling head.")
+        base, out = model.base_model, model.get_output_embeddings()
+        words = base.get_input_embeddings().weight
+        if out is None:
+            raise SubnetError(f"{type(model).__name__} has no language-modelling head.")
         tied = out.weight is words
-        copied = copy.deepcopy(model, {id(t): t for t in [*model.base_model.parameters(), *model.base_model.buffers()] if not (tied and t is words)})
-        below = {id(p) for p in copied.base_model.parameters()}
+        shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+        if tied: del shared[id(words)]
+        copied = copy.deepcopy(model, shared)
         if tied: copied.get_output_embeddings().weight.requires_grad_(False)
-        self.copied, self.own = (copied,), nn.ParameterList([p.requires_grad_(train) for p in copied.parameters() if id(p) not in below])
-        self.learns = train and len(self.own) > 0
+        below = {id(p) for p in copied.base_model.parameters()}
+        own = [p.requires_grad_(train) for p in copied.parameters() if id(p) not in below]
+        self.copied = (copied,)                      # in a tuple: no part of this module
+        self.own = nn.ParameterList(own)
+        self.learns = train and len(own) > 0
 
     def over(self, seqs: Sequences) -> Sequences:
-        "The same sequences, predicted by this head."
+        "Return the same sequences, predicted by this head."
         out = copy.copy(seqs)
         out.model = self.copied[0]
         return out
 
-    def __repr__(self) -> str: return f"LanguageHead({sum(p.numel() for p in self.own):,} parameters{'' if self.learns else ', not trained'})"
-
-# %% ../../nbs/search/02_distil.ipynb #d52f3db2
-@dataclass
-class MLM(Objective):
-    "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
-    texts: Sequence[str] | Blocks
-    batch: int | None = None
-    share: float = 0.15
-    distil: float = 0.0             # weight of `Hidden` on the same input
-    static: bool = False            # draw the masks once, instead of anew at every step
-    head: LanguageHead | None = None          # predicts instead of the model's own head
-    teacher: nn.Module | None = None          # for `distil`; None: the full model
-
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        tok, causal = context.tok, is_causal(context.model)
-        cut = isinstance(self.texts, Blocks)
-        if not len(self.texts): raise SubnetError("there is nothing to read: no text was given.")
-        ids = block_ids(self.texts, context.model, tok) if cut else [tok(t, truncation=True).input_ids for t in self.texts]
-        seqs = context.sequences([with_start(tok, i) for i in ids] if causal and not cut else ids, context.first if causal or self.static else 0)
-        if self.static and not causal: seqs, draw = _masked_once(self, context, ids)
-        else: draw = lambda index, step: _next(seqs, index) if causal else _masked(self, seqs, index, context, step)
-        teacher = Teacher(seqs, context, lambda step, index: draw(index, step)[0], self.static or causal, self.batch, self.teacher) if self.distil else None
-        said = self.head.over(seqs) if self.head else seqs
-        def loss(step: int) -> torch.Tensor:
-            index = context.part(step, seqs.lengths, self.batch)
-            mixed, b, p, gold = draw(index, step)
-            every: list[torch.Tensor] | None = [] if teacher else None
-            states = seqs.hidden(index, b, p, mixed, every)
-            out = context.mean(row_losses(said, states, lambda logits, part: F.cross_entropy(logits, gold[part], reduction="none")))
-            return out + self.distil * context.mean(teacher.distance(index, step, every)) if teacher else out
-        return loss
-
-    def identity(self) -> dict[str, Any]:
-        more = ({"distil": self.distil, "static": self.static} if self.distil or self.static else {}) | ({"head": repr(self.head)} if self.head else {}) | teacher_of(self.teacher)
-        return {"objective": "MLM", "texts": fingerprint_of(self.texts), "n": len(self.texts), "batch": self.batch, "share": self.share, **more}
-    def modules(self) -> list[nn.Module]: return [self.head] if self.head and self.head.learns else []
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.own)
+        return f"LanguageHead({size:,} parameters{'' if self.learns else ', not trained'})"
 
 # %% ../../nbs/search/02_distil.ipynb #2bcf0f88
-_Draw = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]      # token ids (batch, longest) or None for those there are; rows as (sequence, position); targets
+class Drawn(NamedTuple):
+    "What is read and predicted in a step of language modelling."
+    ids: Tensor | None      # (batch, longest) token ids; None: those of the sequences
+    batch: Tensor           # (row,) which sequence of the batch, on the CPU
+    position: Tensor        # (row,) which token of it, likewise
+    gold: Tensor            # (row,) the right answer
 
 
-def _next(seqs: Sequences, index: np.ndarray) -> _Draw:
+def _next(seqs: Sequences, index: np.ndarray) -> Drawn:
     "Every next token."
     x = seqs.inputs(index)["input_ids"]
-    b, p = torch.nonzero(seqs.real(index)[:, 1:], as_tuple=True)
-    return None, b, p, x[b, p + 1]
+    batch, position = torch.nonzero(seqs.real(index)[:, 1:], as_tuple=True)
+    return Drawn(None, batch, position, x[batch, position + 1])
 
 
-def _masked(mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step: int) -> _Draw:
+def _masked(mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step: int) -> Drawn:
     "Random tokens, most of them masked."
     tok, x = context.tok, seqs.inputs(index)["input_ids"]
-    draw = lambda i: torch.rand(int(seqs.lengths[i]), 3, generator=torch.Generator().manual_seed(hash((context.seed, step, int(i))) % 2**63))
-    u, kind, swap = pad_sequence([draw(i) for i in index], batch_first=True).unbind(-1)      # by sequence: the same whoever else is in the batch
-    picked = (u < mlm.share) & seqs.real(index) & ~torch.isin(x.cpu(), torch.tensor(tok.all_special_ids))
+    numbers = [_uniform((context.seed, step, int(i)), int(seqs.lengths[i])) for i in index]
+    choice, kind, word = pad_sequence(numbers, batch_first=True).unbind(-1)
+    special = torch.isin(x.cpu(), torch.tensor(tok.all_special_ids))
+    picked = (choice < mlm.share) & seqs.real(index) & ~special
     if not picked.any(): picked[:, 1] = True
-    mixed = x.clone()
-    mixed[picked & (kind < .8)] = tok.mask_token_id
-    mixed[picked & (kind > .9)] = (swap[picked & (kind > .9)] * len(tok)).long().to(x.device)
-    b, p = torch.nonzero(picked, as_tuple=True)
-    return mixed, b, p, x[b, p]
+    mixed, replaced = x.clone(), picked & (kind > 0.9)
+    mixed[picked & (kind < 0.8)] = tok.mask_token_id
+    mixed[replaced] = (word[replaced] * len(tok)).long().to(x.device)
+    batch, position = torch.nonzero(picked, as_tuple=True)
+    return Drawn(mixed, batch, position, x[batch, position])
 
 
-def _masked_once(mlm: MLM, context: Context, ids: Sequence[Sequence[int]]) -> tuple[Sequences, Callable[[np.ndarray, int], _Draw]]:
+def _uniform(key: tuple[int, int, int], n: int) -> Tensor:      # (n, 3)
+    "Numbers for the tokens of one sequence: the same whoever else is in the batch."
+    rng = torch.Generator().manual_seed(hash(key) % 2**63)
+    return torch.rand(n, 3, generator=rng)
+
+# %% ../../nbs/search/02_distil.ipynb #91164875
+Draw = Callable[[np.ndarray, int], Drawn]
+"From sequences, by index, and step to what is read and predicted."
+
+
+def _masked_once(mlm: MLM, context: Context, ids: Any) -> tuple[Sequences, Draw]:
     "Sequences in which the masks are already drawn, and how to read them."
     plain = Sequences(context.model, ids, path="plain")
     draws = [_masked(mlm, plain, np.array([i]), context, i) for i in range(len(ids))]
-    def draw(index: np.ndarray, step: int) -> _Draw:
-        b = torch.cat([torch.full_like(draws[i][1], j) for j, i in enumerate(index)])
-        return None, b, torch.cat([draws[i][2] for i in index]), torch.cat([draws[i][3] for i in index])
-    return context.sequences([d[0][0].tolist() for d in draws]), draw
+
+    def draw(index: np.ndarray, step: int) -> Drawn:
+        some = [draws[i] for i in index]
+        batch = torch.cat([torch.full_like(d.batch, place) for place, d in enumerate(some)])
+        position, gold = torch.cat([d.position for d in some]), torch.cat([d.gold for d in some])
+        return Drawn(None, batch, position, gold)
+
+    return context.sequences([cast(Tensor, d.ids)[0].tolist() for d in draws]), draw
+
+
+def _reading(mlm: MLM, context: Context) -> tuple[Sequences, Draw]:
+    "The sequences of an objective, and what is read and predicted in a step."
+    ids = token_ids(mlm.texts, context)
+    if is_causal(context.model):
+        if not isinstance(mlm.texts, Blocks): ids = [with_start(context.tok, i) for i in ids]
+        seqs = context.sequences(ids)
+        return seqs, lambda index, step: _next(seqs, index)
+    if mlm.static: return _masked_once(mlm, context, ids)
+    seqs = context.sequences(ids, first=0)
+    return seqs, lambda index, step: _masked(mlm, seqs, index, context, step)
+
+# %% ../../nbs/search/02_distil.ipynb #aeef3318
+def _read_by(model: nn.Module | None, seqs: Sequences) -> Sequences:
+    "The same sequences read by another model, which must have the same shape."
+    if model is None or model is seqs.model: return seqs
+    mine, theirs = _shape(seqs.layout), _shape(layout_of(model))
+    if mine != theirs:
+        raise SubnetError(
+            f"a teacher of another architecture: it has {theirs}, and the model has {mine}. "
+            "Hidden states are compared layer by layer: give a teacher of the same shape, "
+            "or None for the model itself."
+        )
+    ids = [i.tolist() for i in seqs.ids] if isinstance(seqs.ids, list) else seqs.ids.ids
+    path = "auto" if seqs.packed else "plain"
+    return Sequences(model.eval(), ids, seqs.first, path, recompute=seqs.recompute)
+
+
+def _shape(layout: Layout) -> str:
+    "What two models must share so that their states can be compared."
+    return f"{layout.n_layers} layers, {layout.hidden} wide, over {layout.vocab:,} tokens"
+
+# %% ../../nbs/search/02_distil.ipynb #727e24c2
+class Teacher:
+    "Hidden states of a model at all tokens, computed ahead of a step."
+
+    def __init__(
+        self,
+        seqs: Sequences,
+        context: Context,
+        ids: Callable[[int, np.ndarray], Tensor | None],      # what is read; None: the sequences
+        keep: bool,                       # compute once; not of text in a mapped file
+        batch: int | None = None,         # sequences in a step
+        model: nn.Module | None = None,   # another one than is trained
+    ) -> None:
+        self.seqs, self.theirs, self.ids = seqs, _read_by(model, seqs), ids
+        self.keep = keep and not seqs.mapped
+        self.known = np.zeros(len(seqs.lengths), bool)
+        cached = ids(0, np.array([0])) is None
+        self.first = seqs.first if cached else 0      # states begin there
+        depth = seqs.layout.n_layers - self.first
+        shape = (int(seqs.lengths.sum()), depth, seqs.layout.hidden) if self.keep else (0,)
+        self.all = empty_states(*shape, device=seqs.device)
+        self.now: Sequence[Tensor] = []
+
+        def ahead(step: int) -> None:
+            self.look(step, context.part(step, seqs.lengths, batch))
+
+        context.ahead.append(ahead)
+
+    def look(self, step: int, index: np.ndarray) -> None:
+        "Compute the states of some sequences; nothing may be masked now."
+        if not self.keep:
+            self.now = self._states(step, index)
+            return
+        for new in self.seqs.missing_windows(index, self.known):
+            states = torch.stack(self._states(step, new), 1)
+            self.all[self.seqs.tokens(new).to(self.all.device)] = states.to(self.all.device)
+            self.known[new] = True
+
+    def _states(self, step: int, index: np.ndarray) -> list[Tensor]:      # (token, hidden) a block
+        every: list[Tensor] = []
+        self.theirs.hidden(index, [0], [0], self.ids(step, index), every)
+        return every
+
+# %% ../../nbs/search/02_distil.ipynb #22e348a8
+def distance(
+    teacher: Teacher,
+    index: np.ndarray,              # which sequences
+    every: Sequence[Tensor],        # their states, (token, hidden), after each block that was run
+) -> Tensor:                        # (token,)
+    "Return 1 − cos of states and the teacher's, the mean over all layers of the model."
+    goal, seqs = teacher.now, teacher.seqs
+    if teacher.keep:
+        tokens = seqs.tokens(index).to(teacher.all.device)
+        goal = teacher.all[tokens].to(every[0].device).unbind(1)
+    pairs = zip(every, goal, strict=True)
+    apart = [1 - F.cosine_similarity(mine, theirs, dim=-1) for mine, theirs in pairs]
+    return cast(Tensor, sum(apart)) / seqs.layout.n_layers
+
+# %% ../../nbs/search/02_distil.ipynb #d52f3db2
+def teacher_of(model: nn.Module | None) -> dict[str, str]:
+    "Return what an identity says of another teacher than the full model."
+    return {} if model is None else {"teacher": str(model_id(model, layout_of(model)))}
+
+# %% ../../nbs/search/02_distil.ipynb #0ff033cf
+@dataclass
+class MLM(Objective):
+    "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
+    texts: Texts
+    batch: int | None = None
+    share: float = 0.15                       # of the tokens, predicted by a masked model
+    distil: float = 0.0                       # weight of the distance of hidden states
+    static: bool = False                      # draw the masks once, not at every step
+    head: LanguageHead | None = None          # predicts instead of the model's own head
+    teacher: nn.Module | None = None          # for `distil`; None: the full model
+
+    def prepare(self, context: Context) -> Loss:
+        "Turn the texts into tokens, and let a teacher look ahead if there is one."
+        seqs, draw = _reading(self, context)
+        fixed = self.static or is_causal(context.model)
+        read = self.head.over(seqs) if self.head else seqs
+        teacher: Teacher | None = None
+        if self.distil:
+            def ids(step: int, index: np.ndarray) -> Tensor | None: return draw(index, step).ids
+            teacher = Teacher(seqs, context, ids, fixed, self.batch, self.teacher)
+
+        def loss(step: int) -> Tensor:
+            index = context.part(step, seqs.lengths, self.batch)
+            drawn = draw(index, step)
+            every: list[Tensor] | None = [] if teacher else None
+            rows = drawn.batch.numpy(), drawn.position.numpy()
+            states = seqs.hidden(index, *rows, drawn.ids, every)
+            words = context.mean(row_losses(read, states, _nll(drawn.gold)))
+            if teacher is None or every is None: return words
+            return words + self.distil * context.mean(distance(teacher, index, every))
+
+        return loss
+
+    def identity(self) -> dict[str, Any]:
+        "Return the hash of the texts and the settings."
+        return _mlm_identity(self)
+
+    def modules(self) -> list[nn.Module]:
+        "Return the copied head, if it is trained along."
+        return [self.head] if self.head and self.head.learns else []
+
+# %% ../../nbs/search/02_distil.ipynb #bc40df14
+def _nll(gold: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    "The loss of rows whose right answers are known."
+    return lambda logits, part: F.cross_entropy(logits, gold[part], reduction="none")
+
+
+def _mlm_identity(mlm: MLM) -> dict[str, Any]:
+    "What makes one `MLM` another than others."
+    out = {"objective": "MLM", "texts": fingerprint_of(mlm.texts), "n": len(mlm.texts)}
+    out |= {"batch": mlm.batch, "share": mlm.share}
+    if mlm.distil or mlm.static: out |= {"distil": mlm.distil, "static": mlm.static}
+    if mlm.head: out["head"] = repr(mlm.head)
+    return out | teacher_of(mlm.teacher)
+
+# %% ../../nbs/search/02_distil.ipynb #3606c9b1
+@dataclass
+class Hidden(Objective):
+    "Keep hidden states close to the full model's: mean of 1 − cos over layers and tokens."
+    texts: Texts
+    batch: int | None = None
+    padding: bool = False                  # as published: also over the padding of a batch
+    teacher: nn.Module | None = None       # None: the full model; else one of the same shape
+
+    def prepare(self, context: Context) -> Loss:
+        "Turn the texts into tokens, and let the teacher look ahead."
+        ids = token_ids(self.texts, context)
+        if self.padding: return _padded(self, context.sequences(ids, first=0), context)
+        seqs = context.sequences(ids)
+        teacher = Teacher(seqs, context, lambda step, index: None, True, self.batch, self.teacher)
+
+        def loss(step: int) -> Tensor:
+            every: list[Tensor] = []
+            index = context.part(step, seqs.lengths, self.batch)
+            seqs.hidden(index, [0], [0], every=every)
+            return context.mean(distance(teacher, index, every))
+
+        return loss
+
+    def identity(self) -> dict[str, Any]:
+        "Return the hash of the texts, the batch, and what is unusual."
+        texts = {"texts": fingerprint_of(self.texts), "n": len(self.texts)}
+        unusual: dict[str, Any] = {"padding": True} if self.padding else {}
+        unusual |= teacher_of(self.teacher)
+        return {"objective": "Hidden", **texts, "batch": self.batch, **unusual}
+
+# %% ../../nbs/search/02_distil.ipynb #f22f1f07
+def _padded(hidden: Hidden, seqs: Sequences, context: Context) -> Loss:
+    "The distance over all positions of padded batches, by the models' own passes."
+    theirs = _read_by(hidden.teacher, seqs)
+    now: list[Tensor] = []
+
+    def states(reader: Sequences, step: int) -> list[Tensor]:      # (batch, longest, hidden) a block
+        inputs = seqs.inputs(context.part(step, seqs.lengths, hidden.batch))
+        base = cast(nn.Module, reader.model.base_model)
+        return list(base(**inputs, output_hidden_states=True).hidden_states[1:])
+
+    def look(step: int) -> None:
+        now[:] = states(theirs, step)
+
+    def loss(step: int) -> Tensor:
+        pairs = zip(states(seqs, step), now, strict=True)
+        apart = torch.stack([1 - F.cosine_similarity(mine, goal, dim=-1) for mine, goal in pairs])
+        return context.mean(apart.mean(0).flatten())
+
+    context.ahead.append(look)
+    return loss
 
 # %% ../../nbs/search/02_distil.ipynb #4332818b
 @torch.no_grad()
-def _from_uniform(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:                       # (rows, vocabulary) -> (rows,), (rows, vocabulary)
-    "KL(uniform || model) = -log V - mean of log p, and its slope."
+def from_uniform(
+    logits: Tensor,                  # (row, vocabulary)
+) -> tuple[Tensor, Tensor]:          # (row,), (row, vocabulary)
+    "Return KL(uniform || model) = -log V - mean of log p, and its slope."
     logp, v = logits.detach().log_softmax(-1), logits.shape[-1]
     return -logp.mean(-1) - np.log(v), logp.exp_().sub_(1 / v)
 
 
 @torch.no_grad()
-def _from_goal(goal: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:      # both (rows, vocabulary) -> (rows,), (rows, vocabulary)
-    "KL(goal || model) of two kinds of logits, and its slope."
+def from_goal(
+    goal: Tensor,                    # (row, vocabulary) logits
+    logits: Tensor,                  # likewise, of the model
+) -> tuple[Tensor, Tensor]:          # (row,), (row, vocabulary)
+    "Return KL(goal || model) of two kinds of logits, and its slope."
     goal, logp = goal.log_softmax(-1), logits.detach().log_softmax(-1)
     wanted = goal.exp()
     return goal.sub_(logp).mul_(wanted).sum(-1), logp.exp_().sub_(wanted)
 
 # %% ../../nbs/search/02_distil.ipynb #229eaa07
 class Reference:
-    "Final hidden states of the full model at some rows of every sequence, computed when it is first met."
+    "Final hidden states of the full model at some rows of every sequence, computed once."
 
-    def __init__(self, seqs: Sequences, spots: Sequence[Sequence[int]], context: Context) -> None:      # spots: which positions of each sequence
-        self.seqs, self.spots, self.count = seqs, spots, np.array([len(s) for s in spots])
-        self.starts, self.known = np.cumsum(self.count) - self.count, np.zeros(len(spots), bool)
+    def __init__(self, seqs: Sequences, spots: Sequence[Sequence[int]], context: Context) -> None:
+        # spots: which positions of each sequence
+        self.seqs, self.spots = seqs, spots
+        self.count = np.array([len(s) for s in spots])               # (sequence,) rows
+        self.starts = np.cumsum(self.count) - self.count             # where its rows begin
+        self.known = np.zeros(len(spots), bool)
         self.states = empty_states(int(self.count.sum()), seqs.layout.hidden, device=seqs.device)
-        self.head = seqs.with_own_model() if context.gate is not None and -1 in context.gate.space.layers else seqs
+        embeddings = context.gate is not None and -1 in context.gate.space.layers
+        self.head = seqs.with_own_model() if embeddings else seqs
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "The rows of some sequences: place in `index`, position."
-        return np.repeat(np.arange(len(index)), self.count[index]), np.concatenate([self.spots[i] for i in index])
+        "Return the rows of some sequences: place in `index`, position."
+        batch = np.repeat(np.arange(len(index)), self.count[index])
+        return batch, np.concatenate([self.spots[i] for i in index])
 
-    def _places(self, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.arange(self.starts[i], self.starts[i] + self.count[i]) for i in index])).to(self.states.device)
+    def _places(self, index: np.ndarray) -> Tensor:
+        places = [np.arange(self.starts[i], self.starts[i] + self.count[i]) for i in index]
+        return torch.from_numpy(np.concatenate(places)).to(self.states.device)
 
     @torch.no_grad()
     def compute_missing(self, index: np.ndarray) -> None:
@@ -169,12 +381,14 @@ class Reference:
             self.states[self._places(new)] = self.seqs.hidden(new, *self.rows(new)).to(self.states)
             self.known[new] = True
 
-    def distance(self, index: np.ndarray) -> torch.Tensor:      # (row,)
-        "KL(full || model) at the rows of some sequences."
+    def distance(self, index: np.ndarray) -> Tensor:      # (row,)
+        "Return KL(full || model) at the rows of some sequences."
         goal = self.states[self._places(index)].to(self.seqs.device)
-        def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
+
+        def loss(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad(): wanted = self.head.predict(goal[part]).float()
-            return LossWithSlope.apply(logits, *_from_goal(wanted, logits))
+            return LossWithSlope.apply(logits, *from_goal(wanted, logits))
+
         return row_losses(self.seqs, self.seqs.hidden(index, *self.rows(index)), loss)
 
 # %% ../../nbs/search/02_distil.ipynb #536c005a
@@ -185,123 +399,63 @@ class Suppress(Objective):
     batch: int | None = None
     position: str = POSITIONS[0]      # where the answer is read, see `Prompts`
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
+    def prepare(self, context: Context) -> Loss:
+        "Encode the facts."
         prompts = context.prompts(self.facts, self.position)
         seqs = prompts.sequences
-        def loss(step: int) -> torch.Tensor:
+
+        def row(logits: Tensor, part: slice) -> Tensor:
+            return LossWithSlope.apply(logits, *from_uniform(logits))
+
+        def loss(step: int) -> Tensor:
             index = context.part(step, seqs.lengths, self.batch)
             states = seqs.hidden(index, range(len(index)), prompts.position[index])
-            return context.mean(row_losses(seqs, states, lambda logits, part: LossWithSlope.apply(logits, *_from_uniform(logits))))
+            return context.mean(row_losses(seqs, states, row))
+
         return loss
 
-    def identity(self) -> dict[str, Any]: return {"objective": "Suppress", "facts": self.facts.fingerprint, "n": len(self.facts), "batch": self.batch, **_position(self)}
+    def identity(self) -> dict[str, Any]:
+        "Return the hash of the facts, the batch, and an unusual position."
+        facts = {"facts": self.facts.fingerprint, "n": len(self.facts)}
+        return {"objective": "Suppress", **facts, "batch": self.batch, **_position(self.position)}
 
 
+def _position(position: str) -> dict[str, str]:
+    "What is recorded of a position: nothing of the usual one, as in older records."
+    check_names([position], POSITIONS, "position")
+    return {"position": position} if position != POSITIONS[0] else {}
+
+# %% ../../nbs/search/02_distil.ipynb #7adaf6c3
 @dataclass
 class Maintain(Objective):
-    "Stay close to the full model on facts, or at every position of plain sentences or blocks of text: KL(full || model)."
+    "Stay close to the full model on facts, or everywhere in texts: KL(full || model)."
     what: Facts | Sequence[str] | Blocks
     batch: int | None = None
     position: str = POSITIONS[0]      # of facts
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        if isinstance(self.what, Facts):
-            p = context.prompts(self.what, self.position)
-            seqs, spots = p.sequences, [[int(q)] for q in p.position]
-        else:
-            if self.position != POSITIONS[0]: raise SubnetError(f"position={self.position!r} is about facts; text is held at every position.")
-            seqs = context.sequences(block_ids(self.what, context.model, context.tok) if isinstance(self.what, Blocks) else [context.tok(t, truncation=True).input_ids for t in self.what])
-            spots = [range(n) for n in seqs.lengths]
+    def prepare(self, context: Context) -> Loss:
+        "Encode facts or texts, and let the reference look ahead."
+        seqs, spots = self._rows(context)
         reference = Reference(seqs, spots, context)
-        context.ahead.append(lambda step: reference.compute_missing(context.part(step, seqs.lengths, self.batch)))
-        return lambda step: context.mean(reference.distance(context.part(step, seqs.lengths, self.batch)))
+
+        def part(step: int) -> np.ndarray:
+            return context.part(step, seqs.lengths, self.batch)
+
+        context.ahead.append(lambda step: reference.compute_missing(part(step)))
+        return lambda step: context.mean(reference.distance(part(step)))
+
+    def _rows(self, context: Context) -> tuple[Sequences, list[Sequence[int]]]:
+        "Sequences, and which positions of each are held."
+        if isinstance(self.what, Facts):
+            prompts = context.prompts(self.what, self.position)
+            return prompts.sequences, [[int(p)] for p in prompts.position]
+        if self.position != POSITIONS[0]:
+            raise SubnetError(f"position={self.position!r} is about facts; "
+                              "text is held at every position.")
+        seqs = context.sequences(token_ids(self.what, context))
+        return seqs, [range(n) for n in seqs.lengths]
 
     def identity(self) -> dict[str, Any]:
-        return {"objective": "Maintain", "what": fingerprint_of(self.what), "n": len(self.what), "batch": self.batch, **_position(self)}
-
-
-def _position(o: Suppress | Maintain) -> dict[str, str]:
-    "What is recorded of a position: nothing for the usual one, so that records of older searches are still theirs."
-    check_names([o.position], POSITIONS, "position")
-    return {"position": o.position} if o.position != POSITIONS[0] else {}
-
-# %% ../../nbs/search/02_distil.ipynb #aeef3318
-def _read_by(model: nn.Module | None, seqs: Sequences) -> Sequences:
-    "The same sequences read by another model, which must have the same shape."
-    if model is None or model is seqs.model: return seqs
-    theirs = layout_of(model)
-    sizes = lambda l: f"{l.n_layers} layers, {l.hidden} wide, over {l.vocab:,} tokens"
-    if (theirs.n_layers, theirs.hidden, theirs.vocab) != (seqs.layout.n_layers, seqs.layout.hidden, seqs.layout.vocab):
-        raise SubnetError(f"a teacher of another architecture: it has {sizes(theirs)}, and the model has {sizes(seqs.layout)}. Hidden states are compared layer by layer: give a teacher of the same shape, or None for the model itself.")
-    out = copy.copy(seqs)
-    out.model, out.layout, out.states = model.eval(), theirs, None
-    out.packed = seqs.packed and packing_agrees(model, theirs, [seqs.ids[0]])
-    if seqs.first: out.states = states_below(out)
-    return out
-
-# %% ../../nbs/search/02_distil.ipynb #727e24c2
-class Teacher:
-    "Hidden states of the full model, computed ahead of a step."
-
-    def __init__(self, seqs: Sequences, context: Context, ids: Callable[[int, np.ndarray], torch.Tensor | None], keep: bool, batch: int | None = None,
-                 model: nn.Module | None = None) -> None:      # keep: unless the text lies in a mapped file; model: another one than is trained
-        self.seqs, self.theirs = seqs, _read_by(model, seqs)
-        keep &= not seqs.mapped
-        self.keep, self.known, self.now = keep, np.zeros(len(seqs.lengths), bool), torch.empty(0)
-        self.first = seqs.first if ids(0, np.array([0])) is None else 0                 # states from a cache begin there
-        depth, tokens, width = seqs.layout.n_layers - self.first, int(seqs.lengths.sum()), seqs.layout.hidden
-        self.all = empty_states(tokens, depth, width, device=seqs.device) if keep else None
-        def ahead(step: int) -> None:
-            index = context.part(step, seqs.lengths, batch)
-            for new in seqs.missing_windows(index, self.known) if keep else [index]:
-                every: list[torch.Tensor] = []
-                self.theirs.hidden(new, [0], [0], ids(step, new), every)
-                if not keep: self.now = torch.stack(every); return
-                self.all[seqs.tokens(new).to(self.all.device)] = torch.stack(every, 1).to(self.all.device); self.known[new] = True
-        context.ahead.append(ahead)
-
-    def distance(self, index: np.ndarray, step: int, every: Sequence[torch.Tensor]) -> torch.Tensor:      # (token,)
-        "1 − cos of states and the teacher's, mean over all layers of the model."
-        goal = self.all[self.seqs.tokens(index).to(self.all.device)].to(every[0].device).unbind(1) if self.keep else self.now
-        return sum(1 - F.cosine_similarity(h, g, dim=-1) for h, g in zip(every, goal)) / self.seqs.layout.n_layers
-
-# %% ../../nbs/search/02_distil.ipynb #3606c9b1
-def teacher_of(model: nn.Module | None) -> dict[str, str]: return {"teacher": str(model_id(model, layout_of(model)))} if model is not None else {}
-
-
-@dataclass
-class Hidden(Objective):
-    "Keep hidden states close to the full model's: mean of 1 − cos over layers and tokens."
-    texts: Sequence[str] | Blocks
-    batch: int | None = None
-    padding: bool = False                  # as published: also over the padding, to the longest text of a batch
-    teacher: nn.Module | None = None       # None: the full model
-
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        if not len(self.texts): raise SubnetError("there is nothing to read: no text was given.")
-        ids = block_ids(self.texts, context.model, context.tok) if isinstance(self.texts, Blocks) else [context.tok(t, truncation=True).input_ids for t in self.texts]
-        seqs = context.sequences(ids, 0 if self.padding else None)
-        if self.padding: return _padded(self, seqs, context)
-        teacher = Teacher(seqs, context, lambda step, index: None, True, self.batch, self.teacher)
-        def loss(step: int) -> torch.Tensor:
-            every: list[torch.Tensor] = []
-            index = context.part(step, seqs.lengths, self.batch)
-            seqs.hidden(index, [0], [0], every=every)
-            return context.mean(teacher.distance(index, step, every))
-        return loss
-
-    def identity(self) -> dict[str, Any]:
-        return {"objective": "Hidden", "texts": fingerprint_of(self.texts), "n": len(self.texts), "batch": self.batch, **({"padding": True} if self.padding else {}), **teacher_of(self.teacher)}
-
-# %% ../../nbs/search/02_distil.ipynb #f22f1f07
-def _padded(hidden: Hidden, seqs: Sequences, context: Context) -> Callable[[int], torch.Tensor]:
-    "The distance over all positions of padded batches, by the models' own passes."
-    theirs, now = _read_by(hidden.teacher, seqs), []
-    def states(reader: Sequences, index: np.ndarray) -> list[torch.Tensor]:      # (batch, longest, hidden) after each block
-        with watching_blocks(reader) as seen: out = reader.model.base_model(**seqs.inputs(index))
-        return [*seen[:-1], out[0]]
-    context.ahead.append(lambda step: now.__setitem__(slice(None), states(theirs, context.part(step, seqs.lengths, hidden.batch))))
-    def loss(step: int) -> torch.Tensor:
-        every = states(seqs, context.part(step, seqs.lengths, hidden.batch))
-        return context.mean(torch.stack([1 - F.cosine_similarity(h, g, dim=-1) for h, g in zip(every, now, strict=True)]).mean(0).flatten())
-    return loss
+        "Return the hash of facts or texts, the batch, and an unusual position."
+        what = {"what": fingerprint_of(self.what), "n": len(self.what)}
+        return {"objective": "Maintain", **what, "batch": self.batch, **_position(self.position)}

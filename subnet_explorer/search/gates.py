@@ -8,31 +8,35 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..core.errors import SubnetError, check_fraction, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
-from ..core.errors import check_fraction
 from ..core.space import Group, Space, same_space
-from ..core.errors import SubnetError, check_names
 
 # %% auto #0
-__all__ = ['noise_key', 'uniform', 'Gate', 'Threshold', 'TopK', 'Concrete', 'HardConcrete']
+__all__ = ['Start', 'START', 'SMALL', 'noise_key', 'uniform', 'Rule', 'Logits', 'Gate', 'Threshold', 'Choosing', 'TopK',
+           'Concrete', 'HardConcrete']
 
 # %% ../../nbs/search/00_gates.ipynb #3865d3b1
 def noise_key(seed: int, step: int, group: int, draw: int = 0) -> list[int]:      # two signed 32-bit integers
-    "The key under which one step of one tensor draws its noise; a step may draw several times."
-    return np.frombuffer(hashlib.sha256((f"{seed},{step},{group}" + f",{draw}" * bool(draw)).encode()).digest()[:8], np.int32).tolist()
+    "Make the key of the noise of one step in one tensor; a step may draw several times."
+    text = f"{seed},{step},{group}" + (f",{draw}" if draw else "")
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.int32).tolist()
 
 
-def uniform(place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:      # place: (n,) int32; key: (2,) or (2, n) int32; result: (n,) float32
-    "Independent uniform numbers strictly between 0 and 1, a pure function of coordinate and key."
+def uniform(
+    place: Tensor,       # (n,) int32: which coordinate
+    key: Tensor,         # (2,) or (2, n) int32, see `noise_key`
+) -> Tensor:             # (n,) float32
+    "Draw uniform numbers strictly between 0 and 1, a pure function of coordinate and key."
     x = place * -1640531527 + key[0]
     for k in (key[1], 0):
         x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
@@ -40,127 +44,50 @@ def uniform(place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:      # plac
         x = x ^ ((x >> 16) & 0xFFFF) ^ k
     return (((x >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
-# %% ../../nbs/search/00_gates.ipynb #d5c1779d
-class Gate(nn.Module):
-    "Trainable logits over a `Space`; subclasses say how they become multipliers."
-    seed: int
-    noisy, eps = False, 1e-6       # whether `transform` takes noise; how near it may come to 0 and 1
+# %% ../../nbs/search/00_gates.ipynb #ba15dfe3
+class Rule:
+    "Say how a logit becomes a multiplier; subclasses define `transform`."
+    noisy = False                  # whether `transform` takes noise
+    eps = 1e-6                     # how near the noise may come to 0 and 1
     elementwise = True             # whether a multiplier depends on its own logit only
     shift = 0.0                    # a coordinate is kept with probability sigmoid(logit - shift)
-    draw = 0                       # which of several draws of a step's noise
 
-    def __init__(self, space: Space, init: float | str | Scores | Mask, seed: int, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__()
-        if isinstance(init, (Scores, Mask)): same_space(space, init.space, "start a gate from")
-        self.space, self.seed, self._init = space, seed, (init, mean, std)
-        self.logits = nn.ParameterList([nn.Parameter(torch.empty(g.shape)) for g in space.groups])
-        self._recipe = dict(gate=type(self).__name__, space=space.id, seed=seed, mean=mean, std=std, init=init.id if isinstance(init, (Scores, Mask)) else init)
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        "Go back to the starting values and the start of the noise: a search begins here, whatever the gate was used for before."
-        start = torch.Generator().manual_seed(self.seed)          # drawn on the CPU, so that a seed means the same everywhere
-        for g, l in zip(self.space.groups, self.logits): l.copy_(_start(g, *self._init, start))
-        self.step = self.draw = 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        "What a search must save besides the logits to go on exactly."
-        return {"step": torch.tensor(self.step)}
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        "Inverse of `state`."
-        self.step = int(state["step"])
-
-    def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | float]:
-        "Multiplier of every logit and its slope, elementwise; `u` is uniform noise, or None for the expected multiplier."
+    def transform(
+        self,
+        logit: Tensor,       # of any shape
+        u: Tensor | None,    # uniform noise of the same shape; None: give the expected multiplier
+    ) -> tuple[Tensor, Tensor | float]:
+        "Return the multiplier of every logit and its slope, elementwise."
         raise TypeError("use Threshold, TopK, Concrete or HardConcrete")
 
-    def keep_probability(self, logit: torch.Tensor) -> torch.Tensor:
-        "Probability of being kept, elementwise."
+    def keep_probability(self, logit: Tensor) -> Tensor:
+        "Return the probability of being kept, elementwise."
         return torch.sigmoid(logit - self.shift)
 
-    def kept_slope(self, logit: torch.Tensor) -> torch.Tensor:
-        "Slope of `kept`."
+    def kept_slope(self, logit: Tensor) -> Tensor:
+        "Return the slope of `keep_probability`."
         p = self.keep_probability(logit)
         return p * (1 - p)
-
-    def key(self, i: int, step: int) -> torch.Tensor:
-        "Noise key of the group at `i`."
-        return torch.tensor(noise_key(self.seed, step, i, self.draw), dtype=torch.int32, device=self.logits[i].device)
-
-    def multiplier(self, i: int) -> tuple[torch.Tensor, torch.Tensor | float]:
-        "`transform` of one group at the current step."
-        l = self.logits[i].detach()
-        return self.transform(l, uniform(torch.arange(l.numel(), dtype=torch.int32, device=l.device), self.key(i, self.step)).view(l.shape) if self.noisy else None)
-
-    def values(self, groups: Sequence[int]) -> dict[str, torch.Tensor]:
-        "Multipliers of some groups at the current step; gradients reach their logits."
-        if not self.elementwise or any(self.logits[i].numel() > 1 << 16 for i in groups): return {self.space.groups[i].name: _Transformed.apply(self.logits[i], *self.multiplier(i)) for i in groups}
-        if not len(groups): return {}
-        flat, u, sizes = torch.cat([self.logits[i].reshape(-1) for i in groups]), None, [self.logits[i].numel() for i in groups]      # many small groups are one tensor
-        if self.noisy:
-            keys = torch.tensor([noise_key(self.seed, self.step, i, self.draw) for i in groups], dtype=torch.int32).T.repeat_interleave(torch.tensor(sizes), 1)
-            u = uniform(torch.cat([torch.arange(n, dtype=torch.int32) for n in sizes]).to(flat.device), keys.to(flat.device))
-        parts = _Transformed.apply(flat, *self.transform(flat.detach(), u)).split(sizes)
-        return {self.space.groups[i].name: p.view(self.logits[i].shape) for i, p in zip(groups, parts)}
-
-    def sample(self) -> dict[str, torch.Tensor]:
-        "Multipliers of one training step, one tensor per group; gradients reach the logits."
-        out = self.values(range(len(self.logits)))
-        self.step += 1
-        return out
-
-    @torch.no_grad()
-    def soft(self) -> Scores:
-        "Multipliers without noise, in 0…1."
-        return self._scores({g.name: self.transform(l, None)[0] for g, l in zip(self.space.groups, self.logits)})
-
-    def penalty(self) -> torch.Tensor:
-        "Expected density over all coordinates, a scalar in 0…1 with a gradient."
-        return sum(self.keep_probability(l).sum() for l in self.logits) / self.space.size
-
-    def harden(self) -> Mask:
-        "The binary mask: where the logit is positive."
-        return self.scores().above(0.0)
-
-    def final(self) -> Mask | Scores:
-        "What the method applies when training is over: the mask, unless it keeps soft gates."
-        return self.harden()
-
-    def scores(self) -> Scores:
-        "The logits."
-        return self._scores({g.name: l for g, l in zip(self.space.groups, self.logits)})
-
-    def identity(self) -> dict[str, Any]:
-        "What identifies this gate: class, space and settings."
-        return dict(self._recipe)
-
-    def rule(self) -> str:
-        "The settings of `transform`, without start and seed: equal rules can share compiled code."
-        return repr({k: v for k, v in self._recipe.items() if k not in ("space", "seed", "mean", "std", "init")})
-
-    def bare(self) -> Gate:
-        "This gate's rule without its logits."
-        twin = copy.copy(self)
-        twin.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("space", "_init", "_chosen")} | {"_modules": {}}
-        return twin
-
-    def _scores(self, tensors: Mapping[str, torch.Tensor]) -> Scores:
-        return Scores(self.space, {n: t.detach().float().cpu().numpy().copy() for n, t in tensors.items()}, {"gate": type(self).__name__, "seed": self.seed})
 
 # %% ../../nbs/search/00_gates.ipynb #b9f2a808
 class _Transformed(torch.autograd.Function):
     "The multiplier forward; the slope backward."
+
     @staticmethod
-    def forward(ctx: Any, logit: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    def forward(ctx: Any, logit: Tensor, value: Tensor, slope: Tensor | float) -> Tensor:
         ctx.slope = slope
         return value.to(logit.dtype)
+
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]: return grads[0] * ctx.slope, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.slope, None, None
 
 # %% ../../nbs/search/00_gates.ipynb #684e1784
-def _start(group: Group, init: float | str | Scores | Mask, mean: float, std: float, rng: torch.Generator) -> torch.Tensor:
+Start = float | str | Scores | Mask
+"What logits start from: a constant, 'normal' or 'uniform', or values of their own."
+
+
+def _start(group: Group, init: Start, mean: float, std: float, rng: torch.Generator) -> Tensor:
     "Initial logits of one group; a mask becomes plus or minus `std`."
     if isinstance(init, Mask): return torch.from_numpy(np.where(init[group.name], std, -std).astype(np.float32))
     if isinstance(init, Scores): return torch.as_tensor(np.array(init[group.name], np.float32))
@@ -169,136 +96,342 @@ def _start(group: Group, init: float | str | Scores | Mask, mean: float, std: fl
     if init == "normal": return torch.empty(group.shape).normal_(mean, std, generator=rng)
     return torch.empty(group.shape).uniform_(mean - std, mean + std, generator=rng)
 
-# %% ../../nbs/search/00_gates.ipynb #422ed04d
-class Threshold(Gate):
-    "Keep where the logit is positive; straight-through gradient."
+# %% ../../nbs/search/00_gates.ipynb #d5c1779d
+class Logits(nn.Module):
+    "One trainable logit for each coordinate of a `Space`."
+    step: int                      # of the noise
+    draw: int                      # which of several draws of a step's noise
 
-    def __init__(self, space: Space, sparsity: float = 0.5, *, init: float | str | Scores | Mask = "normal",   # distribution, constant, or values to start from
-                 seed: int = 0, inclusive: bool = False) -> None:                                              # inclusive: keep a logit of exactly 0 too
-        check_fraction(sparsity, "sparsity")
-        if init != "normal" and sparsity != 0.5: raise SubnetError("sparsity belongs to the normal initialisation: with another init, what is kept at the start follows from init.")
-        if init == "normal" and not 0 < sparsity < 1: raise SubnetError(f"a normal initialisation needs a sparsity strictly between 0 and 1, got {sparsity}.")
-        super().__init__(space, init, seed, mean=-NormalDist().inv_cdf(sparsity) if 0 < sparsity < 1 else 0.0)
-        self.inclusive = inclusive
-        self._recipe |= dict(inclusive=inclusive)
-
-    def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, float]:
-        return (logit >= 0 if self.inclusive else logit > 0).to(logit.dtype), 1.0
-
-    def harden(self) -> Mask:
-        return self.scores().above(-1e-45 if self.inclusive else 0.0)
-
-# %% ../../nbs/search/00_gates.ipynb #51633fc4
-class TopK(Gate):
-    "Keep the highest share of logits, per tensor or globally; straight-through gradient."
-    elementwise = False
-
-    def __init__(self, space: Space, density: float, *, init: float | str | Scores | Mask = "normal", scope: str = "tensor", every: int = 1, seed: int = 0) -> None:
-        check_fraction(density, "density"); check_names([scope], ["tensor", "global"], "scope")
-        super().__init__(space, init, seed, std=0.01 if isinstance(init, Mask) else 1.0)
-        self.density, self.scope, self.every = density, scope, every
-        self._recipe |= dict(density=density, scope=scope, every=every)
-
-    def reset(self) -> None:
-        super().reset()
-        self._chosen: list[torch.Tensor] = []
-        self._chosen_at = -1                                             # the step whose logits were chosen from
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {**super().state(), **{f"chosen.{i}": c for i, c in enumerate(self._chosen)}}
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        super().restore(state)
-        self._chosen_at = -1
-        self._chosen = [state[f"chosen.{i}"].to(l.device) for i, l in enumerate(self.logits) if f"chosen.{i}" in state]
-
-    def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        raise TypeError("which coordinates are kept depends on all of them: use sample(), soft() or harden()")
-
-    def multiplier(self, i: int) -> tuple[torch.Tensor, float]:
-        if self.step % self.every == 0 and self._chosen_at != self.step or not self._chosen: self._chosen, self._chosen_at = self._choose(), self.step
-        return self._chosen[i], 1.0
-
-    def soft(self) -> Scores: return self._scores({g.name: c for g, c in zip(self.space.groups, self._choose())})
-    def keep_probability(self, logit: torch.Tensor) -> torch.Tensor: return torch.full_like(logit, self.density)
-    def kept_slope(self, logit: torch.Tensor) -> torch.Tensor: return torch.zeros_like(logit)
-
-    def harden(self) -> Mask:
-        return Mask.of(self.space, {g.name: hard.cpu().numpy() for g, hard in zip(self.space.groups, self._choose())},
-                       gate="TopK", seed=self.seed, hardening=f"top {self.density:g} by {self.scope}")
+    def __init__(self, space: Space, init: Start, seed: int, mean: float = 0.0, std: float = 1.0) -> None:
+        # mean, std: of a random start; a mask starts as plus or minus std
+        super().__init__()
+        if isinstance(init, (Scores, Mask)): same_space(space, init.space, "start a gate from")
+        self.space, self.seed = space, seed
+        self._init = init, mean, std
+        self.logits = nn.ParameterList([nn.Parameter(torch.empty(g.shape)) for g in space.groups])
+        start = init.id if isinstance(init, (Scores, Mask)) else init
+        self._identity: dict[str, Any] = {"gate": type(self).__name__, "space": space.id, "seed": seed}
+        self._identity |= {"mean": mean, "std": std, "init": start}
+        self.reset()
 
     @torch.no_grad()
-    def _choose(self) -> list[torch.Tensor]:
-        flat = [l.reshape(-1) for l in self.logits]
-        parts = _best(torch.cat(flat), self.density).split([f.numel() for f in flat]) if self.scope == "global" else [_best(f, self.density) for f in flat]
-        return [c.reshape(l.shape) for c, l in zip(parts, self.logits)]
+    def reset(self) -> None:
+        "Go back to where a search begins, whatever the gate was used for before."
+        rng = torch.Generator().manual_seed(self.seed)      # on the CPU: the same everywhere
+        for group, logit in zip(self.space.groups, self.logits, strict=True):
+            logit.copy_(_start(group, *self._init, rng))
+        self.step = self.draw = 0
+
+    def state(self) -> dict[str, Tensor]:
+        "Return what a search must save besides the logits to go on exactly."
+        return {"step": torch.tensor(self.step)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        "Take up a saved `state`."
+        self.step = int(state["step"])
+
+    def identity(self) -> dict[str, Any]:
+        "Return what makes this gate another than others, as data: it goes into the id of a run."
+        return dict(self._identity)
+
+    def key(self, i: int, step: int) -> Tensor:      # (2,) int32
+        "Return the noise key of the group at `i`."
+        key = noise_key(self.seed, step, i, self.draw)
+        return torch.tensor(key, dtype=torch.int32, device=self.logits[i].device)
+
+    def scores(self) -> Scores:
+        "Return the logits as scores."
+        return _as_scores(self, self.logits)
+
+# %% ../../nbs/search/00_gates.ipynb #9ce41d75
+def _as_scores(gate: Logits, tensors: Iterable[Tensor]) -> Scores:      # tensors: one a group
+    "Copies of tensors as scores of a gate."
+    arrays = [t.detach().float().cpu().numpy().copy() for t in tensors]
+    values = {g.name: array for g, array in zip(gate.space.groups, arrays, strict=True)}
+    return Scores(gate.space, values, {"gate": type(gate).__name__, "seed": gate.seed})
+
+# %% ../../nbs/search/00_gates.ipynb #1ffe0f5e
+START = ("space", "seed", "mean", "std", "init")      # what an identity says of the start and not of the rule
+
+
+class Gate(Rule, Logits):
+    "Join logits over a `Space` and the rule by which they become multipliers."
+
+    def values(self, groups: Sequence[int]) -> dict[str, Tensor]:      # groups: places in `space.groups`
+        "Return the multipliers of some groups at this step, by name; gradients reach their logits."
+        names = [self.space.groups[i].name for i in groups]
+        return dict(zip(names, _multipliers(self, groups), strict=True))
+
+    def multiplier(self, i: int) -> tuple[Tensor, Tensor | float]:
+        "Return the multiplier of the group at `i` at the current step, and its slope."
+        logit = self.logits[i].detach()
+        return self.transform(logit, _noise(self, i, logit) if self.noisy else None)
+
+    def sample(self) -> dict[str, Tensor]:
+        "Return the multipliers of one training step by group, with gradients, and count the step."
+        out = self.values(range(len(self.logits)))
+        self.step += 1
+        return out
+
+    @torch.no_grad()
+    def soft(self) -> Scores:
+        "Return the multipliers without noise, in 0…1."
+        return _as_scores(self, [self.transform(logit, None)[0] for logit in self.logits])
+
+    def penalty(self) -> Tensor:
+        "Return the expected density over all coordinates, a scalar in 0…1 with a gradient."
+        kept = sum(self.keep_probability(logit).sum() for logit in self.logits)
+        return torch.as_tensor(kept / self.space.size)
+
+    def harden(self) -> Mask:
+        "Return the binary mask: where the logit is positive."
+        return self.scores().above(0.0)
+
+    def final(self) -> Mask | Scores:
+        "Return what is applied when training is over: the mask, or the multipliers if they stay soft."
+        return self.harden()
+
+    def rule(self) -> str:
+        "Return the settings of the rule as text: equal rules can share compiled code."
+        return repr({k: v for k, v in self.identity().items() if k not in START})
+
+    def bare(self) -> Gate:
+        "Return this gate's rule without its logits."
+        twin, left_out = copy.copy(self), ("space", "_init", "_chosen")
+        kept = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        twin.__dict__ = {**kept, "_modules": {}}
+        return twin
+
+# %% ../../nbs/search/00_gates.ipynb #81fd7b5f
+SMALL = 1 << 16
+"Largest group whose multipliers are computed together with those of others."
+
+
+def _noise(gate: Gate, i: int, logit: Tensor) -> Tensor:
+    "Noise for every coordinate of the group at `i`, in its shape."
+    place = torch.arange(logit.numel(), dtype=torch.int32, device=logit.device)
+    return uniform(place, gate.key(i, gate.step)).view(logit.shape)
+
+
+def _multipliers(gate: Gate, groups: Sequence[int]) -> list[Tensor]:
+    "Multipliers of some groups at the current step, with gradients."
+    logits = [gate.logits[i] for i in groups]
+    if not gate.elementwise or any(logit.numel() > SMALL for logit in logits):
+        return [_Transformed.apply(gate.logits[i], *gate.multiplier(i)) for i in groups]
+    if not logits: return []
+    sizes = [logit.numel() for logit in logits]
+    flat, u = torch.cat([logit.reshape(-1) for logit in logits]), None
+    if gate.noisy:
+        keys = torch.tensor([noise_key(gate.seed, gate.step, i, gate.draw) for i in groups])
+        each = keys.int().T.repeat_interleave(torch.tensor(sizes), 1)          # (2, coordinate)
+        place = torch.cat([torch.arange(n, dtype=torch.int32) for n in sizes])
+        u = uniform(place.to(flat.device), each.to(flat.device))
+    parts = _Transformed.apply(flat, *gate.transform(flat.detach(), u)).split(sizes)
+    return [part.view(logit.shape) for part, logit in zip(parts, logits, strict=True)]
+
+# %% ../../nbs/search/00_gates.ipynb #422ed04d
+class Threshold(Gate):
+    "Keep where the logit is positive; straight-through gradient (Ren & Zhu 2022, section 3.1)."
+
+    def __init__(
+        self,
+        space: Space,
+        sparsity: float = 0.5,          # share removed at the start
+        *,
+        init: Start = "normal",         # what to start from instead
+        seed: int = 0,
+        inclusive: bool = False,        # keep a logit of exactly 0 too
+    ) -> None:
+        check_fraction(sparsity, "sparsity")
+        if init != "normal" and sparsity != 0.5:
+            raise SubnetError("sparsity belongs to the normal initialisation: with another init, "
+                              "what is kept at the start follows from init.")
+        if init == "normal" and not 0 < sparsity < 1:
+            raise SubnetError(f"a normal initialisation needs a sparsity strictly between 0 and 1, "
+                              f"got {sparsity}.")
+        mean = -NormalDist().inv_cdf(sparsity) if 0 < sparsity < 1 else 0.0
+        super().__init__(space, init, seed, mean)
+        self.inclusive = inclusive
+        self._identity |= {"inclusive": inclusive}
+
+    def transform(self, logit: Tensor, u: Tensor | None) -> tuple[Tensor, float]:
+        "Return 1 where the logit is positive, and the slope 1."
+        kept = logit >= 0 if self.inclusive else logit > 0
+        return kept.to(logit.dtype), 1.0
+
+    def harden(self) -> Mask:
+        "Return the mask: where the logit is positive, or not negative."
+        return self.scores().above(-1e-45 if self.inclusive else 0.0)      # the nearest number below 0
 
 # %% ../../nbs/search/00_gates.ipynb #194075e9
-def _best(flat: torch.Tensor, density: float) -> torch.Tensor:
+def _best(flat: Tensor, density: float) -> Tensor:      # (n,) -> (n,) bool
     "Mark exactly `round(density * n)` highest values; of equal ones the first."
     k = round(density * flat.numel())
     if k == 0: return torch.zeros_like(flat, dtype=torch.bool)
-    flat = flat + 0.0                                                # minus zero equals zero
+    flat = flat + 0.0                                          # minus zero equals zero
     bits = flat.float().view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     high = (bits >> 16) + 32768
-    above = torch.bincount(high, minlength=65536).flip(0).cumsum(0).flip(0)        # how many have this upper half or a greater one
+    count = torch.bincount(high, minlength=65536)
+    above = count.flip(0).cumsum(0).flip(0)                    # how many have this upper half or more
     bucket = int((above >= k).nonzero()[-1])
-    rank = k - (int(above[bucket + 1]) if bucket < 65535 else 0)                   # place within the bucket, from 1
+    higher = int(above[bucket + 1]) if bucket < 65535 else 0
+    rank = k - higher                                          # place within the bucket, from 1
     bar = flat[high == bucket].sort(descending=True).values[rank - 1]
     best = flat > bar
-    best[(flat == bar).nonzero().squeeze(1)[:k - int(best.sum())]] = True
+    equal = (flat == bar).nonzero().squeeze(1)
+    best[equal[:k - int(best.sum())]] = True
     return best
+
+# %% ../../nbs/search/00_gates.ipynb #51633fc4
+class Choosing(Gate):
+    "Choose coordinates together, and keep the choice for `every` steps; subclasses define `choose`."
+    elementwise = False
+    density: float                                             # share that is kept
+    every: int
+
+    def choose(self) -> list[Tensor]:      # one bool tensor a group
+        "Return which coordinates the present logits keep."
+        raise TypeError("use TopK")
+
+    def reset(self) -> None:
+        "Go back to the start, and forget the choice."
+        super().reset()
+        self._chosen: list[Tensor] = []
+        self._chosen_at = -1                                   # the step whose logits were chosen from
+
+    def state(self) -> dict[str, Tensor]:
+        "Return the step and the choice that is in force."
+        return {**super().state(), **{f"chosen.{i}": c for i, c in enumerate(self._chosen)}}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        "Take up a saved `state`."
+        super().restore(state)
+        self._chosen_at = -1
+        saved = [(state.get(f"chosen.{i}"), logit.device) for i, logit in enumerate(self.logits)]
+        self._chosen = [chosen.to(device) for chosen, device in saved if chosen is not None]
+
+    def multiplier(self, i: int) -> tuple[Tensor, float]:
+        "Return the choice in force for the group at `i`, and the slope 1."
+        due = self.step % self.every == 0 and self._chosen_at != self.step
+        if due or not self._chosen: self._chosen, self._chosen_at = self.choose(), self.step
+        return self._chosen[i], 1.0
+
+# %% ../../nbs/search/00_gates.ipynb #c6bce550
+class TopK(Choosing):
+    "Keep the highest share of logits, per tensor or globally; straight-through gradient."
+
+    def __init__(self, space: Space, density: float, *, init: Start = "normal", scope: str = "tensor",
+                 every: int = 1, seed: int = 0) -> None:
+        # scope: "tensor" or "global"; every: for how many steps a choice is kept
+        check_fraction(density, "density")
+        check_names([scope], ["tensor", "global"], "scope")
+        super().__init__(space, init, seed, std=0.01 if isinstance(init, Mask) else 1.0)
+        self.density, self.scope, self.every = density, scope, every
+        self._identity |= {"density": density, "scope": scope, "every": every}
+
+    @torch.no_grad()
+    def choose(self) -> list[Tensor]:
+        "Return where the highest logits are."
+        flat = [logit.reshape(-1) for logit in self.logits]
+        if self.scope == "global": parts = _best(torch.cat(flat), self.density).split([len(f) for f in flat])
+        else: parts = tuple(_best(f, self.density) for f in flat)
+        pairs = zip(parts, self.logits, strict=True)
+        return [part.reshape(logit.shape) for part, logit in pairs]
+
+    def transform(self, logit: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        "Refuse: a logit alone does not say whether it is kept."
+        raise TypeError("which coordinates are kept depends on all of them: use sample(), soft() or harden()")
+
+    def keep_probability(self, logit: Tensor) -> Tensor:
+        "Return the density, for every coordinate."
+        return torch.full_like(logit, self.density)
+
+    def kept_slope(self, logit: Tensor) -> Tensor:
+        "Return 0: no logit changes the density."
+        return torch.zeros_like(logit)
+
+    def soft(self) -> Scores:
+        "Return the choice as multipliers 0 and 1."
+        return _as_scores(self, self.choose())
+
+    def harden(self) -> Mask:
+        "Return the mask of the highest logits."
+        return _hardened(self)
+
+# %% ../../nbs/search/00_gates.ipynb #7e2e4f8b
+def _hardened(gate: TopK) -> Mask:
+    "The mask of the highest logits."
+    chosen = zip(gate.space.groups, gate.choose(), strict=True)
+    bits = {group.name: kept.cpu().numpy() for group, kept in chosen}
+    how = f"top {gate.density:g} by {gate.scope}"
+    return Mask.of(gate.space, bits, gate="TopK", seed=gate.seed, hardening=how)
 
 # %% ../../nbs/search/00_gates.ipynb #516f3437
 class Concrete(Gate):
-    "Binary concrete (Gumbel-sigmoid) gate; `density` is the initial probability of being kept."
+    "Flip a relaxed coin for every coordinate: the binary concrete gate of Maddison et al. 2017."
     noisy = True
 
-    def __init__(self, space: Space, density: float | None = None, *, init: float | str | Scores | Mask = "normal", mean: float = 0.0, temperature: float = 0.1,
-                 straight_through: bool = False, seed: int = 0) -> None:
+    def __init__(self, space: Space, density: float | None = None, *, init: Start = "normal", mean: float = 0.0,
+                 temperature: float = 0.1, straight_through: bool = False, seed: int = 0) -> None:
+        # density: of all coordinates at the start; mean: of a normal start; straight_through: round
         if density is not None:
             check_fraction(density, "density")
-            if init != "normal": raise SubnetError("give a density or an init, not both: density sets every logit to the same value.")
-            if not 0 < density < 1: raise SubnetError(f"the initial density must lie strictly between 0 and 1, got {density}.")
+            if init != "normal":
+                raise SubnetError("give a density or an init, not both: "
+                                  "density sets every logit to the same value.")
+            if not 0 < density < 1:
+                raise SubnetError("the initial density must lie strictly between 0 and 1, "
+                                  f"got {density}.")
             init = math.log(density / (1 - density))
         super().__init__(space, init, seed, mean)
         self.temperature, self.straight_through = temperature, straight_through
-        self._recipe |= dict(temperature=temperature, straight_through=straight_through)
+        self._identity |= {"temperature": temperature, "straight_through": straight_through}
 
-    def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if u is None: p = torch.sigmoid(logit); return p, p * (1 - p)
+    def transform(self, logit: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        "Return a relaxed coin, or its rounding, and the slope of the relaxed one."
+        if u is None:
+            p = torch.sigmoid(logit)
+            return p, p * (1 - p)
         soft = torch.sigmoid((logit + _logistic(u, self.eps)) / self.temperature)
-        return ((soft > 0.5).to(soft.dtype) if self.straight_through else soft), soft * (1 - soft) / self.temperature
+        value = (soft > 0.5).to(soft.dtype) if self.straight_through else soft
+        return value, soft * (1 - soft) / self.temperature
 
-    def final(self) -> Mask | Scores: return self.harden() if self.straight_through else self.soft()
+    def final(self) -> Mask | Scores:
+        "Return the mask where training rounded, and the probabilities where it did not."
+        return self.harden() if self.straight_through else self.soft()
 
 
-def _logistic(u: torch.Tensor, eps: float) -> torch.Tensor:
+def _logistic(u: Tensor, eps: float) -> Tensor:
     "Standard logistic noise from uniform numbers, which are kept `eps` away from 0 and 1."
     u = eps + (1 - 2 * eps) * u
     return torch.log(u / (1 - u))
 
 # %% ../../nbs/search/00_gates.ipynb #bc2ef555
 class HardConcrete(Gate):
-    "Stretched and clipped concrete gate; `value` is the initial multiplier without noise."
-    noisy, eps = True, 1e-4
+    "Stretch the concrete gate and clip it to 0…1 (Louizos et al. 2018)."
+    noisy = True
+    eps = 1e-4
 
-    def __init__(self, space: Space, value: float = 0.9, *, init: float | str | Scores | Mask | None = None, beta: float = 2 / 3,
+    def __init__(self, space: Space, value: float = 0.9, *, init: Start | None = None, beta: float = 2 / 3,
                  gamma: float = -0.1, zeta: float = 1.1, keep_soft: bool = False, seed: int = 0) -> None:
+        # value: multiplier at the start, without noise; gamma, zeta: ends of the stretch
         check_fraction(value, "value")
         p = (value - gamma) / (zeta - gamma)
         super().__init__(space, math.log(p / (1 - p)) if init is None else init, seed)
-        self.beta, self.gamma, self.zeta = beta, gamma, zeta
-        self.keep_soft = keep_soft
-        self._recipe |= dict(beta=beta, gamma=gamma, zeta=zeta) | ({"keep_soft": True} if keep_soft else {})
-
+        self.beta, self.gamma, self.zeta, self.keep_soft = beta, gamma, zeta, keep_soft
         self.shift = beta * math.log(-gamma / zeta)
+        self._identity |= {"beta": beta, "gamma": gamma, "zeta": zeta}
+        if keep_soft: self._identity["keep_soft"] = True      # came later: recorded where it is on
 
-    def final(self) -> Mask | Scores: return self.soft() if self.keep_soft else self.harden()
-
-    def transform(self, logit: torch.Tensor, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def transform(self, logit: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        "Return the clipped stretch and its slope, which is 0 outside of 0…1."
         beta = 1.0 if u is None else self.beta
         s = torch.sigmoid((logit if u is None else logit + _logistic(u, self.eps)) / beta)
-        z, wide = s * (self.zeta - self.gamma) + self.gamma, (self.zeta - self.gamma) / beta
-        return z.clamp(0, 1), torch.where((z >= 0) & (z <= 1), s * (1 - s) * wide, 0.0)
+        z = s * (self.zeta - self.gamma) + self.gamma
+        slope = s * (1 - s) * ((self.zeta - self.gamma) / beta)
+        return z.clamp(0, 1), torch.where((z >= 0) & (z <= 1), slope, 0.0)
+
+    def final(self) -> Mask | Scores:
+        "Return the mask, or the multipliers without noise where they are asked for (`keep_soft`)."
+        return self.soft() if self.keep_soft else self.harden()

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import SubnetError, check_names
@@ -21,31 +21,46 @@ from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.sequences import POSITIONS, Prompts, Sequences
 
+if TYPE_CHECKING:
+    from subnet_explorer.search.gates import Gate
+
 # %% auto #0
-__all__ = ['NOISE', 'batch_at', 'epoch_batches', 'Context', 'Objective', 'Ramp', 'Sum', 'Kept', 'Pass', 'passes', 'Cloze',
-           'fingerprint_of', 'encoded', 'Examples', 'dropping', 'Task', 'Density']
+__all__ = ['Loss', 'Weight', 'NOISE', 'batch_at', 'epoch_batches', 'Context', 'look_ahead', 'Objective', 'Sum', 'Ramp',
+           'fingerprint_of', 'Kept', 'Pass', 'passes', 'Cloze', 'encoded', 'Examples', 'dropping', 'Task', 'Density']
 
 # %% ../../nbs/search/01_objectives.ipynb #d6a2475d
 def batch_at(
     step: int,                 # zero-based
-    lengths: np.ndarray,       # length of every example
+    lengths: np.ndarray,       # (example,) number of tokens
     size: int,                 # examples per batch
     seed: int,
-) -> np.ndarray:               # indices of the examples of this step
-    "The examples of one step: a pure function of its arguments."
-    epoch, at = divmod(step, -(-len(lengths) // min(size, len(lengths))))
+) -> np.ndarray:               # (batch,) indices of the examples of this step
+    "Choose the examples of one step: a pure function of its arguments."
+    epoch, at = _epoch_and_batch(step, len(lengths), size)
     batches, order = epoch_batches(lengths, size, seed, epoch)
     return batches[order[at]]
 
 
-def epoch_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-    "All batches of an epoch, and in which order they come."
+def epoch_batches(
+    lengths: np.ndarray,       # (example,) number of tokens
+    size: int,                 # examples per batch
+    seed: int,
+    epoch: int,
+) -> tuple[list[np.ndarray], np.ndarray]:      # batches of indices; in which order they come
+    "Put all examples of an epoch into batches of similar length."
     n, size = len(lengths), min(size, len(lengths))
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(n)
-    windows = [w[np.argsort(lengths[w], kind="stable")] for w in np.array_split(order, range(8 * size, n, 8 * size))]
+    windows = np.array_split(order, range(8 * size, n, 8 * size))
+    windows = [w[np.argsort(lengths[w], kind="stable")] for w in windows]
     batches = [b for w in windows for b in np.array_split(w, range(size, len(w), size))]
     return batches, rng.permutation(len(batches))
+
+
+def _epoch_and_batch(step: int, n: int, size: int) -> tuple[int, int]:
+    "In which epoch of `n` examples a step is, and which of its batches it takes."
+    batches = -(-n // min(size, n))
+    return divmod(step, batches)
 
 # %% ../../nbs/search/01_objectives.ipynb #8712f5f2
 @dataclass
@@ -54,63 +69,167 @@ class Context:
     model: nn.Module
     tok: Any
     steps: int
-    batch: int                  # default examples per step
+    batch: int                                       # default examples per step
     seed: int
-    first: int = 0              # zero-based first block that can change; what lies below may be cached
-    gate: Any = None
-    penalty: Callable[[], torch.Tensor] | None = None            # expected density of the gate, as the loss may use it
-    cache: dict[Any, Prompts] = field(default_factory=dict)      # prompts already read by this model, shared between searches
-    path: str = "auto"                                           # how models are read, see `Sequences`
-    recompute: bool | None = None                                # whether blocks are computed again in backward, likewise
-    ahead: list[Callable[[int], None]] = field(default_factory=list)      # called with the step, under the full model, before its loss
-    learning: bool = False                                       # whether heads are being trained, so that their dropout is on
-    epochs: dict[Any, Any] = field(default_factory=dict, repr=False)      # batches of the current epoch
-    rank: int = 0                                                # this process among …
-    world: int = 1                                               # … so many that share every batch
+    first: int = 0                                   # zero-based first block that can change
+    gate: Gate | None = None
+    penalty: Callable[[], Tensor] | None = None      # expected density of the gate
+    cache: dict[Any, Prompts] = field(default_factory=dict)                  # prompts already read
+    path: str = "auto"                               # how models are read, see `Sequences`
+    recompute: bool | None = None                    # compute blocks again in backward, likewise
+    ahead: list[Callable[[int], None]] = field(default_factory=list)         # see `look_ahead`
+    learning: bool = False                           # task heads are trained, with their dropout on
+    epochs: dict[Any, Any] = field(default_factory=dict, repr=False)         # batches of this epoch
+    rank: int = 0                                    # this process among …
+    world: int = 1                                   # … so many that share every batch
+    idle: bool = field(default=False, init=False, repr=False)                # see `part`
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
-        "The encoded facts, with the output of the frozen blocks computed once."
-        key = facts.fingerprint, self.first, self.path, *([position] if position != POSITIONS[0] else []), *([self.recompute] if self.recompute is not None else [])
-        if key not in self.cache: self.cache[key] = Prompts(self.model, self.tok, facts, self.first, self.path, position, self.recompute)
-        return self.cache[key]
+        "Return the encoded facts, with the output of the frozen blocks computed once."
+        return _prompts(self, facts, position)
 
-    def sequences(self, ids: Sequence[Sequence[int]] | np.ndarray, first: int | None = None, types: Sequence[Sequence[int]] | None = None) -> Sequences:
-        "Token sequences, read as this context says; of what is too large for memory nothing is kept."
+    def sequences(
+        self,
+        ids: Sequence[Sequence[int]] | np.ndarray,            # (sequence, token)
+        first: int | None = None,                             # None: the context's
+        types: Sequence[Sequence[int]] | None = None,         # of tokens
+    ) -> Sequences:
+        "Return token sequences read as this context says; of a mapped file nothing is kept."
+        if first is None: first = self.first
         if isinstance(ids, np.memmap): first = 0
-        return Sequences(self.model, ids, self.first if first is None else first, self.path, types, self.recompute)
+        return Sequences(self.model, ids, first, self.path, types, self.recompute)
 
     def part(self, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
-        "The examples of a step that this process sees; never none, see `mean`."
-        size = min(size or self.batch, len(lengths))
-        epoch, at = divmod(step, -(-len(lengths) // size))
-        if (kept := self.epochs.get(key := (id(lengths), size))) is None or kept[0] != epoch: kept = self.epochs[key] = epoch, epoch_batches(lengths, size, self.seed, epoch), lengths      # the lengths stay, as the key is their identity
-        batches, order = kept[1]
-        index = batches[order[at]]
-        self.idle = len(index) <= self.rank
-        return index[:1] if self.idle else index[self.rank::self.world]
+        "Return the examples of a step that this process sees; never none, see `mean`."
+        return _part(self, step, lengths, size)
 
-    def mean(self, losses: torch.Tensor) -> torch.Tensor:         # (n,) -> scalar
-        "The mean of losses over all processes: the average of what they return here is the mean over the whole batch."
-        if self.world == 1: return losses.mean()
-        count = torch.tensor(0.0 if self.idle else float(losses.numel()), device=losses.device)
-        torch.distributed.all_reduce(count)
-        return losses.sum() * (0.0 if self.idle else self.world / count)
+    def mean(self, losses: Tensor) -> Tensor:         # (n,) -> scalar
+        "Return what averages over all processes to the mean of the whole batch."
+        return _mean(self, losses)
+
+# %% ../../nbs/search/01_objectives.ipynb #bc62ee93
+def _prompts(context: Context, facts: Facts, position: str) -> Prompts:
+    "The encoded facts, from the cache if they are there."
+    c = context
+    key = facts.fingerprint, c.first, c.path, position, c.recompute
+    if key not in c.cache:
+        c.cache[key] = Prompts(c.model, c.tok, facts, c.first, c.path, position, c.recompute)
+    return c.cache[key]
+
+# %% ../../nbs/search/01_objectives.ipynb #5d2a5472
+def _part(context: Context, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
+    "The examples of a step that a process sees."
+    size = min(size or context.batch, len(lengths))
+    epoch, at = _epoch_and_batch(step, len(lengths), size)
+    key = id(lengths), size
+    kept = context.epochs.get(key)
+    if kept is None or kept[0] != epoch:
+        kept = epoch, lengths, epoch_batches(lengths, size, context.seed, epoch)
+        context.epochs[key] = kept      # with the lengths, whose id is the key
+    batches, order = kept[2]
+    index = batches[order[at]]
+    context.idle = len(index) <= context.rank
+    return index[:1] if context.idle else index[context.rank::context.world]
+
+
+def _mean(context: Context, losses: Tensor) -> Tensor:
+    "The mean of losses, weighted so that the average over processes is right."
+    if context.world == 1: return losses.mean()
+    count = torch.tensor(0.0 if context.idle else float(losses.numel()), device=losses.device)
+    torch.distributed.all_reduce(count)
+    weight = 0.0 if context.idle else context.world / count
+    return losses.sum() * weight
+
+# %% ../../nbs/search/01_objectives.ipynb #f2c9637f
+def look_ahead(context: Context, step: int) -> None:
+    "Let objectives see the full model before a step; the gate must not be applied."
+    with torch.no_grad():
+        for look in context.ahead: look(step)
 
 # %% ../../nbs/search/01_objectives.ipynb #7a13dde1
+Loss = Callable[[int], Tensor]
+"From the number of a step to its loss, a scalar."
+Weight = float | Callable[[float], float]
+"A number, or a function of progress in 0…1."
+
+
 class Objective:
-    "Something a subnetwork should do; supports `+` and multiplication by a number or schedule."
+    "Say what a subnetwork should do; add objectives, and multiply them by weights."
     runs = True      # whether the model is run for it
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]: raise TypeError("use one of the objectives, e.g. Cloze")
-    def identity(self) -> dict[str, Any]: return {"objective": type(self).__name__}
+
+    def prepare(self, context: Context) -> Loss:
+        "Do once what can be done once, and return the loss as a function of the step."
+        raise TypeError("use one of the objectives, e.g. Cloze")
+
+    def identity(self) -> dict[str, Any]:
+        "Return what tells this objective from others, as data: it goes into the id of a run."
+        return {"objective": type(self).__name__}
+
     def modules(self) -> list[nn.Module]:
-        "Heads that are trained along."
+        "Return the task heads that are trained along."
         return []
 
-    def __add__(self, other: Objective) -> Sum: return Sum([*_terms(self), *_terms(other)])
-    def __mul__(self, weight: float | Callable[[float], float]) -> Sum: return Sum([(_times(w, weight), o) for w, o in _terms(self)])
+    def __add__(self, other: Objective) -> Sum:
+        return Sum([*_terms(self), *_terms(other)])
+
+    def __mul__(self, weight: Weight) -> Sum:
+        return Sum([(_times(w, weight), o) for w, o in _terms(self)])
+
     __rmul__ = __mul__
 
 
+class Sum(Objective):
+    "Add up weighted objectives."
+
+    def __init__(self, terms: list[tuple[Weight, Objective]]) -> None:
+        self.terms = terms
+
+    def prepare(self, context: Context) -> Loss:
+        "Prepare every term."
+        return _weighted([(w, o.prepare(context)) for w, o in self.terms], context.steps)
+
+    def identity(self) -> dict[str, Any]:
+        "Return weights and identities of all terms; a schedule is read at 21 points."
+        terms = [[_weight_identity(w), o.identity()] for w, o in self.terms]
+        return {"objective": "Sum", "terms": terms}
+
+    def modules(self) -> list[nn.Module]:
+        "Return the task heads of all terms, each once."
+        return list(dict.fromkeys(m for _, o in self.terms for m in o.modules()))
+
+# %% ../../nbs/search/01_objectives.ipynb #760503fc
+def _terms(o: Objective) -> list[tuple[Weight, Objective]]:
+    "The weighted terms of an objective: its own, or itself."
+    return o.terms if isinstance(o, Sum) else [(1.0, o)]
+
+
+def _times(a: Weight, b: Weight) -> Weight:
+    "The product of two weights, of which one may be a schedule."
+    if callable(a):
+        if callable(b):
+            raise SubnetError("an objective can have one schedule; multiply the schedules yourself.")
+        a, b = b, a
+    if not callable(b): return a * b
+    number, schedule = a, b
+    return lambda progress: number * schedule(progress)
+
+
+def _weighted(losses: list[tuple[Weight, Loss]], steps: int) -> Loss:
+    "The weighted sum of losses; the last of `steps` has progress 1."
+    def weight(w: Weight, step: int) -> float:
+        return w(step / max(1, steps - 1)) if callable(w) else w
+
+    def total(step: int) -> Tensor:
+        return cast(Tensor, sum(weight(w, step) * loss(step) for w, loss in losses))
+
+    return total
+
+
+def _weight_identity(w: Weight) -> float | list[float]:
+    "A weight as data."
+    return [w(p / 20) for p in range(21)] if callable(w) else w
+
+# %% ../../nbs/search/01_objectives.ipynb #0ccc0878
 @dataclass(frozen=True)
 class Ramp:
     "A schedule: `start` until progress `begin`, linear to `end` at `finish`, constant after."
@@ -120,37 +239,32 @@ class Ramp:
     finish: float = 1.0
 
     def __call__(self, progress: float) -> float:
-        return self.start + (self.end - self.start) * min(1.0, max(0.0, (progress - self.begin) / max(1e-12, self.finish - self.begin)))
+        part = (progress - self.begin) / max(1e-12, self.finish - self.begin)
+        return self.start + (self.end - self.start) * min(1.0, max(0.0, part))
 
-
-class Sum(Objective):
-    "Weighted objectives added up."
-    def __init__(self, terms: list[tuple[float | Callable[[float], float], Objective]]) -> None: self.terms = terms
-
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        ready = [(w, o.prepare(context)) for w, o in self.terms]
-        at = lambda w, step: w(step / max(1, context.steps - 1)) if callable(w) else w
-        return lambda step: sum(at(w, step) * loss(step) for w, loss in ready)
-
-    def identity(self) -> dict[str, Any]: return {"objective": "Sum", "terms": [[[w(p / 20) for p in range(21)] if callable(w) else w, o.identity()] for w, o in self.terms]}
-    def modules(self) -> list[nn.Module]: return list(dict.fromkeys(m for _, o in self.terms for m in o.modules()))
-
-
-def _terms(o: Objective) -> list[tuple[Any, Objective]]: return o.terms if isinstance(o, Sum) else [(1.0, o)]
-def _times(a: Any, b: Any) -> Any:
-    if callable(a) and callable(b): raise SubnetError("an objective can have one schedule; multiply the schedules yourself.")
-    if callable(a): a, b = b, a
-    return (lambda progress: a * b(progress)) if callable(b) else a * b
+# %% ../../nbs/search/01_objectives.ipynb #6ae99df8
+def fingerprint_of(data: Facts | Blocks | Iterable[Any]) -> str:      # 16 hex digits
+    "Hash what is learned from or measured on: by its own fingerprint, or by all its items."
+    own = getattr(data, "fingerprint", None)
+    return own or digest(list(cast(Iterable[Any], data)), sort=False)
 
 # %% ../../nbs/search/01_objectives.ipynb #a172e94f
 @dataclass
 class Kept(Objective):
-    "A term computed under the gate itself, also where the search trains the model without it (`complement=True`)."
+    "Compute a term under the gate itself, also where a search trains its complement."
     of: Objective
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]: return self.of.prepare(context)
-    def identity(self) -> dict[str, Any]: return {"objective": "Kept", "of": self.of.identity()}
-    def modules(self) -> list[nn.Module]: return self.of.modules()
+    def prepare(self, context: Context) -> Loss:
+        "Prepare the term."
+        return self.of.prepare(context)
+
+    def identity(self) -> dict[str, Any]:
+        "Return the identity of the term, and that it is kept."
+        return {"objective": "Kept", "of": self.of.identity()}
+
+    def modules(self) -> list[nn.Module]:
+        "Return the task heads of the term."
+        return self.of.modules()
 
 
 NOISE = ("shared", "independent")
@@ -164,84 +278,139 @@ class Pass:
     draw: int = 0          # which draw of the noise
     flip: bool = False     # under the gate and not its complement
 
+# %% ../../nbs/search/01_objectives.ipynb #992d4cf8
+@dataclass(frozen=True)
+class _Term:
+    "A weighted term of a goal."
+    weight: Weight
+    goal: Objective
+    kept: bool         # whether it runs under the gate where the others run under its complement
+
 
 def passes(goal: Objective, noise: str, complement: bool) -> list[Pass]:
-    "The passes of a step; what does not run the model goes with the first."
+    "Split a goal into the passes of a step; what does not run the model goes with the first."
     check_names([noise], NOISE, "noise")
-    def flat(weight: Any, o: Objective, kept: bool) -> list[tuple[Any, Objective, bool]]:
-        if isinstance(o, Kept): return flat(weight, o.of, True)
-        return [t for w, x in o.terms for t in flat(_times(weight, w), x, kept)] if isinstance(o, Sum) else [(weight, o, kept and complement)]
-    terms = flat(1.0, goal, False)
-    running, rest = [t for t in terms if t[1].runs], [t for t in terms if not t[1].runs]
-    if noise == "independent": parts = [[t] for t in running]
-    else: parts = [p for kept in (False, True) if (p := [t for t in running if t[2] == kept])]
-    if len(parts) < 2 and not any(t[2] for t in running): return [Pass(goal)]
-    return [Pass(Sum([t[:2] for t in (p + rest if k == 0 else p)]), k if noise == "independent" else 0, p[0][2]) for k, p in enumerate(parts)]
+    terms = _flat(1.0, goal, False, complement)
+    running = [t for t in terms if t.goal.runs]
+    resting = [t for t in terms if not t.goal.runs]
+    independent = noise == "independent"
+    if independent: groups = [[t] for t in running]
+    else: groups = [[t for t in running if t.kept == kept] for kept in (False, True)]
+    groups = [group for group in groups if group]
+    if len(groups) < 2 and not any(t.kept for t in running): return [Pass(goal)]
+    out = []
+    for k, group in enumerate(groups):
+        here = Sum([(t.weight, t.goal) for t in (group + resting if k == 0 else group)])
+        out.append(Pass(here, k if independent else 0, group[0].kept))
+    return out
+
+
+def _flat(weight: Weight, goal: Objective, kept: bool, complement: bool) -> list[_Term]:
+    "The terms of nested sums, with the weights multiplied."
+    if isinstance(goal, Kept): return _flat(weight, goal.of, True, complement)
+    if not isinstance(goal, Sum): return [_Term(weight, goal, kept and complement)]
+    parts = [_flat(_times(weight, w), o, kept, complement) for w, o in goal.terms]
+    return [term for part in parts for term in part]
 
 # %% ../../nbs/search/01_objectives.ipynb #bf725f8a
 @dataclass
 class Cloze(Objective):
     "Answer cloze facts."
     facts: Facts
-    batch: int | None = None
+    batch: int | None = None      # facts a step; None: as many as the search says
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
+    def prepare(self, context: Context) -> Loss:
+        "Encode the facts."
         prompts = context.prompts(self.facts)
-        def loss(step: int) -> torch.Tensor:
+
+        def loss(step: int) -> Tensor:
             index = context.part(step, prompts.sequences.lengths, self.batch)
-            return context.mean(F.cross_entropy(prompts.logits(index).float(), prompts.gold[index], reduction="none"))
+            logits = prompts.logits(index).float()
+            return context.mean(F.cross_entropy(logits, prompts.gold[index], reduction="none"))
+
         return loss
 
-    def identity(self) -> dict[str, Any]: return {"objective": "Cloze", "facts": self.facts.fingerprint, "n": len(self.facts), "batch": self.batch}
+    def identity(self) -> dict[str, Any]:
+        "Return the hash of the facts, their number, and the batch."
+        facts = {"facts": self.facts.fingerprint, "n": len(self.facts)}
+        return {"objective": "Cloze", **facts, "batch": self.batch}
 
-# %% ../../nbs/search/01_objectives.ipynb #6ae99df8
-def fingerprint_of(data: Facts | Blocks | Iterable[Any]) -> str:
-    "Hash of what is learned from or measured on (16 hex digits): its own fingerprint, or one of all its items."
-    return getattr(data, "fingerprint", None) or digest(list(data), sort=False)
+# %% ../../nbs/search/01_objectives.ipynb #f5c19437
+def encoded(
+    head: Any,                    # a task head
+    tok: Any,
+    examples: Sequence[Any],      # whatever the head understands
+    learning: bool = False,       # to be learned from: by `encode_for_training`, if the head has it
+) -> Sequence[Any]:               # (ids, positions, targets[, types]), as many as the head makes
+    "Encode examples as a head reads them: all by its `code`, or each by itself."
+    if hasattr(head, "code"): return head.code(tok, examples)
+    encode = getattr(head, "encode_for_training", head.encode) if learning else head.encode
+    return [encode(tok, example) for example in examples]
 
 # %% ../../nbs/search/01_objectives.ipynb #232cf122
-def encoded(head: Any, tok: Any, examples: Sequence[Any], learning: bool = False) -> Any:      # as many as the head makes of them
-    "Examples as a head reads them: all by its `code`, or each by itself; for learning from them, by its `encode_for_training` if it has one."
-    if hasattr(head, "code"): return head.code(tok, examples)
-    how = "encode_for_training" if learning and hasattr(head, "encode_for_training") else "encode"
-    return [getattr(head, how)(tok, e) for e in examples]
-
-
 class Examples:
     "Examples that a head has encoded, ready to be read."
 
-    def __init__(self, head: Any, coded: Sequence[Any], sequences: Callable[..., Sequences]) -> None:      # sequences: makes `Sequences` of ids, with types by keyword
-        if not len(coded): raise SubnetError("there is nothing to label: no example was given.")
-        self.head, self.targets = head, [list(c[2]) for c in coded]
+    def __init__(
+        self,
+        head: Any,                               # a task head
+        coded: Sequence[Any],                    # see `encoded`
+        sequences: Callable[..., Sequences],     # makes `Sequences` of ids, and `types`
+    ) -> None:
+        if not len(coded):
+            raise SubnetError("there is nothing to label: no example was given.")
         parts = [_parts(c) for c in coded]
-        self.all, self.rows = [s for p in parts for s in p], np.array([sum(len(s[1]) for s in p) for p in parts])      # all sequences, one after another; rows of an example
-        self.first = np.cumsum([0, *map(len, parts)])
-        self.sequences = sequences([s[0] for s in self.all], types=[s[2] if len(s) > 2 else [0] * len(s[0]) for s in self.all] if any(len(s) > 2 for s in self.all) else None)
-        self.lengths = np.maximum.reduceat(self.sequences.lengths, self.first[:-1])                  # (example,) of the longest sequence
+        self.head = head
+        self.targets = [list(c[2]) for c in coded]
+        self.all = [s for p in parts for s in p]                           # sequences, one after another
+        self.rows = np.array([sum(len(s[1]) for s in p) for p in parts])   # (example,)
+        self.first = np.cumsum([0, *map(len, parts)])                      # where its sequences begin
+        self.sequences = sequences([s[0] for s in self.all], types=_types(self.all))
+        self.lengths = np.maximum.reduceat(self.sequences.lengths, self.first[:-1])      # longest
 
-    def read(self, index: np.ndarray) -> torch.Tensor:                                               # (row, label), or what `fold` makes of it
-        "What the head says about some examples: as many rows for each as it has targets."
+    def read(self, index: np.ndarray) -> Tensor:      # (row, label), or what `fold` makes of it
+        "Ask the head about some examples: it gives as many rows for each as it has targets."
         places = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in index])
-        spots = [(j, q if isinstance(q, (list, tuple)) else (q,)) for j, s in enumerate(places) for q in self.all[s][1]]
-        sizes = [len(qs) for _, qs in spots]
-        states = self.sequences.hidden(places, [j for j, qs in spots for _ in qs], [q for _, qs in spots for q in qs])
-        if max(sizes) > 1: states = torch.segment_reduce(states, "mean", lengths=torch.tensor(sizes, device=states.device), unsafe=True)
+        rows = [(i, _spots(row)) for i, place in enumerate(places) for row in self.all[place][1]]
+        sizes = [len(spots) for _, spots in rows]
+        batch = [i for i, spots in rows for _ in spots]
+        position = [spot for _, spots in rows for spot in spots]
+        states = self.sequences.hidden(places, batch, position)
+        if max(sizes) > 1:
+            lengths = torch.tensor(sizes, device=states.device)
+            states = torch.segment_reduce(states, "mean", lengths=lengths, unsafe=True)
         out = self.head(states)
-        return self.head.fold(out, self.rows[index].tolist(), int(self.rows.max())) if hasattr(self.head, "fold") else out
+        if not hasattr(self.head, "fold"): return out
+        return self.head.fold(out, self.rows[index].tolist(), int(self.rows.max()))
 
-
-def _parts(coded: Sequence[Any]) -> list[tuple]:      # (ids, positions[, types]) of each
+# %% ../../nbs/search/01_objectives.ipynb #975e8a15
+def _parts(coded: Sequence[Any]) -> list[tuple[Any, ...]]:      # (ids, positions[, types]) of each
     "The sequences of an encoded example."
     ids, positions, _, *types = coded
-    if not (len(ids) and isinstance(ids[0], (list, tuple))): return [(ids, positions, *types)]
+    several = len(ids) and isinstance(ids[0], (list, tuple))
+    if not several: return [(ids, positions, *types)]
     return list(zip(ids, positions, *types, strict=True))
+
+
+def _spots(row: Any) -> Sequence[int]:
+    "The positions of which a row is the mean: several, or one."
+    return row if isinstance(row, (list, tuple)) else (row,)
+
+
+def _types(parts: Sequence[tuple[Any, ...]]) -> list[Any] | None:
+    "Token types of all sequences, 0 where there are none; None if no sequence has some."
+    if all(len(p) == 2 for p in parts): return None
+    return [p[2] if len(p) > 2 else [0] * len(p[0]) for p in parts]
 
 # %% ../../nbs/search/01_objectives.ipynb #fbcfbbd7
 @contextmanager
 def dropping(head: Any, *key: int) -> Iterator[None]:
     "Let a head that draws random numbers in training do so from `head.rng`, seeded with `key`."
-    if not hasattr(head, "rng"): yield; return
-    head.rng = torch.Generator(next(head.parameters()).device).manual_seed(hash(key) % 2**63)
+    if not hasattr(head, "rng"):
+        yield
+        return
+    device = next(head.parameters()).device
+    head.rng = torch.Generator(device).manual_seed(hash(key) % 2**63)
     try: yield
     finally: head.rng = None
 
@@ -249,22 +418,43 @@ def dropping(head: Any, *key: int) -> Iterator[None]:
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
-    examples: Sequence[Any]         # whatever `head.encode` understands
-    head: Any                       # nn.Module with `encode(tok, example) -> (ids, positions, targets[, types])`, or `code(tok, examples)` for them all, and, if it needs them, `lesson` (what it learns from, if that is more than `encode`), `losses(logits, targets)` (else cross-entropy), `fold(rows, counts, most)` and `rng`
-    batch: int | None = None
+    examples: Sequence[Any]         # whatever the head understands
+    head: Any                       # a task head: a module with the verbs of the table above
+    batch: int | None = None        # examples a step; None: as many as the search says
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
+    def prepare(self, context: Context) -> Loss:
+        "Encode the examples, and move the head to where the model is."
         self.head.to(next(context.model.parameters()).device)
-        examples = Examples(self.head, encoded(self.head, context.tok, self.examples, context.learning), context.sequences)
-        losses = getattr(self.head, "losses", lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
-        def loss(step: int) -> torch.Tensor:
+        coded = encoded(self.head, context.tok, self.examples, context.learning)
+        examples = Examples(self.head, coded, context.sequences)
+        losses = getattr(self.head, "losses", _cross_entropy)
+
+        def loss(step: int) -> Tensor:
             index = context.part(step, examples.lengths, self.batch)
-            with dropping(self.head, context.seed, step, context.rank) if context.learning else nullcontext(): logits = examples.read(index)
-            return context.mean(losses(logits.float(), torch.tensor([y for i in index for y in examples.targets[i]], device=logits.device)))
+            with self._dropout(context, step): logits = examples.read(index).float()
+            targets = [y for i in index for y in examples.targets[i]]
+            return context.mean(losses(logits, torch.tensor(targets, device=logits.device)))
+
         return loss
 
-    def identity(self) -> dict[str, Any]: return {"objective": "Task", "examples": fingerprint_of(self.examples), "n": len(self.examples), "head": repr(self.head), "batch": self.batch}
-    def modules(self) -> list[nn.Module]: return [self.head]
+    def _dropout(self, context: Context, step: int) -> AbstractContextManager[None]:
+        "Dropout of the head, if it is being trained."
+        if not context.learning: return nullcontext()
+        return dropping(self.head, context.seed, step, context.rank)
+
+    def identity(self) -> dict[str, Any]:
+        "Return the hash and number of the examples, the head as it shows itself, and the batch."
+        examples = {"examples": fingerprint_of(self.examples), "n": len(self.examples)}
+        return {"objective": "Task", **examples, "head": repr(self.head), "batch": self.batch}
+
+    def modules(self) -> list[nn.Module]:
+        "Return the head, which is trained along."
+        return [self.head]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:      # (row,)
+    "The loss of heads that have none of their own."
+    return F.cross_entropy(logits, targets, reduction="none")
 
 # %% ../../nbs/search/01_objectives.ipynb #938782cb
 @dataclass
@@ -273,8 +463,14 @@ class Density(Objective):
     runs = False
     target: float | None = None
 
-    def prepare(self, context: Context) -> Callable[[int], torch.Tensor]:
-        if context.penalty is None: raise SubnetError("Density needs a gate: it is an objective for find, not for fit.")
-        return lambda step: context.penalty() if self.target is None else (context.penalty() - self.target).abs()
+    def prepare(self, context: Context) -> Loss:
+        "Ask the gate at every step; raise `SubnetError` where there is none."
+        penalty, target = context.penalty, self.target
+        if penalty is None:
+            raise SubnetError("Density needs a gate: it is an objective for find, not for fit.")
+        if target is None: return lambda step: penalty()
+        return lambda step: (penalty() - target).abs()
 
-    def identity(self) -> dict[str, Any]: return {"objective": "Density", "target": self.target}
+    def identity(self) -> dict[str, Any]:
+        "Return the target."
+        return {"objective": "Density", "target": self.target}

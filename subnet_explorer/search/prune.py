@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -29,23 +30,36 @@ from ..core.store import Run, Store
 from ..model.apply import masked
 from .find import Monitor, frozen, seen
 from .objectives import Context, Objective
-from .score import gate_importance, magnitude
+from .score import WEIGHTS, GateImportance, magnitude
 
 # %% auto #0
-__all__ = ['PHASES', 'without_lowest', 'Pruned', 'iterate', 'NoFloor', 'random_matched', 'matched_controls', 'super_survivors']
+__all__ = ['PHASES', 'without_lowest', 'NoFloor', 'Step', 'Pruned', 'iterate', 'random_matched', 'matched_controls',
+           'super_survivors']
 
 # %% ../../nbs/search/06_prune.ipynb #e63bc07d
-def without_lowest(mask: Mask, scores: Scores, counts: Mapping[str, int]) -> Mask:      # counts: kind → how many
-    "`mask` without its lowest-scoring coordinates, so many of each kind (or all that are left)."
+def without_lowest(
+    mask: Mask,
+    scores: Scores,
+    counts: Mapping[str, int],      # by kind: how many to remove, or all that are left
+) -> Mask:
+    "Remove the lowest-scoring coordinates of each kind from a mask."
     same_space(mask.space, scores.space)
     bits = {g.name: b for g, b in mask.items()}
-    for kind in check_names(counts, mask.space.kind.split("+"), "kind of coordinate"):
+    for kind in check_names(counts, _kinds(mask.space), "kind of coordinate"):
         groups = [g for g in mask.space.groups if g.kind == kind]
         alive = np.concatenate([bits[g.name].reshape(-1) for g in groups])
-        flat = np.where(alive, np.concatenate([np.asarray(scores[g.name]).reshape(-1) for g in groups]), -np.inf)
-        keep = top_k(flat, max(0, int(alive.sum()) - counts[kind]))
-        for g, part in zip(groups, np.split(keep, np.cumsum([g.size for g in groups])[:-1])): bits[g.name] = part.reshape(g.shape)
-    return Mask.of(mask.space, bits, **{k: v for k, v in scores.meta.items() if k in ("method", "mode", "normalise", "seed")})
+        values = np.concatenate([np.asarray(scores[g.name]).reshape(-1) for g in groups])
+        keep = top_k(np.where(alive, values, -np.inf), max(0, int(alive.sum()) - counts[kind]))
+        ends = np.cumsum([g.size for g in groups])[:-1]
+        for g, part in zip(groups, np.split(keep, ends), strict=True):
+            bits[g.name] = part.reshape(g.shape)
+    told = ("method", "mode", "normalise", "seed")
+    return Mask.of(mask.space, bits, **{k: v for k, v in scores.meta.items() if k in told})
+
+
+def _kinds(space: Space) -> list[str]:
+    "The kinds of coordinates in a space."
+    return space.kind.split("+")
 
 # %% ../../nbs/search/06_prune.ipynb #bd9cfec0
 PHASES: dict[str, tuple[dict[str, float], ...]] = {
@@ -53,212 +67,369 @@ PHASES: dict[str, tuple[dict[str, float], ...]] = {
     "single": ({},),
     "ladder": ({},),
 }
-"Phases by schedule: kind → factor on the number of units removed in one step; none named: all kinds."
+"Phases by schedule: kind → factor on the units removed in a step; none named: all kinds."
 
 
 def _counts(mask: Mask, phase: Mapping[str, float], drop: float, ladder: bool) -> dict[str, int]:
-    "How many coordinates of each kind the next step of a phase removes: at least one, and no more than there are."
-    size, kept = ({k: sum(c[g.kind == k] for g, c in cs) for k in mask.space.kind.split("+")} for cs in (
-        [(g, (0, g.size)) for g in mask.space.groups], [(g, (0, int(b.sum()))) for g, b in mask.items()]))
-    base = {k: 1 if k in ("mlp", "layer") else round(drop * kept[k]) if ladder else int(drop * size[k]) for k in size}
-    return {k: min(kept[k], max(1, int(base[k] * f))) for k, f in (phase or dict.fromkeys(size, 1)).items() if kept[k]}
+    "How many coordinates of each kind the next step of a phase removes, at least one."
+    kinds = _kinds(mask.space)
+    size, left = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    for group, bits in mask.items():
+        size[group.kind] += group.size
+        left[group.kind] += int(bits.sum())
+    out = {}
+    for kind, factor in (phase or dict.fromkeys(kinds, 1)).items():
+        if kind in ("mlp", "layer"): usual = 1
+        elif ladder: usual = round(drop * left[kind])
+        else: usual = int(drop * size[kind])
+        if left[kind]: out[kind] = min(left[kind], max(1, int(usual * factor)))
+    return out
+
+# %% ../../nbs/search/06_prune.ipynb #18d22c10
+def _schedule(space: Space, asked: str | None) -> str:
+    "The schedule that was asked for, or the one that fits a space."
+    kinds = set(_kinds(space))
+    if asked is None and _weights_only(space): asked = "ladder"
+    if asked is None: asked = "three-phase" if kinds == {"head", "mlp"} else "single"
+    check_names([asked], PHASES, "schedule")
+    missing = sorted({kind for phase in PHASES[asked] for kind in phase} - kinds)
+    if missing:
+        raise SubnetError(f"the schedule {asked!r} needs heads and MLPs in one space; "
+                          f"{space.kind!r} has no {' and no '.join(missing)}.")
+    return asked
+
+
+def _weights_only(space: Space) -> bool:
+    "Whether a space has nothing but weights, which are pruned by magnitude."
+    return all(g.kind in WEIGHTS for g in space.groups)
+
+
+def _check_steps(drop: float, limit: int | None) -> None:
+    "Raise `SubnetError` for steps that remove nothing, or everything."
+    if limit is not None and limit < 1:
+        raise SubnetError("limit is the largest number of steps in a phase, at least 1, "
+                          f"got {limit}.")
+    if not 0 < drop < 1: raise SubnetError(f"drop is a share between 0 and 1, got {drop}.")
+
+# %% ../../nbs/search/06_prune.ipynb #7cceb179
+class NoFloor(SubnetError):
+    """The full model scores too low to prune against.
+
+    Cause: Pruning stops when a share of the full model's score is lost; a score that is not above
+        chance, zero or undefined gives no such point.
+    Fix: Train the model longer or with another learning rate, use more data, or choose another
+        metric.
+    """
+
+
+def _floor(full: float, share: float, least: float | None) -> float:
+    "The least score that passes."
+    if not np.isfinite(full):
+        raise NoFloor(f"the full model scores {full}: its predictions are constant, "
+                      "or it has diverged. Nothing can be pruned against that.")
+    if least is not None:
+        if not np.isfinite(least):
+            raise SubnetError(f"the least score that passes must be a number, got {least}.")
+        if full < least:
+            raise NoFloor(f"the full model scores {full:.4f}, below the floor {least:g}: "
+                          "lower it, or train the model better.")
+        return least
+    if not 0 < share <= 1:
+        raise SubnetError("floor is a share of the full model's score between 0 and 1, "
+                          f"got {share}; for a score as such give least.")
+    if full <= 0:
+        raise NoFloor(f"the full model scores {full:.4f}: a share of that is no floor. "
+                      "Train the model better, or give least.")
+    return share * full
+
+# %% ../../nbs/search/06_prune.ipynb #aafab1b9
+class Step(NamedTuple):
+    "A mask that was tried."
+    phase: str
+    mask: Mask
+    score: float
+    passed: bool
+
+
+def _steps(
+    space: Space,
+    schedule: str,
+    drop: float,
+    floor: float,
+    limit: int,                                  # steps in a phase
+    published: bool,
+    rank: Callable[[Mask], Scores],              # the scores within a mask
+    rate: Callable[[Mask, str], float],          # the score of a mask, in a phase
+) -> Iterator[Step]:
+    "Try masks as a schedule says."
+    kept = source = Mask.full(space)             # source: the mask under which units are ranked
+    for phase in PHASES[schedule]:
+        name = "+".join(phase or _kinds(space))
+        for _ in range(limit):
+            counts = _counts(kept, phase, drop, schedule == "ladder")
+            if not counts: break
+            tried = without_lowest(kept, rank(source), counts)
+            score = rate(tried, name)
+            passed = score >= floor              # NaN (of constant predictions) does not pass
+            yield Step(name, tried, score, passed)
+            source = tried
+            if not passed: break
+            kept = tried
+        if not published: source = kept
 
 # %% ../../nbs/search/06_prune.ipynb #c1bc4e6b
 @dataclass(frozen=True)
 class Pruned:
     "What `iterate` found."
-    mask: Mask                                          # the last that stayed at or above the floor
-    masks: Masks = field(repr=False)                    # all that were tried; labels step, phase, passed and those given
-    table: pd.DataFrame = field(repr=False)             # step, phase, survivors by kind, density, score, passed, seconds; step 0 is the full model
-    scores: dict[str, Scores] = field(repr=False)       # what ranked the units, by id of the mask they were computed under
-    full: float                                         # score of the full model
-    floor: float                                        # least score that passes
+    mask: Mask                                       # the last that stayed at or above the floor
+    masks: Masks = field(repr=False)                 # all that were tried, by step, phase, passed …
+    table: pd.DataFrame = field(repr=False)          # a row for each; step 0 is the full model
+    scores: dict[str, Scores] = field(repr=False)    # importance, by id of the mask it was within
+    full: float                                      # score of the full model
+    floor: float                                     # least score that passes
 
     @property
     def score(self) -> float:
         "Score of the mask that was kept."
         return float(self.table[self.table.passed].score.iloc[-1])
 
-    def _repr_html_(self) -> str: return f"<b>{self.mask.count} of {self.mask.space.size} kept</b>, score {self.score:.3f} (full {self.full:.3f}, floor {self.floor:.3f})" + self.table.to_html(index=False, float_format="{:.3f}".format)
+    def _repr_html_(self) -> str:
+        kept = f"{self.mask.count} of {self.mask.space.size} kept"
+        scores = f"score {self.score:.3f} (full {self.full:.3f}, floor {self.floor:.3f})"
+        table = self.table.to_html(index=False, float_format="{:.3f}".format)
+        return f"<b>{kept}</b>, {scores}{table}"
 
-# %% ../../nbs/search/06_prune.ipynb #aafab1b9
-def _ladder(space: Space, schedule: str, drop: float, floor: float, limit: int, published: bool, rank: Callable[[Mask], Scores],
-            rate: Callable[[Mask, str], float]) -> Iterator[tuple[str, Mask, float, bool]]:      # phase, mask, score, passed
-    "The masks that are tried."
-    kept = source = Mask.full(space)
-    for phase in PHASES[schedule]:
-        name = "+".join(phase or space.kind.split("+"))
-        for _ in range(limit):
-            counts = _counts(kept, phase, drop, schedule == "ladder")
-            if not counts: break
-            tried = without_lowest(kept, rank(source), counts)
-            score = rate(tried, name)
-            yield name, tried, score, score >= floor           # NaN, e.g. a correlation with constant predictions, does not pass
-            source = tried
-            if not score >= floor: break
-            kept = tried
-        source = source if published else kept
-
-# %% ../../nbs/search/06_prune.ipynb #ec19a3e7
-def iterate(
-    model: nn.Module,
-    tok: Any,
-    goal: Objective | None,                # whose loss makes units important; None where `scores` are given or weights are pruned
-    monitor: Monitor,                      # what must not fall below the floor; higher is better
-    space: Space,
-    *,
-    scores: Scores | None = None,          # rank by these throughout; None: importance under each mask, magnitude for weights
-    schedule: str | None = None,           # "three-phase", "single" or "ladder"; None: as the kinds of the space suggest
-    drop: float = 0.1,                     # share removed in one step
-    floor: float = 0.9,                    # share of the full model's score
-    least: float | None = None,            # the floor itself, instead of a share
-    limit: int | None = None,              # steps in a phase at most; None: 9 for weights, else as many as there are
-    mode: str = "example",                 # of importance
-    normalise: str | None = "layer",
-    batches: int | None = None,            # None: all examples
-    batch: int = 64,
-    seed: int = 0,
-    published: bool = False,               # stale scores at the start of a phase, as described above
-    to: str | Path | Store | None = None,  # folder or store: remembers every step
-    labels: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Pruned:
-    "Remove the least important coordinates step by step until the score falls below a floor; raise `SubnetError` where there is no floor to speak of."
-    check_model(space, model)
-    weights = all(g.kind in ("weight", "bias", "block") for g in space.groups)
-    schedule = check_names([schedule or ("ladder" if weights else "three-phase" if {"head", "mlp"} == set(space.kind.split("+")) else "single")], PHASES, "schedule")[0]
-    if missing := {k for phase in PHASES[schedule] for k in phase} - set(space.kind.split("+")): raise SubnetError(f"the schedule {schedule!r} needs heads and MLPs in one space; {space.kind!r} has no {' and no '.join(sorted(missing))}.")
-    if limit is not None and limit < 1: raise SubnetError(f"limit is the largest number of steps in a phase, at least 1, got {limit}.")
-    if not 0 < drop < 1: raise SubnetError(f"drop is a share between 0 and 1, got {drop}.")
-    if scores is None and weights: scores = magnitude(model, space)
-    if scores is None and goal is None: raise SubnetError("importance needs an objective: give goal, or scores.")
-    config = dict(method="iterate", model=str(space.model), space=space.id, goal=goal.identity() if goal else None, monitor=monitor.identity(), scores=scores.id if scores else None, schedule=schedule, drop=drop,
-                  floor=floor, least=least, limit=limit, mode=mode, normalise=normalise, batches=batches, batch=batch, seed=seed, published=published, **_heads(goal, monitor))
-    run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
-    ready = cache(lambda: gate_importance(model, tok, goal, space, batches, batch, seed, mode, normalise))
-    memory = _Memory(run, model, tok, monitor, progress, lambda m: scores or ready()(m, published), keep=scores is None, batch=batch, seed=seed)
-    full = memory.rate(Mask.full(space), "full")
-    below = _floor(full, floor, least)
-    rows = [(run.labels, "full", Mask.full(space), full, True)]
-    try: rows += [(run.labels, *r) for r in _ladder(space, schedule, drop, below, limit or (9 if weights else space.size), published, memory.rank, memory.rate)]
-    finally: memory.bar.close()
-    return _pruned(run, rows, memory, full, below)
-
-# %% ../../nbs/search/06_prune.ipynb #6c905184
-def _heads(goal: Objective | None, monitor: Monitor) -> dict[str, str]:
-    "Hash of the weights of all heads that take part: the model's fingerprint does not cover them."
-    found = [*(goal.modules() if goal else ()), *([monitor.head] if isinstance(getattr(monitor, "head", None), nn.Module) else ())]
-    h = hashlib.sha256()
-    for head in dict.fromkeys(found):
-        for name, t in head.state_dict().items(): h.update(name.encode() + t.detach().cpu().float().numpy().tobytes())
-    return {"heads": h.hexdigest()[:16]} if found else {}
+# %% ../../nbs/search/06_prune.ipynb #1f35964c
+def _pruned(run: Run, steps: Sequence[Step], memory: _Memory, full: float, floor: float) -> Pruned:
+    "Masks and table of a finished run."
+    labels, rows, masks = run.labels, [], []
+    for i, step in enumerate(steps):
+        rows.append({**labels, **_row(i, step, memory.seconds(step.mask))})
+        masks.append(({**labels, "step": i, "phase": step.phase, "passed": step.passed}, step.mask))
+    last = [step.mask for step in steps if step.passed][-1]
+    meta = {"method": "iterate", "schedule": run.config["schedule"], "floor": floor}
+    meta |= {"run": run.id, "hardening": "lowest removed step by step", **labels}
+    kept = Mask(last.space, last.packed, {**last.meta, **meta})
+    if not run.done: run.finish(kept)
+    return Pruned(kept, Masks(masks), pd.DataFrame(rows), memory.ranks, full, floor)
 
 
-class NoFloor(SubnetError):
-    """The full model scores too low to prune against.
-
-    Cause: Pruning stops when a share of the full model's score is lost; a score that is not above chance, zero or undefined gives no such point.
-    Fix: Train the model longer or with another learning rate, use more data, or choose another metric.
-    """
-
-
-def _floor(full: float, share: float, least: float | None) -> float:
-    "The least score that passes."
-    if not np.isfinite(full): raise NoFloor(f"the full model scores {full}: its predictions are constant, or it has diverged. Nothing can be pruned against that.")
-    if least is not None:
-        if not np.isfinite(least): raise SubnetError(f"the least score that passes must be a number, got {least}.")
-        if full < least: raise NoFloor(f"the full model scores {full:.4f}, below the floor {least:g}: lower it, or train the model better.")
-        return least
-    if not 0 < share <= 1: raise SubnetError(f"floor is a share of the full model's score between 0 and 1, got {share}; for a score as such give least.")
-    if full <= 0: raise NoFloor(f"the full model scores {full:.4f}: a share of that is no floor. Train the model better, or give least.")
-    return share * full
+def _row(i: int, step: Step, seconds: float) -> dict[str, Any]:
+    "A row of the table: step, phase, survivors by kind, density, score, passed, seconds."
+    parts = step.mask.table().groupby("kind").kept.sum()
+    kinds = {kind: int(parts[kind]) for kind in _kinds(step.mask.space)}
+    row = {"step": i, "phase": step.phase, **kinds, "density": step.mask.density}
+    return {**row, "score": step.score, "passed": step.passed, "seconds": seconds}
 
 # %% ../../nbs/search/06_prune.ipynb #df18035e
 class _Memory:
     "Score of every mask and scores within it, computed once per run folder."
 
-    def __init__(self, run: Run, model: nn.Module, tok: Any, monitor: Monitor, progress: bool, rank: Callable[[Mask], Scores], keep: bool, batch: int, seed: int) -> None:
-        self.run, self.model, self.monitor, self._rank, self.keep = run, model, monitor, rank, keep
-        self.context, self.score, self.step = Context(model, tok, 1, batch, seed), None, 0
-        self.known, self.ranks, self.times = {r["mask"]: r for r in run.metrics.to_dict("records")}, {}, {}
-        self.bar = progress_bar(" ".join(str(v) for v in run.labels.values()) or "iterate", show=progress, unit="mask")
+    def __init__(self, run: Run, context: Context, monitor: Monitor, rank: Callable[[Mask], Scores],
+                 keep: bool, progress: bool) -> None:
+        # rank: computes scores within a mask; keep: whether they cost enough to be kept
+        self.run, self.context, self.monitor, self.compute = run, context, monitor, rank
+        self.ask: Callable[[], Any] | None = None      # the monitor, once it is prepared
+        self.keep, self.step = keep, 0
+        self.known = {row["mask"]: row for row in run.metrics.to_dict("records")}
+        self.ranks: dict[str, Scores] = {}
+        name = " ".join(str(v) for v in run.labels.values()) or "iterate"
+        self.bar = progress_bar(name, show=progress, unit="mask")
 
     def rate(self, mask: Mask, phase: str) -> float:
-        "The score of the model under `mask`."
-        if mask.id not in self.known:
-            began = time.monotonic()
-            with frozen(self.model), torch.no_grad():
-                self.score = self.score or self.monitor.prepare(self.context)
-                with masked(self.model, mask, check=False): found = seen(self.score())
-            found["score"] = found["score"] if np.isfinite(found["score"]) else None
-            self.known[mask.id] = row = dict(step=self.step, phase=phase, mask=mask.id, kept=mask.count, **found, seconds=round(time.monotonic() - began, 4))
-            self.run.log(**row)
+        "Return the score of the model under `mask`; NaN if it has none."
+        if mask.id not in self.known: self._measure(mask, phase)
         self.step += 1
-        value = self.known[mask.id]["score"]
-        self.bar.update(); self.bar.set_postfix(phase=phase, kept=f"{mask.density:.3f}", score=value)
-        return float("nan") if value is None else value
+        score = self.known[mask.id]["score"]
+        self.bar.update()
+        self.bar.set_postfix(phase=phase, kept=f"{mask.density:.3f}", score=score)
+        return float("nan") if score is None else score
+
+    def seconds(self, mask: Mask) -> float:
+        "Return how long a mask took."
+        return self.known[mask.id]["seconds"]
+
+    def _measure(self, mask: Mask, phase: str) -> None:
+        "Ask the model under a mask, and write down what it says."
+        began, model = time.monotonic(), self.context.model
+        with frozen(model), torch.no_grad():
+            if self.ask is None: self.ask = self.monitor.prepare(self.context)
+            with masked(model, mask, check=False): found = seen(self.ask())
+        if not np.isfinite(found["score"]): found["score"] = None
+        row = {"step": self.step, "phase": phase, "mask": mask.id, "kept": mask.count, **found}
+        row["seconds"] = round(time.monotonic() - began, 4)
+        self.known[mask.id] = row
+        self.run.log(**row)
 
     def rank(self, mask: Mask) -> Scores:
-        "The scores within `mask`."
-        if not self.keep: return self._rank(mask)
-        file = self.run.folder / "scores" / f"{mask.id}.npz" if self.run.folder else None
-        if mask.id not in self.ranks:
-            if file is not None and file.exists():
-                with np.load(file, allow_pickle=False) as f: self.ranks[mask.id] = Scores(mask.space, {n: f[n] for n in f.files}, {"method": "importance", "under": mask.id})
-            else:
-                self.ranks[mask.id] = self._rank(mask)
-                if file is not None: atomic_write(file, _npz(self.ranks[mask.id]))
+        "Return the scores within `mask`."
+        if not self.keep: return self.compute(mask)
+        if mask.id not in self.ranks: self.ranks[mask.id] = _stored(self, mask)
         return self.ranks[mask.id]
 
-# %% ../../nbs/search/06_prune.ipynb #1f35964c
-def _npz(scores: Scores) -> bytes:
-    "Scores as the bytes of an .npz file."
-    import io
-    np.savez(out := io.BytesIO(), **scores.values)
-    return out.getvalue()
+# %% ../../nbs/search/06_prune.ipynb #e0751899
+def _stored(memory: _Memory, mask: Mask) -> Scores:
+    "Scores within a mask from the run's folder, or computed and put there."
+    if memory.run.folder is None: return memory.compute(mask)
+    file = memory.run.folder / "scores" / f"{mask.id}.npz"
+    if file.exists():
+        with np.load(file, allow_pickle=False) as f:
+            values = {name: f[name] for name in f.files}
+        return Scores(mask.space, values, {"method": "importance", "under": mask.id})
+    scores = memory.compute(mask)
+    out = io.BytesIO()
+    np.savez(out, **cast(dict[str, Any], dict(scores.values)))
+    atomic_write(file, out.getvalue())
+    return scores
+
+# %% ../../nbs/search/06_prune.ipynb #6c905184
+def _identity(space: Space, goal: Objective | None, monitor: Monitor, scores: Scores | None,
+              settings: Mapping[str, Any]) -> dict[str, Any]:
+    "What decides the id of a run."
+    out: dict[str, Any] = {"method": "iterate", "model": str(space.model), "space": space.id}
+    out |= {"goal": goal.identity() if goal else None, "monitor": monitor.identity()}
+    out |= {"scores": scores.id if scores else None, **settings}
+    heads = _heads_hash(goal, monitor)
+    return {**out, "heads": heads} if heads else out
 
 
-def _pruned(run: Run, rows: Sequence[tuple[dict[str, Any], str, Mask, float, bool]], memory: _Memory, full: float, floor: float) -> Pruned:
-    "Masks and table of a finished run."
-    def kinds(m: Mask) -> dict[str, int]: return {k: int(m.table().query("kind == @k").kept.sum()) for k in m.space.kind.split("+")}
-    table = pd.DataFrame([dict(**labels, step=i, phase=phase, **kinds(m), density=m.density, score=score, passed=ok, seconds=memory.known[m.id]["seconds"]) for i, (labels, phase, m, score, ok) in enumerate(rows)])
-    masks = Masks([({**labels, "step": i, "phase": phase, "passed": ok}, m) for i, (labels, phase, m, _, ok) in enumerate(rows)])
-    last = [m for _, _, m, _, ok in rows if ok][-1]
-    kept = Mask(last.space, last.packed, {**last.meta, "method": "iterate", "schedule": run.config["schedule"], "floor": floor, "run": run.id, "hardening": "lowest removed step by step", **run.labels})
-    if not run.done: run.finish(kept)
-    return Pruned(kept, masks, table, memory.ranks, full, floor)
+def _heads_hash(goal: Objective | None, monitor: Monitor) -> str:
+    "Hash of the weights of all task heads that take part; empty if there is none."
+    heads, asked = (goal.modules() if goal else []), getattr(monitor, "head", None)
+    found = [*heads, *([asked] if isinstance(asked, nn.Module) else [])]
+    h = hashlib.sha256()
+    for head in dict.fromkeys(found):
+        for name, t in head.state_dict().items():
+            h.update(name.encode() + t.detach().cpu().float().numpy().tobytes())
+    return h.hexdigest()[:16] if found else ""
+
+# %% ../../nbs/search/06_prune.ipynb #ec19a3e7
+def iterate(
+    model: nn.Module,
+    tok: Any,
+    goal: Objective | None,                # its loss makes units important; or None
+    monitor: Monitor,                      # what must not fall below the floor
+    space: Space,
+    *,
+    scores: Scores | None = None,          # rank by these throughout
+    schedule: str | None = None,           # one of `PHASES`; None: what suits the space
+    drop: float = 0.1,                     # share removed in one step
+    floor: float = 0.9,                    # share of the full model's score
+    least: float | None = None,            # the floor itself, instead of a share
+    limit: int | None = None,              # steps in a phase; None: 9 for weights
+    mode: str = "example",                 # of importance
+    normalise: str | None = "layer",       # likewise
+    batches: int | None = None,            # None: all examples
+    batch: int = 64,
+    seed: int = 0,
+    published: bool = False,               # with the published departures, see above
+    to: str | Path | Store | None = None,  # folder or store: remembers every step
+    labels: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Pruned:
+    "Remove the least important coordinates step by step until the score falls below a floor."
+    check_model(space, model)
+    schedule = _schedule(space, schedule)
+    _check_steps(drop, limit)
+    if scores is None and _weights_only(space): scores = magnitude(model, space)
+    measured = dict(mode=mode, normalise=normalise, batches=batches, batch=batch, seed=seed)
+    said = dict(schedule=schedule, drop=drop, floor=floor, least=least, limit=limit)
+    rank = _ranking(model, tok, goal, space, scores, measured, published)
+    config = _identity(space, goal, monitor, scores, {**said, **measured, "published": published})
+    run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
+    memory = _Memory(run, Context(model, tok, 1, batch, seed), monitor, rank, scores is None, progress)
+    with closing(memory.bar):
+        full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
+        lowest = _floor(full, floor, least)
+        steps = [Step("full", Mask.full(space), full, True)]
+        steps += _steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)
+    return _pruned(run, steps, memory, full, lowest)
+
+# %% ../../nbs/search/06_prune.ipynb #cd36a7a4
+def _limit(space: Space, asked: int | None) -> int:
+    "How many steps a phase may have: as many as there are, unless it is a ladder of weights."
+    return asked or (9 if _weights_only(space) else space.size)
+
+
+def _ranking(
+    model: nn.Module,
+    tok: Any,
+    goal: Objective | None,
+    space: Space,
+    scores: Scores | None,             # given ones
+    measured: Mapping[str, Any],       # else how importance is measured
+    published: bool,
+) -> Callable[[Mask], Scores]:
+    "Say what ranks the units of a mask: given scores, or importance within it."
+    if scores is not None:
+        given = scores
+        return lambda mask: given
+    if goal is None: raise SubnetError("importance needs an objective: give goal, or scores.")
+    ready: list[GateImportance] = []
+
+    def rank(mask: Mask) -> Scores:
+        if not ready: ready.append(GateImportance(model, tok, goal, space, **measured))
+        return ready[0].within(mask, include_removed=published)
+
+    return rank
+
+# %% ../../nbs/search/06_prune.ipynb #dacd36e1
+def random_matched(
+    like: Mask,
+    pools: Sequence[Mask],      # where to draw from, the first pool first; then come all
+    seed: int,
+    **meta: Any,                # provenance of the new mask
+) -> Mask:
+    "Draw as many coordinates of each kind as `like` keeps, and count those both keep (`shared`)."
+    for p in pools: same_space(like.space, p.space)
+    rng = np.random.default_rng(seed)
+    bits: dict[str, np.ndarray] = {}
+    for kind in _kinds(like.space):
+        wanted = _flat(like, kind)
+        out = np.zeros(len(wanted), bool)
+        for pool in [*(_flat(p, kind) for p in pools), np.ones_like(out)]:
+            free = np.flatnonzero(pool & ~out)
+            out[rng.permutation(free)[:int(wanted.sum()) - int(out.sum())]] = True
+        groups = [g for g in like.space.groups if g.kind == kind]
+        parts = np.split(out, np.cumsum([g.size for g in groups])[:-1])
+        bits |= {g.name: part.reshape(g.shape) for g, part in zip(groups, parts, strict=True)}
+    shared = sum(int((b & like[name]).sum()) for name, b in bits.items())
+    provenance = {"method": "matched", "seed": seed, "parents": [like.id], "shared": shared}
+    return Mask.of(like.space, bits, **{**provenance, **meta})
+
+
+def _flat(mask: Mask, kind: str) -> np.ndarray:      # (coordinate,) bool
+    "What a mask keeps of one kind."
+    return np.concatenate([bits.reshape(-1) for g, bits in mask.items() if g.kind == kind])
 
 # %% ../../nbs/search/06_prune.ipynb #72c93b0a
-def random_matched(like: Mask, pools: Sequence[Mask], seed: int, **meta: Any) -> Mask:
-    "As many random coordinates of each kind as `like` keeps: of the first pool, then of the next, then of all; `shared` in its provenance counts those that `like` keeps too."
-    for p in pools: same_space(like.space, p.space)
-    rng, bits = np.random.default_rng(seed), {}
-    for kind in like.space.kind.split("+"):
-        groups = [g for g in like.space.groups if g.kind == kind]
-        flat = lambda m: np.concatenate([m[g.name].reshape(-1) for g in groups])
-        need, out = int(flat(like).sum()), np.zeros(sum(g.size for g in groups), bool)
-        for pool in [*map(flat, pools), np.ones_like(out)]:
-            free = np.flatnonzero(pool & ~out)
-            out[rng.permutation(free)[:need - int(out.sum())]] = True
-        bits |= {g.name: part.reshape(g.shape) for g, part in zip(groups, np.split(out, np.cumsum([g.size for g in groups])[:-1]))}
-    return Mask.of(like.space, bits, **{"method": "matched", "seed": seed, "parents": [like.id], "shared": sum(int((b & like[n]).sum()) for n, b in bits.items()), **meta})
+def matched_controls(
+    good: Mask,
+    seed: int,
+    published: bool = False,      # draw the size of the random mask, too
+) -> dict[str, Mask]:             # good, random, bad
+    "Put a random and a bad mask of its size beside a good one."
+    random = _bernoulli(good, seed) if published else random_matched(good, [], seed, kind="random")
+    bad = random_matched(good, [~good], seed, kind="bad")
+    return {"good": good, "random": random, "bad": bad}
 
 
-def matched_controls(good: Mask, seed: int, published: bool = False) -> dict[str, Mask]:      # published: the size of the random mask is itself drawn
-    "The mask with a random and a bad one of its size."
-    random_ = _bernoulli(good, seed) if published else random_matched(good, [], seed, kind="random")
-    return {"good": good, "random": random_, "bad": random_matched(good, [~good], seed, kind="bad")}
-
-
-def super_survivors(masks: Masks, seed: int = 1337) -> dict[str, Mask]:
-    "What all masks keep, with its random and bad counterparts."
-    if len(masks) < 2: raise SubnetError(f"super-survivors are alive in the masks of several seeds; {len(masks)} mask{'' if len(masks) == 1 else 's'} given.")
-    good, dead = masks.intersection(), ~masks.union()
+def super_survivors(masks: Masks, seed: int = 1337) -> dict[str, Mask]:      # good, random, bad
+    "Find what all masks keep, with its random and bad counterparts."
+    if len(masks) < 2:
+        given = "1 mask" if len(masks) == 1 else f"{len(masks)} masks"
+        raise SubnetError("super-survivors are alive in the masks of several seeds; "
+                          f"{given} given.")
+    good, dead = cast(Mask, masks.intersection()), ~cast(Mask, masks.union())
     rest = ~(good | dead)
-    return {"good": good, "random": random_matched(good, [rest], seed, kind="super-random"), "bad": random_matched(good, [dead, rest], seed, kind="super-bad")}
+    random = random_matched(good, [rest], seed, kind="super-random")
+    bad = random_matched(good, [dead, rest], seed, kind="super-bad")
+    return {"good": good, "random": random, "bad": bad}
 
 
 def _bernoulli(like: Mask, seed: int) -> Mask:
-    "Every coordinate kept with the density that its kind has in `like`, as published: sizes agree on average only."
+    "Each coordinate kept with the density of its kind, as published: sizes agree on average."
     rng, t = np.random.default_rng(seed), like.table().groupby("kind")[["size", "kept"]].sum()
-    return Mask.of(like.space, {g.name: rng.random(g.shape) < t.kept[g.kind] / t["size"][g.kind] for g in like.space.groups}, method="bernoulli", seed=seed, parents=[like.id])
+    density = {kind: t.kept[kind] / t["size"][kind] for kind in t.index}
+    bits = {g.name: rng.random(g.shape) < density[g.kind] for g in like.space.groups}
+    return Mask.of(like.space, bits, method="bernoulli", seed=seed, parents=[like.id])

@@ -6,32 +6,43 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from subnet_explorer.model.apply import applied, parameter, swapped
-from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
+from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Group, ModelId, Space
-from subnet_explorer.core.layout import Layout
-from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.model.apply import applied, parameter, swapped
+from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
 
 LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
-SPACE = Space((Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,))), LAYOUT, ModelId("toy", None, "c", "w"))
+GROUPS = (Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)))
+SPACE = Space(GROUPS, LAYOUT, ModelId("toy", None, "c", "w"))
 RAMP = Scores(SPACE, {"a": np.linspace(-3, 3, 21).reshape(7, 3), "b": np.linspace(-2, 4, 10)})
 
 GATES = {
-    "threshold": lambda space, **kw: Threshold(space, **kw),
+    "threshold": Threshold,
     "topk": lambda space, **kw: TopK(space, .3, **kw),
     "topk-global": lambda space, **kw: TopK(space, .3, scope="global", **kw),
-    "concrete": lambda space, **kw: Concrete(space, **kw),
+    "concrete": Concrete,
     "concrete-hard": lambda space, **kw: Concrete(space, straight_through=True, **kw),
     "hard-concrete": lambda space, **kw: HardConcrete(space, **{"init": "normal", **kw}),
 }
 gates = pytest.mark.parametrize("make", GATES.values(), ids=GATES)
 
 
-def flat(values) -> torch.Tensor: return torch.cat([v.detach().reshape(-1) for v in values.values()])
+def flat(values) -> torch.Tensor:
+    return torch.cat([v.detach().reshape(-1) for v in values.values()])
+
+
+def logits(gate) -> torch.Tensor:
+    return flat(dict(enumerate(gate.logits)))
+
+
+def array(arrays) -> np.ndarray:
+    return np.concatenate([v.reshape(-1) for v in arrays])
 
 
 # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -43,17 +54,23 @@ def test_straight_through_is_the_weight_gradient_times_the_weight(pocket_bert, k
     space = Space.of(model, kind, layers="3-4", block=(8, 16) if kind == "block" else None)
     gate = make(space)
     inputs = tok(["a robin is a kind of bird .", "anna slept ."], return_tensors="pt", padding=True)
-    loss = lambda: model(**inputs, labels=inputs.input_ids).loss
+
+    def loss(): return model(**inputs, labels=inputs.input_ids).loss
+
     with applied(model, space, gate.sample()): loss().backward()
     model.zero_grad(set_to_none=True)
 
     fine = gate.harden().to("weight")                                    # the same masked model, its weights as leaves
-    weights = {g.name: (parameter(model, g).detach() * torch.tensor(fine[g.name])).requires_grad_() for g in fine.space.groups}
+    weights = {}
+    for g in fine.space.groups:
+        weights[g.name] = (parameter(model, g).detach() * torch.tensor(fine[g.name])).requires_grad_()
     with swapped(model, weights): loss().backward()
-    for g, logit in zip(space.groups, gate.logits):
+    for g, logit in zip(space.groups, gate.logits, strict=True):
         wanted = weights[g.name].grad * parameter(model, g).detach()
-        if g.block is not None: wanted = wanted.unfold(0, *[g.block[0]] * 2).unfold(1, *[g.block[1]] * 2).sum((-1, -2))
-        assert wanted.abs().max() > 0 and torch.allclose(logit.grad, wanted, rtol=1e-4, atol=1e-8)
+        if g.block is not None:
+            wanted = wanted.unfold(0, *[g.block[0]] * 2).unfold(1, *[g.block[1]] * 2).sum((-1, -2))
+        assert wanted.abs().max() > 0
+        assert torch.allclose(logit.grad, wanted, rtol=1e-4, atol=1e-8)
     model.zero_grad(set_to_none=True)
 
 
@@ -61,10 +78,12 @@ def test_rounded_concrete_has_the_gradient_of_the_soft_one():
     hard, soft = (Concrete(SPACE, init=RAMP, temperature=.5, straight_through=s, seed=3) for s in (True, False))
     h, s = hard.sample(), soft.sample()
     assert all(torch.equal(h[n], (s[n] > .5).float()) for n in h)
-    for values in (h, s): sum((v * torch.arange(v.numel()).reshape(v.shape)).sum() for v in values.values()).backward()
-    for a, b, v in zip(hard.logits, soft.logits, s.values()):
+    for values in (h, s):
+        sum((v * torch.arange(v.numel()).reshape(v.shape)).sum() for v in values.values()).backward()
+    for a, b, v in zip(hard.logits, soft.logits, s.values(), strict=True):
         assert torch.allclose(a.grad, b.grad)
-        assert torch.allclose(b.grad, torch.arange(v.numel()).reshape(v.shape) * v.detach() * (1 - v.detach()) / .5, atol=1e-5)
+        weight = torch.arange(v.numel()).reshape(v.shape)
+        assert torch.allclose(b.grad, weight * v.detach() * (1 - v.detach()) / .5, atol=1e-5)
 
 
 # ── distributions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,30 +92,35 @@ def test_rounded_concrete_has_the_gradient_of_the_soft_one():
 def test_a_rounded_coin_has_probability_sigmoid(temperature):
     gate, n = Concrete(SPACE, init=RAMP, temperature=temperature, straight_through=True, seed=1), 4000
     with torch.no_grad(): share = sum(flat(gate.sample()) for _ in range(n)) / n
-    p = torch.sigmoid(flat(dict(enumerate(gate.logits))))
+    p = torch.sigmoid(logits(gate))
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
     assert gate.penalty().item() == pytest.approx(p.mean().item(), abs=1e-6)
-    assert np.allclose(np.concatenate([v.reshape(-1) for v in gate.soft().values.values()]), p, atol=1e-6)
+    assert np.allclose(array(gate.soft().values.values()), p, atol=1e-6)
+
+
+def sigmoid(x): return 1 / (1 + np.exp(-x))
 
 
 def test_hard_concrete_closed_forms():
     "P(z > 0), P(z = 1) and E[z] of the gate against a simulation written from the definition, with its own noise."
     gate, n, (beta, gamma, zeta) = HardConcrete(SPACE, init=RAMP, seed=2), 4000, (2 / 3, -.1, 1.1)
-    g = flat(dict(enumerate(gate.logits))).double().numpy()
+    g = logits(gate).double().numpy()
     u = np.random.default_rng(0).uniform(size=(20 * n, len(g)))
-    z = np.clip(1 / (1 + np.exp(-(g + np.log(u) - np.log1p(-u)) / beta)) * (zeta - gamma) + gamma, 0, 1)
+    z = np.clip(sigmoid((g + np.log(u) - np.log1p(-u)) / beta) * (zeta - gamma) + gamma, 0, 1)
     with torch.no_grad(): ours = torch.stack([flat(gate.sample()) for _ in range(n)]).numpy()
-    kept = torch.cat([gate.keep_probability(l).reshape(-1) for l in gate.logits]).detach().numpy()
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    se = lambda p: 5 * np.sqrt(p * (1 - p) / n) + 1e-3
-    for event, closed in ((lambda z: z > 0, kept), (lambda z: z == 1, sigmoid(g - beta * math.log((1 - gamma) / (zeta - 1))))):
-        assert (np.abs(event(z).mean(0) - closed) < se(closed) / 4).all()
-        assert (np.abs(event(ours).mean(0) - closed) < se(closed)).all()
+    kept = torch.cat([gate.keep_probability(logit).reshape(-1) for logit in gate.logits]).detach().numpy()
+
+    def error(p): return 5 * np.sqrt(p * (1 - p) / n) + 1e-3
+
+    whole = sigmoid(g - beta * math.log((1 - gamma) / (zeta - 1)))
+    for event, closed in ((lambda z: z > 0, kept), (lambda z: z == 1, whole)):
+        assert (np.abs(event(z).mean(0) - closed) < error(closed) / 4).all()
+        assert (np.abs(event(ours).mean(0) - closed) < error(closed)).all()
     assert np.abs(ours.mean(0) - z.mean(0)).max() < 5 * .5 / math.sqrt(n)
     assert gate.penalty().item() == pytest.approx(kept.mean(), abs=1e-6)
-    soft = np.concatenate([v.reshape(-1) for v in gate.soft().values.values()])
+    soft = array(gate.soft().values.values())
     assert np.allclose(soft, np.clip(sigmoid(g) * 1.2 - .1, 0, 1), atol=1e-6)
-    hard = np.concatenate([b.reshape(-1) for _, b in gate.harden().items()])
+    hard = array(b for _, b in gate.harden().items())
     assert np.array_equal(hard[np.abs(g) > 1e-6], (soft > .5)[np.abs(g) > 1e-6])
 
 
@@ -104,10 +128,9 @@ def test_hard_concrete_closed_forms():
 def test_topk_has_exactly_its_density(density, scope, seed, ties):
     gate = TopK(SPACE, density, scope=scope, seed=seed, init=0.0 if ties else "normal")
     sizes = [21, 10] if scope == "tensor" else [31]
-    for bits in (flat(gate.sample()), torch.tensor(np.concatenate([b.reshape(-1) for _, b in gate.harden().items()]))):
+    for bits in (flat(gate.sample()), torch.tensor(array(b for _, b in gate.harden().items()))):
         assert [int(part.sum()) for part in bits.float().split(sizes)] == [round(density * n) for n in sizes]
-    values = flat(dict(enumerate(gate.logits)))
-    for part, v in zip(flat(gate.sample()).bool().split(sizes), values.split(sizes)):
+    for part, v in zip(flat(gate.sample()).bool().split(sizes), logits(gate).split(sizes), strict=True):
         if part.any() and not part.all(): assert v[part].min() >= v[~part].max()
 
 
@@ -123,10 +146,12 @@ def test_threshold_starts_at_its_sparsity(pocket_bert, sparsity):
 @gates
 def test_a_seed_is_a_gate(make):
     a, b, c = make(SPACE, seed=1), make(SPACE, seed=1), make(SPACE, seed=2)
-    assert a.harden() == b.harden() and torch.equal(flat(a.sample()), flat(b.sample())) and torch.equal(flat(a.sample()), flat(b.sample()))
-    assert not torch.equal(flat(dict(enumerate(a.logits))), flat(dict(enumerate(c.logits))))
+    assert a.harden() == b.harden()
+    for _ in range(2): assert torch.equal(flat(a.sample()), flat(b.sample()))
+    assert not torch.equal(logits(a), logits(c))
     assert a.identity() == b.identity() != c.identity()
-    torch.manual_seed(0); torch.rand(3)                                # somebody else's noise is not ours
+    torch.manual_seed(0)
+    torch.rand(3)                                                      # somebody else's noise is not ours
     before = torch.get_rng_state()
     make(SPACE, seed=1).sample()
     assert torch.equal(torch.get_rng_state(), before)
@@ -149,29 +174,38 @@ def test_what_a_gate_gave_away_does_not_change(make):
     given_away = [gate.scores(), gate.soft()]
     copies = [{n: v.copy() for n, v in s.values.items()} for s in given_away]
     with torch.no_grad():
-        for l in gate.logits: l.mul_(-1).add_(.5)
-    for s, c in zip(given_away, copies): assert all(np.array_equal(s[n], c[n]) for n in c)
+        for logit in gate.logits: logit.mul_(-1).add_(.5)
+    for scores, before in zip(given_away, copies, strict=True):
+        assert all(np.array_equal(scores[n], before[n]) for n in before)
 
 
 @gates
 def test_other_starts_are_other_gates(make):
-    "The recipe decides whether a stored run is returned, so it must tell starts apart."
-    start = lambda x: Scores(SPACE, {"a": np.full((7, 3), x), "b": np.full(10, -x)})
+    "The identity decides whether a stored run is returned, so it must tell starts apart."
+    def start(x): return Scores(SPACE, {"a": np.full((7, 3), x), "b": np.full(10, -x)})
+
     assert make(SPACE, init=start(1.0)).identity() != make(SPACE, init=start(2.0)).identity()
     assert make(SPACE, init=start(1.0)).identity() == make(SPACE, init=start(1.0)).identity()
 
 
 START = Mask.random(SPACE, .3, seed=8)
+STARTED = {
+    "threshold": lambda: Threshold(SPACE, init=START),
+    "topk": lambda: TopK(SPACE, .3, init=START),
+    "concrete": lambda: Concrete(SPACE, init=START),
+    "hard-concrete": lambda: HardConcrete(SPACE, init=START),
+}
 
-@pytest.mark.parametrize("make", [
-    lambda: Threshold(SPACE, init=START), lambda: TopK(SPACE, .3, init=START),
-    lambda: Concrete(SPACE, init=START), lambda: HardConcrete(SPACE, init=START)], ids=["threshold", "topk", "concrete", "hard-concrete"])
-def test_a_gate_started_from_a_mask_is_that_mask(make): assert make().harden() == START
+
+@pytest.mark.parametrize("make", STARTED.values(), ids=STARTED)
+def test_a_gate_started_from_a_mask_is_that_mask(make):
+    assert make().harden() == START
 
 
 def test_a_start_leaves_no_room_for_a_sparsity():
     for init in (START, "uniform", .85):
-        with pytest.raises(SubnetError, match="sparsity belongs to the normal initialisation"): Threshold(SPACE, .9, init=init)
+        with pytest.raises(SubnetError, match="sparsity belongs to the normal initialisation"):
+            Threshold(SPACE, .9, init=init)
 
 
 def test_starts_of_other_spaces_are_refused():
@@ -179,7 +213,17 @@ def test_starts_of_other_spaces_are_refused():
     with pytest.raises(SpaceMismatch, match="start a gate from"): Threshold(other, init=START)
 
 
-@pytest.mark.parametrize("make", [lambda: Threshold(SPACE, 50), lambda: TopK(SPACE, 30), lambda: Concrete(SPACE, 1.0), lambda: Threshold(SPACE, 1.0),
-                                  lambda: HardConcrete(SPACE, 9), lambda: TopK(SPACE, .3, scope="layer"), lambda: Threshold(SPACE, init="gauss")])
+IMPOSSIBLE = [
+    lambda: Threshold(SPACE, 50),
+    lambda: TopK(SPACE, 30),
+    lambda: Concrete(SPACE, 1.0),
+    lambda: Threshold(SPACE, 1.0),
+    lambda: HardConcrete(SPACE, 9),
+    lambda: TopK(SPACE, .3, scope="layer"),
+    lambda: Threshold(SPACE, init="gauss"),
+]
+
+
+@pytest.mark.parametrize("make", IMPOSSIBLE)
 def test_impossible_settings(make):
     with pytest.raises(SubnetError): make()
