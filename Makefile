@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job: sixteen relation-specific subnetworks of the pocket model
 # make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
+# make lint   ruff and mypy over library, tests and benchmarks
 # make test-slow   what takes minutes and is left out of make test
 # make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
 PYTHON ?= python3
@@ -7,12 +8,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser docs pages readme clean export python bench bench-quick
+.PHONY: demo test lint test-slow test-browser docs pages readme clean export python bench bench-quick
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
-# notebooks first, then pytest: one thread each, two files at a time, so that what a file needs is made once
-test: $(STAMP)
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# lint, then notebooks, then pytest: one thread each, two files at a time, so that what a file needs is made once
+test: lint
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
@@ -21,7 +26,7 @@ test-slow: $(STAMP)
 
 # screenshots are kept in build/screenshots
 test-browser: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/look/test_browser.py
 
 # measure against plain fine-tuning, parametrize and the limits of the machine; bench-quick: a small model, under three minutes
 bench: $(STAMP)
