@@ -280,9 +280,10 @@ def _name(e: Editor, name: str) -> Path | None:
 
 
 def _free_path(e: Editor, name: str) -> Path | None:
-    "Where a mask of this name is saved; raise `SubnetError` if the name is taken, or cannot be one."
+    "Where a mask of this name is saved; raise `SubnetError` for a name that cannot be used."
     if not name or name in (".", "..") or re.search(NOT_IN_NAMES, name):
-        raise SubnetError(f"{name!r} cannot be the name of a file: use letters, digits and simple marks.")
+        raise SubnetError(f"{name!r} cannot be the name of a file: "
+                          "use letters, digits and simple marks.")
     if "name" in e.masks.index and name in set(e.masks.index["name"]):
         raise SubnetError(f"there is a mask named {name!r} already: choose another name.")
     path = e.to / f"{name}.mask.safetensors" if e.to is not None else None
@@ -308,7 +309,7 @@ MOVES = {"ArrowUp": (-1, 0), "ArrowDown": (1, 0), "ArrowLeft": (0, -1), "ArrowRi
 
 
 def unit_at(e: Editor, row: int, column: int) -> tuple[int, int | str] | None:      # layer, unit
-    "What stands at a place of the heat-map, counted from one; None where nothing can be switched."
+    "What can be switched at a place of the heat-map, counted from one; None if there is nothing."
     grid = by_layer(cells(e.mask))
     layer, part = str(grid.index[row - 1]), str(grid.columns[column - 1])
     if pd.isna(grid.iat[row - 1, column - 1]) or not layer.startswith("layer "): return None
@@ -371,7 +372,7 @@ class State(Editor):
         return self.changed()
 
     def colour(self, by: str) -> Self:
-        "Show the mask in hand (`mask`), or the share of shown masks that keep each part (`survival`)."
+        "Show the mask in hand (`mask`), or how many shown masks keep each part (`survival`)."
         self.shade = check_names([by], ["mask", "survival"], "heat-map")[0]
         return self.changed()
 
@@ -393,7 +394,7 @@ def _check_pair(space: Any, model: Any, tok: Any) -> None:
 
 
 def _sample(data: Any, head: Any, n: int) -> Any:
-    "At most `n` items, evenly spread over the data; raise `SubnetError` if it cannot be measured on."
+    "At most `n` items, evenly spread; raise `SubnetError` for data that cannot be measured on."
     if data is None: return None
     if not isinstance(data, Facts) and head is None:
         raise SubnetError(_CANNOT_MEASURE.format(type(data).__name__))
