@@ -24,7 +24,10 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.links, self.inline, self.open = [], [], [], None
+        self.tags: list[tuple[str, dict]] = []
+        self.links: list[str] = []
+        self.inline: list[tuple[str, str]] = []      # type and text of scripts
+        self.open: str | None = None                 # type of the script that is read
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
