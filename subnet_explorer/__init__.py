@@ -44,7 +44,7 @@ _GATHERED = {
     "evaluate": ("measure.ask", "measure.removal", "measure.metrics"),
     "knowledge": ("data.graphs",),
     "patterns": ("measure.patterns",),
-    "pieces": ("look.views",),
+    "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
         "look.report",

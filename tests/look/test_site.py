@@ -1,4 +1,4 @@
-"Sites about folders of runs: nothing from the data becomes markup, nothing is loaded from elsewhere, nothing is written twice."
+"Sites about folders of runs: nothing from the data becomes markup, nothing is loaded, nothing is written twice."
 from __future__ import annotations
 
 import json
@@ -11,8 +11,10 @@ import pytest
 from subnet_explorer import Mask, Run, Space, Store, SubnetError
 from subnet_explorer.cli import main
 from subnet_explorer.core.compare import jaccard
-from subnet_explorer.look.site import MANIFEST, discover, publish
 from subnet_explorer.core.store import open_study
+from subnet_explorer.look import site as site_module
+from subnet_explorer.look.runs import MANIFEST, discover
+from subnet_explorer.look.site import publish
 
 EVIL = "</script><script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 
@@ -22,7 +24,10 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.links, self.inline, self.open = [], [], [], None
+        self.tags: list[tuple[str, dict]] = []
+        self.links: list[str] = []
+        self.inline: list[tuple[str, str]] = []      # type and text of scripts
+        self.open: str | None = None                 # type of the script that is read
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -35,14 +40,21 @@ class Page(HTMLParser):
         if self.open is not None and data.strip(): self.inline.append((self.open, data))
 
 
-def pages(site) -> dict[str, str]: return {p.relative_to(site.index.parent).as_posix(): p.read_text(encoding="utf-8") for p in site.index.parent.rglob("*.html")}
+def pages(site) -> dict[str, str]:
+    "The text of every page, by its address."
+    place = site.index.parent
+    return {p.relative_to(place).as_posix(): p.read_text(encoding="utf-8") for p in place.rglob("*.html")}
 
 
 @pytest.fixture
 def space(pocket_bert): return Space.of(pocket_bert[0], "head")
 
 
-def make(folder: Path, space: Space | None, n: int, labels=lambda i: {"task": f"t{i % 3}", "seed": i // 3}, **config) -> Store:
+def by_task_and_seed(i: int) -> dict: return {"task": f"t{i % 3}", "seed": i // 3}
+
+
+def make(folder: Path, space: Space | None, n: int, labels=by_task_and_seed, **config) -> Store:
+    "A store of runs; without a space they are not finished."
     store = Store(folder)
     for i in range(n):
         run = Run(store.folder / f"{i:03}", {"method": "example", "n": i, **config}, labels(i))
@@ -56,24 +68,28 @@ def test_everything_is_a_file_of_the_site(tmp_path, space):
     site = publish(tmp_path)
     for name, text in pages(site).items():
         page = Page(text)
+        place = (site.index.parent / name).parent
         for link in page.links:
             if link.startswith("#"): continue
             assert not re.match(r"(?i)[a-z]+:|//", link), f"{name} loads {link}"
-            assert (site.index.parent / name).parent.joinpath(link).resolve().is_file(), f"{name} links to {link}"
+            assert place.joinpath(link).resolve().is_file(), f"{name} links to {link}"
         assert all(kind == "application/json" for kind, _ in page.inline), f"{name} has a script of its own"
-        assert text.startswith("<!doctype html>") and '<html lang="en">' in text and text.count("<h1>") == 1 and '<main id="content">' in text
+        assert text.startswith("<!doctype html>") and '<html lang="en">' in text
+        assert text.count("<h1>") == 1 and '<main id="content">' in text
         assert not re.search(r"\son[a-z]+\s*=", re.sub(r"<script.*?</script>", "", text, flags=re.S))
-    assert len(list(site.index.parent.rglob("plotly*.js"))) == 1 and max(map(len, pages(site).values())) < 500_000
+    assert len(list(site.index.parent.rglob("plotly*.js"))) == 1
+    assert max(map(len, pages(site).values())) < 500_000
 
 
 def test_text_stays_text(tmp_path, space):
     store = make(tmp_path / "a", space, 2, labels=lambda i: {"task": EVIL, "seed": i, EVIL: "x"}, note=EVIL)
     for run in store: run.log(step=3, loss=.1, why=EVIL)
-    (tmp_path / "a" / "000" / "config.json").read_text()
     for name, text in pages(publish(tmp_path)).items():
         page = Page(text)
-        assert not [t for t, a in page.tags if t == "img" or "onerror" in a] and not [d for _, d in page.inline if "alert('x')" in d and "<" in d], name
-        assert all(a.get("type") == "application/json" or "src" in a for t, a in page.tags if t == "script"), name
+        assert not [t for t, a in page.tags if t == "img" or "onerror" in a], name
+        assert not [d for _, d in page.inline if "alert('x')" in d and "<" in d], name
+        scripts = [a for t, a in page.tags if t == "script"]
+        assert all(a.get("type") == "application/json" or "src" in a for a in scripts), name
 
 
 def test_numbers_are_those_of_compare(tmp_path, space):
@@ -81,31 +97,36 @@ def test_numbers_are_those_of_compare(tmp_path, space):
     store = make(tmp_path / "a", space, 3, labels=lambda i: {"task": f"t{i}"})
     text = next(t for n, t in pages(publish(tmp_path)).items() if n.startswith("compare/"))
     table = jaccard(store.masks(), by="task").query("a != b")
-    shown = re.findall(r'<td>task=(t\d)</td><td>task=(t\d)</td><td class=n data-v="([\d.e-]+)">[^<]*</td><td class=n data-v="([\d.e-]+)">', text)
-    got, want = {(a, b): (float(d), float(c)) for a, b, d, c in shown}, {(r.a, r.b): (r.distance, r.chance) for r in table.itertuples()}
-    assert len(want) == 6 and set(got) == set(want) and all(got[k] == pytest.approx(want[k]) for k in want)
+    number = r'<td class=n data-v="([\d.e-]+)">'
+    shown = re.findall(rf"<td>task=(t\d)</td><td>task=(t\d)</td>{number}[^<]*</td>{number}", text)
+    got = {(a, b): (float(distance), float(chance)) for a, b, distance, chance in shown}
+    want = {(r.a, r.b): (r.distance, r.chance) for r in table.itertuples()}
+    assert len(want) == 6 and set(got) == set(want)
+    for pair, numbers in want.items(): assert got[pair] == pytest.approx(numbers)
 
 
 def test_only_what_changed_is_written(tmp_path, space):
     store = make(tmp_path / "a", space, 4)
     first = publish(tmp_path)
-    times = lambda: {p: p.stat().st_mtime_ns for p in first.index.parent.rglob("*") if p.name != MANIFEST and p.is_file()}
-    before, again = times(), publish(tmp_path)
-    assert (again.written, again.kept) == (0, first.written) and times() == before
-    for run in list(store)[:1]: run.log(step=9, loss=.5)
+    def times() -> dict[Path, int]:
+        found = [p for p in first.index.parent.rglob("*") if p.name != MANIFEST and p.is_file()]
+        return {p: p.stat().st_mtime_ns for p in found}
+    before, second = times(), publish(tmp_path)
+    assert (second.written, second.kept) == (0, first.written) and times() == before
+    next(iter(store)).log(step=9, loss=.5)
     changed = publish(tmp_path)
-    assert {p.name for p, t in times().items() if before[p] != t} >= {"index.html"} and changed.written == 3       # the run, its comparison, the index
+    assert {p.name for p, t in times().items() if before[p] != t} >= {"index.html"}
+    assert changed.written == 3                          # the run, its comparison, the index
     assert publish(tmp_path, fresh=True).written == first.written
 
 
 def test_an_interrupted_site_goes_on(tmp_path, space, monkeypatch):
-    import subnet_explorer.look.site as module
     make(tmp_path / "a", space, 5)
-    write, count = module.atomic_write, iter(range(100))
+    write, count = site_module.atomic_write, iter(range(100))
     def stopped(path, data):
         if str(path).endswith(".html") and next(count) == 3: raise KeyboardInterrupt
         return write(path, data)
-    monkeypatch.setattr(module, "atomic_write", stopped)
+    monkeypatch.setattr(site_module, "atomic_write", stopped)
     with pytest.raises(KeyboardInterrupt): publish(tmp_path)
     monkeypatch.undo()
     rest = publish(tmp_path)
@@ -115,13 +136,17 @@ def test_an_interrupted_site_goes_on(tmp_path, space, monkeypatch):
 @pytest.mark.parametrize("damage", ["config", "labels", "metrics", "mask", "space"])
 def test_a_broken_run_is_listed_and_harms_nobody(tmp_path, space, damage):
     folder = make(tmp_path / "a", space, 2).folder / "000"
-    if damage == "config": (folder / "config.json").write_text("{")
-    if damage == "labels": (folder / "config.json").write_text(json.dumps({"id": "x", "config": {}}))
-    if damage == "metrics": (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
-    if damage == "mask": (folder / "mask.safetensors").write_bytes(b"")
-    if damage == "space": (folder / "mask.safetensors").write_bytes((folder / "mask.safetensors").read_bytes()[:-3])
+    name, content = {
+        "config": ("config.json", b"{"),
+        "labels": ("config.json", json.dumps({"id": "x", "config": {}}).encode()),
+        "metrics": ("metrics.jsonl", b"\xff\xfe\n"),
+        "mask": ("mask.safetensors", b""),
+        "space": ("mask.safetensors", (folder / "mask.safetensors").read_bytes()[:-3]),
+    }[damage]
+    (folder / name).write_bytes(content)
     site = publish(tmp_path)
-    assert list(site.broken) == ["a/000"] and site.broken["a/000"] and "What cannot be read" in site.index.read_text()
+    assert list(site.broken) == ["a/000"] and site.broken["a/000"]
+    assert "What cannot be read" in site.index.read_text()
     text = next(t for n, t in pages(site).items() if "000" in n)
     assert "cannot be read completely" in text and str(tmp_path) not in text
 
@@ -129,7 +154,8 @@ def test_a_broken_run_is_listed_and_harms_nobody(tmp_path, space, damage):
 def test_unfinished_runs_and_odd_logs(tmp_path, space):
     store = make(tmp_path / "a", None, 3)
     run = Run(store.folder / "odd", {"n": 9}, {"task": "odd"})
-    for row in ({"stage": "one", "score": float("nan")}, {"stage": "two", "score": 1, "more": [1, 2], "none": None, "flag": True}): run.log(**row)
+    run.log(stage="one", score=float("nan"))
+    run.log(stage="two", score=1, more=[1, 2], none=None, flag=True)
     Run(store.folder / "silent", {"n": 10}, {})
     site = publish(tmp_path)
     assert site.broken == {} and site.runs == 5 and site.index.read_text().count(">unfinished<") >= 5
@@ -139,21 +165,29 @@ def test_unfinished_runs_and_odd_logs(tmp_path, space):
 def test_studies_with_cells_and_foreign_folders(tmp_path, space):
     study = tmp_path / "probe"
     make(open_study(study, {"recipe": "probe", "model": "m"}).folder, space, 2)
-    (study / "cells").mkdir(); (study / "cells" / "mlp-0.json").write_text(json.dumps({"score": .75, "mask": str(tmp_path)})); (study / "cells" / "torn.json").write_text("{")
-    (study / "tables").mkdir(); (study / "tables" / "t.json").write_text(json.dumps([{"relation": "IsA", "hits": [1, 2]}]))
     open_study(tmp_path / "transfer", {"recipe": "transfer"})
-    (tmp_path / "bert").mkdir(); (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    files = {
+        study / "cells" / "mlp-0.json": json.dumps({"score": .75, "mask": str(tmp_path)}),
+        study / "cells" / "torn.json": "{",
+        study / "tables" / "t.json": json.dumps([{"relation": "IsA", "hits": [1, 2]}]),
+        tmp_path / "bert" / "config.json": '{"model_type": "bert"}',
+    }
+    for file, text in files.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
     site = publish(tmp_path)
     made = pages(site)
     probe = next(t for n, t in made.items() if n.startswith("study/probe"))
-    assert site.runs == 2 and "0.75" in probe and "torn" in probe and "IsA" in probe and str(tmp_path) not in probe and sum(n.startswith("study/") for n in made) == 2
+    assert site.runs == 2 and sum(n.startswith("study/") for n in made) == 2
+    for word in ("0.75", "torn", "IsA"): assert word in probe
+    assert str(tmp_path) not in probe
 
 
 def test_two_hundred_runs_are_one_index(tmp_path, space, monkeypatch):
     "All are listed; what a page depends on is its own run, so that one more run means one more page."
     make(tmp_path / "a", space, 200, labels=lambda i: {"task": f"t{i % 4}", "seed": i // 4})
-    import subnet_explorer.look.site as module
-    monkeypatch.setattr(module, "_run_page", lambda entry, *rest: f"<!doctype html><title>{entry.path}</title>")      # figures are tested elsewhere
+    def no_figures(entry, *rest) -> str: return f"<!doctype html><title>{entry.path}</title>"      # tested elsewhere
+    monkeypatch.setattr(site_module, "run_page", no_figures)
     site = publish(tmp_path)
     text = site.index.read_text()
     assert site.written == 202 and text.count('href="run/') == 200 and len(text) < 300_000
@@ -166,9 +200,11 @@ def test_what_is_refused(tmp_path, space, capsys):
     with pytest.raises(SubnetError, match="there is no run"): publish(tmp_path)
     with pytest.raises(SubnetError, match="there is no folder"): publish(tmp_path / "x")
     make(tmp_path / "a", space, 1)
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "index.html").write_text("mine")
-    with pytest.raises(SubnetError, match="holds no site"): publish(tmp_path, tmp_path / "mine")
-    assert (tmp_path / "mine" / "index.html").read_text() == "mine"
+    mine = tmp_path / "mine" / "index.html"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(SubnetError, match="holds no site"): publish(tmp_path, mine.parent)
+    assert mine.read_text() == "mine"
     assert main(["report", str(tmp_path / "x")]) == 2 and "there is no folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out"), "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
