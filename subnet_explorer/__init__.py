@@ -20,6 +20,7 @@ _HOMES = {
     "data.sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
     "data.tables": ("Labelled", "read_glue", "read_choices"),
     "data.questions": ("Questions", "read_squad"),
+    "data.parts": ("TaskData", "task_data"),
     "model.load": ("load",),
     "model.apply": ("masked",),
     "model.compact": ("compact", "load_compact"),
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
         read_ner as read_ner,
     )
     from .data.tables import Labelled as Labelled, read_choices as read_choices, read_glue as read_glue
+    from .data.parts import TaskData as TaskData, task_data as task_data
     from .data.questions import Questions as Questions, read_squad as read_squad
     from .model.load import load as load
     from .model.apply import masked as masked

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -325,13 +324,9 @@ def watch(run: Run | str | Path, every: float = 1.0) -> Watch:      # every: sec
 
 def _metrics(run: Run | None, folder: Path | None) -> pd.DataFrame:
     "Log entries of a run so far."
+    from subnet_explorer.core.store import read_metrics
     if folder is None: return pd.DataFrame() if run is None else run.metrics
-    file = folder / "metrics.jsonl"
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return pd.DataFrame(rows)
+    return pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
 
 
 def _is_done(run: Run | None, folder: Path | None) -> bool:
