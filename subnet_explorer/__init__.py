@@ -27,6 +27,7 @@ _HOMES = {
     "search.objectives": ("Cloze", "Task", "Kept", "Density", "Ramp"),
     "search.distil": ("MLM", "Hidden", "Suppress", "Maintain"),
     "search.find": ("find",),
+    "search.together": ("Weights",),
     "search.prune": ("iterate",),
     "tasks.heads": ("Tagger", "Classifier", "Regressor", "Chooser"),
     "tasks.parser": ("Parser",),
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     from .search.objectives import Cloze as Cloze, Density as Density, Kept as Kept, Ramp as Ramp, Task as Task
     from .search.distil import Hidden as Hidden, MLM as MLM, Maintain as Maintain, Suppress as Suppress
     from .search.find import find as find
+    from .search.together import Weights as Weights
     from .search.prune import iterate as iterate
     from .tasks.heads import Chooser as Chooser, Classifier as Classifier, Regressor as Regressor, Tagger as Tagger
     from .tasks.parser import Parser as Parser

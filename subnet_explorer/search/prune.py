@@ -26,7 +26,7 @@ from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
 from ..core.store import Run, Store, progress_bar
 from ..model.apply import masked
-from .find import Monitor, frozen, seen
+from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective
 from .score import gate_importance, magnitude
 

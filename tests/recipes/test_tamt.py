@@ -420,7 +420,7 @@ def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch)
     def no(*args, **more): raise AssertionError("trained again")
     with monkeypatch.context() as m:
         for name in ("fit", "transferred"): m.setattr(here, name, no)
-        m.setattr("subnet_explorer.search.find.Search.one", no)
+        m.setattr("subnet_explorer.search.loop.one_step", no)
         again = tamt(*world, TEXTS, DEV, methods=("omp", "random", "imp", "mlm"), seeds=(0, 1), tasks=tasks, to=to, **SMALL)
     for name in ("scores", "curves", "transfer"): assert getattr(again, name).equals(getattr(study, name)), name
     more = tamt(*world, TEXTS, DEV, methods=("omp", "kd"), seeds=(0,), tasks={}, to=to, **SMALL)

@@ -14,17 +14,24 @@ import pytest
 import torch
 from scipy import stats
 
+import subnet_explorer.search.adam as adam_module
 import subnet_explorer.search.engine as engine_module
-import subnet_explorer.search.find as search_module
+import subnet_explorer.search.sites as sites_module
+import subnet_explorer.search.team as team_module
 from subnet_explorer.data.facts import Facts, read_facts
-from subnet_explorer.search.engine import MaskOptimizer, PlainOptimizer, farthest
+from subnet_explorer.search.adam import PlainOptimizer
+from subnet_explorer.search.engine import MaskOptimizer, engine_state
+from subnet_explorer.search.reach import farthest
 from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.distil import MLM, Hidden, Maintain, Suppress
 from subnet_explorer.search.objectives import Cloze, Density, Kept, batch_at, passes
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.data.pocket import sentences
-from subnet_explorer.search.find import Diverged, WrongProcesses, find, find_all, frozen
+from subnet_explorer.search.find import find, find_all
+from subnet_explorer.search.loop import Diverged, frozen, lr_at
+from subnet_explorer.search.processes import WrongProcesses
+from subnet_explorer.search.team import SharedPass
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.store import Store, read_state
@@ -255,9 +262,12 @@ def reach_parameter(model, name):
 @pytest.mark.parametrize("gate", [Threshold, HardConcrete])
 def test_long_texts_are_folded_into_gradients(gate):
     "What a long text hands over for a matrix that is used again is larger than the matrix: it is added up at once, and the sum is the same."
-    traces, folds, original = [], [], engine_module._Site._fold
+    traces, folds, original = [], [], sites_module.fold
+    def spy(site):
+        folds.append(site.index)
+        original(site)
     try:
-        engine_module._Site._fold = lambda site: folds.append(site.index) or original(site)
+        sites_module.fold = spy
         for kind in (PlainOptimizer, MaskOptimizer):
             model = tiny("gpt2").requires_grad_(False)
             made = gate(Space.of(model, "weight", embeddings=True))
@@ -268,7 +278,7 @@ def test_long_texts_are_folded_into_gradients(gate):
                     opt.backward(model(input_ids=ids[:1], labels=ids[:1]).loss + 2 * model(input_ids=ids, labels=ids).loss + model(input_ids=ids[:, :5], labels=ids[:, :5]).loss)
                 opt.step()
             traces.append(torch.cat([l.detach().flatten() for l in made.logits]))
-    finally: engine_module._Site._fold = original
+    finally: sites_module.fold = original
     apart = (traces[0] - traces[1]).abs()      # as in `agree`: where a gradient is rounding noise, Adam makes a step of it
     assert folds and (apart > 1e-5).float().mean() < 1e-3 and apart.max() < .2
 
@@ -291,7 +301,7 @@ def test_only_reachable_scores_have_moments(world):
     gate = Threshold(Space.of(model, "weight", layers="top-half"), seed=1)
     rates = [.002] * 20
     opt = MaskOptimizer(model, gate, rates, scores="reachable")
-    held = sum(len(a.m) for a in opt.active.values())
+    held = sum(len(a.m) for a in opt.reach.active.values())
     near = sum(int((l.abs() <= farthest(rates)[0]).sum()) for l in gate.logits)
     assert held == near < .15 * gate.space.size and not opt.moments
 
@@ -302,9 +312,9 @@ def test_the_set_narrows_along_the_way(world):
     everything, _ = search(world, "all", **long)
     sizes = []
     original = engine_module.narrow
-    def spy(opt, *args):
-        original(opt, *args)
-        sizes.append(sum(len(a.index) for a in opt.active.values()))
+    def spy(reach, *args):
+        original(reach, *args)
+        sizes.append(sum(len(a.index) for a in reach.active.values()))
     engine_module.narrow = spy
     try: some, _ = search(world, "reachable", **long)
     finally: engine_module.narrow = original
@@ -324,7 +334,6 @@ def test_the_default_is_exact(world):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("growth", [1.0, 1.05, 3.0])
 def test_no_gradients_move_a_score_farther_than_the_bound(schedule, growth):
-    from subnet_explorer.search.find import lr_at
     rates = [.01 * lr_at(t, 80, schedule) for t in range(80)]
     p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([p])
@@ -398,7 +407,7 @@ def _optimizer_trace(fast, gate=HardConcrete, scores="all", dtype=torch.float32,
         with opt.applied():
             opt.backward(model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean() + (opt.penalty() if gate is not Threshold else 0))
         opt.step()
-    if opt.active: engine_module.sync(opt)
+    engine_state(opt)      # brings logits up to date
     return torch.cat([l.detach().flatten() for l in made.logits]), made.harden(), opt
 
 
@@ -411,11 +420,11 @@ def test_compiled_and_plain_updates_agree():
 
 def test_a_sampled_gradient_is_the_gradient():
     (a, m, opt), (b, n, _), (c, o, _) = (_optimizer_trace(True, Threshold, scores, rate=.004) for scores in ("reachable", "sampled", "all"))
-    assert opt.active and torch.allclose(a, b, atol=1e-4) and m == o and (m ^ n).count <= 2
+    assert opt.reach.active and torch.allclose(a, b, atol=1e-4) and m == o and (m ^ n).count <= 2
 
 
 def test_without_a_compiler_it_is_slower_and_the_same(monkeypatch):
-    monkeypatch.setattr(engine_module, "_FAST", {})
+    monkeypatch.setattr(adam_module, "COMPILED", {})
     def broken(*args, **kwargs): raise RuntimeError("no compiler here")
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="could not be compiled"): a, m, _ = _optimizer_trace(True, Threshold)
@@ -494,7 +503,7 @@ def together(world, gates=None, to=None, engine="auto", **options):
 @pytest.mark.parametrize("options", [dict(), dict(engine="all"), dict(lr=.002), dict(clip=.5), dict(optimizer="adamw")], ids=said)
 def test_side_by_side_is_one_by_one(world, options, fillers, monkeypatch):
     "Also when tokens are filled up to sizes that can be captured."
-    monkeypatch.setitem(search_module.ROUND, "cpu", fillers)
+    monkeypatch.setitem(team_module.ROUND, "cpu", fillers)
     model, tok = world
     space = Space.of(model, "weight", layers="top-half")
     for s, (run, goal) in enumerate(zip(together(world, **options), GOALS)):
@@ -503,13 +512,13 @@ def test_side_by_side_is_one_by_one(world, options, fillers, monkeypatch):
 
 
 def test_token_counts_are_few(world, monkeypatch):
-    monkeypatch.setitem(search_module.ROUND, "cpu", 64)
+    monkeypatch.setitem(team_module.ROUND, "cpu", 64)
     shapes = set()
-    original = search_module._Pass._step
+    original = SharedPass.compute
     def spy(self, states, gold, *packing):
-        shapes.add((len(states), len(gold), self.tokens.width, self.tokens.n))
+        shapes.add((len(states), len(gold), self.batch.tokens.width, self.batch.tokens.n))
         return original(self, states, gold, *packing)
-    monkeypatch.setattr(search_module._Pass, "_step", spy)
+    monkeypatch.setattr(SharedPass, "compute", spy)
     together(world, steps=30)
     assert len(shapes) <= 8 and all(n % 64 == 0 and w % 8 == 0 for n, _, w, _ in shapes)
 
@@ -547,19 +556,27 @@ def test_what_cannot_share_a_pass_says_so(world, change, message):
 
 PROGRAM = """
 import json, os, sys
-from subnet_explorer.data import Facts, read_facts
-from subnet_explorer.gates import Concrete, HardConcrete, Threshold
-from subnet_explorer.objectives import MLM, Cloze, Density, Kept, Maintain, Suppress
-from subnet_explorer.pocket import load, sentences
-from subnet_explorer.search import find
-from subnet_explorer.space import Space
+from subnet_explorer import Cloze, Concrete, Density, Facts, HardConcrete, Kept, MLM, Maintain, Space, Suppress, Threshold
+from subnet_explorer import find, load, read_facts
+from subnet_explorer.data.pocket import sentences
+
 model, tok = load("pocket-bert")
 facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
+texts = [" ".join(t["form"] for t in s) for s in sentences(30)]
 space = Space.of(model, "weight+head", layers="top-half")
-for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable")),
-                                  ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {}),
-                                  ("passes", Concrete(space, .5, straight_through=True), Suppress(facts) + Maintain([" ".join(t["form"] for t in s) for s in sentences(30)]) + Kept(Cloze(facts)) + Density(), dict(noise="independent", complement=True))):
-    run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
+critical = Suppress(facts) + Maintain(texts) + Kept(Cloze(facts)) + Density()
+reachable = dict(lr=.0005, engine="reachable")
+separate = dict(noise="independent", complement=True)
+searches = {
+    "hard": (Threshold(space), Cloze(facts), dict(lr=.002)),
+    "soft": (HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)),
+    "few": (Threshold(Space.of(model, "weight")), Cloze(facts), reachable),
+    "text": (Threshold(space), MLM(texts), {}),
+    "passes": (Concrete(space, .5, straight_through=True), critical, separate),
+}
+for name, (gate, goal, options) in searches.items():
+    settings = dict(steps=8, batch=8, every=2, progress=False, to=f"{sys.argv[1]}/{name}", processes=int(sys.argv[2]))
+    run = find(model, tok, gate, goal, **settings | options)
     line = json.dumps([name, run.mask.id, list(run.metrics.loss)]) + "\\n"
     with open(f"{sys.argv[1]}-rank{os.environ.get('RANK', 0)}.jsonl", "a") as out: out.write(line)
 """
@@ -620,20 +637,19 @@ def test_gpu_compiled_update_agrees():
 @pytest.mark.gpu
 def test_gpu_steps_are_captured_and_the_same(tmp_path):
     "Captured steps of one and of several searches find what steps that run as they are find."
-    from subnet_explorer.search.find import _Pass
     model, tok = load("pocket-bert")
     model = model.cuda()
     space = Space.of(model, "weight", layers="top-half")
     options = dict(steps=60, lr=.01, every=10, batch=16, progress=False, engine="all")
     seen = []
-    original = _Pass.__init__
+    original = SharedPass.__init__
     def spy(self, *args): original(self, *args); seen.append(self)
     rule = MaskOptimizer.__init__
     try:
-        _Pass.__init__ = spy
+        SharedPass.__init__ = spy
         MaskOptimizer.__init__ = lambda self, *args, **kw: rule(self, *args, **{**kw, "fast": True})
         captured = find_all(model, tok, [Threshold(space, seed=s) for s in range(3)], GOALS, **options)
-    finally: _Pass.__init__, MaskOptimizer.__init__ = original, rule
+    finally: SharedPass.__init__, MaskOptimizer.__init__ = original, rule
     assert seen and any(p.replay.graphs for p in seen)
     for s, (run, goal) in enumerate(zip(captured, GOALS)):
         plain = find(model, tok, Threshold(space, seed=s), goal, **{**options, "engine": "plain"})

@@ -18,7 +18,8 @@ from subnet_explorer.search.objectives import Context
 from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, head_changes, row_losses
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.data.pocket import sentences
-from subnet_explorer.search.find import find, frozen
+from subnet_explorer.search.find import find
+from subnet_explorer.search.loop import frozen
 from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError

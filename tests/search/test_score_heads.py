@@ -19,7 +19,7 @@ from subnet_explorer.search.objectives import Cloze, Context, Density, Objective
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.data.pocket import plausible, treebank
 from subnet_explorer.search.score import attribution, importance, magnitude
-from subnet_explorer.search.find import Diverged, lr_at
+from subnet_explorer.search.loop import Diverged, lr_at
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName

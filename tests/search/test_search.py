@@ -26,7 +26,8 @@ from subnet_explorer.core.scores import Scores
 from subnet_explorer.search.objectives import Cloze, Context, Density, Objective, Task, batch_at
 from subnet_explorer.model.sequences import Sequences
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.search.find import Diverged, find
+from subnet_explorer.search.find import find
+from subnet_explorer.search.loop import Diverged
 from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError

@@ -22,7 +22,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.search.objectives import Context, Task, batch_at
 from subnet_explorer.data.pocket import PARTS, POCKET_TASKS, TUNING, WORDINGS, labelled, pocket_rows, vocabulary
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.search.find import lr_at
+from subnet_explorer.search.loop import lr_at
 from subnet_explorer.search.score import importance
 from subnet_explorer.search.prune import iterate
 from subnet_explorer.core.space import Space
