@@ -28,6 +28,7 @@ _HOMES = {
     "search.objectives": ("Cloze", "Task", "Kept", "Density", "Ramp"),
     "search.distil": ("MLM", "Hidden", "Suppress", "Maintain"),
     "search.find": ("find",),
+    "search.together": ("Weights",),
     "search.prune": ("iterate",),
     "tasks.heads": ("Tagger", "Classifier", "Regressor", "Chooser"),
     "tasks.parser": ("Parser",),
@@ -94,87 +95,43 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import recipes as recipes
-    from .core.errors import SpaceMismatch as SpaceMismatch
-    from .core.errors import SubnetError as SubnetError
+    from .core.errors import SpaceMismatch as SpaceMismatch, SubnetError as SubnetError
     from .core.mask import Mask as Mask
     from .core.masks import Masks as Masks
     from .core.scores import Scores as Scores
     from .core.space import Space as Space
-    from .core.store import Run as Run
-    from .core.store import Store as Store
+    from .core.store import Run as Run, Store as Store
     from .data.facts import (
         Fact as Fact,
-    )
-    from .data.facts import (
         Facts as Facts,
-    )
-    from .data.facts import (
         answerable as answerable,
-    )
-    from .data.facts import (
         read_facts as read_facts,
-    )
-    from .data.facts import (
         split as split,
     )
-    from .data.parts import TaskData as TaskData
-    from .data.parts import task_data as task_data
-    from .data.questions import Questions as Questions
-    from .data.questions import read_squad as read_squad
+    from .data.parts import TaskData as TaskData, task_data as task_data
+    from .data.questions import Questions as Questions, read_squad as read_squad
     from .data.sentences import (
         Sentence as Sentence,
-    )
-    from .data.sentences import (
         fitting as fitting,
-    )
-    from .data.sentences import (
         read_conllu as read_conllu,
-    )
-    from .data.sentences import (
         read_ner as read_ner,
     )
-    from .data.tables import Labelled as Labelled
-    from .data.tables import read_choices as read_choices
-    from .data.tables import read_glue as read_glue
-    from .data.texts import Blocks as Blocks
-    from .data.texts import blocks as blocks
-    from .data.texts import read_blocks as read_blocks
-    from .data.texts import read_texts as read_texts
+    from .data.tables import Labelled as Labelled, read_choices as read_choices, read_glue as read_glue
+    from .data.texts import Blocks as Blocks, blocks as blocks, read_blocks as read_blocks, read_texts as read_texts
     from .look.app import explore as explore
-    from .look.views import compare_view as compare_view
-    from .look.views import show as show
-    from .look.views import watch as watch
+    from .look.views import compare_view as compare_view, show as show, watch as watch
     from .model.apply import masked as masked
-    from .model.compact import compact as compact
-    from .model.compact import load_compact as load_compact
+    from .model.compact import compact as compact, load_compact as load_compact
     from .model.load import load as load
-    from .search.distil import MLM as MLM
-    from .search.distil import Hidden as Hidden
-    from .search.distil import Maintain as Maintain
-    from .search.distil import Suppress as Suppress
+    from .search.distil import MLM as MLM, Hidden as Hidden, Maintain as Maintain, Suppress as Suppress
     from .search.find import find as find
-    from .search.gates import Concrete as Concrete
-    from .search.gates import HardConcrete as HardConcrete
-    from .search.gates import Threshold as Threshold
-    from .search.gates import TopK as TopK
-    from .search.objectives import Cloze as Cloze
-    from .search.objectives import Density as Density
-    from .search.objectives import Kept as Kept
-    from .search.objectives import Ramp as Ramp
-    from .search.objectives import Task as Task
+    from .search.gates import Concrete as Concrete, HardConcrete as HardConcrete, Threshold as Threshold, TopK as TopK
+    from .search.objectives import Cloze as Cloze, Density as Density, Kept as Kept, Ramp as Ramp, Task as Task
     from .search.prune import iterate as iterate
-    from .tasks.controls import control_labels as control_labels
-    from .tasks.controls import reset as reset
-    from .tasks.controls import selectivity as selectivity
-    from .tasks.fit import Lora as Lora
-    from .tasks.fit import fit as fit
-    from .tasks.fit import head_for as head_for
-    from .tasks.fit import preserved as preserved
-    from .tasks.heads import Chooser as Chooser
-    from .tasks.heads import Classifier as Classifier
-    from .tasks.heads import Regressor as Regressor
-    from .tasks.heads import Tagger as Tagger
+    from .search.together import Weights as Weights
+    from .tasks.controls import control_labels as control_labels, reset as reset, selectivity as selectivity
+    from .tasks.fit import Lora as Lora, fit as fit, head_for as head_for, preserved as preserved
+    from .tasks.heads import Chooser as Chooser, Classifier as Classifier, Regressor as Regressor, Tagger as Tagger
     from .tasks.parser import Parser as Parser
-    from .tasks.relearn import relearned as relearned
-    from .tasks.relearn import relearning as relearning
+    from .tasks.relearn import relearned as relearned, relearning as relearning
     from .tasks.spans import SpanFinder as SpanFinder

@@ -28,7 +28,7 @@ from ..core.space import Space, check_model, same_space
 from ..core.progress import progress_bar
 from ..core.store import Run, Store
 from ..model.apply import masked
-from .find import Monitor, frozen, seen
+from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective
 from .score import WEIGHTS, GateImportance, magnitude
 

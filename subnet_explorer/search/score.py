@@ -20,7 +20,7 @@ from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, same_space
 from ..model.apply import applied, parameter, parameter_like
 from ..model.packed import examples_of, recomputing
-from .find import frozen
+from .loop import frozen
 from .objectives import Context, Objective, encoded, look_ahead
 
 # %% auto #0

@@ -27,7 +27,8 @@ from subnet_explorer.model.load import load
 from subnet_explorer.data.grammar import sentences, treebank
 from subnet_explorer.search.score import attribution, magnitude
 from subnet_explorer.search.prune import iterate
-from subnet_explorer.search.find import find, seen
+from subnet_explorer.search.find import find
+from subnet_explorer.search.loop import seen
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 
