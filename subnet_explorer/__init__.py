@@ -41,9 +41,9 @@ _HOMES = {
 # names under which the functions of several modules are gathered: `plots.density`, `evaluate.cloze`, …
 _GATHERED = {
     "compare": ("core.compare",),
-    "evaluate": ("measure.ask", "measure.removal", "measure.metrics"),
+    "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics"),
     "knowledge": ("data.graphs",),
-    "patterns": ("measure.patterns",),
+    "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.views",),
     "plots": ("look.style", "look.paper", "look.figure", "look.masks", "look.curves", "look.models"),
     "represent": ("measure.vectors", "measure.attention"),

@@ -381,7 +381,7 @@ def _predictions(e: Explorer) -> Work:      # columns under, rank, token, probab
 
 def _patterns(e: Explorer) -> Work:      # columns under, pattern, share, n
     _needs(e, "attention patterns")
-    from subnet_explorer.measure.patterns import decide, shares
+    from subnet_explorer.measure.decisions import decide, shares
     texts = list(dict.fromkeys([*([e.sentence] if e.sentence.strip() else []), *(f.prompt for f in (e.facts if isinstance(e.facts, Facts) else []))]))[:32]
     if not texts: raise SubnetError("type a sentence first: its attention maps are what has patterns.")
     found = yield from _under(e, "patterns", tuple(texts), lambda m: shares(decide(e.model, e.tok, texts, m, drop_short=True)))

@@ -19,7 +19,7 @@ from ..core.compare import jaccard
 from ..data.files import BadFacts
 from ..data.facts import Facts, Split, answerable
 from ..measure.removal import Removal, removal, removal_table
-from ..measure.ask import most_fluent
+from ..measure.fluency import most_fluent
 from ..search.gates import Concrete
 from ..data.graphs import concept, disjoint, shared_triples, triple
 from ..core.masks import Masks

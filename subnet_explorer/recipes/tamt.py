@@ -24,7 +24,7 @@ from torch import nn
 
 from .. import compare
 from ..model.apply import masked, parameter
-from ..measure.ask import HeldOut
+from ..measure.fluency import HeldOut
 from ..search.gates import TopK
 from ..tasks.fit import fit, preserved
 from ..data.parts import TaskData

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from subnet_explorer.data.facts import TEMPLATES, Fact, Facts, answerable, encode, read_facts, split
 from subnet_explorer.data.files import BadFacts
-from subnet_explorer.measure.ask import most_fluent
+from subnet_explorer.measure.fluency import most_fluent
 from subnet_explorer.data.graphs import (
     FORMATS,
     IN_TARGET,

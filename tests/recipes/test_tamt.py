@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from subnet_explorer.model.apply import applied, masked, parameter
 from subnet_explorer.cli import main
-from subnet_explorer.measure.ask import HeldOut
+from subnet_explorer.measure.fluency import HeldOut
 from subnet_explorer.search.gates import TopK
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.core.mask import Mask

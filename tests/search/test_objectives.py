@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import subnet_explorer.search.objectives as objectives
 from subnet_explorer.data.facts import Fact, Facts, encode, read_facts
-from subnet_explorer.measure.ask import perplexity
+from subnet_explorer.measure.fluency import perplexity
 from subnet_explorer.search.gates import Concrete, Threshold
 from subnet_explorer.search.distil import MLM, Maintain, Reference, Suppress
 from subnet_explorer.search.objectives import Context
