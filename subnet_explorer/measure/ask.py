@@ -28,15 +28,16 @@ from ..search.objectives import Context
 from .attention import token_ids
 
 # %% auto #0
-__all__ = ['Condition', 'masks_of', 'draws_of', 'first_changed_block', 'check_finite', 'logits_in_parts', 'right_answers',
-           'cloze', 'predictions', 'majority', 'precision', 'mrr', 'plausibility', 'Precision', 'Answers']
+__all__ = ['Condition', 'ONE_MASK', 'masks_of', 'draws_of', 'first_block_changed_by', 'check_finite', 'logits_in_parts',
+           'right_answers', 'cloze', 'predictions', 'majority', 'precision', 'mrr', 'plausibility', 'Precision',
+           'Answers']
 
 # %% ../../nbs/measure/00_ask.ipynb #4cc1cc4f
 Condition = Mask | Scores | None | Mapping[str, "Condition"] | Sequence["Condition"]
 "What a model runs under; a mapping is by relation, a sequence holds repetitions."
 
 
-_ONE_MASK = (
+ONE_MASK = (
     "a condition with a mask for each relation can be applied to the facts of each relation only: "
     "here, give one mask for all."
 )
@@ -57,14 +58,14 @@ def draws_of(
 ) -> list[Mask | Scores | None]:
     "List the repetitions of a condition for a relation; raise `UnknownName` if it has no mask."
     if isinstance(condition, Mapping):
-        if relation is None: raise SubnetError(_ONE_MASK)
+        if relation is None: raise SubnetError(ONE_MASK)
         check_names([relation], condition, "relation with a mask")
         return draws_of(condition[relation], relation)
     if isinstance(condition, (list, tuple)): return [m for c in condition for m in draws_of(c, relation)]
     return [cast("Mask | Scores | None", condition)]
 
 
-def first_changed_block(model: nn.Module, condition: Condition) -> int:      # zero-based
+def first_block_changed_by(model: nn.Module, condition: Condition) -> int:      # zero-based
     "Find the first block that any mask can change; raise `SpaceMismatch` for masks of another model."
     spaces = {m.space.id: m.space for m in masks_of(condition)}
     for space in spaces.values(): check_model(space, model)
@@ -119,7 +120,7 @@ def cloze(
         raise SubnetError(
             f"there is nothing to ask: {len(facts)} facts under {len(under)} conditions."
         )
-    first = first_changed_block(model, under)
+    first = first_block_changed_by(model, under)
     right, among = _right_objects(tok, known or facts), None
     if candidates:
         among = torch.tensor(sorted({i for f in candidates if (i := object_id(tok, f)) is not None}))

@@ -21,7 +21,7 @@ from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
 from ..search.objectives import Context, fingerprint_of
-from .ask import Condition, cloze, draws_of, first_changed_block, logits_in_parts, right_answers
+from .ask import Condition, cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
 from .fluency import EncodedTexts
 
 # %% auto #0
@@ -74,7 +74,7 @@ def _texts_lost(
     model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, Condition], cut: bool,
 ) -> pd.DataFrame:
     "Ask for texts as items."
-    first, tables = first_changed_block(model, under), []
+    first, tables = first_block_changed_by(model, under), []
     with evaluating(model):
         coded = EncodedTexts(model, tok, texts, cut, first)
         if not coded.tokens.all():

@@ -68,13 +68,13 @@ def vectors(
     "Read the last hidden state of every fact under every condition."
     import torch
 
-    from subnet_explorer.measure.ask import first_changed_block
+    from subnet_explorer.measure.ask import first_block_changed_by
     from subnet_explorer.model.apply import evaluating, masked
     from subnet_explorer.model.sequences import Prompts
     check_names([at], ["cls", "mask"], "position")
     under = {"full model": None} if under is None else under
     masks = {name: _own_masks(name, condition, facts) for name, condition in under.items()}
-    first = first_changed_block(model, masks)
+    first = first_block_changed_by(model, masks)
     where = "last" if is_causal(model) else at
     with evaluating(model): prompts = {r: Prompts(model, tok, facts[r], first) for r in facts.relations}
     rows: list[dict[str, Any]] = []
