@@ -60,7 +60,7 @@ def multiplied(model, values):
 def by_hand(model, tok, facts, values=None):
     "One whole forward pass per fact, everything sorted in plain Python: rank, filtered rank, log-probability, answer."
     twin, causal = multiplied(model, values), tok.mask_token is None
-    word = lambda o: tok(" " + o, add_special_tokens=False).input_ids[0]
+    def word(o): return tok(" " + o, add_special_tokens=False).input_ids[0]
     out = {}
     for f in facts:
         text = f.prompt.split("[MASK]")[0].rstrip() if causal else f.prompt.replace("[MASK]", tok.mask_token)
@@ -121,7 +121,7 @@ def test_filtering_uses_all_known_facts(pocket_bert, facts):
 def test_equal_scores_do_not_count_against_the_answer(pocket_bert, facts):
     "With the embeddings at zero the logits are the output bias: three tokens at one, all others at zero."
     model, tok = copy.deepcopy(pocket_bert[0]), pocket_bert[1]
-    word = lambda o: tok(o, add_special_tokens=False).input_ids[0]
+    def word(o): return tok(o, add_special_tokens=False).input_ids[0]
     objects = sorted({f.obj for f in facts})
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight.zero_()
@@ -158,7 +158,9 @@ def test_every_shape_of_condition(pocket_bert, facts, space):
     for (name, draw), which in wanted.items():
         for relation, i in zip(("MadeOf", "IsA"), which, strict=True):
             part = table[(table.under == name) & (table.draw == draw) & (table.relation == relation)]
-            if i is None: assert part.empty; continue
+            if i is None:
+                assert part.empty
+                continue
             plain = single[i][single[i].relation == relation]
             assert part["rank"].tolist() == plain["rank"].tolist()
             assert np.allclose(part.logprob, plain.logprob, atol=1e-4)
@@ -227,14 +229,14 @@ def test_precision_of_the_model(pocket_bert, facts, space):
         hits = {r: [plain[f.uuid][0] <= k for f in facts[r]] for r in facts.relations}
         value = p[p.k == k].set_index("relation").value
         assert value["macro"] == pytest.approx(np.mean([np.mean(h) for h in hits.values()]))
-        assert value["micro"] == pytest.approx(np.mean(sum(hits.values(), [])))
+        assert value["micro"] == pytest.approx(np.mean([hit for of in hits.values() for hit in of]))
 
 
 def test_facts_may_share_an_identifier(pocket_bert, facts):
     "Identifiers come from files; nothing promises that they are different."
     model, tok = pocket_bert
     same = Facts(tuple(Fact(f.relation, f.sub, f.obj, f.prompt, "same") for f in facts))
-    value = lambda of: precision(cloze(model, tok, of, {"x": None}), (50,), samples=20).value.tolist()
+    def value(of): return precision(cloze(model, tok, of, {"x": None}), (50,), samples=20).value.tolist()
     assert value(same) == value(facts)
 
 
@@ -353,7 +355,7 @@ def test_perplexity(request, name):
 def test_perplexity_of_a_text_longer_than_the_model(request, name):
     model, tok = request.getfixturevalue(f"pocket_{name}")
     long = " ".join(TEXTS * 3)
-    with pytest.raises(SubnetError, match="text 1 .* has .* tokens, and the model reads at most 64"):
+    with pytest.raises(SubnetError, match=r"text 1 .* has .* tokens, and the model reads at most 64"):
         perplexity(model, tok, [TEXTS[0], long])
     ids = tok(long, add_special_tokens=False).input_ids
     # one for the beginning of a text, two for [CLS] and [SEP]
@@ -377,7 +379,7 @@ def test_accuracy(request, name, kind):
         for e in examples:
             ids, rows, targets = head.encode(tok, e)
             with torch.no_grad(): states = twin.base_model(input_ids=torch.tensor([ids]))[0][0]
-            right += [head.out(states[p]).argmax().item() == t for p, t in zip(rows, targets)]
+            right += [head.out(states[p]).argmax().item() == t for p, t in zip(rows, targets, strict=True)]
         assert accuracy(model, tok, examples, head, under) == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
 
 
@@ -407,7 +409,7 @@ def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
     with pytest.raises(SubnetError, match="nothing to ask: 0 facts"): cloze(model, tok, Facts(()), {"full": None})
     with pytest.raises(SubnetError, match="under 0 conditions"): cloze(model, tok, facts, {})
     for texts in ([], [""]):
-        with pytest.raises(SubnetError, match="no token to predict|nothing to read"): perplexity(model, tok, texts)
+        with pytest.raises(SubnetError, match=r"no token to predict|nothing to read"): perplexity(model, tok, texts)
     with pytest.raises(SubnetError, match="no question"): plausibility(model, tok, [])
     with pytest.raises(SubnetError, match="needs a masked model"): plausibility(*pocket_gpt2, choices(1))
     with pytest.raises(SubnetError, match="is empty"): plausibility(model, tok, [{**choices(1)[0], "premise": " . "}])
@@ -416,7 +418,8 @@ def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
 
 def test_a_fact_asked_twice_is_no_repetition(pocket_bert, facts):
     items = cloze(*pocket_bert, Facts(facts.items[:3] + facts.items[:1]), {"full": None})
-    with pytest.raises(SubnetError, match="1 facts were asked twice"): precision(items)
+    with pytest.raises(SubnetError, match="1 facts were asked twice") as e: precision(items)
+    assert f"e.g. {facts.items[0].sub!r}" in str(e.value)
 
 
 def test_nothing_to_measure(pocket_bert, pocket_gpt2):
@@ -431,4 +434,4 @@ def test_nothing_to_measure(pocket_bert, pocket_gpt2):
     with pytest.raises(SubnetError, match="NaN or infinite logits"): perplexity(broken, tok, TEXTS[:2])
     with pytest.raises(SubnetError, match="NaN or infinite"): interval([np.array([[1., np.nan]])])
     question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0)
-    with pytest.raises(SubnetError, match="question 0: .*it is empty"): plausibility(model, tok, [question])
+    with pytest.raises(SubnetError, match=r"question 0: .*it is empty"): plausibility(model, tok, [question])

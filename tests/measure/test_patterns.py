@@ -70,8 +70,8 @@ def model(name): return tiny(name)
 
 @torch.no_grad()
 def explicit(model, name: str, text: str, layer: int, under: Mask | None = None):
-    """Raw maps (head, n, n), the tensor of what is added (head, n, n, hidden), the output of the projection (n, hidden),
-    and its weight (out, in)."""
+    """Raw maps (head, n, n), the tensor of what is added (head, n, n, hidden), the output of the projection
+    (n, hidden), its weight (out, in), and the values (n, head, size)."""
     prefix, value, out = PATHS[name]
     v_module, o_module = (model.get_submodule(prefix.format(layer) + p) for p in (value, out))
     seen = {}
@@ -167,7 +167,8 @@ def test_many_texts_equal_one_at_a_time(model, normed):
     attention(model, TOK, TEXTS[0])
     weights, kept = {k: v.clone() for k, v in model.state_dict().items()}, hooks(model)
     before = weights, model.config._attn_implementation
-    for (maps, tokens), text in zip(attention_maps(model, TOK, TEXTS * 3, normed=normed, batch=5), TEXTS * 3):
+    many = attention_maps(model, TOK, TEXTS * 3, normed=normed, batch=5)
+    for (maps, tokens), text in zip(many, TEXTS * 3, strict=True):
         assert tokens == text.split() and np.allclose(maps, attention(model, TOK, text, normed=normed)[0], atol=1e-5)
     # shorter texts first, no batch of two lengths
     assert [len(index) for index, _, _ in each_attention(model, TOK, TEXTS * 3, batch=5)] == [5, 1, 5, 1]
@@ -284,7 +285,7 @@ def test_a_stored_classifier_is_read_back_and_others_are_not(tmp_path, cnn):
 def test_drawn_maps_are_maps(seed, low, more):
     data = generate(10, seed, sizes=(low, low + more))
     assert data.counts.tolist() == [2] * 5 and all(low <= len(check_map(m)) <= low + more for m in data.maps)
-    assert all(np.allclose(m.sum(1), 1, atol=1e-4) for m, n in zip(data.maps, data.table.normed) if not n)
+    assert all(np.allclose(m.sum(1), 1, atol=1e-4) for m, n in zip(data.maps, data.table.normed, strict=True) if not n)
 
 
 def test_the_classifier_knows_drawn_maps(cnn):
@@ -380,7 +381,7 @@ def test_decisions_are_those_of_the_maps(pocket_bert, cnn):
     assert set(zip(under.layer, under["head"], strict=True)) == kept
     short = decide(model, tok, [*texts, "a robin ."], drop_short=True)
     assert short.attrs["dropped"] == 1 and set(short.text) == {0, 1, 2}
-    with pytest.raises(BadMap, match="text 3 .*has 5 tokens"): decide(model, tok, [*texts, "a robin ."])
+    with pytest.raises(BadMap, match=r"text 3 .*has 5 tokens"): decide(model, tok, [*texts, "a robin ."])
     with pytest.raises(SubnetError, match="removes every head"):
         decide(model, tok, texts, Mask.empty(heads) if hasattr(Mask, "empty") else mask ^ mask)
 

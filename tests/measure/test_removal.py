@@ -1,5 +1,5 @@
-"""Knowledge-critical subnetworks, measured: what removal takes away, the rule that chooses a mask, baselines by gradient,
-and learning again."""
+"""Knowledge-critical subnetworks, measured: what removal takes away, the rule that chooses a mask,
+baselines by gradient, and learning again."""
 from __future__ import annotations
 
 import copy
@@ -30,8 +30,8 @@ from subnet_explorer.search.gates import Concrete, Threshold
 from subnet_explorer.search.objectives import Cloze, Context, Density, Task
 from subnet_explorer.search.prune import iterate
 from subnet_explorer.search.score import attribution, magnitude
-from subnet_explorer.tasks import fit as tasks_fit
 from subnet_explorer.tasks import relearn
+from subnet_explorer.tasks.fit import fit, preserved
 from subnet_explorer.tasks.heads import Tagger
 from subnet_explorer.tasks.relearn import relearned, relearning
 
@@ -176,14 +176,14 @@ def test_removal_refuses(gpt2, pocket_bert, some):
 # ── table ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_table_is_plain_arithmetic(items, summary):
-    cell = lambda u, d, m: summary[(summary.under == u) & (summary.data == d) & (summary.measure == m)].iloc[0]
+    def cell(u, d, m): return summary[(summary.under == u) & (summary.data == d) & (summary.measure == m)].iloc[0]
     for d, n in (("target", 6), ("control", 8), ("text", 7)):
         of = {u: items[(items.data == d) & (items.under == u)] for u in ("full", "without")}
         values = ["logprob", "rank", "tokens"]
         full, lost = (part.pivot(index="draw", columns="item", values=values) for part in of.values())
         w = full["tokens"].iloc[0]
-        l, l0 = lost["logprob"].mean(axis=0), full["logprob"].iloc[0]
-        m, m0 = np.average(l, weights=w), np.average(l0, weights=w)
+        v, v0 = lost["logprob"].mean(axis=0), full["logprob"].iloc[0]
+        m, m0 = np.average(v, weights=w), np.average(v0, weights=w)
         wanted = {
             "perplexity": math.exp(-m),
             "perplexity_ratio": math.exp(m0 - m),
@@ -204,9 +204,9 @@ def test_the_table_is_plain_arithmetic(items, summary):
             assert (c.n, c.draws) == (n, 2)
             assert c.low <= c.high
             assert c["min"] <= c["median"] <= c["max"]
-        assert cell("without", d, "logprob_difference")["median"] == pytest.approx(np.median(l - l0))
-        assert cell("without", d, "logprob_difference")["min"] == pytest.approx((l - l0).min())
-        ratios = np.exp(lost["logprob"].rsub(l0, axis=1)).mean(axis=0)
+        assert cell("without", d, "logprob_difference")["median"] == pytest.approx(np.median(v - v0))
+        assert cell("without", d, "logprob_difference")["min"] == pytest.approx((v - v0).min())
+        ratios = np.exp(lost["logprob"].rsub(v0, axis=1)).mean(axis=0)
         assert cell("without", d, "perplexity_ratio")["max"] == pytest.approx(ratios.max())
     lengths = items.tokens[items.data == "text"]
     assert not (lengths == lengths.iloc[0]).all(), "texts of one length do not test the weights"
@@ -304,7 +304,7 @@ def test_what_is_allowed_beats_what_is_not(a, b, full, sparsity, tolerance):
     for r, (s, sp) in ((x, a), (y, b)):
         ratio = {n: math.exp(full[n] - s[n]) for n in ("control", "text")}
         # at the very edge rounding decides
-        clear = lambda v, edge: abs(v - edge) > 1e-9 * max(1, v)
+        def clear(v, edge): return abs(v - edge) > 1e-9 * max(1, v)
         if all(clear(v, e) for v in ratio.values() for e in (1 - tolerance, 1 + tolerance)) and clear(sp, sparsity):
             within = all(1 - tolerance <= v <= 1 + tolerance for v in ratio.values())
             assert (r["failed"] == "") == (sp >= sparsity and within)
@@ -316,7 +316,7 @@ def test_what_is_allowed_beats_what_is_not(a, b, full, sparsity, tolerance):
 def test_less_violation_scores_more(state, step):
     "On the way from a broken state to the full model with everything kept nothing gets worse until the rule holds."
     s, sparsity = state
-    at = lambda t: RULE.rule(FULL, {n: s[n] + t * (FULL[n] - s[n]) for n in s}, sparsity + t * (1 - sparsity))
+    def at(t): return RULE.rule(FULL, {n: s[n] + t * (FULL[n] - s[n]) for n in s}, sparsity + t * (1 - sparsity))
     a, b = at(0.0), at(step)
     if a["failed"] and b["failed"]: assert b["score"] >= a["score"] - 1e-9
 
@@ -539,12 +539,12 @@ def test_relearning(gpt2, space, some, hold, monkeypatch):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(t.columns) == ["under", "draw", "step", "logprob", "top1"]
     steps = t.groupby(["under", "draw"], sort=False).step.apply(list).to_dict()
-    assert steps == dict.fromkeys((("full", 0), ("without", 0), ("without", 1)), [0, 2, 4, 5])
+    assert steps == {key: [0, 2, 4, 5] for key in (("full", 0), ("without", 0), ("without", 1))}
     start = t[t.step == 0].set_index(["under", "draw"]).logprob
     wanted = cloze(model, tok, TARGET, under).groupby(["under", "draw"]).logprob.mean()
     assert all(start[k] == pytest.approx(wanted[k], abs=1e-4) for k in wanted.index)
     assert (t[(t.under == "without") & (t.step == 5)].logprob.to_numpy() > start["without"].to_numpy()).all()
-    for end, mask in zip(ends[1:], (some, some.random_like(1))):
+    for end, mask in zip(ends[1:], (some, some.random_like(1)), strict=True):
         for g, bits in mask.items(): assert (end[f"transformer.{g.name}"][torch.as_tensor(bits)] == 0).all() == hold
 
 
@@ -588,7 +588,8 @@ def test_the_model_comes_back_after_an_error(gpt2, some):
 
 
 def test_when_facts_are_back():
-    row = lambda u, d, values: [dict(under=u, draw=d, step=10 * i, logprob=v, top1=0.0) for i, v in enumerate(values)]
+    def row(u, d, values):
+        return [dict(under=u, draw=d, step=10 * i, logprob=v, top1=0.0) for i, v in enumerate(values)]
     of_without = row("without", 1, [-5, -4, -3]) + row("without", 0, [-5, -1.05, -.5])
     t = pd.DataFrame(of_without + row("full", 0, [-1, -.5, -.1]))
     r = relearned(t)
