@@ -43,9 +43,9 @@ _HOMES = {
 # names under which the functions of several modules are gathered: `plots.density`, `evaluate.cloze`, …
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
-    "evaluate": ("measure.ask", "measure.removal", "measure.metrics"),
+    "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics"),
     "knowledge": ("data.graphs",),
-    "patterns": ("measure.patterns",),
+    "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",

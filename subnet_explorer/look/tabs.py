@@ -192,7 +192,7 @@ MOST_TEXTS = 32
 def _patterns(e: State) -> Work:      # columns under, pattern, share, n
     "How often each pattern occurs among the attention maps."
     model = _model(e, "attention patterns")
-    from subnet_explorer.measure.patterns import decide, shares
+    from subnet_explorer.measure.decisions import decide, shares
     sentence = [e.sentence] if e.sentence.strip() else []
     texts = list(dict.fromkeys([*sentence, *(f.prompt for f in e.facts or ())]))[:MOST_TEXTS]
     if not texts: raise SubnetError("type a sentence first: its attention maps are what has patterns.")

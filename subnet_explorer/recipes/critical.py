@@ -28,7 +28,7 @@ from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_t
 from ..data.texts import Blocks, blocks, read_texts
 from ..look import agreement, curves
 from ..look import masks as mask_figures
-from ..measure.ask import most_fluent
+from ..measure.fluency import most_fluent
 from ..measure.removal import Removal, removal, removal_table
 from ..model.sequences import longest
 from ..search.distil import Maintain, Suppress

@@ -38,7 +38,7 @@ from ..data.parts import TaskData
 from ..data.texts import Blocks
 from ..look import agreement, curves
 from ..look import masks as mask_figures
-from ..measure.ask import HeldOut
+from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
 from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe, settings_of

@@ -21,7 +21,7 @@ from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.data.files import BadTexts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.texts import Blocks, blocks, read_texts
-from subnet_explorer.measure.ask import perplexity
+from subnet_explorer.measure.fluency import perplexity
 from subnet_explorer.model import packed, sequences
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load, tiny
