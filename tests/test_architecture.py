@@ -39,7 +39,7 @@ def tree(name: str) -> ast.Module:
 def absolute(name: str, node: ast.ImportFrom) -> str:
     "The module that an import names, from the package on: `core.mask`; empty for the package itself."
     if not node.level:
-        return (node.module or "").removeprefix("subnet_explorer").lstrip(".") if _ours(node.module) else f"/{node.module}"
+        return (node.module or "").removeprefix("subnet_explorer.") if _ours(node.module) else f"/{node.module}"
     parts = name.split(".")[:-1]
     base = parts[: len(parts) - node.level + 1]
     return ".".join([*base, *filter(None, [node.module])])
@@ -192,8 +192,7 @@ def test_cells_and_chapters_are_short(path):
 
 @modules
 def test_code_is_plain(name):
-    "No `;`, no named lambda, no condition inside a conditional expression, no comprehension three deep."
-    text = MODULES[name].read_text(encoding="utf-8")
+    "No named lambda, no condition inside a conditional expression, no comprehension three deep; ruff sees to `;`."
     deep = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     for node in ast.walk(tree(name)):
         where = f"{name}, line {getattr(node, 'lineno', 0)}"
@@ -205,8 +204,6 @@ def test_code_is_plain(name):
             inner = [n for n in ast.walk(node) if isinstance(n, deep) and n is not node]
             nested = [m for n in inner for m in ast.walk(n) if isinstance(m, deep) and m is not n]
             assert not nested, f"{where}: comprehensions three deep"
-    tree_lines = {node.lineno: node for node in ast.walk(tree(name)) if isinstance(node, ast.stmt)}
-    assert tree_lines and not re.search(r"^[^#\"']*;\s*\S", text, re.M)
 
 
 # ── safety ───────────────────────────────────────────────────────────────────────────────────────────────────────────

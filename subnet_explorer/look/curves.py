@@ -14,8 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..core.intervals import interval, student_interval
 from ..core.errors import SubnetError, check_names
+from ..core.intervals import interval, student_interval
 from .figure import Figure, set_layout
 from .style import DASHES, PALETTE, safe_text, style
 

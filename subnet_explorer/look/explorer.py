@@ -14,15 +14,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.errors import SubnetError, check_names
-from .figure import Figure, View, set_layout
-from .report import report
-from .masks import UNIT_NAMES, by_layer, cells
 from .agreement import consensus as consensus_figure
-from .masks import density as density_figure
-from .models import attention_pair, mask_attention
-from .models import patterns as patterns_figure
-from .models import predictions as predictions_figure
-from .models import tsne as tsne_figure
+from .figure import Figure, View, set_layout
+from .masks import UNIT_NAMES, by_layer, cells, density as density_figure
+from .models import (
+    attention_pair,
+    mask_attention,
+    patterns as patterns_figure,
+    predictions as predictions_figure,
+    tsne as tsne_figure,
+)
+from .report import report
 from .state import State, edits_text, status
 from .style import PALETTE, safe_text, style
 from .tabs import TABS, WITH_MODEL, Work, is_known, rater_axis, run_work, start_work

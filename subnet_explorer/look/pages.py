@@ -21,11 +21,10 @@ from ..core.compare import jaccard
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.store import Run
+from .agreement import jaccard as jaccard_figure, survival as survival_figure
 from .curves import curves
 from .markup import Page, escaped, folded, link_list, note, preformatted, quiet, shown, site_table
 from .masks import density as density_figure
-from .agreement import jaccard as jaccard_figure
-from .agreement import survival as survival_figure
 from .runs import READ_ERRORS, Collection, Entry
 
 # %% auto #0

@@ -24,10 +24,8 @@ from ..core.space import same_space
 from .curves import curves
 from .explorer import attention_figure
 from .figure import Figure, View
-from .masks import by_layer, cells, densities
-from .masks import density as density_figure
-from .models import attention_pair
-from .models import predictions as predictions_figure
+from .masks import by_layer, cells, densities, density as density_figure
+from .models import attention_pair, predictions as predictions_figure
 from .tables import answers_html
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.intervals import interval
 from ..core.errors import SubnetError, check_names
+from ..core.intervals import interval
 from ..core.layout import is_causal
 from ..core.mask import Mask
 from ..core.scores import Scores

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.intervals import resampled
 from ..core.errors import SubnetError, check_names
+from ..core.intervals import resampled
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked

@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..core.compare import jaccard
-from ..core.compare import placement as placed
+from ..core.compare import jaccard, placement as placed
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.layout import is_causal, layer_text
 from ..core.mask import Mask
@@ -26,8 +25,7 @@ from ..data.facts import Facts, Split, answerable
 from ..data.files import BadFacts
 from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_triples, triple
 from ..data.texts import Blocks, blocks, read_texts
-from ..look import agreement, curves
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import most_fluent
 from ..measure.removal import Removal, removal, removal_table
 from ..model.sequences import longest

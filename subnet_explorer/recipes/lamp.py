@@ -24,8 +24,7 @@ from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable, read_facts, split
-from ..look import agreement, curves, models
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures, models
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
 from ..measure.vectors import tsne, vectors

@@ -30,16 +30,15 @@ from subnet_explorer.recipes.probes import (
 )
 
 from ..core.compare import placement
-from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.space import granular, grid, model_id
 from ..core.store import Run
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
-from ..look import curves
-from ..look import masks as mask_figures
+from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
 from .study import Bench, Pairs, Section, Study, recipe

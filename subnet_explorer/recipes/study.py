@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.masks import Masks
 from ..core.store import Store, cached_table, open_study
 from ..look.report import report as write_report

@@ -26,18 +26,16 @@ from subnet_explorer.recipes.textmasks import (
     ladder,
 )
 
-from ..core.compare import jaccard as jaccard_between
-from ..core.compare import jaccard_chance, jaccard_distance, placement
-from ..core.intervals import student_interval
+from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
+from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
 from ..data.texts import Blocks
-from ..look import agreement, curves
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of

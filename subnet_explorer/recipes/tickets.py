@@ -20,18 +20,17 @@ import torch
 from torch import nn
 
 from ..core.agreement import consensus
-from ..core.intervals import student_interval
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run, Store
 from ..data.parts import TaskData
-from ..look import agreement, curves
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures
 from ..measure.metrics import TaskScore, majority_label
 from ..search.objectives import Task
 from ..search.prune import NoFloor, iterate, matched_controls, random_matched, super_survivors

@@ -23,9 +23,9 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
-from ..core.progress import progress_bar
 from ..core.store import Run, Store
 from ..model.apply import masked
 from .loop import Monitor, frozen, seen

@@ -74,7 +74,7 @@ def explicit(model, name: str, text: str, layer: int, under: Mask | None = None)
     (n, hidden), its weight (out, in), and the values (n, head, size)."""
     prefix, value, out = PATHS[name]
     v_module, o_module = (model.get_submodule(prefix.format(layer) + p) for p in (value, out))
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     hooks = [
         v_module.register_forward_hook(lambda m, a, o: seen.update(v=o[0])),
         o_module.register_forward_hook(lambda m, a, o: seen.update(o=o[0])),
