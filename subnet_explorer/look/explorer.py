@@ -17,7 +17,7 @@ from ..core.errors import SubnetError, check_names
 from .agreement import consensus as consensus_figure
 from .figure import Figure, View, set_layout
 from .masks import UNIT_NAMES, by_layer, cells, density as density_figure
-from .models import (
+from subnet_explorer.look.models import (
     attention_pair,
     mask_attention,
     patterns as patterns_figure,
