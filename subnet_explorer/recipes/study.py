@@ -263,6 +263,10 @@ class Bench:
         "A table that is made once per folder."
         return cached_table(self.folder, name, make)
 
+    def has_table(self, name: str) -> bool:
+        "Whether the folder has this table."
+        return self.folder is not None and (self.folder / "tables" / f"{name}.json").exists()
+
     def finished(self, study: S) -> S:
         "The study, written into its folder if there is one."
         if self.folder: study.save(self.folder)
