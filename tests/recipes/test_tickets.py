@@ -1,6 +1,7 @@
 "The study of lottery tickets: sizes, scores against the plain model, resume, several processes, bad input."
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,9 +17,6 @@ from scipy import stats
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-import importlib
-
-lottery = importlib.import_module("subnet_explorer.recipes.tickets")
 from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
 from subnet_explorer.data.parts import TaskData, task_data
 from subnet_explorer.measure.metrics import majority_label
@@ -29,6 +27,7 @@ from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.tables import read_glue
 
+chapter = importlib.import_module("subnet_explorer.recipes.tickets")
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
 
 
@@ -171,7 +170,7 @@ def test_the_model_comes_back(small, entails, monkeypatch):
     model, before = small[0], weights(small[0])
     tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    monkeypatch.setattr(lottery, "matched_controls", lambda *a: 1 / 0)
+    monkeypatch.setattr(chapter, "matched_controls", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -213,7 +212,7 @@ def test_other_families(entails):
 
 PROGRAM = """
 import sys
-from test_lottery import QUICK, one_task, tickets, untrained
+from test_tickets import QUICK, one_task, tickets, untrained
 tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUICK)
 """
 
@@ -233,8 +232,8 @@ def test_killed_and_continued(small, entails, tmp_path):
 
 
 def test_from_the_folder_nothing_is_done_again(study, bert, tasks, monkeypatch):
-    monkeypatch.setattr(lottery, "fit", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(lottery, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr(chapter, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
     again = tickets(*bert, tasks, seeds=(0, 1), floor=1.0, random_init=True, longer=(4,), to=study.plan.folder, **QUICK)
     pd.testing.assert_frame_equal(again.scores, study.scores); pd.testing.assert_frame_equal(again.steps, study.steps)
     assert all(np.array_equal(v, again.importance[c].values[g]) for c, s in study.importance.items() for g, v in s.values.items())
@@ -272,18 +271,18 @@ def test_a_model_that_has_learned_nothing(small):
 
 def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path, monkeypatch):
     "It stays in the table with its reason; also when read from the folder."
-    real = lottery.iterate
+    real = chapter.iterate
     def pruned(*a, labels, **k):
         if labels == {"task": "entails", "seed": 1}: raise NoFloor("the full model scores -0.1")
         return real(*a, labels=labels, **k)
-    monkeypatch.setattr(lottery, "iterate", pruned)
+    monkeypatch.setattr(chapter, "iterate", pruned)
     for _ in range(2):
         found = tickets(*small, entails, seeds=(0, 1, 2), floor=1.0, to=tmp_path / "s", **QUICK)
         assert found.skipped == {("entails", 1): "the full model scores -0.1"} and set(found.good.index.seed) == {0, 2}
         one = found.scores.query("seed == 1")
         assert list(one.kind) == ["full"] and one.note.item() == "not pruned: the full model scores -0.1"
         assert set(found.masks.sel(kind="super-good").index.seed) == {0, 2}
-        monkeypatch.setattr(lottery, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+        monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
 
 
 def test_constant_predictions_are_named(small, tmp_path):

@@ -1,6 +1,7 @@
 "Subnetwork probes: heads, cells, controls, study, files, shell."
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -11,9 +12,6 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-import importlib
-
-chapter = importlib.import_module("subnet_explorer.recipes.probe")
 import subnet_explorer.core.space as spaces
 from subnet_explorer import masked
 from subnet_explorer.cli import main
@@ -29,35 +27,36 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.search.objectives import Context, Task
 from subnet_explorer.look.curves import pareto
-from subnet_explorer.data.pocket import PROBING
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.probe import (
+    BASELINES,
+    POCKET,
+    centre,
+    centres,
+    layers,
+    localisation,
+    notes,
+    plan,
+    probe,
+    strongest_lambda,
+    summary,
+    where_figures,
+    where_kept,
+    with_published,
+)
+from subnet_explorer.recipes.probes import (
     PROBES,
     SOURCE,
     TASKS,
     Cell,
     ProbeSetting,
     attention_soft,
-    with_published,
-    centre,
-    centres,
     gap_score,
     head_of,
-    layers,
-    localisation,
-    notes,
     online_code,
-    plan,
-    probe,
-    probe_json,
-    probe_report,
     published,
     run_cell,
-    strongest_lambda,
-    summary,
     unseen,
-    where_kept,
-    where_figures,
 )
 from subnet_explorer.search.score import magnitude
 from subnet_explorer.search.find import lr_at
@@ -65,9 +64,11 @@ from subnet_explorer.core.space import GRANULARITIES, Space, granular
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.store import OtherRun
 
+chapter = importlib.import_module("subnet_explorer.recipes.probe")
+probes = importlib.import_module("subnet_explorer.recipes.probes")
 TRAIN, DEV = read_conllu("pocket", part="train")[:40], read_conllu("pocket", part="dev")[:30]
 NER = read_ner("pocket", part="train")[:40], read_ner("pocket", part="dev")[:30]
-FAST = PROBING | dict(steps=12, progress=False)
+FAST = POCKET | dict(steps=12, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def study(bert): return probe(*bert, "pos", TRAIN, DEV, granularity=("neuron", "
 
 def setting(bert, task="pos", **training) -> ProbeSetting:
     data = NER if task == "ner" else (TRAIN, DEV)
-    return ProbeSetting(*bert, task, *data, dict(steps=12, lr=.2, head_lr=5e-3, tune_lr=1e-3, batch=32) | training, PROBING["parser"], "architecture")
+    return ProbeSetting(*bert, task, *data, dict(steps=12, lr=.2, head_lr=5e-3, tune_lr=1e-3, batch=32) | training, POCKET["parser"], "architecture")
 
 
 # ── granularities ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +220,7 @@ def test_every_task_has_its_probes(bert, task):
 def test_special_tokens_are_learned_from_and_not_scored(bert, task):
     "The loss is the mean over words, [CLS] and [SEP], which have the first label and the root as head; scores stay the same."
     model, tok = bert
-    plain, more = (head_of(task, model, TRAIN, 0, **how, **PROBING["parser"] if task == "dep" else {}) for how in ({}, {"published": True}))
+    plain, more = (head_of(task, model, TRAIN, 0, **how, **POCKET["parser"] if task == "dep" else {}) for how in ({}, {"published": True}))
     more.dropout = plain.dropout = 0.0
     if task == "dep": more.inner = plain.inner = 0.0
     assert plain.encode(tok, DEV[0]) == more.encode(tok, DEV[0]) and task_scores(model, tok, plain, DEV) == task_scores(model, tok, more, DEV)
@@ -241,7 +242,7 @@ def test_special_tokens_are_learned_from_and_not_scored(bert, task):
 def test_a_batch_of_lessons_is_its_sentences(bert):
     "Padding changes nothing where special tokens are learned from."
     model, tok = bert
-    parser = head_of("dep", model, TRAIN, 0, published=True, **PROBING["parser"] | dict(inner=0.0, dropout=0.0))
+    parser = head_of("dep", model, TRAIN, 0, published=True, **POCKET["parser"] | dict(inner=0.0, dropout=0.0))
     loss = lambda sentences: Task(sentences, parser).prepare(Context(model, tok, 1, len(sentences), 0, learning=True))(0).item()
     few = sorted(DEV[:12], key=len)[::5]
     assert loss(few) == pytest.approx(np.average([loss([s]) for s in few], weights=[len(s) + 2 for s in few]), rel=1e-4)
@@ -257,7 +258,8 @@ def test_labels_that_cannot_be_learned_count_as_wrong(bert):
         assert head.unseen == ["odd"] and "odd" not in head.labels and repr(head) == repr(setting(bert, task).head(Cell("linear", 0)))
         before = task_scores(model, tok, setting(bert, task).head(Cell("linear", 0)), DEV)
         assert task_scores(model, tok, head, odd)["score"] <= before["score"]
-    out = probe_json(probe(*bert, "pos", TRAIN, [replace(s, upos=("odd",) * len(s)) for s in DEV], baselines=("linear",), **FAST))
+    unknown = [replace(s, upos=("odd",) * len(s)) for s in DEV]
+    out = probe(*bert, "pos", TRAIN, unknown, baselines=("linear",), **FAST).to_json()
     assert out["results"]["linear"]["score"] == 0 and "count as wrong" in out["notes"][0] and out["config"]["unseen"] == {"odd": sum(map(len, DEV))}
     with pytest.raises(SubnetError, match="unknown label"): fit(model, tok, Task([replace(TRAIN[0], upos=("odd",) * len(TRAIN[0]))], Tagger(model, TRAIN)), steps=1, train="head")
 
@@ -343,9 +345,9 @@ def test_controls_within_the_study(bert, tmp_path, monkeypatch):
     random = replace(s, train=control_labels(TRAIN, 0), dev=control_labels(DEV, 0, TRAIN))
     assert t.control["linear"] == pytest.approx(run_cell(random, Cell("linear", 0), None, False)["score"]) and t.selectivity["linear"] == pytest.approx(t.score["linear"] - t.control["linear"])
     assert t.code["linear"] == pytest.approx(online_code(s, Cell("linear", 0), (.5, 1.0))["bits"]) and t.compression["linear"] == pytest.approx(online_code(s, Cell("linear", 0), (.5, 1.0))["compression"])
-    out = probe_json(found)
+    out = found.to_json()
     assert json.loads(json.dumps(out)) == out and set(out["selectivity"]) == {"subnetwork", "mlp", "linear"} and set(out["code"]) == set(t.index[t.code.notna()]) and out["selectivity"]["mlp"]["interval"] == [None, None]
-    assert {"control", "selectivity", "code", "compression"} <= set(found.summary()) and "not learned by heart" in probe_report(found, tmp_path.parent / "c.html").read_text()
+    assert {"control", "selectivity", "code", "compression"} <= set(found.summary()) and "not learned by heart" in found.report(tmp_path.parent / "c.html").read_text()
     monkeypatch.setattr(chapter, "run_cell", lambda s, cell, *a: (_ for _ in ()).throw(AssertionError(f"trained again: {cell}")))
     again = probe(*bert, "pos", TRAIN, DEV, **how)
     pd.testing.assert_frame_equal(again.scores.drop(columns="mask"), found.scores.drop(columns="mask"))
@@ -357,18 +359,18 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
     found = probe(*bert, "pos", TRAIN, DEV, lambdas=(1e4, 1.0), baselines=("finetune",), **FAST | dict(steps=30))
     row = found.scores[found.scores.lam == 1e4].iloc[0]
     assert row["empty"] and row.density == 0 and 0 <= row.score <= 1 and found.masks.sel(lam=1e4)[0].count == 0
-    out = probe_json(found)
+    out = found.to_json()
     assert json.loads(json.dumps(out, allow_nan=False)) == out and out["results"]["subnetwork"]["empty"] == 1 and out["lambda"]["1"]["empty"] == 0 and out["centre"]["subnetwork"]["centre"] is None
     assert len(out["notes"]) == 1 == len(notes(found)) and "the mask is empty in 1 of 1 seeds" in out["notes"][0] and out["notes"][0] in found._repr_html_()
     assert centre(found).centre.isna().all() and centre(found, 1.0).centre.between(1, 4).all() and strongest_lambda(found, 1.0) == 1e4
-    assert "the mask is empty" in probe_report(found, tmp_path / "r.html").read_text()
+    assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()
 
 
 def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
     "Strided groups, lessons with special tokens, constant rates, framework resets; another study than without."
     seen = []
-    monkeypatch.setattr(chapter, "fit", lambda *a, **k: seen.append(k["schedule"]) or fit(*a, **k))
-    monkeypatch.setattr(chapter, "reset", lambda m, what, init, seed: seen.append(init) or reset(m, what, init, seed))
+    monkeypatch.setattr(probes, "fit", lambda *a, **k: seen.append(k["schedule"]) or fit(*a, **k))
+    monkeypatch.setattr(probes, "reset", lambda m, what, init, seed: seen.append(init) or reset(m, what, init, seed))
     found = probe(*bert, "pos", TRAIN, DEV, granularity=("neuron", "matrix", "weight"), published=True, to=tmp_path, **FAST | dict(steps=2))
     assert found.config["granularity"] == ["128x1-strided", "128x128-strided", "weight"] and found.config["published"] is True and found.config["init"] == "framework"
     assert set(seen) == {"constant", "framework"} and all(g.strided for _, m in found.masks.sel(granularity="128x1-strided") for g in m.space.groups)
@@ -413,7 +415,7 @@ def test_gaps_alone_by_hand(bert, task):
 
 def test_gaps_are_in_the_study(bert):
     found = probe(*bert, "pos", gapped(TRAIN), gapped(DEV), baselines=("linear",), **FAST)
-    assert found.scores.gaps.between(0, 1).all() and "gaps" in found.summary() and json.loads(json.dumps(probe_json(found)))
+    assert found.scores.gaps.between(0, 1).all() and "gaps" in found.summary() and json.loads(json.dumps(found.to_json()))
 
 
 # ── where ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -530,7 +532,7 @@ def test_beside_the_published(study):
 # ── study ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_plan_has_every_cell_once():
-    cells = plan(("neuron", "matrix"), (1.0, 5.0), (768, 1), chapter.BASELINES, (0, 1))
+    cells = plan(("neuron", "matrix"), (1.0, 5.0), (768, 1), BASELINES, (0, 1))
     assert len(set(cells)) == len(cells) and len({c.name for c in cells}) == len(cells) and {c.probe for c in cells} == set(PROBES)
     main = [c for c in cells if c.probe == "subnetwork" and c.seed == 0]
     assert [(c.granularity, c.lam) for c in main] == [("neuron", 1.0), ("matrix", 1.0), ("neuron", 5.0)]
@@ -552,18 +554,18 @@ def test_tables(study):
     w = where_kept[(where_kept.probe == "subnetwork") & (where_kept.seed == 0)]
     each = centre(study).query("probe == 'subnetwork'").centre
     row, half = t[(t.probe == "subnetwork") & (t.granularity == "neuron") & (t.lam == 1)].iloc[0], 12.706204736 * each.std(ddof=1) / np.sqrt(2)
-    assert (row.centre, row.centre_high) == pytest.approx((each.mean(), each.mean() + half)) and probe_json(study)["centre"]["subnetwork"]["interval"] == pytest.approx([row.centre_low, row.centre_high], abs=1e-5)
+    assert (row.centre, row.centre_high) == pytest.approx((each.mean(), each.mean() + half)) and study.to_json()["centre"]["subnetwork"]["interval"] == pytest.approx([row.centre_low, row.centre_high], abs=1e-5)
     assert t[t.probe == "mlp"].centre.isna().all()
     assert centre(study).query("probe == 'subnetwork' and seed == 0").centre.item() == pytest.approx((w.layer * w.density).sum() / w.density.sum())
 
 
 def test_plain_data_and_figures(study, tmp_path):
-    out = probe_json(study)
+    out = study.to_json()
     assert json.loads(json.dumps(out)) == out and set(out["results"]) == set(PROBES) and set(out["granularity"]) == {"neuron", "matrix"} and set(out["lambda"]) == {"1", "25"} and len(out["layers"]) == 4
     assert out["results"]["subnetwork"]["score"] == pytest.approx(study.scores.query("probe == 'subnetwork' and granularity == 'neuron' and lam == 1").score.mean(), abs=1e-6)
     fig = pareto(study.summary())
     assert "subnetwork" in fig.alt and fig.save(tmp_path / "p.svg").read_text().startswith("<?xml")
-    page = probe_report(study, tmp_path / "r.html").read_text()
+    page = study.report(tmp_path / "r.html").read_text()
     for title in ("Scores", "Beside the published numbers", "Score against complexity", "Where", "How it was made"): assert title in page
 
 
@@ -576,7 +578,7 @@ def test_a_study_goes_on(bert, tmp_path, monkeypatch):
     assert [m.id for _, m in more.masks.sel(seed=0)] == [m.id for _, m in first.masks]
     (tmp_path / "s").rename(tmp_path / "moved")
     moved = probe(*bert, "pos", TRAIN, DEV, **FAST, to=tmp_path / "moved")
-    assert [m.id for _, m in moved.masks] == [m.id for _, m in first.masks] and probe_json(moved)["masks"][0].startswith(str(tmp_path / "moved"))
+    assert [m.id for _, m in moved.masks] == [m.id for _, m in first.masks] and moved.to_json()["masks"][0].startswith(str(tmp_path / "moved"))
     (tmp_path / "moved").rename(tmp_path / "s")
     for change in (dict(steps=13), dict(init="framework")):
         with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"): probe(*bert, "pos", TRAIN, DEV, **FAST | change, to=tmp_path / "s")
@@ -599,7 +601,7 @@ def test_a_causal_model():
 # ── shell ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def shell(tmp_path, *more: str) -> list[str]:
-    return ["probe", "--model", "pocket-bert", "--task", "pos", "--train", "pocket", "--dev", "pocket", "--limit", "40", "--limit-dev", "20", "--steps", "6", "--baselines", "linear", "--quiet", "--out", str(tmp_path / "out"), *more]
+    return ["probe", "--model", "pocket-bert", "--task", "pos", "--train", "pocket", "--dev", "pocket", "--limit-train", "40", "--limit-dev", "20", "--steps", "6", "--baselines", "linear", "--quiet", "--out", str(tmp_path / "out"), *more]
 
 
 def test_the_command(tmp_path, capsys):
@@ -623,7 +625,7 @@ def test_the_command_reads_gaps(tmp_path, capsys):
     assert main(shell(tmp_path, "--train", "pocket-gaps", "--model", "pocket-gpt2")) == 2 and "no mask token" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambda", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)
+@pytest.mark.parametrize("change, says", [(("--task", "psо"), "Known: pos"), (("--granularity", "neuro"), "did you mean neuron"), (("--lambdas", "one"), "lambdas"), (("--ranks", "x"), "ranks"), (("--baselines", "mpl"), "did you mean mlp"), (("--init", "other"), "framework"), (("--train", "nowhere.conllu"), "nowhere.conllu")], ids=str)
 def test_the_command_refuses(tmp_path, capsys, change, says):
     args = shell(tmp_path)
     if change[0] in args: args[args.index(change[0]) + 1] = change[1]; change = ()

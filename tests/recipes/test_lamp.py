@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections import Counter
 
@@ -10,17 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-from subnet_explorer import recipes
 from subnet_explorer.data.facts import Facts, answerable, read_facts, split
 from subnet_explorer.measure.ask import cloze
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.model.load import load
 from subnet_explorer.data.pocket import sentences, treebank
-from subnet_explorer.recipes.lamp import lamp, lamp_ablation, lamp_json, lamp_report
+from subnet_explorer.recipes.lamp import lamp, lamp_ablation
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.core.errors import SubnetError, UnknownName
 
+chapter = importlib.import_module("subnet_explorer.recipes.lamp")
 RELATIONS, SEEDS = ["MadeOf", "HasSubevent", "Desires"], (0, 1)
 FACTS = read_facts("pocket", RELATIONS)
 TREES, TEXTS = [s.tagged for s in read_conllu(treebank(40))], [" ".join(t["form"] for t in s) for s in sentences(40)]
@@ -33,17 +34,17 @@ class Spied:
     "What a study did: facts of objectives and monitors, gates as they came in and went out, conditions."
     def __init__(self, monkeypatch):
         self.trained, self.watched, self.gates, self.starts, self.under, self.runs = [], [], [], [], {}, []
-        cls, monitor, find, cloze, fit = recipes.Cloze, recipes.Precision, recipes.find, recipes.cloze, recipes.fit
+        cls, monitor, find, cloze, fit = chapter.Cloze, chapter.Precision, chapter.find, chapter.cloze, chapter.fit
         def found(model, tok, gate, goal, **kw):
             self.starts.append(gate.harden()); self.gates.append(gate)
             self.runs.append(find(model, tok, gate, goal, **kw))
             return self.runs[-1]
         def asked(model, tok, facts, under, *args, **kw): self.under |= under; return cloze(model, tok, facts, under, *args, **kw)
-        monkeypatch.setattr(recipes, "Cloze", lambda facts, *a, **kw: self.trained.append(facts) or cls(facts, *a, **kw))
-        monkeypatch.setattr(recipes, "Precision", lambda facts, *a, **kw: self.watched.append(facts) or monitor(facts, *a, **kw))
-        monkeypatch.setattr(recipes, "find", found)
-        monkeypatch.setattr(recipes, "cloze", asked)
-        monkeypatch.setattr(recipes, "fit", lambda *a, **kw: fit(*a, **{**kw, "steps": 8, "every": 4}))      # fewer steps
+        monkeypatch.setattr(chapter, "Cloze", lambda facts, *a, **kw: self.trained.append(facts) or cls(facts, *a, **kw))
+        monkeypatch.setattr(chapter, "Precision", lambda facts, *a, **kw: self.watched.append(facts) or monitor(facts, *a, **kw))
+        monkeypatch.setattr(chapter, "find", found)
+        monkeypatch.setattr(chapter, "cloze", asked)
+        monkeypatch.setattr(chapter, "fit", lambda *a, **kw: fit(*a, **{**kw, "steps": 8, "every": 4}))      # fewer steps
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def spy(world): return world[1]
 
 def test_the_split_is_the_recorded_one(pocket_bert, study):
     data = split(answerable(FACTS, pocket_bert[1]), 0)
-    assert study.data == data and study.config["split"] == data.hash == lamp_json(study)["split_hash"] != split(answerable(FACTS, pocket_bert[1]), 1).hash
+    assert study.data == data and study.config["split"] == data.hash == study.to_json()["split_hash"] != split(answerable(FACTS, pocket_bert[1]), 1).hash
     assert set(study.items.uuid) == {f.uuid for f in data.test}
 
 
@@ -130,7 +131,7 @@ def test_own_initialisations_differ(pocket_bert, monkeypatch):
     study = lamp(*pocket_bert, FACTS[RELATIONS[:2]], steps=2, seeds=SEEDS, shared_init=False, random=0, mismatched=False, progress=False)
     starts = spy.starts
     assert len({m.id for m in starts}) == 4 and all(.45 < (a ^ b).density < .55 for i, a in enumerate(starts) for b in starts[:i])
-    assert not study.start and study.table().flips.isna().all() and {r["flips"] for r in lamp_json(study)["relations"].values()} == {None}
+    assert not study.start and study.table().flips.isna().all() and {r["flips"] for r in study.to_json()["relations"].values()} == {None}
     assert set(study.items.under) == {"full", "subnetwork", "majority"}
     try: assert study.flips().empty                                    # nothing to count from: an empty table or a clear refusal
     except SubnetError: pass
@@ -149,7 +150,7 @@ def test_stochastic_inference_applies_the_probabilities(pocket_bert, monkeypatch
         p = 1 / (1 + np.exp(-logit.detach().double().numpy()))
         assert np.allclose(soft[g.name], p, atol=1e-3) and np.array_equal(study.masks[0][g.name], logit.detach().numpy() > 0)
         with torch.no_grad(): twin.base_model.get_parameter(g.name).mul_(torch.as_tensor(soft[g.name]))
-    plain = recipes.cloze(twin, tok, study.data.test, {"x": None})
+    plain = chapter.cloze(twin, tok, study.data.test, {"x": None})
     ours = study.items[study.items.under == "subnetwork"]
     assert np.allclose(ours.logprob, plain.logprob, atol=1e-3) and (ours["rank"].to_numpy() == plain["rank"].to_numpy()).mean() > .9
     assert not study.start and abs(study.masks[0].density - .5) < .05
@@ -184,12 +185,12 @@ def test_the_model_comes_back_from_errors(pocket_bert, monkeypatch, where):
         def identity(self): return {}
         def prepare(self, context): return stop
     name = {"cloze": "cloze", "measuring the fine-tuned": "cloze", "fine-tuning": "Precision", "find": "Precision"}[where]
-    real, calls = getattr(recipes, name), []
+    real, calls = getattr(chapter, name), []
     def sometimes(*args, **kw):
         calls.append(where)
         if len(calls) == {"cloze": 1, "find": 2, "fine-tuning": 4, "measuring the fine-tuned": 3}[where]: return Stops() if name == "Precision" else stop()
         return real(*args, **kw)
-    monkeypatch.setattr(recipes, name, sometimes)
+    monkeypatch.setattr(chapter, name, sometimes)
     with pytest.raises(Stop): lamp(model, tok, FACTS[RELATIONS[:2]], steps=3, random=0, fine_tuned=True, progress=False)
     assert same(model, before) and [p.requires_grad for p in model.parameters()] == flags
     assert hooks() == kept
@@ -200,7 +201,7 @@ def test_the_model_comes_back_from_errors(pocket_bert, monkeypatch, where):
 CONDITIONS = {"full", "subnetwork", "random", "mismatched", "majority", "fine-tuned"}
 
 def test_the_dictionary(study):
-    j = lamp_json(study)
+    j = study.to_json()
     assert json.loads(json.dumps(j, allow_nan=False)) == j
     at_k = {"p_at_1", "p_at_2", "p_at_3", "filtered_p_at_1"}
     assert set(j) == {"model", "relations", "macro", "micro", "left_out", "split_hash", "config", "seconds"}
@@ -231,7 +232,7 @@ def test_masks_are_listed_by_path_and_counts_of_what_is_left_out(pocket_bert, tm
     model, tok = pocket_bert
     odd = Facts((*FACTS["MadeOf"].items, FACTS["MadeOf"].items[0].__class__("MadeOf", "a cup", "xqzxqz", "a cup is [MASK] .", "odd")), "odd", {"MadeOf": {"repeated fact": 2}})
     study = lamp(model, tok, odd, steps=4, seeds=SEEDS, random=0, to=tmp_path / "out", progress=False)
-    d = lamp_json(study, tmp_path / "out")["relations"]["MadeOf"]
+    d = study.to_json()["relations"]["MadeOf"]
     assert [Mask.load(p).id for p in d["masks"]] == [m.id for _, m in study.masks] and len(set(d["masks"])) == 2
     assert d["skipped"] == {"repeated fact": 2, "object is not one token": 1} and "odd" not in set(study.items.uuid)
     assert "mismatched" not in set(study.items.under)                  # one relation has no other
@@ -272,5 +273,5 @@ def test_few_facts_still_give_a_report(tmp_path):
     model, tok = load("pocket-bert")
     facts = read_facts("pocket", "MadeOf")
     study = lamp(model, tok, Facts(facts.items[:10]), steps=5, random=1, progress=False)
-    assert "t-SNE needs" in lamp_report(study, model, tok, tmp_path / "r.html").read_text()
-    assert lamp_json(study)["macro"]["p_at_1"]["mismatched"] is None
+    assert "t-SNE needs" in study.report(tmp_path / "r.html").read_text()
+    assert study.to_json()["macro"]["p_at_1"]["mismatched"] is None
