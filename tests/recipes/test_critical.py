@@ -18,7 +18,7 @@ from subnet_explorer.data.files import BadFacts
 from subnet_explorer.data.facts import Fact, Facts, read_facts
 from subnet_explorer.data.graphs import disjoint, neighbourhood, shared_triples, read_graph, triple, wordings
 from subnet_explorer.core.mask import Mask
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.model.load import load
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.space import granular

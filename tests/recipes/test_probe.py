@@ -59,7 +59,7 @@ from subnet_explorer.recipes.probes import (
     unseen,
 )
 from subnet_explorer.search.score import magnitude
-from subnet_explorer.search.find import lr_at
+from subnet_explorer.search.loop import lr_at
 from subnet_explorer.core.space import GRANULARITIES, Space, granular
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.store import OtherRun

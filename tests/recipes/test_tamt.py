@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from subnet_explorer.model.apply import applied, masked, parameter
 from subnet_explorer.cli import main
-from subnet_explorer.measure.ask import HeldOut
+from subnet_explorer.measure.fluency import HeldOut
 from subnet_explorer.search.gates import TopK
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.core.mask import Mask
@@ -26,7 +26,7 @@ from subnet_explorer.search.distil import MLM, Hidden, LanguageHead
 from subnet_explorer.search.objectives import Context
 from subnet_explorer.model.sequences import Sequences, row_losses
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import find
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError, UnknownName
