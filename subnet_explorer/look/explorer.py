@@ -14,16 +14,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.errors import SubnetError, check_names
+from . import models
 from .agreement import consensus as consensus_figure
 from .figure import Figure, View, set_layout
 from .masks import UNIT_NAMES, by_layer, cells, density as density_figure
-from subnet_explorer.look.models import (
-    attention_pair,
-    mask_attention,
-    patterns as patterns_figure,
-    predictions as predictions_figure,
-    tsne as tsne_figure,
-)
 from .report import report
 from .state import State, edits_text, status
 from .style import PALETTE, safe_text, style
@@ -56,7 +50,7 @@ class Explorer(State):
 
     def view(self) -> View:
         "The attention of the sentence under both conditions, side by side, to be handled."
-        return attention_pair(self.result("attention"))
+        return models.attention_pair(self.result("attention"))
 
     def scores(self) -> pd.DataFrame:      # index under, a column for each metric
         "How well the full model and the subnetwork do on the data."
@@ -141,7 +135,7 @@ def attention_figure(maps: Maps) -> Figure:
     "Draw where the position that predicts an answer looks; where there is none, where all tokens do."
     some, tokens = next(iter(maps.values()))
     looks_ahead = bool(np.triu(some, 1).any())
-    return mask_attention(maps, everywhere=tokens.count("[MASK]") != 1 and looks_ahead)
+    return models.mask_attention(maps, everywhere=tokens.count("[MASK]") != 1 and looks_ahead)
 
 # %% ../../nbs/look/10_explorer.ipynb #ec336858
 def tab_figure(e: State, tab: str) -> Figure:
@@ -149,8 +143,8 @@ def tab_figure(e: State, tab: str) -> Figure:
     found = run_work(e, check_names([tab], TABS, "tab")[0])
     draw: dict[str, Callable[[Any], Figure]] = {
         "overlap": nearby, "profile": layers_figure, "attention": attention_figure,
-        "predictions": lambda t: predictions_figure(t, e.prompt),
-        "patterns": lambda t: patterns_figure(t, by="under"),
+        "predictions": lambda t: models.predictions(t, e.prompt),
+        "patterns": lambda t: models.patterns(t, by="under"),
         "map": lambda t: _map_figure(t, e.picked),
         "agreement": lambda t: _agreement_figure(t, rater_axis(e)),
     }
@@ -162,7 +156,7 @@ def _map_figure(table: pd.DataFrame, picked: tuple[int, ...]) -> Figure:
     if picked:
         colour = np.where(table["item"].isin(picked), table.relation, "not picked")
         table = table.assign(relation=colour)
-    return tsne_figure(table, title="[CLS] vectors, t-SNE")
+    return models.tsne(table, title="[CLS] vectors, t-SNE")
 
 
 def _agreement_figure(table: pd.DataFrame, over: str) -> Figure:
