@@ -3,6 +3,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,14 @@ _GATHERED = {
     "transfer": ("tasks.relearn",),
     "widgets": ("look.app", "look.annotator"),
 }
+# names that changed: the old ones warn for one version
+_RENAMED = {
+    "compare": {"student": "student_interval"},
+    "evaluate": {"fluent": "most_fluent"},
+    "knowledge": {"overlap": "shared_triples", "STATED": "IN_TARGET"},
+    "patterns": {"train": "train_network"},
+    "score": {"lowered": "without_lowest", "matched": "random_matched", "controls": "matched_controls"},
+}
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*_WHERE, *_GATHERED, "recipes"]  # noqa: PLE0604  (names made from the tables above)
 
@@ -65,7 +74,7 @@ class _Gathered(ModuleType):
 
     def __init__(self, name: str, homes: tuple[str, ...]) -> None:
         super().__init__(f"{__name__}.{name}", f"The public names of {', '.join(homes)}.")
-        self._homes = homes
+        self._homes, self._renamed = homes, _RENAMED.get(name, {})
 
     def _modules(self) -> list[ModuleType]:
         return [import_module(f"{__package__}.{home}") for home in self._homes]
@@ -76,7 +85,13 @@ class _Gathered(ModuleType):
     def __getattr__(self, name: str) -> Any:
         for module in self._modules():
             if name in module.__all__: return getattr(module, name)
+        if name in self._renamed: return self._by_new_name(name)
         raise AttributeError(f"{self.__name__} has no {name!r}: it has {', '.join(dir(self))}.")
+
+    def _by_new_name(self, old: str) -> Any:
+        new = self._renamed[old]
+        warnings.warn(f"{self.__name__}.{old} is now called {new}.", DeprecationWarning, stacklevel=3)
+        return getattr(self, new)
 
 
 def __getattr__(name: str) -> Any:

@@ -292,6 +292,10 @@ def test_the_front_door_leads_somewhere():
     for name in subnet_explorer._GATHERED:
         space = getattr(subnet_explorer, name)
         assert dir(space) and all(getattr(space, one) is not None and not one.startswith("_") for one in dir(space))
+    for name, renamed in subnet_explorer._RENAMED.items():
+        for old, new in renamed.items():
+            with pytest.warns(DeprecationWarning, match=f"is now called {new}"):
+                assert getattr(getattr(subnet_explorer, name), old) is getattr(getattr(subnet_explorer, name), new)
     with pytest.raises(AttributeError, match="no attribute 'utils'"): _ = subnet_explorer.utils
     with pytest.raises(AttributeError, match="has no 'densty'"): _ = subnet_explorer.plots.densty
 
