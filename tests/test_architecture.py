@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -326,7 +327,7 @@ def test_chapters_read_like_chapters(path):
     assert cs[0]["cell_type"] == "markdown", "a title comes first"
     assert re.match(r"# \S.*\n+> \S", source(cs[0])), "a title and a promise come first"
     assert source(code(path)[0]) == f"#| default_exp {home(path)}", "default_exp is the first code cell"
-    for before, cell in zip(cs, cs[1:], strict=False):
+    for before, cell in pairwise(cs):
         both = directive(before, "export") and directive(cell, "export")
         assert not both, f"two exported cells in a row at {source(cell)[:80]!r}"
         assert not re.search(r"^\s*@patch", source(cell), re.M)
