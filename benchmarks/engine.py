@@ -23,7 +23,8 @@ from subnet_explorer.search.objectives import Density
 from subnet_explorer.search.distil import Maintain, Suppress
 from subnet_explorer.model.sequences import Sequences
 from subnet_explorer.search.score import example_gradients
-from subnet_explorer.search.find import _open, _start, find, lr_at
+from subnet_explorer.search.find import find, open_run, start
+from subnet_explorer.search.loop import lr_at, one_step
 from subnet_explorer.model.compact import compact
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.texts import Blocks
@@ -133,9 +134,9 @@ def critical(noise: str = "shared", precision: str = "float32") -> Variant:
         goal = 1.5 * Suppress(facts([w.batches[0]["target"]]), at_once["target"]) + Maintain(control, at_once["control"]) + Maintain(text, at_once["text"]) + w.penalty * Density()
         gate = Concrete(w.space(model), 0.45, temperature=1.0, straight_through=True, seed=w.seed)
         settings = find.__kwdefaults__ | dict(steps=w.steps, lr=w.lr, schedule="constant", complement=True, noise=noise, precision=precision, every=w.steps, progress=False)
-        run, team = _open(model, gate, goal, settings)
-        search = _start(run, team, model, tok, gate, goal, settings)
-        return lambda: torch.tensor(search.one())
+        run, team = open_run(model, gate, goal, settings)
+        search = start(run, team, model, tok, gate, goal, settings)
+        return lambda: torch.tensor(one_step(search.loop))
     return variant
 
 

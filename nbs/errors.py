@@ -37,6 +37,13 @@ EXAMPLES = {
     "CannotDraw": "from subnet_explorer import Mask, Space, load, plots\nmodel, tok = load('pocket-bert')\nplots.density(Mask.full(Space.of(model, 'head'))).save('heads.bmp')",
     "UnknownModel": "import os\nfrom subnet_explorer import load\nos.makedirs('bert/empty')\nload('bert')",
     "NoFloor": None,            # needs a model that learned nothing
+    "BorrowedWeights": (
+        "from subnet_explorer import Cloze, Space, Threshold, find, load, read_facts\n"
+        "model, tok = load('pocket-bert')\n"
+        "class Tuned(Cloze):\n"
+        "    def modules(self): return [model.bert]\n"
+        "find(model, tok, Threshold(Space.of(model, 'weight')), Tuned(read_facts('pocket', 'MadeOf')))"
+    ),
     "Diverged": None,           # needs a search that diverges
     "WrongProcesses": None,     # needs a launcher
     "OtherRun": "from subnet_explorer import Run\nRun('runs/a', {'seed': 0})\nRun('runs/a', {'seed': 1})",

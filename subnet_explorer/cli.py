@@ -391,9 +391,9 @@ def started(words: Sequence[str]) -> Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     "Entry point; returns the exit status."
     words = list(sys.argv[1:] if argv is None else argv)
-    if said := _at_once(words): return said[0]
     as_json = "--json" in words
     try:
+        if (status := _at_once(words)) is not None: return status
         _quiet_libraries()
         answer = started([word for word in words if word != "--json"])
     except SubnetError as error:
@@ -406,17 +406,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _at_once(words: Sequence[str]) -> tuple[int] | None:
-    "Help and version, which need nothing else."
+def _at_once(words: Sequence[str]) -> int | None:
+    "Say help or version, which need nothing else: the exit status, or None if something else was asked."
     if not words:
         print(help_text(), file=sys.stderr)
-        return (2,)
+        return 2
     if words[0] in ("-h", "--help"): print(help_text())
     elif words[0] == "--version": print(f"subnet-explorer {__version__}")
     elif {"-h", "--help"} & set(words[1:]) and words[0] in about() and words[0] not in ("run", "completion"):
         command_parser(words[0]).print_help()
     else: return None
-    return (0,)
+    return 0
 
 
 def _quiet_libraries() -> None:

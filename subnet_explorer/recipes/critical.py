@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..core.compare import jaccard
-from ..core.compare import placement as placed
+from ..core.compare import jaccard, placement as placed
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.layout import is_causal, layer_text
 from ..core.mask import Mask
@@ -26,9 +25,8 @@ from ..data.facts import Facts, Split, answerable
 from ..data.files import BadFacts
 from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_triples, triple
 from ..data.texts import Blocks, blocks, read_texts
-from ..look import agreement, curves
-from ..look import masks as mask_figures
-from ..measure.ask import most_fluent
+from ..look import agreement, curves, masks as mask_figures
+from ..measure.fluency import most_fluent
 from ..measure.removal import Removal, removal, removal_table
 from ..model.sequences import longest
 from ..search.distil import Maintain, Suppress
@@ -40,8 +38,8 @@ from .study import Bench, Pairs, Section, Study, recipe, settings_of
 
 # %% auto #0
 __all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'read_material', 'critical',
-           'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'summary', 'seed_overlap',
-           'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
+           'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'summary',
+           'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
 
 # %% ../../nbs/recipes/08_critical.ipynb #3a720f59
 @dataclass(frozen=True)
@@ -157,8 +155,7 @@ class Critical(Study):
     def pairs(self) -> Pairs:
         "Log-probability of every item under every condition, seed by seed where a condition has as many draws."
         items = self.items.assign(score=-self.items.nll / self.items.tokens)
-        order = ["full", "remaining"]
-        others = [under for under in items.under.unique() if under not in order]
+        others = [under for under in items.under.unique() if under not in ("full", "remaining")]
         contrasts = [("remaining", under) for under in ("full", *others)]
         return Pairs(items, ["item"], ["data"], contrasts)
 
@@ -213,16 +210,12 @@ def critical(
     text: Sequence[str] | Blocks,                    # to be kept: sentences, or running text from `texts.blocks`
     *,
     layers: str | Sequence[int] = "top-half",        # one-based and inclusive, e.g. 7-12
-    granularity: str = "weight",                     # weight, or neuron: all weights from one input feature of a
-                                                     # matrix
+    granularity: str = "weight",                     # weight, or neuron: all weights from one feature of a matrix
     steps: int = 2000,                               # of the search; published: 40,000
     lr: float = 0.2,                                 # of the mask logits
-    weights: Mapping[str, float] | None = None,      # of the terms suppress, control, text, express: 1.5, 1, 1 and
-                                                     # 0 if nothing is said
-    density_weights: tuple[float, float] = (2.0, 3.0),    # weight of the density until half of the steps, and at
-                                                          # the end
-    batches: tuple[int, int] = (250, 10),            # control facts and texts per step; all target facts are in
-                                                     # every step
+    weights: Mapping[str, float] | None = None,      # of the terms suppress, control, text, express; else 1.5,1,1,0
+    density_weights: tuple[float, float] = (2.0, 3.0),    # weight of the density in the first half, and at the end
+    batches: tuple[int, int] = (250, 10),            # control facts and texts per step; the target is in every step
     position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as in the
                                                      # released code
     noise: str = "shared",                           # one draw of the mask for all terms of a step, or independent
@@ -241,9 +234,7 @@ def critical(
 ) -> Critical:
     "Find and measure knowledge-critical subnetworks (Bayazit et al. 2024)."
     settings = settings_of(critical, locals()) | {"weights": all_weights(weights), "seeds": list(seeds)}
-    check_settings(steps, lr, min(batches))
-    check_names([granularity], GRANULARITIES[:2], "granularity")
-    check_seeds(settings["seeds"])
+    check_study(settings)
     space = granular(model, granularity, layers)
     data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered)
     bench = Bench(identity_of(settings, space, data), to, progress)
@@ -251,6 +242,13 @@ def critical(
     return bench.finished(measured(bench, model, tok, space, data, runs, settings))
 
 # %% ../../nbs/recipes/08_critical.ipynb #63abbfbe
+def check_study(settings: Mapping[str, Any]) -> None:
+    "Raise `SubnetError` for settings that would otherwise be met late."
+    check_settings(settings["steps"], settings["lr"], min(settings["batches"]))
+    check_names([settings["granularity"]], GRANULARITIES[:2], "granularity")
+    check_seeds(settings["seeds"])
+
+
 SAME = ("granularity", "steps", "lr", "weights", "position", "noise", "sparsity", "tolerance", "checks", "split_seed",
         "filtered")
 "Settings that tell this study from others."

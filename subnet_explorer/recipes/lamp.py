@@ -24,8 +24,7 @@ from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable, read_facts, split
-from ..look import agreement, curves, models
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures, models
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
 from ..measure.vectors import tsne, vectors
@@ -36,9 +35,9 @@ from ..tasks.fit import fit, preserved
 from .study import Bench, Pairs, Section, Study, recipe, settings_of
 
 # %% auto #0
-__all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of',
-           'searched', 'Start', 'conditions', 'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections',
-           'lamp_ablation']
+__all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text', 'relation_table', 'flips',
+           'read_questions', 'lamp', 'identity_of', 'searched', 'Start', 'conditions', 'fine_tuned_answers', 'measured',
+           'lamp_results', 'lamp_sections', 'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +63,7 @@ class LampStudy(Study):
 
     def summary(self, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
         "Macro and micro P@K by condition, `value [low, high]`."
-        t = self.precision(k).query("relation in ('macro', 'micro')")
-        texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
-        t = t.assign(column=t.relation + " P@" + t.k.astype(str), text=texts)
-        wide = t.pivot(index="under", columns="column", values="text")
-        return wide.reindex(self.items.under.unique()).rename_axis(index=None, columns=None)
+        return averages(self, k)
 
     def table(self, k: int = 1) -> pd.DataFrame:
         "P@K by relation and condition, with sparsity (of soft gates: one minus their mean) and flips."
@@ -80,9 +75,7 @@ class LampStudy(Study):
 
     def pairs(self) -> Pairs:
         "Whether each question was answered, by condition."
-        hits = self.items.assign(score=(self.items["rank"] == 1).astype(float))
-        others = [under for under in hits.under.unique() if under != "subnetwork"]
-        return Pairs(hits, ["relation", "uuid", "sub", "obj"], contrasts=[("subnetwork", under) for under in others])
+        return answered_pairs(self)
 
     def results(self) -> dict[str, Any]:
         "Counts, sparsity, flips and P@1…3 by relation and averaged, and the files of the masks."
@@ -94,10 +87,31 @@ class LampStudy(Study):
 
     def shown(self) -> str:
         "The table by relation and the summary."
-        left_out = {r: dict(s) for r, s in self.skipped.items() if s}
-        by_relation = self.table().to_string(float_format="{:.3f}".format, na_rep="")
-        parts = [repr(self.space), by_relation, self.summary().to_string()]
-        return "\n\n".join(parts + [f"left out: {left_out}"] * bool(left_out))
+        return lamp_text(self)
+
+# %% ../../nbs/recipes/06_lamp.ipynb #a0ce0c8b
+def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
+    "Macro and micro P@K by condition, `value [low, high]`."
+    t = study.precision(k).query("relation in ('macro', 'micro')")
+    texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
+    t = t.assign(column=t.relation + " P@" + t.k.astype(str), text=texts)
+    wide = t.pivot(index="under", columns="column", values="text")
+    return wide.reindex(study.items.under.unique()).rename_axis(index=None, columns=None)
+
+
+def answered_pairs(study: LampStudy) -> Pairs:
+    "Whether each question was answered, under the subnetwork and under every other condition."
+    hits = study.items.assign(score=(study.items["rank"] == 1).astype(float))
+    others = [under for under in hits.under.unique() if under != "subnetwork"]
+    return Pairs(hits, ["relation", "uuid", "sub", "obj"], contrasts=[("subnetwork", under) for under in others])
+
+
+def lamp_text(study: LampStudy) -> str:
+    "What the shell prints: the space, the table by relation, the summary, and how many facts were left out."
+    left_out = {r: dict(s) for r, s in study.skipped.items() if s}
+    by_relation = study.table().to_string(float_format="{:.3f}".format, na_rep="")
+    parts = [repr(study.space), by_relation, study.summary().to_string()]
+    return "\n\n".join(parts + [f"left out: {left_out}"] * bool(left_out))
 
 # %% ../../nbs/recipes/06_lamp.ipynb #ad901544
 def relation_table(study: LampStudy, k: int = 1) -> pd.DataFrame:      # index: relation, then macro and micro

@@ -30,16 +30,15 @@ from subnet_explorer.recipes.probes import (
 )
 
 from ..core.compare import placement
-from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.space import granular, grid, model_id
 from ..core.store import Run
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
-from ..look import curves
-from ..look import masks as mask_figures
+from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
 from .study import Bench, Pairs, Section, Study, recipe
@@ -49,7 +48,7 @@ __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT'
            'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
            'cell_row', 'summary', 'main_cells', 'layers', 'by_layer', 'centre', 'notes', 'strongest_lambda',
            'where_kept', 'localisation', 'centres', 'with_published', 'probe_results', 'where_figures',
-           'probe_sections']
+           'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
 BASELINES = ("mlp", "linear", "finetune", "reset")
@@ -93,12 +92,7 @@ class Probing(Study):
 
     def shown(self) -> str:
         "The summary, density by layer, and notes."
-        table = self.summary().dropna(axis=1, how="all")
-        text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-        depth = layers(self).query("probe == 'subnetwork'").groupby("layer").density.mean()
-        lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth), *self.notes]
-        left_out = {part: n for part, n in self.left_out.items() if n}
-        return "\n".join(lines + [f"too long, and left out: {left_out}"] * bool(left_out))
+        return probe_text(self)
 
     def _repr_html_(self) -> str:
         table = self.summary().dropna(axis=1, how="all").to_html()
@@ -140,9 +134,8 @@ def probe(
     train: Sequence[Sentence] | Sequence[Any],        # of `read_conllu`, or pairs of `read_ner`
     dev: Sequence[Sentence] | Sequence[Any],          # what is reported on
     *,
-    granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, blocks such as 768x24
-                                                      # or 768x24-strided, or grid for all of the published sweep;
-                                                      # the first is the main one
+    granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, blocks such as 768x24 or
+                                                      # 768x24-strided, grid for all published; the main one first
     lambdas: Sequence[float] = (1.0,),                # weights of the density; the first is the main one
     ranks: Sequence[int] = (768,),                    # of MLP probes; the first is the main one
     baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
@@ -155,9 +148,8 @@ def probe(
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
     init: str | None = None,                          # rule by which weights are drawn anew: architecture, or
                                                       # framework as published
-    published: bool = False,                          # the details of the released code: strided groups, training
-                                                      # on [CLS] and [SEP], constant learning rates, framework
-                                                      # resets
+    published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
+                                                      # constant learning rates, framework resets
     seeds: Sequence[int] = (0,),                      # of heads, masks and resets
     left_out: Mapping[str, int] | None = None,        # sentences that reading left out, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
@@ -553,3 +545,13 @@ def _lambda_of_report(study: Probing) -> tuple[float, str]:
     except SubnetError:
         return study.config["lambdas"][0], "the main one, as none is known to come within a tenth of fine-tuning"
     return lam, "the strongest with which the score stays within a tenth of fine-tuning"
+
+# %% ../../nbs/recipes/10_probe.ipynb #91530c8b
+def probe_text(study: Probing) -> str:
+    "What the shell prints."
+    table = study.summary().dropna(axis=1, how="all")
+    text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
+    depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
+    lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth), *study.notes]
+    left_out = {part: n for part, n in study.left_out.items() if n}
+    return "\n".join(lines + [f"too long, and left out: {left_out}"] * bool(left_out))

@@ -139,7 +139,7 @@ class Cell:
         labels = {"probe": self.probe, "granularity": self.granularity, "lam": self.lam, "seed": self.seed}
         return labels if self.aim == "task" else {**labels, "aim": self.aim}
 
-
+# %% ../../nbs/recipes/09_probes.ipynb #4b60774a
 @dataclass(frozen=True)
 class ProbeSetting:
     "What all cells share."

@@ -63,7 +63,7 @@ class StudyLine:
         "End the line."
         self.bar_of_all.close()
 
-
+# %% ../../nbs/recipes/00_progress.ipynb #8a918b8d
 def in_words(seconds: float) -> str:
     "A duration as people say it."
     if seconds < 90: return f"{seconds:.0f} s"

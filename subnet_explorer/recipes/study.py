@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,17 +20,17 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..core.intervals import student_interval
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.masks import Masks
 from ..core.store import Store, cached_table, open_study
 from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'RECIPES', 'Labels', 'T', 'S', 'plain', 'Study', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe', 'all_recipes',
-           'find_recipe', 'Bench', 'folder_or_scratch', 'settings_of', 'labelled_cells']
+__all__ = ['Section', 'RECIPES', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe',
+           'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -45,13 +45,9 @@ def plain(value: Any) -> Any:
     return round(value, 6) if np.isfinite(value) else None
 
 # %% ../../nbs/recipes/01_study.ipynb #06c10d56
-Section = tuple[str, str, list[Any]]
-"A heading, what the reader should know, and figures and tables; a section without any is left out of the report."
-
-
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    "What a recipe found and measured."
+class Findings:
+    "What every study holds."
     masks: Masks                                              # labelled by the axes of the study
     tables: Mapping[str, pd.DataFrame] = field(repr=False)    # tidy, the main one first; each becomes a .csv file
     config: Mapping[str, Any] = field(repr=False)             # every setting, and the identity of model and data
@@ -65,6 +61,21 @@ class Study:
     def recipe(self) -> Recipe:
         "The recipe that made this study."
         return find_recipe(self.config["recipe"])
+
+    def mask_files(self, *labels: str) -> dict[tuple[Any, ...], str]:
+        "Path of the mask of every finished run in the folder of the study, by the values of some labels."
+        if self.folder is None: return {}
+        runs = [run for run in Store(self.folder / "runs") if run.done and run.folder]
+        return {tuple(run.labels.get(label) for label in labels): str(run.folder / "mask.safetensors") for run in runs}
+
+# %% ../../nbs/recipes/01_study.ipynb #23c0d27b
+Section = tuple[str, str, list[Any]]
+"A heading, what the reader should know, and figures and tables; a section without any is left out of the report."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Findings):
+    "What a recipe found and measured: its class says what the summary is, and may say more."
 
     def summary(self) -> pd.DataFrame:
         "The table to read first: one row per condition."
@@ -106,12 +117,6 @@ class Study:
         "What the shell prints."
         table = self.summary().to_string(float_format="{:.3f}".format, na_rep="–")
         return "\n\n".join([table, *self.notes])
-
-    def mask_files(self, *labels: str) -> dict[tuple[Any, ...], str]:
-        "Path of the mask of every finished run in the folder of the study, by the values of some labels."
-        if self.folder is None: return {}
-        runs = [run for run in Store(self.folder / "runs") if run.done and run.folder]
-        return {tuple(run.labels.get(label) for label in labels): str(run.folder / "mask.safetensors") for run in runs}
 
     def _repr_html_(self) -> str:
         return f"<b>{self.recipe.title} of {self.model_name}: {len(self.masks)} masks</b>{self.summary().to_html()}"
@@ -215,12 +220,21 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES: check_names([name], all_recipes(), "recipe")
     return RECIPES[name]
 
-# %% ../../nbs/recipes/01_study.ipynb #3a60e8a4
+# %% ../../nbs/recipes/01_study.ipynb #921b8723
 Labels = dict[str, Any]
 "What names a cell: task, seed, method …"
 T = TypeVar("T")
+S = TypeVar("S", bound=Study)
 
 
+@contextmanager
+def in_processes(cells: Sequence[Labels], do: Callable[[Labels], T], processes: int) -> Iterator[Iterator[T]]:
+    "What every cell gives, in the order of the cells, in processes of joblib; the number of threads is shared out."
+    from joblib import Parallel, cpu_count, delayed, parallel_config
+    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
+        yield Parallel(return_as="generator")(delayed(do)(labels) for labels in cells)
+
+# %% ../../nbs/recipes/01_study.ipynb #3a60e8a4
 @dataclass
 class Bench:
     "The place where a study is made."
@@ -254,22 +268,20 @@ class Bench:
     def work(self, what: str, cells: Sequence[Labels], do: Callable[[Labels], T], processes: int = 1) -> list[T]:
         "What every cell gives, in the order of the cells; several at once if asked, in processes of joblib."
         if processes == 1 or len(cells) < 2: return [do(labels) for labels in self.cells(what, cells)]
-        from joblib import Parallel, cpu_count, delayed, parallel_config
-        with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
-            results = Parallel(return_as="generator")(delayed(do)(labels) for labels in cells)
-            return [next(results) for _ in self.cells(what, cells)]
+        with in_processes(cells, do, processes) as results: return [next(results) for _ in self.cells(what, cells)]
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         "A table that is made once per folder."
         return cached_table(self.folder, name, make)
 
+    def has_table(self, name: str) -> bool:
+        "Whether the folder has this table."
+        return self.folder is not None and (self.folder / "tables" / f"{name}.json").exists()
+
     def finished(self, study: S) -> S:
         "The study, written into its folder if there is one."
         if self.folder: study.save(self.folder)
         return study
-
-
-S = TypeVar("S", bound=Study)
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:

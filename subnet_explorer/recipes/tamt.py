@@ -26,19 +26,17 @@ from subnet_explorer.recipes.textmasks import (
     ladder,
 )
 
-from ..core.compare import jaccard as jaccard_between
-from ..core.compare import jaccard_chance, jaccard_distance, placement
-from ..core.intervals import student_interval
+from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
+from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
 from ..data.texts import Blocks
-from ..look import agreement, curves
-from ..look import masks as mask_figures
-from ..measure.ask import HeldOut
+from ..look import agreement, curves, masks as mask_figures
+from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
 from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe, settings_of
@@ -49,7 +47,8 @@ from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 __all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
            'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'steps_on_the_way', 'check_study', 'check_ladder', 'identity_of',
            'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of',
-           'summary', 'by_task', 'jaccard', 'distances_by_matrix', 'tamt_results', 'tamt_sections']
+           'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix',
+           'tamt_results', 'tamt_sections']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +86,7 @@ class Tamt(Study):
 
     def pairs(self) -> Pairs:
         "Mean score over tasks, by fine-tuning seed and mask seed, at every density."
-        scores = runs_of(self)
-        first = scores[scores.method == "omp"]
-        spread = [first.assign(seed=seed) for seed in sorted(set(scores.seed))]      # one mask of largest weights
-        rows = pd.concat([scores[~scores.method.isin(["omp", "full"])], *spread], ignore_index=True)
-        contrasts = [(a, b) for a in self.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
-        return Pairs(rows, ["seed", "tuning_seed"], ["density"], contrasts, under="method")
+        return mean_pairs(self)
 
     def results(self) -> dict[str, Any]:
         "Losses, scores and mask files by method and density, distances between masks."
@@ -104,13 +98,10 @@ class Tamt(Study):
 
     def shown(self) -> str:
         "The tasks and the summary."
-        data = [f"{name}: {part!r}" for name, part in self.tasks.items()]
-        text = self.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-        return "\n".join([*data, repr(self.space), "", text])
+        return tamt_text(self)
 
     def _repr_html_(self) -> str:
-        title = f"<b>{len(self.masks)} masks of {self.model_name}, {len(self.tasks)} tasks</b>"
-        return title + self.summary().to_html(index=False)
+        return tamt_html(self)
 
 # %% ../../nbs/recipes/12_tamt.ipynb #7ad45e67
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
@@ -138,8 +129,7 @@ def tamt(
     head: bool = True,                           # train the language-modelling head along
     padding: bool = False,                       # kd as published: over padding too
     teacher: nn.Module | None = None,            # None: the full model
-    interval: int | None = None,                 # steps between two prunes of imp; a tenth of the steps if nothing
-                                                 # is said
+    interval: int | None = None,                 # steps between two prunes of imp; else a tenth of the steps
     drop: float = 0.1,                           # share of all weights that imp removes in one prune
     rewind: bool = True,                         # imp: go back to the pretrained weights after every prune
     matched: bool = False,                       # as published: masks after as many steps as imp takes to the density
@@ -147,21 +137,17 @@ def tamt(
     along: bool = False,                         # fine-tune masks on the way, too
     seeds: Sequence[int] = (0,),                 # of masks
     tasks: Mapping[str, TaskData] | None = None, # to fine-tune on
-    tuning: Mapping[str, Any] | None = None,     # settings of fine-tuning, e.g. epochs=3,lr=2e-5; the rest as
-                                                 # published
+    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; the rest as published
     tuning_seeds: Sequence[int] = (0, 1, 2),     # of fine-tuning
     to: str | Path | None = None,                # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Tamt:
     "Find subnetworks on pre-training text and fine-tune them on tasks (Liu et al. 2022)."
-    asked = complete(settings_of(tamt, locals()))
-    check_study(text, dev, asked)
-    space = Space.of(model, "weight", embeddings=embeddings)
-    for density in asked["densities"]: check_density(space, density, scope)
+    asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
+    check_study(text, dev, asked, space)
     with folder_or_scratch(to) as folder:
         bench = Bench(identity_of(space, text, dev, embeddings), folder, progress)
-        setting = setting_of(model, tok, text, space, asked, Path(folder))
-        study = measured(bench, setting, dev, asked, kept=to is not None)
+        study = measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to is not None)
         return bench.finished(study) if to else study
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
@@ -188,7 +174,7 @@ def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
     return sorted({round(i * steps / snapshots) for i in range(snapshots + 1)}) if snapshots else []
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
-def check_study(text: Any, dev: Any, asked: Mapping[str, Any]) -> None:
+def check_study(text: Any, dev: Any, asked: Mapping[str, Any], space: Space) -> None:
     "Raise `SubnetError` for settings that would otherwise be met late."
     for name, some in (("text", text), ("dev", dev)):
         if isinstance(some, str): raise BadTexts(f"{name} is one string: give a list of texts, or blocks.")
@@ -204,6 +190,7 @@ def check_study(text: Any, dev: Any, asked: Mapping[str, Any]) -> None:
             raise SubnetError(f"the task {name!r} is a {type(task).__name__}: read it with task_data(…).")
     check_ladder(asked)
     check_tuning({**TUNE, **asked["tuning"]})
+    for density in asked["densities"]: check_density(space, density, asked["scope"])
 
 
 def check_ladder(asked: Mapping[str, Any]) -> None:
@@ -214,8 +201,8 @@ def check_ladder(asked: Mapping[str, Any]) -> None:
                           f"{interval}.")
     last = interval * (len(rungs) - 1)
     if asked["matched"] and set(asked["methods"]) & set(TRAINED) and last > asked["steps"]:
-        raise SubnetError(f"imp takes {last} steps to a density of {rungs[-1]:g}, at {interval} between two prunes, and "
-                          f"mask training has {asked['steps']}, so that no mask can match it: give more steps, a "
+        raise SubnetError(f"imp takes {last} steps to a density of {rungs[-1]:g}, at {interval} between two prunes, "
+                          f"and mask training has {asked['steps']}, so that no mask can match it: give more steps, a "
                           "shorter interval, or matched=False.")
 
 # %% ../../nbs/recipes/12_tamt.ipynb #fbb4e984
@@ -395,6 +382,29 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
     scores = [None if pd.isna(v) else float(v) for v in t.score]
     return {"mean": over["mean"], "std": over["std"] if over["n"] > 1 else None, "scores": scores}
 
+# %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
+def mean_pairs(study: Tamt) -> Pairs:
+    "Mean score over tasks, by fine-tuning seed and mask seed, at every density."
+    scores = runs_of(study)
+    first = scores[scores.method == "omp"]
+    spread = [first.assign(seed=seed) for seed in sorted(set(scores.seed))]      # one mask of largest weights
+    rows = pd.concat([scores[~scores.method.isin(["omp", "full"])], *spread], ignore_index=True)
+    contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
+    return Pairs(rows, ["seed", "tuning_seed"], ["density"], contrasts, under="method")
+
+
+def tamt_html(study: Tamt) -> str:
+    "What a notebook shows."
+    title = f"{len(study.masks)} masks of {study.model_name}, {len(study.tasks)} tasks"
+    return f"<b>{title}</b>{study.summary().to_html(index=False)}"
+
+
+def tamt_text(study: Tamt) -> str:
+    "What the shell prints: the tasks and the summary."
+    data = [f"{name}: {part!r}" for name, part in study.tasks.items()]
+    text = study.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
+    return "\n".join([*data, repr(study.space), "", text])
+
 # %% ../../nbs/recipes/12_tamt.ipynb #19420fd0
 def jaccard(study: Tamt, average: str = "micro") -> pd.DataFrame:      # columns a, b, distance, chance
     "Jaccard distance of masks between methods and densities, with its chance value; over seeds, the mean."
@@ -475,8 +485,8 @@ LOSSES = {
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
                "with 95 % Student intervals over mask seeds and fine-tuning seeds (columns mean, low, high; n runs). ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
-                 "method, of which the lowest has as a rule the highest loss. In those against steps each point is a mask, where "
-                 "they were fine-tuned also masks on the way.")
+                 "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
+                 "mask, where they were fine-tuned also masks on the way.")
 WAY_TEXT = ("Losses on held-out text, and how far masks are from those before any training (Jaccard distance; of imp, "
             "whose density falls, from the largest weights at the same density).")
 ALIKE_TEXT = ("Jaccard distance; chance is that of unrelated masks of the same sizes. By matrix at the lowest density.")

@@ -30,14 +30,13 @@ from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.find import find
 from ..search.gates import TopK
 from ..search.objectives import Objective, fingerprint_of
-from ..search.score import magnitude
-from ..search.score import random as random_scores
+from ..search.score import magnitude, random as random_scores
 from ..tasks.fit import fit, preserved
 from .progress import StudyLine
 
 # %% auto #0
 __all__ = ['FIRST_MASKS', 'METHODS', 'TRAINED', 'PRUNED_BY', 'Way', 'first_mask', 'check_density', 'objective', 'ladder',
-           'pruned', 'imp', 'Ladder', 'write_values', 'timed', 'TamtSetting', 'FoundMask', 'found']
+           'pruned', 'imp', 'Ladder', 'resumed', 'write_values', 'timed', 'TamtSetting', 'FoundMask', 'found']
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #1b32517a
 FIRST_MASKS = ("magnitude", "random")
@@ -161,21 +160,13 @@ class Ladder:
         with preserved(self.model):
             body = self.model.base_model.parameters()
             first = [p.detach().clone() for p in body] if self.run.config["rewind"] else []
-            begin = self.resumed()
+            begin = resumed(self)
             for i in range(begin, len(self.run.config["rungs"])): self.prune(i, first, progress)
         return self.run.finish(self.mask)
 
     def parameters(self) -> list[torch.Tensor]:
         "All that is trained."
         return [*self.model.parameters(), *self.goal.head.parameters()]
-
-    def resumed(self) -> int:
-        "Put back what was saved; which rung comes next."
-        if (state := load_state(self.run)) is None: return 0
-        tensors, said = state
-        write_values(self.parameters(), [tensors[name] for name in sorted(tensors)])
-        self.mask = self.run.snapshots.sel(step=said["step"])[0]
-        return said["rung"] + 1
 
     def prune(self, i: int, first: Sequence[torch.Tensor], progress: StudyLine | bool) -> None:
         "Train, but before the first prune, and prune."
@@ -185,7 +176,7 @@ class Ladder:
         with timed(None if folder is None else folder / f"seconds-{i}.json") as taken:
             if i:
                 write_values(self.model.base_model.parameters(), first)
-                row["loss"] = self.train(i, cycle, progress)
+                row["loss"] = _trained_on(self, i, cycle, progress)
             self.mask = pruned(self.model, self.mask, c["rungs"][i], c["scope"])
         step = i * c["steps"]
         self.run.snapshot(step, self.mask)
@@ -193,13 +184,23 @@ class Ladder:
         save_state(self.run, {f"{k:05d}": p for k, p in enumerate(self.parameters())}, step, rung=i)
         if cycle: shutil.rmtree(cycle, ignore_errors=True)
 
-    def train(self, i: int, cycle: Path | None, progress: StudyLine | bool) -> float:
-        "One interval under the mask; the last loss."
-        seed, every = 1000 * self.run.config["seed"] + i, self.training["steps"]
-        with masked(self.model, self.mask, train=True, check=False):
-            log = fit(self.model, self.tok, self.goal, **self.training, seed=seed, keep="last", every=every,
-                      to=cycle, progress=progress)
-        return float(log.loss.iloc[-1])
+# %% ../../nbs/recipes/11_textmasks.ipynb #e9712304
+def resumed(way: Ladder) -> int:
+    "Put back what was saved; which rung comes next."
+    if (state := load_state(way.run)) is None: return 0
+    tensors, said = state
+    write_values(way.parameters(), [tensors[name] for name in sorted(tensors)])
+    way.mask = way.run.snapshots.sel(step=said["step"])[0]
+    return said["rung"] + 1
+
+
+def _trained_on(way: Ladder, i: int, cycle: Path | None, progress: StudyLine | bool) -> float:
+    "One interval under the mask; the last loss."
+    seed, every = 1000 * way.run.config["seed"] + i, way.training["steps"]
+    with masked(way.model, way.mask, train=True, check=False):
+        log = fit(way.model, way.tok, way.goal, **way.training, seed=seed, keep="last", every=every,
+                  to=cycle, progress=progress)
+    return float(log.loss.iloc[-1])
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #70311ee9
 @torch.no_grad()

@@ -20,18 +20,17 @@ import torch
 from torch import nn
 
 from ..core.agreement import consensus
-from ..core.intervals import student_interval
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names, check_seeds, check_settings
 from ..core.files import atomic_write
+from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run, Store
 from ..data.parts import TaskData
-from ..look import agreement, curves
-from ..look import masks as mask_figures
+from ..look import agreement, curves, masks as mask_figures
 from ..measure.metrics import TaskScore, majority_label
 from ..search.objectives import Task
 from ..search.prune import NoFloor, iterate, matched_controls, random_matched, super_survivors
@@ -45,8 +44,8 @@ from .tuning import score_after_training, scored
 
 # %% auto #0
 __all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
-           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'training_of', 'worked', 'Tickets', 'collected',
-           'usual', 'summary', 'table', 'tickets_results', 'tickets_sections']
+           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'training_of', 'worked', 'TicketData', 'Tickets',
+           'collected', 'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #a974cd4a
 @dataclass(frozen=True)
@@ -73,11 +72,7 @@ class Plan:
         "The run of one mask."
         epochs = {"epochs": more["epochs"]} if "epochs" in more else {}
         labels = {"task": task, "seed": seed, "kind": kind, **epochs}
-        config = {
-            "method": "tickets", "model": str(self.space.model), "space": self.space.id,
-            "data": self.tasks[task].identity(), "kind": kind, "seed": seed,
-            "training": self.training, "pruning": self.pruning, "published": self.published, **more,
-        }
+        config = _identity(self, task, seed, kind) | more
         return Run(Store(self.folder / "runs").path(labels, config), config, labels)
 
     def runs(self, task: str, seed: int) -> list[Run]:
@@ -97,6 +92,15 @@ class Plan:
         if how["length"] is None: how["length"] = data.task.length
         to = self.model_folder(task, seed, name)
         return fit(model, self.tok, data, **how, seed=seed, keep="last", to=to, progress=self.progress).head
+
+# %% ../../nbs/recipes/07_tickets.ipynb #c56022cc
+def _identity(plan: Plan, task: str, seed: int, kind: str) -> dict[str, Any]:
+    "What tells a run from others."
+    return {
+        "method": "tickets", "model": str(plan.space.model), "space": plan.space.id,
+        "data": plan.tasks[task].identity(), "kind": kind, "seed": seed,
+        "training": plan.training, "pruning": plan.pruning, "published": plan.published,
+    }
 
 # %% ../../nbs/recipes/07_tickets.ipynb #2a412a50
 @contextmanager
@@ -222,7 +226,8 @@ def do_super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> Non
     with fine_tuned(plan, task, seed) as head:
         now = Space.of(plan.model, plan.space.kind)
         for kind, mask in masks.items():
-            _once(runs[kind], "pruned", plan.epochs, partial(scored, plan.model, plan.tok, head, data.test, mask.rebase(now)))
+            measure = partial(scored, plan.model, plan.tok, head, data.test, mask.rebase(now))
+            _once(runs[kind], "pruned", plan.epochs, measure)
     for kind, mask in masks.items():
         _once(runs[kind], "retrained", plan.epochs, _retrained_score(plan, task, seed, kind, mask, plan.epochs))
         runs[kind].finish(mask)
@@ -316,8 +321,8 @@ def _all_done(runs: Iterable[Run]) -> bool: return all(run.done for run in runs)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #ece8c3b5
 @dataclass(frozen=True, kw_only=True)
-class Tickets(Study):
-    "What `tickets` found and measured; masks, of the pretrained model, have the labels task, seed and kind."
+class TicketData(Study):
+    "Masks, of the pretrained model, with the labels task, seed and kind; what was measured, and the models."
     importance: Mapping[tuple[str, int], Scores] = field(repr=False)    # of the fine-tuned model's units, by task
                                                                         # and seed
     skipped: Mapping[tuple[str, int], str]                              # why nothing was pruned, by task and seed
@@ -346,6 +351,11 @@ class Tickets(Study):
             raise SubnetError("this study was made without a folder, so that its models are gone: give `to`.")
         with fine_tuned(self.plan, task, seed) as head: yield head
 
+# %% ../../nbs/recipes/07_tickets.ipynb #fb902ef0
+@dataclass(frozen=True, kw_only=True)
+class Tickets(TicketData):
+    "What `tickets` found and measured."
+
     def summary(self) -> pd.DataFrame:
         "Mean score over seeds with deviation and interval, by task, kind, stage and epochs."
         return summary(self)
@@ -368,11 +378,7 @@ class Tickets(Study):
 
     def shown(self) -> str:
         "The tasks, the table of the paper and the gains."
-        data = [f"{name}: {part!r}" for name, part in self.plan.tasks.items()]
-        gains = self.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-        skipped = [f"not pruned: {task}, seed {seed}: {why}" for (task, seed), why in self.skipped.items()]
-        parts = ["\n".join(data), repr(self.plan.space), self.table().to_string(na_rep=""), gains, *skipped]
-        return "\n\n".join(parts)
+        return tickets_text(self)
 
     def _repr_html_(self) -> str:
         seeds = self.scores.seed.nunique()
@@ -501,6 +507,15 @@ def _score_results(study: Tickets, row: Any) -> dict[str, Any]:
 
 def _survivors(mask: Mask) -> dict[str, int]:
     return {kind: int(kept) for kind, kept in mask.table().groupby("kind").kept.sum().items()}
+
+# %% ../../nbs/recipes/07_tickets.ipynb #ea6341f1
+def tickets_text(study: Tickets) -> str:
+    "What the shell prints."
+    data = [f"{name}: {part!r}" for name, part in study.plan.tasks.items()]
+    gains = study.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
+    skipped = [f"not pruned: {task}, seed {seed}: {why}" for (task, seed), why in study.skipped.items()]
+    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains, *skipped]
+    return "\n\n".join(parts)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #5f823700
 AGREEMENT = ("Fleiss' kappa depends on how much is kept: read it with prevalence and raw agreement. Q tests equal "

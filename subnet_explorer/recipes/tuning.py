@@ -72,7 +72,7 @@ def check_tuning(tuning: Mapping[str, Any]) -> None:
     try: check_settings(1, tuning["lr"], tuning["batch"])
     except SubnetError as error: raise SubnetError(f"fine-tuning: {error}") from None
 
-
+# %% ../../nbs/recipes/05_tuning.ipynb #646e4c64
 def tuned_score(
     bench: Bench, model: nn.Module, tok: Any, name: str, task: TaskData, mask: Mask | None, seed: int,
     tuning: Mapping[str, Any],
@@ -83,5 +83,17 @@ def tuned_score(
     def train() -> Any: return fit(model, tok, task.train, **how, seed=seed, keep="last").head
     def make() -> pd.DataFrame: return pd.DataFrame([score_after_training(model, tok, task, mask, train)])
 
-    file = f"{name}-{seed}-{digest([mask and mask.id, task.identity(), how])}".replace("/", "_")
-    return bench.table(file, make).iloc[0].to_dict()
+    names = [_table_name(name, seed, mask, task, spelled) for spelled in (how, *_other_spellings(how))]
+    known = [name for name in names if bench.has_table(name)]
+    return bench.table([*known, names[0]][0], make).iloc[0].to_dict()
+
+
+def _table_name(name: str, seed: int, mask: Mask | None, task: TaskData, how: Mapping[str, Any]) -> str:
+    return f"{name}-{seed}-{digest([mask and mask.id, task.identity(), how])}".replace("/", "_")
+
+
+def _other_spellings(how: Mapping[str, Any]) -> list[dict[str, Any]]:
+    "The same settings with a whole number of epochs as 1 instead of 1.0, or the other way round."
+    epochs = how["epochs"]
+    if isinstance(epochs, int): return [{**how, "epochs": float(epochs)}]
+    return [{**how, "epochs": int(epochs)}] if epochs == int(epochs) else []

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -21,29 +21,37 @@ from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.layout import follow_path, layout_of
 from ..core.space import model_id
-from ..core.progress import progress_bar
-from ..core.store import Run, load_state, save_state
+from ..core.store import Run, load_state
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like
-from ..search.find import Diverged, Monitor, SCHEDULES, frozen, lr_at, seen
+from ..search.loop import SCHEDULES, Loop, Monitor, Parameters, Plan, Turn, begin, copy_into, frozen, lr_at
 from ..search.objectives import Context, Objective, Task
 from .heads import Classifier, Regressor, TaskHead
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # %% auto #0
-__all__ = ['head_for', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'Fitting']
+__all__ = ['head_for', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'config_of', 'training']
 
 # %% ../../nbs/tasks/03_fit.ipynb #131f7ea6
-def head_for(model: nn.Module, data: Labelled, seed: int = 0, length: int | None = None) -> TaskHead:
-    "A new head for labelled sentences: a classifier, or a regressor if labels are numbers; for questions about texts a `SpanFinder`."
+def head_for(
+    model: PreTrainedModel,
+    data: Labelled,
+    seed: int = 0,
+    length: int | None = None,      # tokens at most that are read of an example
+) -> TaskHead:
+    "A new head for labelled sentences: a classifier, or what numbers or questions need."
     if data.task.spans:
         from subnet_explorer.tasks.spans import SpanFinder
         return SpanFinder(model, seed, length)
-    return (Regressor if data.real else Classifier)(model, data, seed, length)
+    kind = Regressor if data.real else Classifier
+    return kind(model, cast("Sequence[Any]", data), seed, length)
 
 # %% ../../nbs/tasks/03_fit.ipynb #e8e0d34e
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: PreTrainedModel) -> Iterator[None]:
     "Restore all weights and buffers of `model` on leaving."
     before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     try: yield
@@ -59,22 +67,52 @@ class Lora:
     roles: tuple[str, ...] = ()        # of the matrices, e.g. ("q", "v"); empty: all of attention and MLP
 
 
-@contextmanager
-def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Parameter]]:      # the parameters of the updates
-    "Put updates beside the matrices of `model`, alone to be trained; on leaving add them to the weights. They are added next to a mask, not under it."
-    try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as e: raise SubnetError("low-rank updates need the package peft: pip install 'subnet_explorer[lora]' (or pip install peft).") from e
-    layout, base, like = layout_of(model), model.base_model, parameter_like(model)
+_NO_PEFT = (
+    "low-rank updates need the package peft: "
+    "pip install 'subnet_explorer[lora]' (or pip install peft)."
+)
+
+
+def _matrices(model: PreTrainedModel, how: Lora) -> list[str]:
+    "The paths of the modules that get updates."
     if how.rank < 1: raise SubnetError(f"the rank of an update must be at least 1, got {how.rank}.")
-    roles, names = check_names(how.roles or layout.roles, layout.roles, "role of a matrix"), {id(m): n for n, m in model.named_modules()}
-    paths = [names[id(follow_path(base, layout.module(i, r)))] for i in range(layout.n_layers) for r in roles]
-    own, extra = {p: model.get_submodule(p) for p in paths}, set(vars(model))
+    layout, names = layout_of(model), {id(m): n for n, m in model.named_modules()}
+    roles = check_names(how.roles or layout.roles, layout.roles, "role of a matrix")
+    places = [layout.module(i, r) for i in range(layout.n_layers) for r in roles]
+    return [names[id(follow_path(model.base_model, place))] for place in places]
+
+
+def _peft() -> Any:
+    "The package, if it is there."
+    try:
+        import peft
+    except ImportError as e: raise SubnetError(_NO_PEFT) from e
+    return peft
+
+
+def _insert(peft: Any, model: PreTrainedModel, how: Lora, paths: Sequence[str], seed: int) -> None:
+    "Put updates beside modules; the caller's random numbers stay as they are."
+    like = parameter_like(model)
+    config = peft.LoraConfig(
+        r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, target_modules=list(paths),
+        fan_in_fan_out=layout_of(model).transposed,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model)
+
+# %% ../../nbs/tasks/03_fit.ipynb #fec31587
+@contextmanager
+def adapted(model: PreTrainedModel, how: Lora, seed: int = 0) -> Iterator[list[nn.Parameter]]:
+    "Put updates beside matrices and give their parameters; on leaving add them to the weights."
+    peft = _peft()
+    paths = _matrices(model, how)
+    own: dict[str, Any] = {p: model.get_submodule(p) for p in paths}
+    extra = set(vars(model))
     with frozen(model):
         try:
-            with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-                torch.manual_seed(seed)
-                inject_adapter_in_model(LoraConfig(r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, target_modules=paths, fan_in_fan_out=layout.transposed), model)
-            wrapped = {p: model.get_submodule(p).eval() for p in paths}
+            _insert(peft, model, how, paths, seed)
+            wrapped: dict[str, Any] = {p: model.get_submodule(p).eval() for p in paths}
             yield [q for w in wrapped.values() for n, q in w.named_parameters() if n.startswith("lora_")]
             with torch.no_grad():
                 for p, w in wrapped.items(): own[p].weight.add_(w.get_delta_weight("default"))
@@ -82,18 +120,21 @@ def adapted(model: nn.Module, how: Lora, seed: int = 0) -> Iterator[list[nn.Para
             for p, m in own.items(): model.set_submodule(p, m)
             for name in set(vars(model)) - extra: delattr(model, name)
 
-# %% ../../nbs/tasks/03_fit.ipynb #9d916c37
+# %% ../../nbs/tasks/03_fit.ipynb #46034434
 @dataclass(frozen=True)
 class Fitted:
     "A model fine-tuned on labelled sentences."
     head: TaskHead                              # trained
-    log: pd.DataFrame = field(repr=False)   # step, loss[, score]
-    cut: int                                # examples that were longer than what is read; of questions, those read in several windows
-    steps: int                              # taken; fewer than planned if stopped early
+    log: pd.DataFrame = field(repr=False)       # step, loss[, score]
+    cut: int                                    # examples too long to be read at once
+    steps: int                                  # taken; fewer than planned if stopped early
+
+# %% ../../nbs/tasks/03_fit.ipynb #9d916c37
+_ONE_MONITOR = "there can be one thing to watch: give dev or monitor."
 
 
 def fit(
-    model: nn.Module,                  # trained in place; inside `masked(model, mask, train=True)` the mask holds (but not for "lora": updates are added next to the masked weights and are not masked)
+    model: PreTrainedModel,                  # trained in place
     tok: Any,
     goal: Objective | Labelled,
     *,
@@ -103,146 +144,221 @@ def fit(
     head_lr: float = 1e-3,
     schedule: str = "linear",          # after the warm-up: "linear" to zero, "constant" …
     warmup: float = 0.1,               # share of steps
-    horizon: int | None = None,        # steps after which the learning rate would be zero; None: those that are taken
+    horizon: int | None = None,        # steps until the learning rate would be zero; None: `steps`
     weight_decay: float = 0.0,
     clip: float | None = None,         # largest L2 norm of the gradient
-    dropout: bool = False,             # in the model, as its configuration says (heads have their own); off: objectives may compare with cached states
+    dropout: bool = False,             # in the model, as configured (heads have their own)
     batch: int = 32,
     seed: int = 0,
     length: int | None = None,         # tokens at most, for labelled sentences
-    limit: int | None = None,          # at most so many of the labelled sentences, others for every seed
+    limit: int | None = None,          # at most so many sentences, others for every seed
     dev: Labelled | None = None,       # held-out sentences to watch, instead of a monitor
     monitor: Monitor | None = None,    # what to watch on held-out data
     every: int = 50,
-    keep: str = "best",                # "best" state by the monitor (the last of equals), or "last"
+    keep: str = "best",                # "best" state by the monitor, or "last"
     patience: int | None = None,       # stop after so many looks without improvement
-    train: str | Lora = "all",         # what changes beside the heads of the objective: "all" weights, nothing ("head": a linear probe), or "lora" updates, also as Lora(rank=…)
-    to: str | Path | None = None,      # folder: the run can be continued, and its weights are kept there
+    train: str | Lora = "all",         # "all" weights, the "head" alone, or updates: "lora", Lora(…)
+    to: str | Path | None = None,      # folder: the run can be continued, its weights are kept
     checkpoint: float = 30.0,          # least seconds between saved states
-    progress: bool = False,
-) -> pd.DataFrame | Fitted:            # log, one row per entry; with the head for labelled sentences
+    progress: Any = False,             # whether to show it, or what shows it
+) -> pd.DataFrame | Fitted:            # log; with the head for labelled sentences
     "Fine-tune `model` with AdamW; raise `Diverged` when the loss is not finite."
+    settings = {k: v for k, v in locals().items() if k not in ("model", "tok", "goal")}
     check_names([schedule], SCHEDULES, "schedule")
-    rates = ({} if schedule == "linear" else {"schedule": schedule}) | ({} if horizon is None else {"horizon": horizon})
-    if dev is not None and monitor is not None: raise SubnetError("there can be one thing to watch: give dev or monitor.")
-    if isinstance(goal, Labelled):
-        if epochs is not None and not (math.isfinite(epochs) and epochs > 0): raise SubnetError(f"epochs must be a positive number, got {epochs}.")
-        if limit is not None: goal = goal.take(_at_most(limit), seed)
-        if len(set(goal.gold)) < 2: raise SubnetError(f"nothing can be learned from {goal.name}: all labels of {len(goal)} sentences are equal.")
-        head = head_for(model, goal, seed, length)
-        if epochs is not None: steps = max(1, math.ceil(epochs * math.ceil(len(goal) / min(batch, len(goal)))))
-        if dev is not None: monitor = TaskScore(dev, head)
-        log = _fit(model, tok, Task(goal, head), monitor, rates | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
-                   patience=patience, train=train, length=length, **({} if limit is None else {"limit": limit})), to, checkpoint, progress)
-        return Fitted(head, log, head.cut(tok, goal), int(log.step.iloc[-1]))
-    for name, given in (("epochs", epochs), ("dev", dev), ("length", length), ("limit", limit)):
-        if given is not None: raise SubnetError(f"{name} goes with a table of labelled sentences; for an objective give {dict(epochs='steps', dev='monitor', length='its head a length', limit='it fewer examples')[name]}.")
-    return _fit(model, tok, goal, monitor, rates | dict(steps=steps, lr=lr, head_lr=head_lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, batch=batch, seed=seed, every=every, keep=keep,
-                patience=patience, train=train), to, checkpoint, progress)
+    if dev is not None and monitor is not None: raise SubnetError(_ONE_MONITOR)
+    if isinstance(goal, Labelled): return _fit_table(model, tok, goal, settings)
+    return _fit_goal(model, tok, goal, settings)
 
 # %% ../../nbs/tasks/03_fit.ipynb #c71008dc
+def _fit_table(model: PreTrainedModel, tok: Any, data: Labelled, s: _Settings) -> Fitted:
+    "Fine-tune on labelled sentences."
+    epochs, limit, batch = s["epochs"], s["limit"], s["batch"]
+    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
+        raise SubnetError(f"epochs must be a positive number, got {epochs}.")
+    if limit is not None: data = data.take(_at_most(limit), s["seed"])
+    if len(set(data.gold)) < 2:
+        what = f"all labels of {len(data)} sentences are equal"
+        raise SubnetError(f"nothing can be learned from {data.name}: {what}.")
+    head: Any = head_for(model, data, s["seed"], s["length"])
+    s = dict(s)
+    batches = math.ceil(len(data) / min(batch, len(data)))
+    if epochs is not None: s["steps"] = max(1, math.ceil(epochs * batches))
+    if s["dev"] is not None: s["monitor"] = TaskScore(s["dev"], head)
+    extra = {"length": s["length"]} | ({} if limit is None else {"limit": limit})
+    log = _fit(model, tok, Task(cast("Sequence[Any]", data), head), s, extra)
+    return Fitted(head, log, head.cut(tok, data), int(log.step.iloc[-1]))
+
+
 def _at_most(limit: int) -> int:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2: raise SubnetError(f"limit is a number of examples, at least 2, got {limit!r}.")
+    "A number of examples."
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2:
+        raise SubnetError(f"limit is a number of examples, at least 2, got {limit!r}.")
     return limit
 
 
-def _fit(model: nn.Module, tok: Any, goal: Objective, monitor: Monitor | None, o: dict[str, Any], to: str | Path | None, checkpoint: float, progress: bool) -> pd.DataFrame:
+_INSTEAD = {
+    "epochs": "steps",
+    "dev": "monitor",
+    "length": "its head a length",
+    "limit": "it fewer examples",
+}
+"What an objective is given in the place of what a table is given."
+
+
+def _fit_goal(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings) -> pd.DataFrame:
+    "Fine-tune on an objective."
+    for name, instead in _INSTEAD.items():
+        if s[name] is None: continue
+        where = "a table of labelled sentences"
+        raise SubnetError(f"{name} goes with {where}; for an objective give {instead}.")
+    return _fit(model, tok, goal, s, {})
+
+# %% ../../nbs/tasks/03_fit.ipynb #64ebb685
+_Settings = Mapping[str, Any]      # those of `fit`, by name
+_SAME = (
+    "steps", "lr", "head_lr", "warmup", "weight_decay", "clip", "dropout", "batch", "seed",
+    "every", "keep", "patience",
+)  # fmt: skip
+"Settings that always identify a run."
+
+
+def config_of(model: PreTrainedModel, goal: Objective, s: _Settings, extra: _Settings) -> dict[str, Any]:
+    "What decides the id of a run."
+    name = str(model_id(model, layout_of(model, whole=False))) if s["to"] else None
+    monitor, train = s["monitor"], s["train"]
+    config: dict[str, Any] = {"method": "fit", "model": name, "goal": goal.identity()}
+    config["monitor"] = monitor.identity() if monitor else None
+    if s["schedule"] != "linear": config["schedule"] = s["schedule"]
+    if s["horizon"] is not None: config["horizon"] = s["horizon"]
+    config |= {k: s[k] for k in _SAME}
+    config["train"] = asdict(train) if isinstance(train, Lora) else train
+    return config | dict(extra)
+
+
+_TOO_SHORT = (
+    "the learning rate would be zero after {} of {} steps: "
+    "horizon is at least the number of steps."
+)
+
+
+def _way(train: str | Lora) -> str | Lora:
+    "What changes besides the heads."
+    if isinstance(train, Lora): return train
+    check_names([train], ["all", "head", "lora"], "way to train")
+    return Lora() if train == "lora" else train
+
+
+def _check(goal: Objective, s: _Settings) -> None:
+    "Raise `SubnetError` for settings with which nothing can be trained."
+    check_settings(s["steps"], s["lr"], s["batch"], s["every"])
+    check_names([s["keep"]], ["best", "last"], "state to keep")
+    if s["patience"] is not None and s["monitor"] is None:
+        raise SubnetError("patience needs something to watch: give dev or monitor.")
+    horizon, steps = s["horizon"], s["steps"]
+    if horizon is not None and horizon < steps: raise SubnetError(_TOO_SHORT.format(horizon, steps))
+    if s["train"] == "head" and not any(True for m in goal.modules() for _ in m.parameters()):
+        raise SubnetError('nothing to train: the objective has no head, and train is "head".')
+
+# %% ../../nbs/tasks/03_fit.ipynb #4beeef88
+def _fit(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, extra: _Settings) -> pd.DataFrame:
     "Open the run, take its steps, leave the chosen weights in the model."
-    check_settings(o["steps"], o["lr"], o["batch"], o["every"]); check_names([o["keep"]], ["best", "last"], "state to keep")
-    if o["patience"] is not None and monitor is None: raise SubnetError("patience needs something to watch: give dev or monitor.")
-    if not isinstance(o["train"], Lora): o["train"] = {"lora": Lora()}.get(check_names([o["train"]], ["all", "head", "lora"], "way to train")[0], o["train"])
-    if o.get("horizon", o["steps"]) < o["steps"]: raise SubnetError(f"the learning rate would be zero after {o['horizon']} of {o['steps']} steps: horizon is at least the number of steps.")
-    lora, heads = isinstance(o["train"], Lora), [p for m in goal.modules() for p in m.parameters()]
-    if o["train"] == "head" and not heads: raise SubnetError('nothing to train: the objective has no head, and train is "head".')
-    run = Run(to, dict(method="fit", model=str(model_id(model, layout_of(model, whole=False))) if to else None, goal=goal.identity(), monitor=monitor.identity() if monitor else None, **{**o, "train": asdict(o["train"]) if lora else o["train"]}))
+    s = {**s, "train": _way(s["train"])}
+    _check(goal, s)
+    run = Run(s["to"], config_of(model, goal, s, extra))
     for m in goal.modules(): m.to(next(model.parameters()).device)
-    with evaluating(model), adapted(model, o["train"], o["seed"]) if lora else frozen(model) if o["train"] == "head" else nullcontext(list(model.parameters())) as body:
-        body = body or []
-        if to and (file := Path(to) / "weights.safetensors").exists():
+    heads = [p for m in goal.modules() for p in m.parameters()]
+    with evaluating(model), _changing(model, s["train"], s["seed"]) as body:
+        params = [*body, *heads]
+        file = run.folder / "weights.safetensors" if run.folder else None
+        if file and file.exists():
             from safetensors.torch import load_file
-            _put(body + heads, load_file(file), "weight")
+            copy_into(params, load_file(file), "weight")
             return run.metrics
-        _go(Fitting(run, Context(model, tok, o["steps"], o["batch"], o["seed"], learning=True), goal, monitor, body, heads), checkpoint, progress)
-        for p in body + heads: p.grad = None
-        if to:
-            from safetensors.torch import save
-            atomic_write(Path(to) / "weights.safetensors", save({f"weight.{i}": p.detach().cpu().clone() for i, p in enumerate(body + heads)}))
-            (Path(to) / "state.safetensors").unlink(missing_ok=True)
+        training(run, model, tok, goal, s, body, heads).go()
+        if file: _keep(file, params)
     return run.metrics
 
 
-@torch.no_grad()
-def _put(params: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    for i, p in enumerate(params): p.copy_(tensors[f"{name}.{i}"])
+def _changing(
+    model: PreTrainedModel, train: str | Lora, seed: int,
+) -> AbstractContextManager[list[nn.Parameter]]:  # fmt: skip
+    "The parameters that change besides the heads, while a block runs."
+    if isinstance(train, Lora): return adapted(model, train, seed)
+    return _fixed(model) if train == "head" else nullcontext(list(model.parameters()))
+
+
+@contextmanager
+def _fixed(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
+    with frozen(model): yield []
+
+
+def _keep(file: Path, params: Sequence[torch.Tensor]) -> None:
+    "Write the weights; what was saved to go on is not needed any more."
+    from safetensors.torch import save
+    tensors = {f"weight.{i}": p.detach().cpu().clone() for i, p in enumerate(params)}
+    atomic_write(file, save(tensors))
+    (file.parent / "state.safetensors").unlink(missing_ok=True)
 
 # %% ../../nbs/tasks/03_fit.ipynb #b09266e9
-class Fitting:
-    "The steps of one fine-tuning."
+def training(
+    run: Run, model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings,
+    body: Sequence[nn.Parameter], heads: Sequence[nn.Parameter],
+) -> Loop:  # fmt: skip
+    "A fine-tuning at its beginning, or where it was stopped."
+    context = Context(model, tok, s["steps"], s["batch"], s["seed"], learning=True)
+    loss, monitor = goal.prepare(context), s["monitor"]
+    score = monitor.prepare(context) if monitor else None
+    peaks = s["lr"], s["head_lr"]
+    groups = [{"params": list(p), "lr": lr} for p, lr in zip((body, heads), peaks, strict=True)]
+    opt = torch.optim.AdamW(groups, weight_decay=s["weight_decay"])
+    horizon = s["steps"] if s["horizon"] is None else s["horizon"]
+    shares = [lr_at(t, horizon, s["schedule"], s["warmup"]) for t in range(s["steps"])]
+    rates = [[peak * share for share in shares] for peak in peaks]
+    params = [*body, *heads]
+    given = [p.detach().clone() for p in params] if context.ahead else []
+    plan = Plan(
+        s["steps"], s["every"], keep_best=s["keep"] == "best", patience=s["patience"],
+        checkpoint=s["checkpoint"], what="fit", progress=s["progress"], advice=f"Lower lr (now {s['lr']}).",
+    )  # fmt: skip
+    loop = Loop(
+        run, plan, [Turn(loss, partial(_dropping, model, s["dropout"], s["seed"]))],
+        [Parameters("weight", opt, rates, s["clip"])], parameter_like(model).device,
+        ahead=partial(_look_ahead, context, params, given), score=score, log=partial(_log, run),
+    )  # fmt: skip
+    return begin(loop, load_state(run))
 
-    def __init__(self, run: Run, context: Context, goal: Objective, monitor: Monitor | None, body: list, heads: list) -> None:
-        self.run, self.o, self.c, self.params = run, run.config, context, body + heads
-        self.loss, self.score = goal.prepare(context), monitor.prepare(context) if monitor else None
-        self.opt = torch.optim.AdamW([dict(params=body, lr=self.o["lr"]), dict(params=heads, lr=self.o["head_lr"])], weight_decay=self.o["weight_decay"])
-        self.step, self.best, self.since, self.kept = 0, -math.inf, 0, None
-        if (state := load_state(run)) is not None: _restore(self, *state)
+# %% ../../nbs/tasks/03_fit.ipynb #1c728137
+@contextmanager
+def _dropping(model: PreTrainedModel, dropout: bool, seed: int, step: int) -> Iterator[None]:
+    "Use the dropout of the model while a block runs."
+    if not dropout:
+        yield
+        return
+    device = parameter_like(model).device
+    gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpu):
+        model.train()
+        generator: Any = torch.cuda if gpu else torch.default_generator
+        generator.manual_seed(seed * 1_000_003 + step)
+        try: yield
+        finally: model.eval()
 
-    def one(self) -> float:
-        "One step; return the loss."
-        o, model = self.o, self.c.model
-        gpu = [p.device for p in self.params[:1] if p.is_cuda]
-        with torch.random.fork_rng(devices=gpu, enabled=o["dropout"]):
-            if o["dropout"]: model.train(); (torch.cuda if gpu else torch.default_generator).manual_seed(o["seed"] * 1_000_003 + self.step)
-            loss = self.loss(self.step)
-            self.opt.zero_grad(set_to_none=True)
-            if torch.isfinite(loss): loss.backward()      # with dropout, as blocks may be computed again
-            model.eval()
-        if not torch.isfinite(loss): raise Diverged(f"the loss became {loss.item()} at step {self.step + 1} of fine-tuning. Lower lr (now {o['lr']}).")
-        for group, peak in zip(self.opt.param_groups, (o["lr"], o["head_lr"])): group["lr"] = peak * lr_at(self.step, o.get("horizon", o["steps"]), o.get("schedule", "linear"), o["warmup"])
-        if o["clip"] is not None: nn.utils.clip_grad_norm_(self.params, o["clip"])
-        self.opt.step(); self.step += 1
-        return loss.item()
-
-# %% ../../nbs/tasks/03_fit.ipynb #6911f218
-def _save(f: Fitting) -> None:
-    "Write the state from which the training can go on."
-    out = {f"weight.{i}": p.clone() for i, p in enumerate(f.params)} | {f"best.{i}": p for i, p in enumerate(f.kept or ())}
-    out |= {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in f.opt.state_dict()["state"].items() for k, v in s.items()}
-    save_state(f.run, out, f.step, since=f.since, best=f.best if math.isfinite(f.best) else None)
-
-
-def _restore(f: Fitting, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
-    "Go back to a saved state."
-    _put(f.params, tensors, "weight")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for k, v in tensors.items():
-        if k.startswith("opt."): _, i, name = k.split("."); state.setdefault(int(i), {})[name] = v
-    f.opt.load_state_dict({"state": state, "param_groups": f.opt.state_dict()["param_groups"]})
-    f.step, f.since, f.best = info["step"], info["since"], -math.inf if info["best"] is None else info["best"]
-    if "best.0" in tensors: f.kept = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(f.params)]
-
-# %% ../../nbs/tasks/03_fit.ipynb #c3a309f9
-def _look(f: Fitting, loss: float) -> bool:
-    "Log an entry, remember the best state; whether to go on."
-    row = dict(step=f.step, loss=loss)
-    if f.score:
-        with torch.no_grad(): row |= seen(f.score())
-        value = row["score"]
-        row["score"] = value if math.isfinite(value) else None
-        f.since = 0 if value > f.best else f.since + 1
-        if value >= f.best:
-            f.best = value
-            if f.o["keep"] == "best": f.kept = [p.detach().clone() for p in f.params]
-    f.run.log(**row)
-    return f.o["patience"] is None or f.since < f.o["patience"]
+# %% ../../nbs/tasks/03_fit.ipynb #62819b52
+_Tensors = Sequence[torch.Tensor]
 
 
-def _go(f: Fitting, checkpoint: float, progress: bool) -> None:
-    "Run to the end, or until nothing gets better, and put back the best state."
-    last, more = time.monotonic(), f.o["patience"] is None or f.since < f.o["patience"]
-    with progress_bar("fit", f.o["steps"], f.step, show=progress) as bar:
-        while more and f.step < f.o["steps"]:
-            loss = f.one()
-            bar.update()
-            if f.step % f.o["every"] == 0 or f.step == f.o["steps"]: more = _look(f, loss); bar.set_postfix(loss=f"{loss:.3f}", best=f"{f.best:.3f}")
-            if f.run.folder and time.monotonic() - last >= checkpoint: _save(f); last = time.monotonic()
-    if f.kept: _put(f.params, {f"best.{i}": k for i, k in enumerate(f.kept)}, "best")
+def _look_ahead(context: Context, params: _Tensors, given: _Tensors, step: int) -> None:
+    "What an objective computes before a step, by the model as it was given."
+    if not context.ahead: return
+    now = [p.data for p in params]
+    for p, g in zip(params, given, strict=True): p.data = g
+    try:
+        for ahead in context.ahead: ahead(step)
+    finally:
+        for p, n in zip(params, now, strict=True): p.data = n
+
+
+def _log(run: Run, **row: Any) -> None:
+    "Log an entry; a score that is not finite is none."
+    if "score" in row and not math.isfinite(row["score"]): row["score"] = None
+    run.log(**row)

@@ -20,14 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.intervals import interval
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
+from ..core.intervals import interval
 from ..core.layout import layout_of
 from ..core.mask import Mask
+from ..core.progress import watched
 from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
-from ..core.progress import watched
 from ..core.store import open_study
 from ..data.facts import Facts
 from ..measure.ask import Answers, Condition, draws_of

@@ -27,7 +27,7 @@ from subnet_explorer.data.graphs import (
     wordnet,
 )
 from subnet_explorer.data.pocket import WORDINGS, pocket_rows
-from subnet_explorer.measure.ask import most_fluent
+from subnet_explorer.measure.fluency import most_fluent
 from subnet_explorer.model.load import load
 
 POCKET = read_facts("pocket")

@@ -1,4 +1,5 @@
-"Knowledge-critical subnetworks, measured: what removal takes away, the rule that chooses a mask, baselines by gradient, and learning again."
+"""Knowledge-critical subnetworks, measured: what removal takes away, the rule that chooses a mask,
+baselines by gradient, and learning again."""
 from __future__ import annotations
 
 import copy
@@ -9,31 +10,37 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from subnet_explorer import heads
-from subnet_explorer.model.apply import masked
 from subnet_explorer.core.intervals import interval, resampled
+from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import Facts, encode, read_facts
+from subnet_explorer.data.grammar import sentences, treebank
+from subnet_explorer.measure.ask import Answers, Precision, cloze
+from subnet_explorer.measure.fluency import perplexity, text_nll
 from subnet_explorer.measure.removal import REMOVAL, Removal, removal, removal_table
-from subnet_explorer.measure.ask import Answers, Precision, cloze, perplexity, text_nll
+from subnet_explorer.model.apply import masked
+from subnet_explorer.model.load import load
+from subnet_explorer.search.distil import Maintain, Suppress
+from subnet_explorer.search.find import find
+from subnet_explorer.search.loop import seen
 from subnet_explorer.search.gates import Concrete, Threshold
+from subnet_explorer.search.objectives import Cloze, Context, Density, Task
+from subnet_explorer.search.prune import iterate
+from subnet_explorer.search.score import attribution, magnitude
+from subnet_explorer.tasks import relearn
+from subnet_explorer.tasks.fit import fit, preserved
 from subnet_explorer.tasks.heads import Tagger
 from subnet_explorer.tasks.relearn import relearned, relearning
-from subnet_explorer.core.mask import Mask
-from subnet_explorer.search.objectives import Cloze, Context, Density, Task
-from subnet_explorer.search.distil import Maintain, Suppress
-from subnet_explorer.model.load import load
-from subnet_explorer.data.grammar import sentences, treebank
-from subnet_explorer.search.score import attribution, magnitude
-from subnet_explorer.search.prune import iterate
-from subnet_explorer.search.find import find, seen
-from subnet_explorer.core.space import Space
-from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(30, seed=3)]
 known = read_facts("pocket", "MadeOf,IsA", prompt=1)
-TARGET, CONTROL = Facts((known["MadeOf"].items[5], known["IsA"].items[7], *known["MadeOf"].items[6:9], known["IsA"].items[8])), Facts(known["IsA"].items[20:28])      # relations in turn
+# relations in turn
+MADE_OF, IS_A = known["MadeOf"].items, known["IsA"].items
+TARGET, CONTROL = Facts((MADE_OF[5], IS_A[7], *MADE_OF[6:9], IS_A[8])), Facts(IS_A[20:28])
 ON = {"target": TARGET, "control": CONTROL, "text": TEXTS[:7]}
 
 
@@ -53,7 +60,8 @@ def space(gpt2): return Space.of(gpt2[0], "weight", layers="top-half")
 def some(space): return Mask.random(space, .3, seed=0)                    # plays the critical weights
 
 @pytest.fixture(scope="module")
-def items(gpt2, some): return removal(*gpt2, {"full": None, "without": [~some, ~some.random_like(1)], "empty": ~(some - some)}, ON)
+def items(gpt2, some):
+    return removal(*gpt2, {"full": None, "without": [~some, ~some.random_like(1)], "empty": ~(some - some)}, ON)
 
 @pytest.fixture(scope="module")
 def summary(items): return removal_table(items, samples=50)
@@ -69,7 +77,7 @@ def zeroed(model, mask):
 
 @torch.no_grad()
 def plain(model, tok, facts, texts):
-    "One whole forward pass for each fact and text: (log-probability, rank) of answers, (mean log-probability, tokens) of texts."
+    "One whole forward pass each: (log-probability, rank) of answers, (mean log-probability, tokens) of texts."
     answers, written = [], []
     for f in facts:
         ids, at, gold = encode(tok, f, True)
@@ -77,7 +85,8 @@ def plain(model, tok, facts, texts):
         answers.append((logits.log_softmax(0)[gold].item(), 1 + int((logits > logits[gold]).sum())))
     for t in texts:
         ids = [tok.bos_token_id, *tok(t).input_ids]
-        logp = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        logp = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
         written.append((logp.mean().item(), len(logp)))
     return answers, written
 
@@ -87,16 +96,23 @@ def plain(model, tok, facts, texts):
 def test_items_are_those_of_plain_forward_passes(gpt2, some, items):
     model, tok = gpt2
     assert list(items.columns) == REMOVAL and len(items) == 4 * (6 + 8 + 7)
-    for under, draw, twin in (("full", 0, model), ("without", 0, zeroed(model, some)), ("without", 1, zeroed(model, some.random_like(1)))):
+    removed = {("without", 0): some, ("without", 1): some.random_like(1)}
+    twins = {("full", 0): model, **{k: zeroed(model, m) for k, m in removed.items()}}
+    for (under, draw), twin in twins.items():
         part = items[(items.under == under) & (items.draw == draw)]
         for data, facts in (("target", TARGET), ("control", CONTROL)):
             t = part[part.data == data].set_index("item").sort_index()
             answers, _ = plain(twin, tok, facts, [])
-            assert t.uuid.tolist() == [f.uuid for f in facts] and t["sub"].tolist() == [f.subject for f in facts]        # items are numbered as facts were given
-            assert np.allclose(t.logprob, [a for a, _ in answers], atol=1e-4) and t["rank"].tolist() == [r for _, r in answers] and (t.tokens == 1).all()
+            # items are numbered as facts were given
+            assert t.uuid.tolist() == [f.uuid for f in facts] and t["sub"].tolist() == [f.subject for f in facts]
+            assert np.allclose(t.logprob, [a for a, _ in answers], atol=1e-4)
+            assert t["rank"].tolist() == [r for _, r in answers]
+            assert (t.tokens == 1).all()
         t = part[part.data == "text"]
         _, written = plain(twin, tok, [], TEXTS[:7])
-        assert np.allclose(t.nll, [-a for a, _ in written], atol=1e-4) and t.tokens.tolist() == [n for _, n in written] and t["rank"].isna().all()
+        assert np.allclose(t.nll, [-a for a, _ in written], atol=1e-4)
+        assert t.tokens.tolist() == [n for _, n in written]
+        assert t["rank"].isna().all()
     assert (items.nll == -items.logprob).all()
 
 
@@ -104,7 +120,8 @@ def test_an_empty_critical_mask_changes_nothing(items, summary):
     a, b = (items[items.under == u].drop(columns="under").reset_index(drop=True) for u in ("full", "empty"))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     t = summary[summary.under == "empty"]
-    assert (t[t.measure.str.endswith("_difference")][["value", "low", "high", "median", "min", "max"]] == 0).all(axis=None)
+    differences = t[t.measure.str.endswith("_difference")]
+    assert (differences[["value", "low", "high", "median", "min", "max"]] == 0).all(axis=None)
     assert (t[t.measure == "perplexity_ratio"][["value", "low", "high", "median", "min", "max"]] == 1).all(axis=None)
 
 
@@ -120,7 +137,8 @@ def test_masks_for_each_relation(gpt2, some):
     model, tok = gpt2
     by = {"MadeOf": [~some, None], "IsA": ~some}
     t = removal(model, tok, {"x": by, "full": None}, {"target": TARGET})
-    assert t[(t.under == "x") & (t.draw == 1)].item.tolist() == [0, 2, 3, 4]                   # those of the one relation with a second draw
+    # those of the one relation with a second draw
+    assert t[(t.under == "x") & (t.draw == 1)].item.tolist() == [0, 2, 3, 4]
     full = t[t.under == "full"].set_index("item").logprob
     assert t[(t.under == "x") & (t.draw == 1)].set_index("item").logprob.to_dict() == full[[0, 2, 3, 4]].to_dict()
     with pytest.raises(SubnetError, match="not asked for the same items"): removal_table(t)
@@ -128,7 +146,7 @@ def test_masks_for_each_relation(gpt2, some):
 
 
 def test_texts_by_themselves_and_together(models, name):
-    "The sum over texts is what perplexity is made of, for either kind of model; a text alone gives what it gives among others."
+    "The sum over texts is what perplexity is made of; a text alone gives what it gives among others."
     model, tok = models[name]
     t = text_nll(model, tok, TEXTS)
     assert perplexity(model, tok, TEXTS) == pytest.approx(math.exp(t.nll.sum() / t.tokens.sum()), rel=1e-9)
@@ -138,8 +156,14 @@ def test_texts_by_themselves_and_together(models, name):
 
 def test_removal_refuses(gpt2, pocket_bert, some):
     model, tok = gpt2
-    for under, on, says in (({}, ON, "nothing to compare"), ({"full": None}, {}, "nothing to compare"), ({"full": None}, {"text": []}, "'text' is empty"), ({"full": None}, {"text": TEXTS[0]}, "one text"),
-                            ({"full": None}, {"text": [" ".join(TEXTS)]}, "the model reads at most 64"), ({"full": None}, {"text": [TEXTS[0], ""]}, "text 1 has no token to predict")):
+    for under, on, says in (
+        ({}, ON, "nothing to compare"),
+        ({"full": None}, {}, "nothing to compare"),
+        ({"full": None}, {"text": []}, "'text' is empty"),
+        ({"full": None}, {"text": TEXTS[0]}, "one text"),
+        ({"full": None}, {"text": [" ".join(TEXTS)]}, "the model reads at most 64"),
+        ({"full": None}, {"text": [TEXTS[0], ""]}, "text 1 has no token to predict"),
+    ):
         with pytest.raises(SubnetError, match=says): removal(model, tok, under, on)
     for on in ({"target": TARGET}, {"text": TEXTS[:2]}):
         with pytest.raises(SpaceMismatch): removal(*pocket_bert, {"x": some}, on)
@@ -153,33 +177,53 @@ def test_removal_refuses(gpt2, pocket_bert, some):
 # ── table ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_table_is_plain_arithmetic(items, summary):
-    cell = lambda u, d, m: summary[(summary.under == u) & (summary.data == d) & (summary.measure == m)].iloc[0]
+    def cell(u, d, m): return summary[(summary.under == u) & (summary.data == d) & (summary.measure == m)].iloc[0]
     for d, n in (("target", 6), ("control", 8), ("text", 7)):
-        full, lost = (items[(items.data == d) & (items.under == u)].pivot(index="draw", columns="item", values=["logprob", "rank", "tokens"]) for u in ("full", "without"))
+        of = {u: items[(items.data == d) & (items.under == u)] for u in ("full", "without")}
+        values = ["logprob", "rank", "tokens"]
+        full, lost = (part.pivot(index="draw", columns="item", values=values) for part in of.values())
         w = full["tokens"].iloc[0]
-        l, l0 = lost["logprob"].mean(axis=0), full["logprob"].iloc[0]
-        m, m0 = np.average(l, weights=w), np.average(l0, weights=w)
-        wanted = {"perplexity": math.exp(-m), "perplexity_ratio": math.exp(m0 - m), "perplexity_difference": math.exp(-m) - math.exp(-m0), "logprob": m, "logprob_difference": m - m0}
+        v, v0 = lost["logprob"].mean(axis=0), full["logprob"].iloc[0]
+        m, m0 = np.average(v, weights=w), np.average(v0, weights=w)
+        wanted = {
+            "perplexity": math.exp(-m),
+            "perplexity_ratio": math.exp(m0 - m),
+            "perplexity_difference": math.exp(-m) - math.exp(-m0),
+            "logprob": m,
+            "logprob_difference": m - m0,
+        }
         if d != "text":
             r, r0 = lost["rank"], full["rank"].iloc[0]
             wanted |= {"rank": r.to_numpy().mean(), "rank_difference": r.to_numpy().mean() - r0.mean()}
-            for k in (1, 5, 10): wanted |= {f"top{k}": (r <= k).to_numpy().mean(), f"top{k}_difference": (r <= k).to_numpy().mean() - (r0 <= k).mean()}
+            for k in (1, 5, 10):
+                hits = (r <= k).to_numpy().mean()
+                wanted |= {f"top{k}": hits, f"top{k}_difference": hits - (r0 <= k).mean()}
         assert set(summary[summary.data == d].measure) == set(wanted)
         for measure, value in wanted.items():
             c = cell("without", d, measure)
-            assert c.value == pytest.approx(value, rel=1e-9, abs=1e-12) and (c.n, c.draws) == (n, 2) and c.low <= c.high and c["min"] <= c["median"] <= c["max"]
-        assert cell("without", d, "logprob_difference")["median"] == pytest.approx(np.median(l - l0)) and cell("without", d, "logprob_difference")["min"] == pytest.approx((l - l0).min())
-        assert cell("without", d, "perplexity_ratio")["max"] == pytest.approx(np.exp(lost["logprob"].rsub(l0, axis=1)).mean(axis=0).max())
-    assert not (items.tokens[items.data == "text"] == items.tokens[items.data == "text"].iloc[0]).all(), "texts of one length do not test the weights"
+            assert c.value == pytest.approx(value, rel=1e-9, abs=1e-12)
+            assert (c.n, c.draws) == (n, 2)
+            assert c.low <= c.high
+            assert c["min"] <= c["median"] <= c["max"]
+        assert cell("without", d, "logprob_difference")["median"] == pytest.approx(np.median(v - v0))
+        assert cell("without", d, "logprob_difference")["min"] == pytest.approx((v - v0).min())
+        ratios = np.exp(lost["logprob"].rsub(v0, axis=1)).mean(axis=0)
+        assert cell("without", d, "perplexity_ratio")["max"] == pytest.approx(ratios.max())
+    lengths = items.tokens[items.data == "text"]
+    assert not (lengths == lengths.iloc[0]).all(), "texts of one length do not test the weights"
 
 
 def test_the_interval_is_the_one_of_compare(items, summary):
     "An interval of a difference is that of the differences; of a perplexity, the exponential of that of its logarithm."
-    t = items[(items.data == "control") & (items.under == "without")].pivot(index="draw", columns="item", values="logprob").to_numpy()
+    without = items[(items.data == "control") & (items.under == "without")]
+    t = without.pivot(index="draw", columns="item", values="logprob").to_numpy()
     full = items[(items.data == "control") & (items.under == "full")].sort_values("item").logprob.to_numpy()
     at = summary[(summary.under == "without") & (summary.data == "control")].set_index("measure")
-    assert at.loc["logprob_difference", ["value", "low", "high"]].tolist() == pytest.approx(interval([t - full], samples=50))
-    assert at.loc["perplexity_ratio", ["value", "low", "high"]].tolist() == pytest.approx([math.exp(-x) for x in np.array(interval([t - full], samples=50))[[0, 2, 1]]], rel=.02)
+    value, low, high = interval([t - full], samples=50)
+    columns = ["value", "low", "high"]
+    assert at.loc["logprob_difference", columns].tolist() == pytest.approx([value, low, high])
+    ratios = [math.exp(-x) for x in (value, high, low)]
+    assert at.loc["perplexity_ratio", columns].tolist() == pytest.approx(ratios, rel=.02)
     spread = np.exp(-resampled([t], 50)[1]) - np.exp(-resampled([np.tile(full, (2, 1))], 50)[1])
     assert at.loc["perplexity_difference", ["low", "high"]].tolist() == pytest.approx(np.quantile(spread, [.025, .975]))
 
@@ -188,7 +232,9 @@ def test_the_interval_is_the_one_of_compare(items, summary):
 def test_weights_of_items_are_repetitions(pairs, draws):
     x, w = np.array([[v + d for v, _ in pairs] for d in range(draws)]), np.array([n for _, n in pairs])
     value, means = resampled([x], 40, weights=[w])
-    assert value == pytest.approx(np.repeat(x, w, axis=1).mean(), abs=1e-9) and means.min() >= x.min() - 1e-9 and means.max() <= x.max() + 1e-9
+    assert value == pytest.approx(np.repeat(x, w, axis=1).mean(), abs=1e-9)
+    assert means.min() >= x.min() - 1e-9
+    assert means.max() <= x.max() + 1e-9
     assert np.allclose(resampled([x], 40)[1], resampled([x], 40, weights=[3 * np.ones(len(w))])[1])
 
 
@@ -204,11 +250,15 @@ def test_weighted_intervals_cover():
 
 def test_the_table_refuses(items):
     with pytest.raises(UnknownName, match="'whole'"): removal_table(items, reference="whole")
-    with pytest.raises(SubnetError, match="NaN or infinite"): removal_table(items.assign(logprob=items.logprob.where(items.index != 3)))
-    with pytest.raises(SubnetError, match="not asked for the same items"): removal_table(items.drop(index=items[items.under == "full"].index[0]))
-    with pytest.raises(SubnetError, match="not asked for the same items"): removal_table(items.assign(item=items.item + 100 * (items.under == "full")))
+    with pytest.raises(SubnetError, match="NaN or infinite"):
+        removal_table(items.assign(logprob=items.logprob.where(items.index != 3)))
+    with pytest.raises(SubnetError, match="not asked for the same items"):
+        removal_table(items.drop(index=items[items.under == "full"].index[0]))
+    with pytest.raises(SubnetError, match="not asked for the same items"):
+        removal_table(items.assign(item=items.item + 100 * (items.under == "full")))
     with pytest.raises(SubnetError, match="84 items were measured twice"): removal_table(pd.concat([items, items]))
-    with pytest.raises(SubnetError, match="too large a number"): removal_table(items.assign(logprob=items.logprob.where(items.under == "full", -800.)), samples=5)
+    with pytest.raises(SubnetError, match="too large a number"):
+        removal_table(items.assign(logprob=items.logprob.where(items.under == "full", -800.)), samples=5)
     for weights in ([np.ones(2)], [np.zeros(3)], []):
         with pytest.raises(SubnetError, match="one weight above 0"): resampled([np.ones((1, 3))], weights=weights)
 
@@ -217,30 +267,48 @@ def test_the_table_refuses(items):
 
 RULE = Removal(TARGET, CONTROL, TEXTS[:5], sparsity=.95, tolerance=.1)
 FULL = {"target": -2.0, "control": -3.0, "text": -4.0}
-now = lambda target=-5.0, control=0.0, text=0.0: {"target": target, "control": -3 - math.log(1 + control), "text": -4 - math.log(1 + text)}
 
-@pytest.mark.parametrize("state, sparsity, failed", [
-    (now(), .95, ""), (now(control=.099, text=-.099), .99, ""), (now(), .94, "sparsity"), (now(control=.11), .95, "control"), (now(text=-.11), .95, "text"), (now(control=-.2, text=.2), .5, "sparsity, control, text")])
+
+def now(target=-5.0, control=0.0, text=0.0):
+    return {"target": target, "control": -3 - math.log(1 + control), "text": -4 - math.log(1 + text)}
+
+
+@pytest.mark.parametrize(
+    "state, sparsity, failed",
+    [
+        (now(), 0.95, ""),
+        (now(control=0.099, text=-0.099), 0.99, ""),
+        (now(), 0.94, "sparsity"),
+        (now(control=0.11), 0.95, "control"),
+        (now(text=-0.11), 0.95, "text"),
+        (now(control=-0.2, text=0.2), 0.5, "sparsity, control, text"),
+    ],
+)
 def test_rule(state, sparsity, failed):
     r = RULE.rule(FULL, state, sparsity)
     assert r["failed"] == failed and r["sparsity"] == sparsity
-    for n in state: assert r[f"{n}_perplexity"] == pytest.approx(math.exp(-state[n])) and r[f"{n}_ratio"] == pytest.approx(math.exp(FULL[n] - state[n]))
+    for n in state:
+        assert r[f"{n}_perplexity"] == pytest.approx(math.exp(-state[n]))
+        assert r[f"{n}_ratio"] == pytest.approx(math.exp(FULL[n] - state[n]))
     if not failed: assert r["score"] == 3.0
     else: assert r["score"] < FULL["target"] - 1
 
 
 logprobs = st.floats(-50, 0)
-states = st.tuples(st.fixed_dictionaries({"target": logprobs, "control": logprobs, "text": logprobs}), st.floats(0, 1))
+three_logprobs = st.fixed_dictionaries({"target": logprobs, "control": logprobs, "text": logprobs})
+states = st.tuples(three_logprobs, st.floats(0, 1))
 
-@given(states, states, st.fixed_dictionaries({"target": logprobs, "control": logprobs, "text": logprobs}), st.floats(.01, .99), st.floats(.01, .9))
+@given(states, states, three_logprobs, st.floats(.01, .99), st.floats(.01, .9))
 def test_what_is_allowed_beats_what_is_not(a, b, full, sparsity, tolerance):
     rule = Removal(TARGET, CONTROL, TEXTS[:5], sparsity, tolerance)
     x, y = (rule.rule(full, *s) for s in (a, b))
     for r, (s, sp) in ((x, a), (y, b)):
         ratio = {n: math.exp(full[n] - s[n]) for n in ("control", "text")}
-        clear = lambda v, edge: abs(v - edge) > 1e-9 * max(1, v)                            # at the very edge rounding decides
+        # at the very edge rounding decides
+        def clear(v, edge): return abs(v - edge) > 1e-9 * max(1, v)
         if all(clear(v, e) for v in ratio.values() for e in (1 - tolerance, 1 + tolerance)) and clear(sp, sparsity):
-            assert (r["failed"] == "") == (sp >= sparsity and all(1 - tolerance <= v <= 1 + tolerance for v in ratio.values()))
+            within = all(1 - tolerance <= v <= 1 + tolerance for v in ratio.values())
+            assert (r["failed"] == "") == (sp >= sparsity and within)
         assert math.isfinite(r["score"]) and (r["failed"] == "" or r["score"] < 0)
     if x["failed"] == "" != y["failed"]: assert x["score"] > y["score"]
 
@@ -249,7 +317,7 @@ def test_what_is_allowed_beats_what_is_not(a, b, full, sparsity, tolerance):
 def test_less_violation_scores_more(state, step):
     "On the way from a broken state to the full model with everything kept nothing gets worse until the rule holds."
     s, sparsity = state
-    at = lambda t: RULE.rule(FULL, {n: s[n] + t * (FULL[n] - s[n]) for n in s}, sparsity + t * (1 - sparsity))
+    def at(t): return RULE.rule(FULL, {n: s[n] + t * (FULL[n] - s[n]) for n in s}, sparsity + t * (1 - sparsity))
     a, b = at(0.0), at(step)
     if a["failed"] and b["failed"]: assert b["score"] >= a["score"] - 1e-9
 
@@ -260,16 +328,19 @@ def test_the_monitor_sees_the_model_without_the_critical_weights(gpt2, space, tm
     goal = 1.5 * Suppress(TARGET) + Maintain(CONTROL) + Maintain(TEXTS[10:20]) + 2 * Density()
     settings = dict(steps=6, lr=.3, schedule="constant", complement=True, every=2, progress=False)
     watch = Removal(TARGET, CONTROL, TEXTS[:5], sparsity=.6, tolerance=.5)
-    run = find(model, tok, Concrete(space, density=.45, temperature=1., straight_through=True, seed=0), goal, monitor=watch, to=tmp_path / "run", **settings)
+
+    def gate(): return Concrete(space, density=.45, temperature=1., straight_through=True, seed=0)
+    run = find(model, tok, gate(), goal, monitor=watch, to=tmp_path / "run", **settings)
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == [2, 4, 6] and run.metrics.to_dict("records") == log
     best = max(log, key=lambda r: (r["score"], r["step"]))
-    t = removal(model, tok, {"full": None, "without": ~run.mask}, {"target": TARGET, "control": CONTROL, "text": TEXTS[:5]})
-    value = removal_table(t, samples=2).query("measure == 'perplexity' and under == 'without'").set_index("data")["value"]
+    on = {"target": TARGET, "control": CONTROL, "text": TEXTS[:5]}
+    t = removal_table(removal(model, tok, {"full": None, "without": ~run.mask}, on), samples=2)
+    value = t[(t.measure == "perplexity") & (t.under == "without")].set_index("data")["value"]
     assert best["sparsity"] == run.mask.sparsity
     for d in ("target", "control", "text"): assert best[f"{d}_perplexity"] == pytest.approx(value[d], rel=1e-4)
     assert {"target_ratio", "control_ratio", "text_ratio", "failed"} <= set(best)
-    plain_run = find(model, tok, Concrete(space, density=.45, temperature=1., straight_through=True, seed=0), goal, **settings)
+    plain_run = find(model, tok, gate(), goal, **settings)
     assert plain_run.metrics.loss.tolist() == [r["loss"] for r in log]                       # watching changes nothing
 
 
@@ -279,16 +350,25 @@ def test_an_empty_critical_mask_is_allowed_and_worth_nothing(gpt2, space):
     gate = Threshold(space, init=-1.0)
     look = RULE.prepare(Context(model, tok, 1, 1, 0, first=2, gate=gate))
     with torch.no_grad(), masked(model, ~gate.harden()): r = look()
-    assert (r["score"], r["failed"], r["sparsity"]) == (0.0, "", 1.0) and r["target_ratio"] == r["control_ratio"] == r["text_ratio"] == 1.0
+    assert (r["score"], r["failed"], r["sparsity"]) == (0.0, "", 1.0)
+    assert r["target_ratio"] == r["control_ratio"] == r["text_ratio"] == 1.0
 
 
 def test_the_rule_refuses(gpt2, space):
     model, tok = gpt2
     with pytest.raises(SubnetError, match="between 0 and 1, got 95"): Removal(TARGET, CONTROL, TEXTS, sparsity=95)
     with pytest.raises(SubnetError, match="between 0 and 1, got 10"): Removal(TARGET, CONTROL, TEXTS, tolerance=10)
-    with pytest.raises(SubnetError, match="one of them is empty"): Removal(TARGET, CONTROL, []).prepare(Context(model, tok, 1, 1, 0, gate=Threshold(space)))
+    with pytest.raises(SubnetError, match="one of them is empty"):
+        Removal(TARGET, CONTROL, []).prepare(Context(model, tok, 1, 1, 0, gate=Threshold(space)))
     with pytest.raises(SubnetError, match="watches the gate"): iterate(model, tok, None, RULE, space, progress=False)
-    assert len({json.dumps(r.identity()) for r in (RULE, Removal(TARGET, CONTROL, TEXTS[:5]), Removal(TARGET, CONTROL, TEXTS[:4]), Removal(TARGET, CONTROL, TEXTS[:5], tolerance=.2), Removal(CONTROL, TARGET, TEXTS[:5]))}) == 4
+    rules = [
+        RULE,
+        Removal(TARGET, CONTROL, TEXTS[:5]),      # the same
+        Removal(TARGET, CONTROL, TEXTS[:4]),
+        Removal(TARGET, CONTROL, TEXTS[:5], tolerance=.2),
+        Removal(CONTROL, TARGET, TEXTS[:5]),
+    ]
+    assert len({json.dumps(r.identity()) for r in rules}) == 4
 
 
 # ── monitors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,17 +382,39 @@ class Named(Precision):
 
 def test_named_numbers_reach_every_log_and_change_nothing_else(gpt2, space, tmp_path):
     model, tok = gpt2
-    runs = {"find": lambda m, to: find(model, tok, Threshold(space, seed=0), Cloze(TARGET), steps=4, every=2, monitor=m, progress=False).metrics, "fit": lambda m, to: fitted(model, tok, m),
-            "iterate": lambda m, to: (iterate(model, tok, None, m, space, limit=2, progress=False, scores=magnitude(model, space), to=to), pd.read_json(to / "metrics.jsonl", lines=True))[1]}
+    runs = {
+        "find": lambda m, to: (
+            find(
+                model,
+                tok,
+                Threshold(space, seed=0),
+                Cloze(TARGET),
+                steps=4,
+                every=2,
+                monitor=m,
+                progress=False,
+            ).metrics
+        ),
+        "fit": lambda m, to: fitted(model, tok, m),
+        "iterate": lambda m, to: (
+            iterate(
+                model, tok, None, m, space, limit=2, progress=False, scores=magnitude(model, space), to=to
+            ),
+            pd.read_json(to / "metrics.jsonl", lines=True),
+        )[1],
+    }
     for name, run in runs.items():
         a, b = run(Precision(TARGET), tmp_path / name), run(Named(TARGET), tmp_path / f"{name} named")
-        assert a.score.tolist() == b.score.tolist() and (b.half == b.score / 2).all() and (b.remark == "here").all() and not {"remark", "half"} & set(a.columns)
+        assert a.score.tolist() == b.score.tolist()
+        assert (b.half == b.score / 2).all()
+        assert (b.remark == "here").all()
+        assert not {"remark", "half"} & set(a.columns)
     assert seen(.5) == {"score": .5} and seen({"x": 1, "score": 2}) == {"x": 1, "score": 2.0}
     with pytest.raises(SubnetError, match="must name one score"): seen({"x": 1})
 
 
 def fitted(model, tok, monitor):
-    with heads.preserved(model): return heads.fit(model, tok, Cloze(TARGET), steps=4, every=2, monitor=monitor)
+    with preserved(model): return fit(model, tok, Cloze(TARGET), steps=4, every=2, monitor=monitor)
 
 
 def test_answers_are_those_of_cloze(gpt2, some):
@@ -320,7 +422,8 @@ def test_answers_are_those_of_cloze(gpt2, some):
     look = Answers(TARGET).prepare(Context(model, tok, 1, 1, 0, first=2))
     with torch.no_grad(), masked(model, ~some): r = look()
     t = cloze(model, tok, TARGET, {"x": ~some})
-    assert r["score"] == r["logprob"] == pytest.approx(t.logprob.mean(), abs=1e-5) and r["top1"] == pytest.approx((t["rank"] == 1).mean())
+    assert r["score"] == r["logprob"] == pytest.approx(t.logprob.mean(), abs=1e-5)
+    assert r["top1"] == pytest.approx((t["rank"] == 1).mean())
 
 
 # ── attribution ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,8 +433,10 @@ def gradients(model, tok, facts, groups):
     causal, out = tok.mask_token is None, []
     for f in facts:
         ids, at, gold = encode(tok, f, causal)
-        loss = torch.nn.functional.cross_entropy(model(input_ids=torch.tensor([ids])).logits[0, at][None], torch.tensor([gold]))
-        out.append([g.numpy() for g in torch.autograd.grad(loss, [model.base_model.get_parameter(g.name) for g in groups])])
+        logits = model(input_ids=torch.tensor([ids])).logits[0, at]
+        loss = torch.nn.functional.cross_entropy(logits[None], torch.tensor([gold]))
+        weights = [model.base_model.get_parameter(g.name) for g in groups]
+        out.append([g.numpy() for g in torch.autograd.grad(loss, weights)])
     return out
 
 
@@ -341,10 +446,12 @@ def test_attribution_is_plain_autograd(models, name, kind, layers):
     space = Space.of(model, kind, layers=None if layers == "all" else layers)
     per = gradients(model, tok, TARGET, space.groups)
     w = [model.base_model.get_parameter(g.name).detach().numpy() for g in space.groups]
-    found = {"example": attribution(model, tok, Cloze(TARGET), space), "batch": attribution(model, tok, Cloze(TARGET), space, mode="batch")}
-    small = attribution(model, tok, Cloze(TARGET, batch=5), space)                           # an objective's own batch does not matter to examples
+    found = {mode: attribution(model, tok, Cloze(TARGET), space, mode=mode) for mode in ("example", "batch")}
+    # an objective's own batch does not matter to examples
+    small = attribution(model, tok, Cloze(TARGET, batch=5), space)
     for i, g in enumerate(space.groups):
-        assert np.allclose(found["example"][g.name], np.mean([np.abs(w[i] * p[i]) for p in per], 0), atol=1e-6, rtol=1e-4)
+        each = np.mean([np.abs(w[i] * p[i]) for p in per], 0)
+        assert np.allclose(found["example"][g.name], each, atol=1e-6, rtol=1e-4)
         assert np.allclose(found["batch"][g.name], np.abs(w[i] * np.mean([p[i] for p in per], 0)), atol=1e-6, rtol=1e-4)
         assert np.array_equal(small[g.name], found["example"][g.name])
     assert found["example"].meta["batches"] == 6 and found["batch"].meta["batches"] == 1
@@ -368,7 +475,8 @@ def test_attribution_leaves_no_trace(gpt2, space):
                 return loss(step)
             return one
     with pytest.raises(Stop): attribution(model, tok, Broken(TARGET), space)
-    assert torch.equal(p.grad, kept) and [x.grad for x in model.parameters() if x is not p] == [None] * (len(list(model.parameters())) - 1)
+    assert torch.equal(p.grad, kept)
+    assert [x.grad for x in model.parameters() if x is not p] == [None] * (len(list(model.parameters())) - 1)
     assert model.training and not q.requires_grad and p.requires_grad and not p._post_accumulate_grad_hooks
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -383,7 +491,7 @@ def test_heads_get_no_gradient(pocket_bert):
 
 
 def test_attribution_finds_what_matters(gpt2, space):
-    "Removing the two percent with the highest attribution does more harm to the facts than removing as many others of their size."
+    "Removing the two percent with the highest attribution harms the facts more than as many others of their size."
     model, tok = gpt2
     best = attribution(model, tok, Cloze(TARGET), space).top(.02)
     like = [best.random_like(s, strata=magnitude(model, space)) for s in range(3)]
@@ -394,26 +502,31 @@ def test_attribution_finds_what_matters(gpt2, space):
 
 def test_attribution_refuses(gpt2, pocket_bert, space):
     model, tok = gpt2
-    with pytest.raises(SubnetError, match="use importance"): attribution(model, tok, Cloze(TARGET), Space.of(model, "head"))
-    with pytest.raises(UnknownName, match="Known: example, batch"): attribution(model, tok, Cloze(TARGET), space, mode="cumulative")
-    with pytest.raises(SubnetError, match="at least one batch"): attribution(model, tok, Cloze(TARGET), space, batches=0)
+    with pytest.raises(SubnetError, match="use importance"):
+        attribution(model, tok, Cloze(TARGET), Space.of(model, "head"))
+    with pytest.raises(UnknownName, match="Known: example, batch"):
+        attribution(model, tok, Cloze(TARGET), space, mode="cumulative")
+    with pytest.raises(SubnetError, match="at least one batch"):
+        attribution(model, tok, Cloze(TARGET), space, batches=0)
     with pytest.raises(SpaceMismatch): attribution(*pocket_bert, Cloze(TARGET), space)
-    with pytest.raises(SubnetError, match="how many examples"): attribution(model, tok, Cloze(TARGET) + Cloze(CONTROL), space)
+    with pytest.raises(SubnetError, match="how many examples"):
+        attribution(model, tok, Cloze(TARGET) + Cloze(CONTROL), space)
     broken = copy.deepcopy(model)
     with torch.no_grad(): broken.transformer.h[3].mlp.c_proj.bias[0] = float("nan")
-    with pytest.raises(SubnetError, match="NaN or infinite"): attribution(broken, tok, Cloze(TARGET), Space.of(broken, "weight", layers=4))
+    with pytest.raises(SubnetError, match="NaN or infinite"):
+        attribution(broken, tok, Cloze(TARGET), Space.of(broken, "weight", layers=4))
 
 
 # ── learning again ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 def spying(monkeypatch):
     "Remember the weights that every fine-tuning ends with."
-    ends, fit = [], heads.fit
+    ends = []
     def spy(model, *args, **kwargs):
         out = fit(model, *args, **kwargs)
         ends.append({k: v.clone() for k, v in model.state_dict().items()})
         return out
-    monkeypatch.setattr(heads, "fit", spy)
+    monkeypatch.setattr(relearn, "fit", spy)
     return ends
 
 
@@ -426,12 +539,13 @@ def test_relearning(gpt2, space, some, hold, monkeypatch):
     t = relearning(model, tok, TARGET, under, steps=5, every=2, lr=1e-3, hold=hold)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(t.columns) == ["under", "draw", "step", "logprob", "top1"]
-    assert t.groupby(["under", "draw"], sort=False).step.apply(list).to_dict() == {k: [0, 2, 4, 5] for k in (("full", 0), ("without", 0), ("without", 1))}
+    steps = t.groupby(["under", "draw"], sort=False).step.apply(list).to_dict()
+    assert steps == {key: [0, 2, 4, 5] for key in (("full", 0), ("without", 0), ("without", 1))}
     start = t[t.step == 0].set_index(["under", "draw"]).logprob
     wanted = cloze(model, tok, TARGET, under).groupby(["under", "draw"]).logprob.mean()
     assert all(start[k] == pytest.approx(wanted[k], abs=1e-4) for k in wanted.index)
     assert (t[(t.under == "without") & (t.step == 5)].logprob.to_numpy() > start["without"].to_numpy()).all()
-    for end, mask in zip(ends[1:], (some, some.random_like(1))):
+    for end, mask in zip(ends[1:], (some, some.random_like(1)), strict=True):
         for g, bits in mask.items(): assert (end[f"transformer.{g.name}"][torch.as_tensor(bits)] == 0).all() == hold
 
 
@@ -441,12 +555,17 @@ def test_relearning_is_plain_fine_tuning(gpt2, some):
     twin, steps, rows = zeroed(model, some), 4, []
     opt = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
     coded = [encode(tok, f, True) for f in TARGET]
-    losses = lambda: torch.stack([torch.nn.functional.cross_entropy(twin(input_ids=torch.tensor([ids])).logits[0, at][None], torch.tensor([gold])) for ids, at, gold in coded])
+
+    def losses():
+        logits = [twin(input_ids=torch.tensor([ids])).logits[0, at] for ids, at, _ in coded]
+        golds = torch.tensor([gold for _, _, gold in coded])
+        return torch.nn.functional.cross_entropy(torch.stack(logits), golds, reduction="none")
     twin.eval()
     for step in range(steps):
         rows.append(-losses().mean().item())
         for g in opt.param_groups: g["lr"] = 1e-3 * (1 - step / steps)
-        opt.zero_grad(); losses().mean().backward()
+        opt.zero_grad()
+        losses().mean().backward()
         for g, bits in some.items(): twin.base_model.get_parameter(g.name).grad[torch.as_tensor(bits)] = 0
         opt.step()
     rows.append(-losses().mean().item())
@@ -460,15 +579,25 @@ def test_the_model_comes_back_after_an_error(gpt2, some):
     for hold in (True, False):
         with pytest.raises(SubnetError): relearning(model, tok, TARGET, {"x": ~some}, steps=3, lr=1e30, hold=hold)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    for under, says in (({}, "nothing to learn again"), ({"x": {"IsA": None}}, "one mask for all"), ({"x": magnitude(model, some.space)}, "training needs a binary mask")):
+    refused = {
+        "nothing to learn again": {},
+        "one mask for all": {"x": {"IsA": None}},
+        "training needs a binary mask": {"x": magnitude(model, some.space)},
+    }
+    for says, under in refused.items():
         with pytest.raises(SubnetError, match=says): relearning(model, tok, TARGET, under, steps=1)
 
 
 def test_when_facts_are_back():
-    row = lambda u, d, values: [dict(under=u, draw=d, step=10 * i, logprob=v, top1=0.0) for i, v in enumerate(values)]
-    t = pd.DataFrame(row("without", 1, [-5, -4, -3]) + row("without", 0, [-5, -1.05, -.5]) + row("full", 0, [-1, -.5, -.1]))
+    def row(u, d, values):
+        return [dict(under=u, draw=d, step=10 * i, logprob=v, top1=0.0) for i, v in enumerate(values)]
+    of_without = row("without", 1, [-5, -4, -3]) + row("without", 0, [-5, -1.05, -.5])
+    t = pd.DataFrame(of_without + row("full", 0, [-1, -.5, -.1]))
     r = relearned(t)
-    assert r[["under", "draw", "start", "end"]].values.tolist() == [["without", 0, -5, -.5], ["without", 1, -5, -3], ["full", 0, -1, -.1]]
-    assert r.steps.fillna(-1).tolist() == [10, -1, 0] and relearned(t, tolerance=3).steps.tolist() == [10, 10, 0] and relearned(t, tolerance=0).steps.fillna(-1).tolist() == [20, -1, 0]
+    wanted = [["without", 0, -5, -.5], ["without", 1, -5, -3], ["full", 0, -1, -.1]]
+    assert r[["under", "draw", "start", "end"]].values.tolist() == wanted
+    assert r.steps.fillna(-1).tolist() == [10, -1, 0]
+    assert relearned(t, tolerance=3).steps.tolist() == [10, 10, 0]
+    assert relearned(t, tolerance=0).steps.fillna(-1).tolist() == [20, -1, 0]
     with pytest.raises(UnknownName): relearned(t, reference="whole")
     with pytest.raises(SubnetError, match="0 or more"): relearned(t, tolerance=-1)

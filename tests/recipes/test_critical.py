@@ -1,6 +1,7 @@
 "Knowledge-critical subnetworks: material, study, rule, baselines, files, shell."
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -10,25 +11,23 @@ import pandas as pd
 import pytest
 import torch
 
-import importlib
-
-chapter = importlib.import_module("subnet_explorer.recipes.critical")
 from subnet_explorer.cli import main
 from subnet_explorer.core.compare import placement
-from subnet_explorer.recipes.critical import critical, critical_json, critical_report, material, sensitivity
+from subnet_explorer.recipes.critical import POCKET, critical, material, sensitivity
 from subnet_explorer.data.files import BadFacts
 from subnet_explorer.data.facts import Fact, Facts, read_facts
 from subnet_explorer.data.graphs import disjoint, neighbourhood, shared_triples, read_graph, triple, wordings
 from subnet_explorer.core.mask import Mask
-from subnet_explorer.data.pocket import CRITICAL, sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.model.load import load
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.space import granular
 from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.texts import Blocks, blocks
 
+chapter = importlib.import_module("subnet_explorer.recipes.critical")
 TEXT = [" ".join(t["form"] for t in s) for s in sentences(60, seed=5)]
-FAST = CRITICAL | dict(steps=6, checks=2, seeds=(0,), random=1, progress=False)
+FAST = POCKET | dict(steps=6, checks=2, seeds=(0,), random=1, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +143,9 @@ def test_the_chosen_checkpoint_follows_the_rule(gpt2, birds, control):
 
 def test_suppression_without_anything_to_hold_is_named(gpt2, birds, control):
     "With no term for control and text the language goes; the study says so instead of presenting it."
-    wild = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=30, weights=dict(suppress=5., control=0., text=0.), density=(0., 0.), sparsity=.0))
+    wild = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=30, weights=dict(suppress=5., control=0., text=0.), density_weights=(0., 0.), sparsity=.0))
     assert "control" in wild.failed[0]
-    assert critical_json(wild)["seeds"]["0"]["failed"] == wild.failed[0]
+    assert wild.to_json()["seeds"]["0"]["failed"] == wild.failed[0]
 
 
 def test_named_variants_differ_and_are_recorded(gpt2, birds, control):
@@ -167,7 +166,7 @@ def test_neurons(gpt2, birds, control):
     found = critical(model, tok, birds, control, TEXT, **FAST | dict(steps=20, granularity="neuron"))
     weights = found.masks[0].to("weight")
     for g, bits in weights.items(): assert ((bits.sum(1) == 0) | (bits.sum(1) == bits.shape[1])).all()
-    out = critical_json(found)
+    out = found.to_json()
     assert out["maskable"] == 393_216 and out["seeds"]["0"]["weights"] == weights.count
     assert out["parameters"] == sum(p.numel() for p in model.parameters()) and out["seeds"]["0"]["sparsity_of_model"] == pytest.approx(1 - weights.count / out["parameters"], abs=1e-6)
     assert set(placement(found.masks).matrix) == {"qkv", "o", "up", "down"}
@@ -222,7 +221,7 @@ def test_overlap_of_seeds(study):
 
 
 def test_plain_data_agree_with_the_table(study):
-    out = critical_json(study)
+    out = study.to_json()
     assert json.loads(json.dumps(out)) == out and list(out["seeds"]) == ["0", "1", "2"]
     full = study.items[(study.items.under == "full") & (study.items.data == "target")]
     for s in range(3):
@@ -245,11 +244,11 @@ def test_putting_weights_back(gpt2, study):
 
 
 def test_report(study, tmp_path):
-    page = critical_report(study, tmp_path / "r.html").read_text()
+    page = study.report(tmp_path / "r.html").read_text()
     for title in ("Without the subnetwork", "On the way", "Where it sits", "Do seeds agree?", "How it was made"): assert title in page
     assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page)
     evil = replace(study.material, target=replace(study.material.target, items=(replace(study.material.target.items[0], prompt="<script>alert(1)</script> [MASK]"), *study.material.target.items[1:])))
-    assert "<script>alert" not in critical_report(replace(study, material=evil), tmp_path / "e.html").read_text()
+    assert "<script>alert" not in replace(study, material=evil).report(tmp_path / "e.html").read_text()
 
 
 # ── shell ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,7 +280,7 @@ def test_the_command(files, capsys, birds):
     assert "overlap of seeds" in said and "8 of the target's left out" in said and (files / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("change, says", [(("--seeds", "one"), "whole numbers"), (("--weights", "supress=1"), "did you mean suppress"), (("--weights", "suppress"), "names and numbers"), (("--density", "2"), "two numbers"), (("--block", "5000"), "longer than"),
+@pytest.mark.parametrize("change, says", [(("--seeds", "one"), "whole numbers"), (("--weights", "supress=1"), "did you mean suppress"), (("--weights", "suppress"), "names and numbers"), (("--density-weights", "2"), "two numbers"), (("--block", "5000"), "longer than"),
                                           (("--about", "brid"), "did you mean bird"), (("--granularity", "heads"), "granularity"), (("--target", "nowhere.tsv"), "no facts file"), (("--text", "nowhere.txt"), "no text")], ids=str)
 def test_the_command_refuses(files, capsys, change, says):
     args = shell(files)

@@ -1,6 +1,7 @@
 "Text of any size, masks on the way, iterative pruning, and the study of task-agnostic masks: exact, resumable, clear about bad input."
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from subnet_explorer.model.apply import applied, masked, parameter
 from subnet_explorer.cli import main
-from subnet_explorer.measure.ask import HeldOut
+from subnet_explorer.measure.fluency import HeldOut
 from subnet_explorer.search.gates import TopK
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.core.mask import Mask
@@ -25,26 +26,22 @@ from subnet_explorer.search.distil import MLM, Hidden, LanguageHead
 from subnet_explorer.search.objectives import Context
 from subnet_explorer.model.sequences import Sequences, row_losses
 from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 from subnet_explorer.search.find import find
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.store import OtherRun, Run, Store
 from subnet_explorer.data.tables import BadTable
-from subnet_explorer.recipes.tamt import (
-    METHODS,
-    first_mask,
-    imp,
-    ladder,
-    objective,
-    pruned,
-    tamt,
-    tamt_json,
-    tamt_report,
-)
+from subnet_explorer.recipes.tamt import tamt
+from subnet_explorer.recipes.textmasks import METHODS, first_mask, imp, ladder, objective, pruned
+from subnet_explorer.recipes.tuning import SPANS, TUNE, tuned_by
 from subnet_explorer.data.files import BadTexts
 from subnet_explorer.data.texts import Blocks, blocks, read_blocks, read_texts
 
+chapter = importlib.import_module("subnet_explorer.recipes.tamt")
+textmasks = importlib.import_module("subnet_explorer.recipes.textmasks")
+tuning = importlib.import_module("subnet_explorer.recipes.tuning")
+texts = importlib.import_module("subnet_explorer.data.texts")
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(60)]
 DEV = [" ".join(t["form"] for t in s) for s in sentences(20, seed=9)]
 
@@ -74,19 +71,17 @@ def at_step(goal, world, step=0, batch=8, **more):
 
 @given(st.lists(st.text("ab \n.", max_size=40), min_size=1, max_size=12), st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
-def test_pieces_of_a_file_are_its_lines(tmp_path_factory, texts, piece):
+def test_pieces_of_a_file_are_its_lines(tmp_path_factory, lines, piece):
     "However small the pieces that are read."
-    from subnet_explorer import texts as reader
-    text = "\n".join(texts) + "x"
+    text = "\n".join(lines) + "x"
     file = tmp_path_factory.getbasetemp() / "pieces.txt"
     file.write_text(text)
-    before, reader.PIECE = reader.PIECE, piece
+    before, texts.PIECE = texts.PIECE, piece
     try: assert read_texts(file) == [t.strip() for t in text.splitlines() if t.strip()]
-    finally: reader.PIECE = before
+    finally: texts.PIECE = before
 
 
 def test_a_line_without_end_is_cut_between_words(tmp_path, monkeypatch):
-    from subnet_explorer import texts
     monkeypatch.setattr(texts, "PIECE", 16); monkeypatch.setattr(texts, "LINE", 64)
     text = "a dog can run and " * 40
     (tmp_path / "a.txt").write_text(text)
@@ -95,7 +90,6 @@ def test_a_line_without_end_is_cut_between_words(tmp_path, monkeypatch):
 
 
 def test_mapped_blocks_are_those_in_memory(world, tmp_path, monkeypatch):
-    from subnet_explorer import texts
     model, tok = world
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     want = blocks(tok, TEXTS, 24)
@@ -131,12 +125,12 @@ def test_bad_text_leaves_nothing_behind(world, tmp_path, content, says):
 
 MEMORY = '''
 import resource, sys
-from subnet_explorer.texts import read_blocks
-from subnet_explorer.objectives import MLM, Hidden
-from subnet_explorer.gates import TopK
-from subnet_explorer.pocket import load
-from subnet_explorer.search import find
-from subnet_explorer.space import Space
+from subnet_explorer.core.space import Space
+from subnet_explorer.data.texts import read_blocks
+from subnet_explorer.model.load import load
+from subnet_explorer.search.distil import MLM, Hidden
+from subnet_explorer.search.find import find
+from subnet_explorer.search.gates import TopK
 model, tok = load("pocket-bert")
 for file in sys.argv[2:]:
     text = read_blocks(tok, file, 64, cache=sys.argv[1])
@@ -341,15 +335,14 @@ def test_ladders(densities, drop):
 @pytest.mark.parametrize("rewind", [True, False])
 def test_iterative_pruning(world, space, rewind, monkeypatch):
     "Sparsities add up, masks are nested, and every interval begins with the pretrained values, or not."
-    from subnet_explorer import tamt as here
     model, tok = world
     before, met = state(model), []
     names = {id(p): n for n, p in model.base_model.named_parameters()}
-    real = here.fit
+    real = textmasks.fit
     def watching(m, *args, **more):
         met.append([p.detach().clone() for p in m.base_model.parameters()])
         return real(m, *args, **more)
-    monkeypatch.setattr(here, "fit", watching)
+    monkeypatch.setattr(textmasks, "fit", watching)
     run = imp(model, tok, TEXTS, space, [.6], rewind=rewind, **LADDER)
     assert run.metrics.step.tolist() == [0, 2, 4, 6] and same(model, before)
     masks = [m for _, m in run.snapshots]
@@ -369,16 +362,15 @@ class Stop(Exception): pass
 @pytest.mark.parametrize("when", [1, 3, 4])
 def test_a_stopped_ladder_goes_on(world, tmp_path, when, rewind, monkeypatch):
     "Bit for bit, wherever it was stopped."
-    from subnet_explorer import tamt as here
     model, tok = world
     space, before = Space.of(model, "weight", layers="3-4"), state(model)
     climb = lambda to: imp(model, tok, TEXTS, space, [.6], rewind=rewind, seed=2, to=to, **LADDER)
-    real, left = here.pruned, [when]
+    real, left = textmasks.pruned, [when]
     def stopping(*args):
         left[0] -= 1
         if left[0] == 0: raise Stop
         return real(*args)
-    monkeypatch.setattr(here, "pruned", stopping)
+    monkeypatch.setattr(textmasks, "pruned", stopping)
     with pytest.raises(Stop): climb(tmp_path / "a")
     assert same(model, before) and not Run.open(tmp_path / "a").done
     again, straight = climb(tmp_path / "a"), climb(None)
@@ -415,11 +407,11 @@ def test_the_study(world, straight, tasks):
 
 
 def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch):
-    from subnet_explorer import tamt as here
     study, to = straight
     def no(*args, **more): raise AssertionError("trained again")
     with monkeypatch.context() as m:
-        for name in ("fit", "transferred"): m.setattr(here, name, no)
+        m.setattr(textmasks, "fit", no)
+        for name in ("fit", "score_after_training"): m.setattr(tuning, name, no)
         m.setattr("subnet_explorer.search.find.Search.one", no)
         again = tamt(*world, TEXTS, DEV, methods=("omp", "random", "imp", "mlm"), seeds=(0, 1), tasks=tasks, to=to, **SMALL)
     for name in ("scores", "curves", "transfer"): assert getattr(again, name).equals(getattr(study, name)), name
@@ -429,16 +421,15 @@ def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch)
 
 
 def test_a_stopped_study_goes_on(world, straight, tasks, tmp_path, monkeypatch):
-    from subnet_explorer import tamt as here
     study, _ = straight
-    real, left = here.transferred, [4]
+    real, left = tuning.score_after_training, [4]
     def stopping(*args, **more):
         left[0] -= 1
         if left[0] == 0: raise Stop
         return real(*args, **more)
     go = lambda: tamt(*world, TEXTS, DEV, methods=("omp", "mlm"), seeds=(0,), tasks=tasks, to=tmp_path / "s", **SMALL)
     with monkeypatch.context() as m:
-        m.setattr(here, "transferred", stopping)
+        m.setattr(tuning, "score_after_training", stopping)
         with pytest.raises(Stop): go()
     got, want = go().transfer, study.transfer.query("method in ('full', 'omp', 'mlm') and seed == 0")
     keys = ["task", "method", "density", "tuning_seed"]
@@ -447,7 +438,7 @@ def test_a_stopped_study_goes_on(world, straight, tasks, tmp_path, monkeypatch):
 
 def test_json_and_report(straight, tmp_path):
     study, to = straight
-    out = json.loads(json.dumps(tamt_json(study, to), allow_nan=False))
+    out = json.loads(json.dumps(study.to_json(), allow_nan=False))
     assert list(out)[:4] == ["model", "full", "methods", "jaccard"] and list(out["full"]) == ["mlm_loss", "tasks"] and list(out["methods"]) == ["omp", "random", "imp", "mlm"]
     for m, by in out["methods"].items():
         cell = by["0.6"]
@@ -458,7 +449,7 @@ def test_json_and_report(straight, tmp_path):
     n, j = len(out["jaccard"]["labels"]), out["jaccard"]
     assert n == 4 and np.shape(j["distance"]) == np.shape(j["chance"]) == (4, 4)
     assert j["distance"][0][1] == pytest.approx(j["chance"][0][1], abs=.01)
-    page = tamt_report(study, tmp_path / "r.html").read_text()
+    page = study.report(tmp_path / "r.html").read_text()
     assert all(s in page for s in ("Mean over tasks", "Jaccard distance", "Score against loss", "Masks on the way"))
 
 
@@ -470,7 +461,7 @@ def test_matched_masks_have_taken_what_pruning_takes(world):
 def test_a_study_with_other_settings_beside(world, straight, tmp_path):
     "Each names its own masks: settings, teachers, and prunes on the way tell them apart."
     go = lambda to, **more: tamt(*world, TEXTS, DEV, to=to, **SMALL | dict(steps=2, snapshots=0) | more)
-    named = lambda study, to: [Mask.load(p) for m in tamt_json(study, to)["methods"].values() for by in m.values() for p in by["masks"]]
+    named = lambda study, to: [Mask.load(p) for m in study.to_json()["methods"].values() for by in m.values() for p in by["masks"]]
     for steps in (2, 3, 1):
         study = go(tmp_path / "a", methods=("mlm",), steps=steps)
         assert named(study, tmp_path / "a") == [m for _, m in study.masks] and study.scores.steps.tolist() == [0, steps]
@@ -500,7 +491,6 @@ def test_how_far_masks_are(straight, world):
 
 
 def test_questions_are_tuned_by_their_own_settings():
-    from subnet_explorer.recipes.tamt import SPANS, TUNE, tuned_by
     of = {t: task_data(f"pocket:{t}", train=20, test=20) for t in ("entails", "answers")}
     assert tuned_by(of["entails"], {}) == TUNE and tuned_by(of["answers"], {}) == TUNE | SPANS and (SPANS["length"], TUNE["length"]) == tuple(of[t].train.task.length for t in ("answers", "entails"))
     assert tuned_by(of["answers"], {"batch": 4}) == TUNE | SPANS | {"batch": 4}
@@ -509,7 +499,7 @@ def test_questions_are_tuned_by_their_own_settings():
 def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
     study = tamt(*world, TEXTS, DEV, methods=("omp", "imp", "mlm"), along=True, tasks={"entails": tasks["entails"]}, to=None, **SMALL | dict(densities=(.8, .6)))
     assert set(study.transfer.query("method == 'mlm' and density == 0.6").step) == {0, 2, 4}
-    page = tamt_report(study, tmp_path / "r.html").read_text()
+    page = study.report(tmp_path / "r.html").read_text()
     assert all(s in page for s in ("Score against steps of search, density 0.8", "Score against steps of search, density 0.6", "imp to 0.6", "mlm 0.6: distance from the largest weights (chance 0.57)", "Unrelated masks: 0.33 at 0.8, 0.57 at 0.6"))
     assert "mlm 0.8: distance from" not in page                                              # at the lowest density only
 
@@ -539,13 +529,13 @@ def test_a_task_without_development_sentences(tmp_path):
 
 def test_the_shell(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    call = ["tamt", "--model", "pocket-bert", "--text", str(tmp_path / "a.txt"), "--density", "0.6", "--methods", "omp,mlm", "--steps", "3", "--snapshots", "1", "--tasks", "pocket:entails", "--limit", "40", "--test", "40", "--tune-epochs", "1", "--tuning-seeds", "0", "--out", str(tmp_path / "out"), "--quiet"]
+    call = ["tamt", "--model", "pocket-bert", "--text", str(tmp_path / "a.txt"), "--densities", "0.6", "--methods", "omp,mlm", "--steps", "3", "--snapshots", "1", "--tasks", "pocket:entails", "--limit-train", "40", "--limit-test", "40", "--tuning", "epochs=1", "--tuning-seeds", "0", "--out", str(tmp_path / "out"), "--quiet"]
     assert main([*call, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert list(out["methods"]) == ["omp", "mlm"] and all(Path(p).exists() for m in out["methods"].values() for p in m["0.6"]["masks"]) and (tmp_path / "out" / "report.html").exists()
     assert len(Store(tmp_path / "out" / "runs").masks()) == 2 and json.loads((tmp_path / "out" / "results.json").read_text())["full"] == out["full"]
     assert (tmp_path / "out" / "distances.csv").read_text().startswith("a,b,layer,matrix,size,distance,chance\nomp 0.6,mlm 0.6,")
-    for more, says in ((["--limit", "-5"], "a number of rows is 0 or more"), (["--methods", "omp, mln"], "did you mean mlm"), (["--density", "1e-9", "--scope", "global"], "keeps none of")):
+    for more, says in ((["--limit-train", "-5"], "a number of rows is 0 or more"), (["--methods", "omp, mln"], "did you mean mlm"), (["--densities", "1e-9", "--scope", "global"], "keeps none of")):
         assert main([*call, *more]) == 2 and says in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("a dog runs")
     assert main(call) == 2 and "has one line of text, so that none can be held out" in capsys.readouterr().err

@@ -14,25 +14,37 @@ import pytest
 import torch
 from scipy import stats
 
+import subnet_explorer.search.adam as adam_module
 import subnet_explorer.search.engine as engine_module
-import subnet_explorer.search.find as search_module
-from subnet_explorer.data.facts import Facts, read_facts
-from subnet_explorer.search.engine import MaskOptimizer, PlainOptimizer, farthest
-from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
-from subnet_explorer.core.mask import Mask
-from subnet_explorer.search.distil import MLM, Hidden, Maintain, Suppress
-from subnet_explorer.search.objectives import Cloze, Density, Kept, batch_at, passes
-from subnet_explorer.model.load import load, tiny
-from subnet_explorer.data.grammar import sentences
-from subnet_explorer.search.find import Diverged, WrongProcesses, find, find_all, frozen
-from subnet_explorer.core.space import Space
+import subnet_explorer.search.sites as sites_module
+import subnet_explorer.search.team as team_module
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.space import Space
 from subnet_explorer.core.store import Store, read_state
+from subnet_explorer.data.facts import Facts, encode, read_facts
+from subnet_explorer.data.grammar import sentences
+from subnet_explorer.model.load import load, tiny
+from subnet_explorer.search.adam import PlainOptimizer
+from subnet_explorer.search.distil import MLM, Hidden, Maintain, Suppress
+from subnet_explorer.search.engine import MaskOptimizer, engine_state
+from subnet_explorer.search.find import find, find_all
+from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK, noise_key, uniform
+from subnet_explorer.search.loop import Diverged, frozen, lr_at
+from subnet_explorer.search.objectives import Cloze, Density, Kept, batch_at, passes
+from subnet_explorer.search.processes import WrongProcesses
+from subnet_explorer.search.reach import farthest
+from subnet_explorer.search.team import SharedPass
 
 FACTS = Facts(read_facts("pocket")["MadeOf"].items[:60])
 TEXTS = [" ".join(t["form"] for t in s) for s in sentences(24)]
-GATES = {"threshold": Threshold, "topk": lambda s, **k: TopK(s, .6, every=2, **k), "concrete": lambda s, **k: Concrete(s, .6, temperature=.5, **k),
-         "straight-through": lambda s, **k: Concrete(s, straight_through=True, **k), "hard-concrete": HardConcrete}
+GATES = {
+    "threshold": Threshold,
+    "topk": lambda s, **k: TopK(s, .6, every=2, **k),
+    "concrete": lambda s, **k: Concrete(s, .6, temperature=.5, **k),
+    "straight-through": lambda s, **k: Concrete(s, straight_through=True, **k),
+    "hard-concrete": HardConcrete,
+}
 
 
 @pytest.fixture(scope="module", params=["pocket-bert", "pocket-gpt2"])
@@ -53,11 +65,12 @@ def said(value) -> str:
 
 
 def agree(a, b, eps=1e-5):
-    """Same losses, logits and bits. Adam divides by the size of the gradient: where that is rounding noise, as for a weight on which nothing depends,
-    packed and padded sums differ in it, and the score wanders (by at most the learning rate a step); so a thousandth of the scores may."""
+    """Same losses, logits and bits. Adam divides by the size of the gradient: where that is rounding noise, as for a
+    weight on which nothing depends, packed and padded sums differ in it, and the score wanders (by at most the
+    learning rate a step); so a thousandth of the scores may."""
     (run, gate), (other, twin) = a, b
     assert np.abs(run.metrics.loss - other.metrics.loss).max() < eps
-    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(gate.logits, twin.logits)])
+    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(gate.logits, twin.logits, strict=True)])
     assert (apart > eps).float().mean() < 1e-3 and apart.max() < run.config["lr"] * run.config["steps"]
     assert run.mask == other.mask
 
@@ -69,16 +82,30 @@ def test_every_gate_trains_as_by_autograd(world, name):
     agree(search(world, "plain", GATES[name]), search(world, "all", GATES[name]))
 
 
-@pytest.mark.parametrize("options", [dict(clip=.5), dict(optimizer="adamw"), dict(complement=True), dict(accumulate=3), dict(accumulate=2, clip=.1, complement=True)], ids=said)
+@pytest.mark.parametrize("options", [
+    dict(clip=.5),
+    dict(optimizer="adamw"),
+    dict(complement=True),
+    dict(accumulate=3),
+    dict(accumulate=2, clip=.1, complement=True),
+], ids=said)
 def test_every_setting_trains_as_by_autograd(world, options):
     agree(search(world, "plain", HardConcrete, **options), search(world, "all", HardConcrete, **options))
 
 
-@pytest.mark.parametrize("goal", [Cloze(FACTS) + .5 * Density(), Cloze(FACTS) + 2 * Density(.3), 1.5 * Suppress(FACTS) + Maintain(TEXTS), MLM(TEXTS), MLM(TEXTS, distil=1.0),
-                                  MLM(TEXTS, static=True, distil=.5), Hidden(TEXTS), Cloze(FACTS) + MLM(TEXTS) + Hidden(TEXTS)], ids=lambda g: str(g.identity())[:40])
+@pytest.mark.parametrize("goal", [
+    Cloze(FACTS) + .5 * Density(),
+    Cloze(FACTS) + 2 * Density(.3),
+    1.5 * Suppress(FACTS) + Maintain(TEXTS),
+    MLM(TEXTS),
+    MLM(TEXTS, distil=1.0),
+    MLM(TEXTS, static=True, distil=.5),
+    Hidden(TEXTS),
+    Cloze(FACTS) + MLM(TEXTS) + Hidden(TEXTS),
+], ids=lambda g: str(g.identity())[:40])
 def test_every_objective_trains_as_by_autograd(world, goal):
     "Sums use a matrix several times in one step; its gradient is used once, when all of it is there."
-    agree(search(world, "plain", HardConcrete, goal=goal, steps=6), search(world, "all", HardConcrete, goal=goal, steps=6))
+    agree(*(search(world, engine, HardConcrete, goal=goal, steps=6) for engine in ("plain", "all")))
 
 
 @pytest.mark.parametrize("kind", ["weight", "head+mlp", "weight+neuron", "layer+weight"])
@@ -89,7 +116,7 @@ def test_every_kind_trains_as_by_autograd(world, kind):
 @pytest.mark.parametrize("scope,every", [("tensor", 1), ("global", 3)])
 def test_the_best_are_chosen_anew_whatever_comes_first(world, scope, every):
     "Also where the first group is no matrix."
-    make = lambda s, **k: TopK(s, .6, scope=scope, every=every, **k)
+    def make(s, **k): return TopK(s, .6, scope=scope, every=every, **k)
     agree(search(world, "plain", make, "layer+weight"), search(world, "all", make, "layer+weight"))
 
 
@@ -97,15 +124,16 @@ def test_biases_train_as_by_autograd(world):
     "But for those of the keys, on which nothing depends: softmax does not see them."
     (run, gate), (other, twin) = search(world, "plain", Threshold, "bias"), search(world, "all", Threshold, "bias")
     assert np.abs(run.metrics.loss - other.metrics.loss).max() < 1e-5
-    for g, a, b in zip(gate.space.groups, gate.logits, twin.logits):
+    for g, a, b in zip(gate.space.groups, gate.logits, twin.logits, strict=True):
         if g.role not in ("k", "qkv"): assert torch.allclose(a, b, atol=1e-5), g.name
 
 
 def test_the_model_still_tells_all_its_states(world):
-    "transformers decides at the first call which blocks report their states; a call with fewer blocks must not be the first."
-    model, tok = world
+    "transformers decides at the first call which blocks report their states; one with fewer must not be first."
+    model, _ = world
     search(world, "plain", goal=MLM(TEXTS, static=True, distil=1.0), steps=1)
-    with torch.no_grad(): assert len(model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states) == model.config.num_hidden_layers + 1
+    with torch.no_grad(): out = model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
 
 
 def test_tied_embeddings_are_one_coordinate(world):
@@ -126,72 +154,116 @@ def test_blocks_train_as_by_autograd(block):
                 loss = model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean() + opt.penalty()
                 opt.backward(loss)
             opt.step()
-        traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
+        traces.append(torch.cat([s.detach().flatten() for s in gate.logits]))
     assert torch.allclose(*traces, atol=1e-5)
 
 
 # ── several passes a step ────────────────────────────────────────────────────────────────────────────────────────────
 
 CRITICAL = 1.5 * Suppress(FACTS) + Maintain(TEXTS) + 2 * Density()
-STRAIGHT = lambda s, **k: Concrete(s, .45, temperature=1.0, straight_through=True, **k)
-SEVERAL = {"independent": (CRITICAL, dict(noise="independent")), "kept": (CRITICAL + Kept(Cloze(FACTS)), {}), "kept, independent": (CRITICAL + .5 * Kept(Cloze(FACTS) + MLM(TEXTS)), dict(noise="independent")),
-           "only kept": (Kept(Cloze(FACTS)) + Density(), {})}
+def straight(s, **k): return Concrete(s, .45, temperature=1.0, straight_through=True, **k)
 
 
-@pytest.mark.parametrize("name,gate,options", [*((n, STRAIGHT, {}) for n in SEVERAL), *(("kept, independent", g, o) for g, o in (
-    (HardConcrete, dict(clip=.1)), (STRAIGHT, dict(accumulate=2, optimizer="adamw")), (Threshold, {}), (GATES["topk"], {})))], ids=said)
+SEVERAL = {
+    "independent": (CRITICAL, dict(noise="independent")),
+    "kept": (CRITICAL + Kept(Cloze(FACTS)), {}),
+    "kept, independent": (CRITICAL + .5 * Kept(Cloze(FACTS) + MLM(TEXTS)), dict(noise="independent")),
+    "only kept": (Kept(Cloze(FACTS)) + Density(), {}),
+}
+
+
+@pytest.mark.parametrize("name,gate,options", [
+    *((name, straight, {}) for name in SEVERAL),
+    ("kept, independent", HardConcrete, dict(clip=.1)),
+    ("kept, independent", straight, dict(accumulate=2, optimizer="adamw")),
+    ("kept, independent", Threshold, {}),
+    ("kept, independent", GATES["topk"], {}),
+], ids=said)
 def test_several_passes_train_as_by_autograd(world, name, gate, options):
     goal, more = SEVERAL[name]
-    agree(*(search(world, engine, gate, goal=goal, complement=True, steps=4, **options, **more) for engine in ("plain", "all")))
+    settings = dict(goal=goal, complement=True, steps=4, **options, **more)
+    agree(*(search(world, engine, gate, **settings) for engine in ("plain", "all")))
 
 
 def test_several_passes_cover_every_kind(world):
-    agree(*(search(world, engine, STRAIGHT, "weight+neuron+head", goal=SEVERAL["kept, independent"][0], noise="independent", complement=True, steps=3) for engine in ("plain", "all")))
+    settings = dict(goal=SEVERAL["kept, independent"][0], noise="independent", complement=True, steps=3)
+    agree(*(search(world, engine, straight, "weight+neuron+head", **settings) for engine in ("plain", "all")))
+
+
+def sampled(i, logit, step, draw):
+    "The mask of one tensor, by hand, with the slope of the soft one."
+    places, key = torch.arange(logit.numel(), dtype=torch.int32), noise_key(5, step, i, draw)
+    u = 1e-6 + (1 - 2e-6) * uniform(places, torch.tensor(key, dtype=torch.int32)).view(logit.shape)
+    soft = torch.sigmoid(logit + torch.log(u / (1 - u)))
+    return (soft > .5).float().detach() + soft - soft.detach()
 
 
 def test_three_terms_see_three_masks():
-    "A step written out: for every pass a draw of its own, all gradients and that of the density added up, one step of Adam; the last term under the gate itself."
+    "A step written out: a draw for every pass, all gradients and that of the density added up, one step of Adam."
     model, tok = load("pocket-gpt2")
     space = Space.of(model, "weight", layers="top-half")
     facts = Facts(FACTS.items[:16])
     goal, steps, lr = 1.5 * Suppress(facts) + Maintain(facts) + 2 * Density() + .5 * Kept(Cloze(facts)), 4, .05
-    made = STRAIGHT(space, seed=5)
-    run = find(model, tok, made, goal, steps=steps, lr=lr, schedule="constant", warmup=0, every=1, batch=8, complement=True, noise="independent", progress=False)
-    logits, losses = [torch.nn.Parameter(torch.full(g.shape, float(np.log(.45 / .55)))) for g in space.groups], []
-    adam = torch.optim.Adam(logits, lr=lr)
-    from subnet_explorer.data.facts import encode
+    made = straight(space, seed=5)
+    settings = dict(steps=steps, lr=lr, schedule="constant", warmup=0, every=1, batch=8, progress=False)
+    run = find(model, tok, made, goal, complement=True, noise="independent", **settings)
+    logits = [torch.nn.Parameter(torch.full(g.shape, float(np.log(.45 / .55)))) for g in space.groups]
+    losses, adam = [], torch.optim.Adam(logits, lr=lr)
     coded = [encode(tok, f, True) for f in facts]
     lengths = np.array([len(c[0]) for c in coded])
-    def mask(i, l, step, draw):
-        u = torch.from_numpy(uniform(torch.arange(l.numel(), dtype=torch.int32), torch.tensor(noise_key(5, step, i, draw), dtype=torch.int32)).numpy()).view(l.shape)
-        soft = torch.sigmoid(l + torch.log((1e-6 + (1 - 2e-6) * u) / (1 - (1e-6 + (1 - 2e-6) * u))))
-        return (soft > .5).float().detach() + soft - soft.detach()
+
+    def said_by(weights, index):
+        "Log-probabilities at the answers."
+        out = []
+        for i in index:
+            inputs = dict(input_ids=torch.tensor([coded[i][0]]))
+            out.append(torch.func.functional_call(model, weights, kwargs=inputs).logits[0, coded[i][1]])
+        return torch.stack(out).log_softmax(-1)
+
+    def predict(step, draw, inverse, index):
+        weights = {}
+        for i, (g, logit) in enumerate(zip(space.groups, logits, strict=True)):
+            m = sampled(i, logit, step, draw)
+            w = model.base_model.get_parameter(g.name).detach()
+            weights[f"transformer.{g.name}"] = w * (1 - m if inverse else m)
+        return said_by(weights, index)
+
     for step in range(steps):
-        def predict(draw, inverse, index):
-            ms = {g.name: mask(i, l, step, draw) for i, (g, l) in enumerate(zip(space.groups, logits))}
-            weights = {"transformer." + n: model.base_model.get_parameter(n).detach() * (1 - m if inverse else m) for n, m in ms.items()}
-            return torch.stack([torch.func.functional_call(model, weights, kwargs=dict(input_ids=torch.tensor([coded[i][0]]))).logits[0, coded[i][1]] for i in index]).log_softmax(-1)
         index = batch_at(step, lengths, 8, 0)
-        with torch.no_grad(): full = torch.stack([model(input_ids=torch.tensor([coded[i][0]])).logits[0, coded[i][1]] for i in index]).log_softmax(-1)
+        with torch.no_grad(): full = said_by({}, index)
         v, gold = full.shape[-1], torch.tensor([coded[i][2] for i in index])
-        a, b, c = predict(0, True, index), predict(1, True, index), predict(2, False, index)
-        density = sum(torch.sigmoid(l).sum() for l in logits) / space.size
-        loss = 1.5 * (-a.mean(-1) - np.log(v)).mean() + (full.exp() * (full - b)).sum(-1).mean() + 2 * density + .5 * -c.gather(1, gold[:, None]).mean()
+        a, b, c = predict(step, 0, True, index), predict(step, 1, True, index), predict(step, 2, False, index)
+        density = sum(torch.sigmoid(x).sum() for x in logits) / space.size
+        suppressed, maintained = (-a.mean(-1) - np.log(v)).mean(), (full.exp() * (full - b)).sum(-1).mean()
+        loss = 1.5 * suppressed + maintained + 2 * density + .5 * -c.gather(1, gold[:, None]).mean()
         losses.append(loss.item())
-        adam.zero_grad(); loss.backward(); adam.step()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
     assert np.abs(run.metrics.loss - losses).max() < 1e-4
-    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(made.logits, logits)])
+    apart = torch.cat([(x - y).abs().flatten() for x, y in zip(made.logits, logits, strict=True)])
     assert (apart > 1e-3).float().mean() < 1e-3
 
 
 def test_shared_noise_is_one_pass_to_the_bit(world):
-    "Unless a term is kept nothing changes, neither numbers nor what identifies a run; one term alone is the same either way."
-    assert len(passes(CRITICAL, "shared", True)) == 1 and len(passes(CRITICAL, "independent", True)) == 2 and len(passes(CRITICAL + Kept(Cloze(FACTS)), "shared", False)) == 1
-    shared, default = (search(world, "all", STRAIGHT, goal=CRITICAL, complement=True, steps=4, **o)[0] for o in (dict(noise="shared"), {}))
-    assert "noise" not in shared.config and shared.id == default.id and list(shared.metrics.loss) == list(default.metrics.loss)
-    one, other = (search(world, "all", STRAIGHT, goal=Cloze(FACTS) + Density(), steps=4, noise=n)[0] for n in ("shared", "independent"))
-    assert one.mask == other.mask and list(one.metrics.loss) == list(other.metrics.loss) and other.config["noise"] == "independent" and one.id != other.id
+    "Unless a term is kept nothing changes, neither numbers nor what identifies a run; one term alone is the same."
+    kept = CRITICAL + Kept(Cloze(FACTS))
+    asked = [(CRITICAL, "shared", True), (CRITICAL, "independent", True), (kept, "shared", False)]
+    assert [len(passes(*a)) for a in asked] == [1, 2, 1]
+    def run(goal, **options): return search(world, "all", straight, goal=goal, steps=4, **options)[0]
+    shared, default = run(CRITICAL, complement=True, noise="shared"), run(CRITICAL, complement=True)
+    assert "noise" not in shared.config and shared.id == default.id
+    assert list(shared.metrics.loss) == list(default.metrics.loss)
+    one, other = (run(Cloze(FACTS) + Density(), noise=n) for n in ("shared", "independent"))
+    assert one.mask == other.mask and list(one.metrics.loss) == list(other.metrics.loss)
+    assert other.config["noise"] == "independent" and one.id != other.id
     with pytest.raises(SubnetError, match="did you mean independent"): search(world, "all", noise="independant")
+
+
+def assert_same(run, gate, other, twin):
+    "Same mask, losses and logits, to the bit."
+    assert run.mask == other.mask and list(run.metrics.loss) == list(other.metrics.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gate.logits, twin.logits, strict=True))
 
 
 @pytest.mark.parametrize("engine", ["plain", "all"])
@@ -199,22 +271,27 @@ def test_shared_noise_is_one_pass_to_the_bit(world):
 def test_several_passes_stopped_and_continued_are_the_same(world, engine, options, tmp_path):
     goal, more = SEVERAL["kept, independent"]
     options = dict(goal=goal, complement=True, every=2, steps=6, checkpoint=0, **more, **options)
-    straight, gate = search(world, engine, STRAIGHT, monitor=Fuse(100), **options)
+    whole, gate = search(world, engine, straight, monitor=Fuse(100), **options)
     fuse = Fuse(3)
-    with pytest.raises(Stop): search(world, engine, STRAIGHT, monitor=fuse, to=tmp_path / "run", **options)
-    resumed, again = search(world, engine, STRAIGHT, monitor=fuse, to=tmp_path / "run", **options)
-    assert resumed.mask == straight.mask and list(resumed.metrics.loss) == list(straight.metrics.loss) and all(torch.equal(a, b) for a, b in zip(gate.logits, again.logits))
+    with pytest.raises(Stop): search(world, engine, straight, monitor=fuse, to=tmp_path / "run", **options)
+    resumed, again = search(world, engine, straight, monitor=fuse, to=tmp_path / "run", **options)
+    assert_same(resumed, again, whole, gate)
 
 
-@pytest.mark.parametrize("goal", [Maintain(TEXTS), Maintain(FACTS), Hidden(TEXTS), MLM(TEXTS, static=True, distil=1.0)], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("goal", [
+    Maintain(TEXTS),
+    Maintain(FACTS),
+    Hidden(TEXTS),
+    MLM(TEXTS, static=True, distil=1.0),
+], ids=lambda g: type(g).__name__)
 def test_what_the_full_model_says_does_not_depend_on_what_was_met_before(world, goal, tmp_path):
     "A continued search meets sentences in other company: its scores are the same to the last bit all the same."
     options = dict(goal=goal, every=1, steps=5, batch=7, checkpoint=0)
-    straight, gate = search(world, "all", HardConcrete, monitor=Fuse(100), **options)
+    whole, gate = search(world, "all", HardConcrete, monitor=Fuse(100), **options)
     fuse = Fuse(2)
     with pytest.raises(Stop): search(world, "all", HardConcrete, monitor=fuse, to=tmp_path / "run", **options)
     resumed, again = search(world, "all", HardConcrete, monitor=fuse, to=tmp_path / "run", **options)
-    assert list(resumed.metrics.loss) == list(straight.metrics.loss) and all(torch.equal(a, b) for a, b in zip(gate.logits, again.logits))
+    assert_same(resumed, again, whole, gate)
 
 
 @pytest.mark.parametrize("kind", [PlainOptimizer, MaskOptimizer])
@@ -235,7 +312,8 @@ def test_a_coordinate_is_sampled_with_the_probability_of_its_logit(kind, several
             with opt.applied(draw):
                 draws.append((masked_weight() != 0).float())
                 opt.backward(model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).mean())
-        opt.step(); seen.append(torch.stack(draws))
+        opt.step()
+        seen.append(torch.stack(draws))
     seen = torch.stack(seen)[:, :, weight != 0]                              # (step, pass, coordinate)
     p = torch.sigmoid(gate.logits[0].detach())[weight != 0]
     for k in range(seen.shape[1]):
@@ -254,10 +332,13 @@ def reach_parameter(model, name):
 
 @pytest.mark.parametrize("gate", [Threshold, HardConcrete])
 def test_long_texts_are_folded_into_gradients(gate):
-    "What a long text hands over for a matrix that is used again is larger than the matrix: it is added up at once, and the sum is the same."
-    traces, folds, original = [], [], engine_module._Site._fold
+    "What a long text hands over for a matrix that is used again is added up at once, and the sum is the same."
+    traces, folds, original = [], [], sites_module.fold
+    def spy(site):
+        folds.append(site.index)
+        original(site)
     try:
-        engine_module._Site._fold = lambda site: folds.append(site.index) or original(site)
+        sites_module.fold = spy
         for kind in (PlainOptimizer, MaskOptimizer):
             model = tiny("gpt2").requires_grad_(False)
             made = gate(Space.of(model, "weight", embeddings=True))
@@ -265,11 +346,12 @@ def test_long_texts_are_folded_into_gradients(gate):
             for step in range(4):
                 ids = torch.randint(0, 40, (12, 20), generator=torch.Generator().manual_seed(step))
                 with opt.applied():
-                    opt.backward(model(input_ids=ids[:1], labels=ids[:1]).loss + 2 * model(input_ids=ids, labels=ids).loss + model(input_ids=ids[:, :5], labels=ids[:, :5]).loss)
+                    one, all_of, some = (model(input_ids=x, labels=x).loss for x in (ids[:1], ids, ids[:, :5]))
+                    opt.backward(one + 2 * all_of + some)
                 opt.step()
-            traces.append(torch.cat([l.detach().flatten() for l in made.logits]))
-    finally: engine_module._Site._fold = original
-    apart = (traces[0] - traces[1]).abs()      # as in `agree`: where a gradient is rounding noise, Adam makes a step of it
+            traces.append(torch.cat([s.detach().flatten() for s in made.logits]))
+    finally: sites_module.fold = original
+    apart = (traces[0] - traces[1]).abs()      # as in `agree`: Adam makes a step of rounding noise
     assert folds and (apart > 1e-5).float().mean() < 1e-3 and apart.max() < .2
 
 
@@ -287,12 +369,12 @@ def test_reachable_gives_the_same_bits(world):
 
 
 def test_only_reachable_scores_have_moments(world):
-    model, tok = world
+    model, _ = world
     gate = Threshold(Space.of(model, "weight", layers="top-half"), seed=1)
     rates = [.002] * 20
     opt = MaskOptimizer(model, gate, rates, scores="reachable")
-    held = sum(len(a.m) for a in opt.active.values())
-    near = sum(int((l.abs() <= farthest(rates)[0]).sum()) for l in gate.logits)
+    held = sum(len(a.m) for a in opt.reach.active.values())
+    near = sum(int((s.abs() <= farthest(rates)[0]).sum()) for s in gate.logits)
     assert held == near < .15 * gate.space.size and not opt.moments
 
 
@@ -302,9 +384,9 @@ def test_the_set_narrows_along_the_way(world):
     everything, _ = search(world, "all", **long)
     sizes = []
     original = engine_module.narrow
-    def spy(opt, *args):
-        original(opt, *args)
-        sizes.append(sum(len(a.index) for a in opt.active.values()))
+    def spy(reach, *args):
+        original(reach, *args)
+        sizes.append(sum(len(a.index) for a in reach.active.values()))
     engine_module.narrow = spy
     try: some, _ = search(world, "reachable", **long)
     finally: engine_module.narrow = original
@@ -312,7 +394,13 @@ def test_the_set_narrows_along_the_way(world):
     assert everything.mask == some.mask
 
 
-@pytest.mark.parametrize("options", [dict(clip=1.0), dict(optimizer="adamw"), dict(complement=True), dict(gate=HardConcrete), dict(gate=GATES["topk"])], ids=said)
+@pytest.mark.parametrize("options", [
+    dict(clip=1.0),
+    dict(optimizer="adamw"),
+    dict(complement=True),
+    dict(gate=HardConcrete),
+    dict(gate=GATES["topk"]),
+], ids=said)
 def test_reachable_falls_back_where_the_bound_does_not_hold(world, options):
     agree(search(world, "all", **SHORT, **options), search(world, "reachable", **SHORT, **options), eps=1e-9)
 
@@ -324,7 +412,6 @@ def test_the_default_is_exact(world):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("growth", [1.0, 1.05, 3.0])
 def test_no_gradients_move_a_score_farther_than_the_bound(schedule, growth):
-    from subnet_explorer.search.find import lr_at
     rates = [.01 * lr_at(t, 80, schedule) for t in range(80)]
     p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([p])
@@ -363,18 +450,22 @@ def test_stopped_and_continued_is_the_same(world, mode, name, tmp_path):
     assert resumed.mask == straight.mask and list(resumed.metrics.loss) == list(straight.metrics.loss)
 
 
-@pytest.mark.parametrize("before,after", [("plain", "all"), ("all", "plain"), ("plain", "reachable"), ("all", "reachable"), ("reachable", "all")])
+@pytest.mark.parametrize("before,after", [
+    ("plain", "all"), ("all", "plain"), ("plain", "reachable"), ("all", "reachable"), ("reachable", "all"),
+])
 def test_a_search_may_change_its_engine(world, before, after, tmp_path):
     straight, _ = search(world, "all", monitor=Fuse(100), every=5, **SHORT)
     fuse = Fuse(4)
-    with pytest.raises(Stop): search(world, before, monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
-    assert search(world, after, monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)[0].mask == straight.mask
+    settings = dict(monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+    with pytest.raises(Stop): search(world, before, **settings)
+    assert search(world, after, **settings)[0].mask == straight.mask
 
 
 def test_dropped_moments_cannot_be_had_back(world, tmp_path):
     fuse = Fuse(4)
-    with pytest.raises(Stop): search(world, "reachable", monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
-    with pytest.raises(SubnetError, match="dropped the moments"): search(world, "plain", monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+    settings = dict(monitor=fuse, every=5, checkpoint=0, to=tmp_path / "run", **SHORT)
+    with pytest.raises(Stop): search(world, "reachable", **settings)
+    with pytest.raises(SubnetError, match="dropped the moments"): search(world, "plain", **settings)
 
 
 @pytest.mark.parametrize("mode", ["plain", "all", "reachable"])
@@ -385,7 +476,8 @@ def test_a_gradient_that_is_not_finite_stops_the_search(world, mode):
         def prepare(self, context):
             model = context.model
             return lambda step: (model(input_ids=torch.tensor([[5, 6, 7]])).logits.mean() * (step == 2)).abs().sqrt()
-    with pytest.raises(Diverged, match="gradient is not finite at step|loss became nan"): search(world, mode, goal=Root(), **SHORT)
+    with pytest.raises(Diverged, match=r"gradient is not finite at step|loss became nan"):
+        search(world, mode, goal=Root(), **SHORT)
 
 
 # ── compiled or not ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -396,10 +488,11 @@ def _optimizer_trace(fast, gate=HardConcrete, scores="all", dtype=torch.float32,
     opt = MaskOptimizer(model, made, [rate] * steps, fast=fast, scores=scores, dtype=dtype)
     for step in range(steps):
         with opt.applied():
-            opt.backward(model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean() + (opt.penalty() if gate is not Threshold else 0))
+            loss = model(input_ids=torch.arange(7)[None] + step).logits.logsumexp(-1).mean()
+            opt.backward(loss + (opt.penalty() if gate is not Threshold else 0))
         opt.step()
-    if opt.active: engine_module.sync(opt)
-    return torch.cat([l.detach().flatten() for l in made.logits]), made.harden(), opt
+    engine_state(opt)      # brings logits up to date
+    return torch.cat([s.detach().flatten() for s in made.logits]), made.harden(), opt
 
 
 def test_compiled_and_plain_updates_agree():
@@ -410,12 +503,13 @@ def test_compiled_and_plain_updates_agree():
 
 
 def test_a_sampled_gradient_is_the_gradient():
-    (a, m, opt), (b, n, _), (c, o, _) = (_optimizer_trace(True, Threshold, scores, rate=.004) for scores in ("reachable", "sampled", "all"))
-    assert opt.active and torch.allclose(a, b, atol=1e-4) and m == o and (m ^ n).count <= 2
+    modes = ("reachable", "sampled", "all")
+    (a, m, opt), (b, n, _), (_, o, _) = (_optimizer_trace(True, Threshold, scores, rate=.004) for scores in modes)
+    assert opt.reach.active and torch.allclose(a, b, atol=1e-4) and m == o and (m ^ n).count <= 2
 
 
 def test_without_a_compiler_it_is_slower_and_the_same(monkeypatch):
-    monkeypatch.setattr(engine_module, "_FAST", {})
+    monkeypatch.setattr(adam_module, "COMPILED", {})
     def broken(*args, **kwargs): raise RuntimeError("no compiler here")
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="could not be compiled"): a, m, _ = _optimizer_trace(True, Threshold)
@@ -424,7 +518,7 @@ def test_without_a_compiler_it_is_slower_and_the_same(monkeypatch):
 
 
 def test_small_searches_do_not_wait_for_a_compiler(world):
-    model, tok = world
+    model, _ = world
     gate = Threshold(Space.of(model, "weight"), seed=1)
     assert not MaskOptimizer(model, gate, [.01] * 400).fast and MaskOptimizer(model, gate, [.01] * 400_000).fast
 
@@ -434,24 +528,28 @@ def test_lower_precision_trains_nearly_the_same(world):
     rough, gate = search(world, "all", steps=30, precision="bfloat16")
     start = Threshold(gate.space, seed=1).harden()
     assert 0 < (exact.mask ^ rough.mask).count < .25 * (exact.mask ^ start).count
-    assert all(l.dtype == torch.float32 for l in gate.logits)
+    assert all(s.dtype == torch.float32 for s in gate.logits)
 
 
 # ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def draw(n, *key): return uniform(torch.arange(n, dtype=torch.int32), torch.tensor(noise_key(*key), dtype=torch.int32)).numpy()
+def draw(n, *key, start=0):
+    places = torch.arange(start, n, dtype=torch.int32)
+    return uniform(places, torch.tensor(noise_key(*key), dtype=torch.int32)).numpy()
+
 
 def test_noise_is_uniform_and_independent():
     u = draw(1 << 20, 0, 0, 0)
-    assert 0 < u.min() and u.max() < 1 and stats.kstest(u, "uniform").pvalue > 1e-3
+    assert u.min() > 0 and u.max() < 1 and stats.kstest(u, "uniform").pvalue > 1e-3
     assert stats.chisquare(np.bincount((u * 4096).astype(int), minlength=4096)).pvalue > 1e-3
-    for other in (draw(1 << 20, 0, 1, 0), draw(1 << 20, 0, 0, 1), draw(1 << 20, 1, 0, 0), np.roll(u, 1), np.roll(u, 768)):
+    keys = ((0, 1, 0), (0, 0, 1), (1, 0, 0))
+    for other in (*(draw(1 << 20, *key) for key in keys), np.roll(u, 1), np.roll(u, 768)):
         pairs = np.histogram2d(u, other, bins=32)[0]
         assert stats.chisquare(pairs.ravel()).pvalue > 1e-4
 
 
 def test_noise_depends_on_place_only():
-    assert np.array_equal(draw(1000, 3, 5, 7)[400:], uniform(torch.arange(400, 1000, dtype=torch.int32), torch.tensor(noise_key(3, 5, 7), dtype=torch.int32)).numpy())
+    assert np.array_equal(draw(1000, 3, 5, 7)[400:], draw(1000, 3, 5, 7, start=400))
     model = tiny("bert")
     gate = HardConcrete(Space.of(model, "weight+head"), seed=2)
     alone = {g.name: gate.multiplier(i)[0] for i, g in enumerate(gate.space.groups)}
@@ -461,17 +559,18 @@ def test_noise_depends_on_place_only():
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_no_gradient_is_stored(world):
-    model, tok = world
+    model, _ = world
     gate = Threshold(Space.of(model, "weight", layers="top-half"), seed=1)
     opt = MaskOptimizer(model, gate, [.01] * 3)
-    with frozen(model), opt.applied(): opt.backward(model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).mean())
+    with frozen(model), opt.applied():
+        opt.backward(model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).mean())
     opt.step()
-    assert all(l.grad is None for l in gate.logits) and all(p.grad is None for p in model.parameters())
+    assert all(s.grad is None for s in gate.logits) and all(p.grad is None for p in model.parameters())
     assert opt.scratch.numel() == max(s.w.numel() for s in opt.sites.values())
 
 
 def test_the_model_is_given_back(world):
-    model, tok = world
+    model, _ = world
     before = {n: (p, p.clone()) for n, p in model.named_parameters()}
     with pytest.raises(Stop): search(world, "all", HardConcrete, monitor=Fuse(2), embeddings=True, layers=None)
     assert all(p is before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
@@ -481,35 +580,41 @@ def test_the_model_is_given_back(world):
 # ── several searches in one pass ─────────────────────────────────────────────────────────────────────────────────────
 
 RELATIONS = ("MadeOf", "IsA", "PartOf")
-GOALS = [Cloze(Facts(read_facts("pocket")[r].items[:n])) for r, n in zip(RELATIONS, (40, 23, 60))]
+GOALS = [Cloze(Facts(read_facts("pocket")[r].items[:n])) for r, n in zip(RELATIONS, (40, 23, 60), strict=True)]
+USUAL = dict(steps=10, lr=.01, every=2, batch=16, progress=False)
+
 
 def together(world, gates=None, to=None, engine="auto", **options):
     model, tok = world
     space = Space.of(model, "weight", layers="top-half")
-    return find_all(model, tok, gates or [Threshold(space, seed=s) for s in range(3)], GOALS, labels=[{"task": r} for r in RELATIONS], to=to, engine=engine,
-                    **(dict(steps=10, lr=.01, every=2, batch=16, progress=False) | options))
+    gates = gates or [Threshold(space, seed=s) for s in range(3)]
+    labels = [{"task": r} for r in RELATIONS]
+    return find_all(model, tok, gates, GOALS, labels=labels, to=to, engine=engine, **USUAL | options)
 
 
 @pytest.mark.parametrize("fillers", [1, 64])
-@pytest.mark.parametrize("options", [dict(), dict(engine="all"), dict(lr=.002), dict(clip=.5), dict(optimizer="adamw")], ids=said)
+@pytest.mark.parametrize("options", [
+    dict(), dict(engine="all"), dict(lr=.002), dict(clip=.5), dict(optimizer="adamw"),
+], ids=said)
 def test_side_by_side_is_one_by_one(world, options, fillers, monkeypatch):
     "Also when tokens are filled up to sizes that can be captured."
-    monkeypatch.setitem(search_module.ROUND, "cpu", fillers)
+    monkeypatch.setitem(team_module.ROUND, "cpu", fillers)
     model, tok = world
     space = Space.of(model, "weight", layers="top-half")
-    for s, (run, goal) in enumerate(zip(together(world, **options), GOALS)):
-        alone = find(model, tok, Threshold(space, seed=s), goal, **(dict(steps=10, lr=.01, every=2, batch=16, progress=False) | options))
-        assert run.mask == alone.mask and np.abs(run.metrics.loss - alone.metrics.loss).max() < 1e-5 and run.id == alone.id
+    for s, (run, goal) in enumerate(zip(together(world, **options), GOALS, strict=True)):
+        alone = find(model, tok, Threshold(space, seed=s), goal, **USUAL | options)
+        assert run.mask == alone.mask and run.id == alone.id
+        assert np.abs(run.metrics.loss - alone.metrics.loss).max() < 1e-5
 
 
 def test_token_counts_are_few(world, monkeypatch):
-    monkeypatch.setitem(search_module.ROUND, "cpu", 64)
+    monkeypatch.setitem(team_module.ROUND, "cpu", 64)
     shapes = set()
-    original = search_module._Pass._step
+    original = SharedPass.compute
     def spy(self, states, gold, *packing):
-        shapes.add((len(states), len(gold), self.tokens.width, self.tokens.n))
+        shapes.add((len(states), len(gold), self.batch.tokens.width, self.batch.tokens.n))
         return original(self, states, gold, *packing)
-    monkeypatch.setattr(search_module._Pass, "_step", spy)
+    monkeypatch.setattr(SharedPass, "compute", spy)
     together(world, steps=30)
     assert len(shapes) <= 8 and all(n % 64 == 0 and w % 8 == 0 for n, _, w, _ in shapes)
 
@@ -521,8 +626,10 @@ def test_side_by_side_continues(world, tmp_path):
     with pytest.raises(Stop): together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)
     assert len({safe_step(r) for r in Store(tmp_path)}) > 1
     resumed = together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)
-    assert [r.mask for r in resumed] == [r.mask for r in straight] and [list(r.metrics.loss) for r in resumed] == [list(r.metrics.loss) for r in straight]
-    assert [r.mask for r in together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)] == [r.mask for r in straight]      # done: read back
+    def told(runs): return [(r.mask, list(r.metrics.loss)) for r in runs]
+    assert told(resumed) == told(straight)
+    read = together(world, to=Store(tmp_path), monitor=fuse, checkpoint=0)
+    assert told(read) == told(straight)      # done: read back
 
 
 def safe_step(run): return read_state(run.folder)[1]["step"]
@@ -530,36 +637,53 @@ def safe_step(run): return read_state(run.folder)[1]["step"]
 
 def test_an_unknown_block_cannot_share_a_pass(world, monkeypatch):
     model, tok = world
-    monkeypatch.setattr("subnet_explorer.search.objectives.fits", lambda *a: False)
-    with pytest.raises(SubnetError, match="use find"): find_all(model, tok, [Threshold(Space.of(model, "weight", layers="top-half"))], GOALS[:1], steps=2, progress=False)
+    monkeypatch.setattr("subnet_explorer.model.sequences.packing_agrees", lambda *a: False)
+    gates = [Threshold(Space.of(model, "weight", layers="top-half"))]
+    with pytest.raises(SubnetError, match="use find"):
+        find_all(model, tok, gates, GOALS[:1], steps=2, progress=False)
 
 
-@pytest.mark.parametrize("change,message", [(dict(goals=[MLM(TEXTS)] * 3), "only cloze"), (dict(goals=GOALS[:2]), "one goal"), (dict(kind="head"), "one space of weights"),
-                                            (dict(accumulate=2), "one batch a step"), (dict(engine="plain"), "one batch a step"), (dict(stepps=3), "did you mean steps")], ids=said)
+@pytest.mark.parametrize("change,message", [
+    (dict(goals=[MLM(TEXTS)] * 3), "only cloze"),
+    (dict(goals=GOALS[:2]), "one goal"),
+    (dict(kind="head"), "one space of weights"),
+    (dict(accumulate=2), "one batch a step"),
+    (dict(engine="plain"), "one batch a step"),
+    (dict(stepps=3), "did you mean steps"),
+], ids=said)
 def test_what_cannot_share_a_pass_says_so(world, change, message):
     model, tok = world
     change = dict(change)
     space, goals = Space.of(model, change.pop("kind", "weight"), layers="top-half"), change.pop("goals", GOALS)
-    with pytest.raises(SubnetError, match=message): find_all(model, tok, [Threshold(space, seed=s) for s in range(3)], goals, progress=False, **change)
+    gates = [Threshold(space, seed=s) for s in range(3)]
+    with pytest.raises(SubnetError, match=message): find_all(model, tok, gates, goals, progress=False, **change)
 
 
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 PROGRAM = """
 import json, os, sys
-from subnet_explorer.data import Facts, read_facts
-from subnet_explorer.gates import Concrete, HardConcrete, Threshold
-from subnet_explorer.objectives import MLM, Cloze, Density, Kept, Maintain, Suppress
-from subnet_explorer.pocket import load, sentences
-from subnet_explorer.search import find
-from subnet_explorer.space import Space
+from subnet_explorer import Cloze, Concrete, Density, Facts, HardConcrete, Kept, MLM, Maintain, Space, Suppress
+from subnet_explorer import Threshold, find, load, read_facts
+from subnet_explorer.data.pocket import sentences
+
 model, tok = load("pocket-bert")
 facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
+texts = [" ".join(t["form"] for t in s) for s in sentences(30)]
 space = Space.of(model, "weight+head", layers="top-half")
-for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(lr=.002)), ("soft", HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)), ("few", Threshold(Space.of(model, "weight")), Cloze(facts), dict(lr=.0005, engine="reachable")),
-                                  ("text", Threshold(space), MLM([" ".join(t["form"] for t in s) for s in sentences(30)]), {}),
-                                  ("passes", Concrete(space, .5, straight_through=True), Suppress(facts) + Maintain([" ".join(t["form"] for t in s) for s in sentences(30)]) + Kept(Cloze(facts)) + Density(), dict(noise="independent", complement=True))):
-    run = find(model, tok, gate, goal, **{"steps": 8, "batch": 8, "every": 2, "progress": False, "to": f"{sys.argv[1]}/{name}", **options}, processes=int(sys.argv[2]))
+critical = Suppress(facts) + Maintain(texts) + Kept(Cloze(facts)) + Density()
+reachable = dict(lr=.0005, engine="reachable")
+separate = dict(noise="independent", complement=True)
+searches = {
+    "hard": (Threshold(space), Cloze(facts), dict(lr=.002)),
+    "soft": (HardConcrete(space), Cloze(facts) + .1 * Density(), dict(clip=.5)),
+    "few": (Threshold(Space.of(model, "weight")), Cloze(facts), reachable),
+    "text": (Threshold(space), MLM(texts), {}),
+    "passes": (Concrete(space, .5, straight_through=True), critical, separate),
+}
+for name, (gate, goal, options) in searches.items():
+    settings = dict(steps=8, batch=8, every=2, progress=False, to=f"{sys.argv[1]}/{name}", processes=int(sys.argv[2]))
+    run = find(model, tok, gate, goal, **settings | options)
     line = json.dumps([name, run.mask.id, list(run.metrics.loss)]) + "\\n"
     with open(f"{sys.argv[1]}-rank{os.environ.get('RANK', 0)}.jsonl", "a") as out: out.write(line)
 """
@@ -567,9 +691,16 @@ for name, gate, goal, options in (("hard", Threshold(space), Cloze(facts), dict(
 
 def launch(folder: Path, n: int, asked: int) -> subprocess.CompletedProcess:
     (folder / "program.py").write_text(PROGRAM)
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1", "--master_port", str(port)] if n > 1 else [sys.executable]
-    return subprocess.run([*start, str(folder / "program.py"), str(folder / f"runs-{n}"), str(asked)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable]
+    if n > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+        start += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command = [*start, str(folder / "program.py"), str(folder / f"runs-{n}"), str(asked)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=one_thread, timeout=600, check=False)
 
 
 def test_two_processes_find_the_mask_of_one(tmp_path):
@@ -577,17 +708,22 @@ def test_two_processes_find_the_mask_of_one(tmp_path):
     pytest.importorskip("accelerate")
     one, two = launch(tmp_path, 1, 1), launch(tmp_path, 2, 2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-4000:]
-    read = lambda n, rank: [json.loads(line) for line in (tmp_path / f"runs-{n}-rank{rank}.jsonl").read_text().splitlines()]
+    def read(n, rank):
+        lines = (tmp_path / f"runs-{n}-rank{rank}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
     alone, first, second = read(1, 0), read(2, 0), read(2, 1)
-    assert first == second and [name for name, *_ in first] == ["hard", "soft", "few", "text", "passes"] == [name for name, *_ in alone]
-    for (name, _, losses), (_, _, halves) in zip(alone, first):
+    names = ["hard", "soft", "few", "text", "passes"]
+    assert first == second and [name for name, *_ in first] == names == [name for name, *_ in alone]
+    for (name, _, losses), (_, _, halves) in zip(alone, first, strict=True):
         a, b = (Mask.load(tmp_path / f"runs-{n}" / name / "mask.safetensors") for n in (1, 2))
         assert np.allclose(losses, halves, rtol=1e-4), name
-        assert (a ^ b).count <= 1e-4 * a.space.size, name           # sums in another order: a score that is rounding noise may change its side
+        # sums in another order: a score that is rounding noise may change its side
+        assert (a ^ b).count <= 1e-4 * a.space.size, name
 
 
 def test_the_number_of_processes_is_checked(world):
-    with pytest.raises(WrongProcesses, match="2 processes were asked for, but 1 runs.*torchrun"): search(world, "auto", processes=2)
+    with pytest.raises(WrongProcesses, match=r"2 processes were asked for, but 1 runs.*torchrun"):
+        search(world, "auto", processes=2)
 
 
 # ── GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -600,7 +736,8 @@ def test_gpu_trains_as_cpu(name, mode):
     model, tok = load("pocket-bert")
     here, _ = search((model, tok), "plain", GATES[name], **SHORT)
     there, gate = search((model.cuda(), tok), mode, GATES[name], **SHORT)
-    assert (here.mask ^ there.mask).count <= .001 * gate.space.size and np.abs(here.metrics.loss - there.metrics.loss).max() < 1e-2
+    assert (here.mask ^ there.mask).count <= .001 * gate.space.size
+    assert np.abs(here.metrics.loss - there.metrics.loss).max() < 1e-2
 
 
 @pytest.mark.gpu
@@ -611,30 +748,33 @@ def test_gpu_compiled_update_agrees():
         gate = HardConcrete(Space.of(model, "weight")).cuda()
         opt = MaskOptimizer(model, gate, [.02] * 4, fast=fast)
         for step in range(4):
-            with opt.applied(): opt.backward(model(input_ids=torch.arange(7, device="cuda")[None] + step).logits.logsumexp(-1).mean() + opt.penalty())
+            ids = torch.arange(7, device="cuda")[None] + step
+            with opt.applied(): opt.backward(model(input_ids=ids).logits.logsumexp(-1).mean() + opt.penalty())
             opt.step()
-        traces.append(torch.cat([l.detach().flatten() for l in gate.logits]))
+        traces.append(torch.cat([s.detach().flatten() for s in gate.logits]))
     assert torch.allclose(*traces, atol=1e-4)
 
 
 @pytest.mark.gpu
 def test_gpu_steps_are_captured_and_the_same(tmp_path):
     "Captured steps of one and of several searches find what steps that run as they are find."
-    from subnet_explorer.search.find import _Pass
     model, tok = load("pocket-bert")
     model = model.cuda()
     space = Space.of(model, "weight", layers="top-half")
     options = dict(steps=60, lr=.01, every=10, batch=16, progress=False, engine="all")
     seen = []
-    original = _Pass.__init__
-    def spy(self, *args): original(self, *args); seen.append(self)
+    original = SharedPass.__init__
+    def spy(self, *args):
+        original(self, *args)
+        seen.append(self)
     rule = MaskOptimizer.__init__
+    def compiling(self, *args, **kw): rule(self, *args, **{**kw, "fast": True})
     try:
-        _Pass.__init__ = spy
-        MaskOptimizer.__init__ = lambda self, *args, **kw: rule(self, *args, **{**kw, "fast": True})
+        SharedPass.__init__ = spy
+        MaskOptimizer.__init__ = compiling
         captured = find_all(model, tok, [Threshold(space, seed=s) for s in range(3)], GOALS, **options)
-    finally: _Pass.__init__, MaskOptimizer.__init__ = original, rule
+    finally: SharedPass.__init__, MaskOptimizer.__init__ = original, rule
     assert seen and any(p.replay.graphs for p in seen)
-    for s, (run, goal) in enumerate(zip(captured, GOALS)):
+    for s, (run, goal) in enumerate(zip(captured, GOALS, strict=True)):
         plain = find(model, tok, Threshold(space, seed=s), goal, **{**options, "engine": "plain"})
         assert (run.mask ^ plain.mask).count <= .002 * space.size

@@ -21,13 +21,14 @@ from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.data.files import BadTexts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.texts import Blocks, blocks, read_texts
-from subnet_explorer.measure.ask import perplexity
+from subnet_explorer.measure.fluency import perplexity
 from subnet_explorer.model import packed, sequences
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, output_learns, row_losses
 from subnet_explorer.search.distil import MLM, Maintain, Reference, Suppress, from_goal, from_uniform
-from subnet_explorer.search.find import find, frozen
+from subnet_explorer.search.find import find
+from subnet_explorer.search.loop import frozen
 from subnet_explorer.search.gates import Concrete, Threshold
 from subnet_explorer.search.objectives import Context, look_ahead
 

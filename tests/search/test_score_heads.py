@@ -18,7 +18,7 @@ from subnet_explorer.model import packed, sequences
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.recipes.tickets import tickets
 from subnet_explorer.search.distil import MLM
-from subnet_explorer.search.find import Diverged, lr_at
+from subnet_explorer.search.loop import Diverged, lr_at
 from subnet_explorer.search.objectives import Cloze, Context, Density, Objective, Task, batch_at, encoded
 from subnet_explorer.search.score import attribution, importance, magnitude
 from subnet_explorer.tasks.fit import fit, preserved

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from subnet_explorer.model.apply import masked
-from subnet_explorer.data.facts import answerable, read_facts
-from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
+from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
-from subnet_explorer.search.objectives import Cloze, Context, Density, Objective, Task, batch_at
-from subnet_explorer.model.sequences import Sequences
-from subnet_explorer.model.load import load, tiny
-from subnet_explorer.search.find import Diverged, find
-from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.store import OtherRun, Run, Store
+from subnet_explorer.data.facts import answerable, read_facts
+from subnet_explorer.model.apply import masked
+from subnet_explorer.model.load import load, tiny
+from subnet_explorer.model.sequences import Sequences
+from subnet_explorer.search.find import find
+from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
+from subnet_explorer.search.loop import Diverged
+from subnet_explorer.search.objectives import Cloze, Context, Density, Objective, Task, batch_at
 
 STEPS = 30
 RNG = np.random.default_rng(0)
@@ -93,7 +95,8 @@ def space(model): return Space.of(model, "weight", layers=2)
 
 def search(model, space, to=None, goal=None, gate="threshold", **kw):
     gate = GATES[gate](space) if isinstance(gate, str) else gate
-    return find(model, None, gate, goal or Tokens(), **{**dict(steps=STEPS, lr=.05, every=4, checkpoint=0, progress=False, to=to), **kw})
+    usual = dict(steps=STEPS, lr=.05, every=4, checkpoint=0, progress=False, to=to)
+    return find(model, None, gate, goal or Tokens(), **{**usual, **kw})
 
 
 def assert_same(a: Run, b: Run):
@@ -105,7 +108,8 @@ def assert_same(a: Run, b: Run):
 # ── killed and continued ─────────────────────────────────────────────────────────────────────────────────────────────
 
 CHILD = """
-import signal, sys, time; sys.path.insert(0, sys.argv[1])
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell in the background ignores it
 import test_search as t
 model = t.tiny("bert")
@@ -116,8 +120,9 @@ t.search(model, space, sys.argv[2], t.Until(t.Tokens(), 23, lambda step: time.sl
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_killed_and_continued(tmp_path, model, space, sign):
     folder = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder)], stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **threads})
     log = folder / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= 5): time.sleep(.02)
     assert child.poll() is None, child.stderr.read()
@@ -125,7 +130,8 @@ def test_killed_and_continued(tmp_path, model, space, sign):
     said = child.communicate(timeout=120)[1]
     assert child.returncode != 0 and (sign == signal.SIGKILL or "KeyboardInterrupt" in said)
     stopped = Run.open(folder)
-    assert not stopped.done and len(stopped.metrics) == 5 and not [p for p in folder.iterdir() if p.name.startswith(".") and sign == signal.SIGINT]
+    assert not stopped.done and len(stopped.metrics) == 5
+    assert not [p for p in folder.iterdir() if p.name.startswith(".") and sign == signal.SIGINT]
     resumed = search(model, space, folder, gate="concrete-hard")
     assert resumed.id == stopped.id and resumed.metrics.step.tolist() == [4, 8, 12, 16, 20, 24, 28, 30]
     straight = search(model, space, tmp_path / "straight", gate="concrete-hard")
@@ -134,28 +140,34 @@ def test_killed_and_continued(tmp_path, model, space, sign):
     assert not (folder / "state.safetensors").exists()
 
 
+VARIANT = dict(optimizer="adamw", clip=.5, schedule="cosine", complement=True)
+
+
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", clip=.5, schedule="cosine", complement=True)], ids=["plain", "variant"])
+@pytest.mark.parametrize("kw", [dict(), VARIANT], ids=["plain", "variant"])
 def test_every_gate_continues_exactly(tmp_path, model, space, gate, kw):
-    goal = lambda: Tokens() + .1 * Density()
+    def goal(): return Tokens() + .1 * Density()
     straight = search(model, space, goal=goal(), gate=gate, **kw)
     for at in (3, 9, 21):                                              # before the first state; and twice in between
         with pytest.raises(Stop): search(model, space, tmp_path, Until(goal(), at, stop), gate, **kw)
     resumed = search(model, space, tmp_path, goal(), gate, **kw)
     assert_same(resumed, straight)
-    if straight.soft is not None: assert all(np.allclose(resumed.soft[n], v, atol=1e-3) for n, v in straight.soft.values.items())
+    if straight.soft is not None:
+        assert all(np.allclose(resumed.soft[n], v, atol=1e-3) for n, v in straight.soft.values.items())
 
 
 def test_heads_and_the_best_logits_continue_too(tmp_path, model, space):
     class Watch:                                                       # best in the middle
         def identity(self): return {}
         def prepare(self, context): return lambda: -abs(context.gate.harden().density - .5)
-    run = lambda to, act=None, head=None: search(model, space, to, Until(Task(IDS, head or Parity()) + Tokens(), 22, act), monitor=Watch())
+    def run(to, act=None, head=None):
+        goal = Until(Task(IDS, head or Parity()) + Tokens(), 22, act)
+        return search(model, space, to, goal, monitor=Watch())
     head, other = Parity(), Parity()
     straight = run(None, head=head)
     with pytest.raises(Stop): run(tmp_path, stop)
     assert_same(run(tmp_path, head=other), straight)
-    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), other.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), other.parameters(), strict=True))
     best = straight.metrics.loc[straight.metrics.score.idxmax()]
     assert straight.mask.density == pytest.approx(best.density)
 
@@ -188,7 +200,8 @@ def test_other_runs_are_not_touched(tmp_path, model, space):
     for kw in (dict(lr=.06), dict(seed=1), dict(gate="topk"), dict(goal=Tokens() + Density()), dict(complement=True)):
         with pytest.raises(OtherRun, match="they differ in"): search(model, space, tmp_path, **kw)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(OtherRun, match="holds no run"): search(model, space, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -213,10 +226,12 @@ def test_a_schedule_is_identified_by_what_it_does():
 @pytest.mark.parametrize("checkpoint", [0, 1e9], ids=["often", "seldom"])
 def test_the_last_good_state_outlives_divergence(tmp_path, model, space, value, checkpoint):
     broken = Until(Tokens(), 21, lambda step: torch.tensor(value, requires_grad=True))
-    with pytest.raises(Diverged, match=f"at step 22.*{tmp_path}"): search(model, space, tmp_path, broken, checkpoint=checkpoint)
+    with pytest.raises(Diverged, match=f"at step 22.*{tmp_path}"):
+        search(model, space, tmp_path, broken, checkpoint=checkpoint)
     assert (tmp_path / "state.safetensors").exists() and not Run.open(tmp_path).done
     assert np.isfinite(Run.open(tmp_path).metrics.loss).all()
-    assert_same(search(model, space, tmp_path, Until(Tokens(), 0, stop)), search(model, space))      # goes on from the state, not from the start
+    resumed = search(model, space, tmp_path, Until(Tokens(), 0, stop))      # from the state, not from the start
+    assert_same(resumed, search(model, space))
 
 
 # ── the fast path is the plain path ──────────────────────────────────────────────────────────────────────────────────
@@ -246,20 +261,24 @@ def test_a_search_is_the_plain_search(family):
     "Five steps written out: a copy of the model whose weights are W · 1[g > 0], straight-through by hand."
     model = tiny(family)
     space = Space.of(model, "weight", layers=2)
-    logits = [l.detach().clone() for l in GATES["threshold"](space).logits]
+    logits = [s.detach().clone() for s in GATES["threshold"](space).logits]
     opt, losses = torch.optim.Adam(logits, lr=.05), []
     for step in range(5):
         twin = copy.deepcopy(model)
         with torch.no_grad():
-            for g, l in zip(space.groups, logits): twin.base_model.get_parameter(g.name).mul_(l > 0)
+            for g, s in zip(space.groups, logits, strict=True): twin.base_model.get_parameter(g.name).mul_(s > 0)
         index = batch_at(step, np.array([len(i) for i in IDS]), 8, 0)
-        loss = F.cross_entropy(torch.stack([twin(input_ids=torch.tensor([IDS[i]])).logits[0, ROWS[i]] for i in index]), torch.tensor(GOLD)[index])
+        said = torch.stack([twin(input_ids=torch.tensor([IDS[i]])).logits[0, ROWS[i]] for i in index])
+        loss = F.cross_entropy(said, torch.tensor(GOLD)[index])
         loss.backward()
-        for g, l in zip(space.groups, logits): l.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
-        opt.step(); losses.append(loss.item())
+        for g, s in zip(space.groups, logits, strict=True):
+            s.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
+        opt.step()
+        losses.append(loss.item())
     run = search(model, space, steps=5, every=1, schedule="constant", warmup=0)
     assert np.abs(run.metrics.loss - losses).max() < 1e-5
-    for g, l in zip(space.groups, logits): assert (run.mask[g.name] != (l > 0).numpy()).mean() < .002      # a logit within rounding of 0
+    for g, s in zip(space.groups, logits, strict=True):
+        assert (run.mask[g.name] != (s > 0).numpy()).mean() < .002      # a logit within rounding of 0
 
 
 def test_bfloat16_is_close(model, space):
@@ -276,8 +295,7 @@ def test_the_model_comes_back(space, end):
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     before, params = {k: v.clone() for k, v in model.state_dict().items()}, dict(model.named_parameters())
     flags, modes = {n: p.requires_grad for n, p in params.items()}, {n: m.training for n, m in model.named_modules()}
-    try: search(model, space, goal=Until(Tokens(), 5, stop if end == "stopped" else None))
-    except Stop: pass
+    with suppress(Stop): search(model, space, goal=Until(Tokens(), 5, stop if end == "stopped" else None))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p is params[n] and p.requires_grad == flags[n] and p.grad is None for n, p in model.named_parameters())
     assert {n: m.training for n, m in model.named_modules()} == modes
@@ -311,7 +329,9 @@ def test_complement_trains_what_is_left(model, space, gate):
         wanted = Tokens().prepare(Context(model, None, 1, 8, 0))(0).item()
     assert run.metrics.loss[0] == pytest.approx(wanted, abs=1e-5)
     if gate in ("threshold", "topk"):
-        with torch.no_grad(), masked(model, ~made.harden()): assert Tokens().prepare(Context(model, None, 1, 8, 0))(0).item() == pytest.approx(wanted, abs=1e-5)
+        with torch.no_grad(), masked(model, ~made.harden()):
+            found = Tokens().prepare(Context(model, None, 1, 8, 0))(0).item()
+        assert found == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -325,7 +345,8 @@ def test_monitors_see_the_subnetwork_that_would_be_returned(model, space, gate, 
     run = search(model, space, gate=gate, complement=complement, monitor=Loss(), steps=8)
     sub = run.subnetwork
     values = {g.name: 1 - sub[g.name] if complement else sub[g.name] * 1.0 for g in space.groups}
-    with torch.no_grad(), masked(model, Scores(space, {n: np.asarray(v, np.float32) for n, v in values.items()})): now = Loss().prepare(Context(model, None, 1, 8, 0))()
+    soft = Scores(space, {n: np.asarray(v, np.float32) for n, v in values.items()})
+    with torch.no_grad(), masked(model, soft): now = Loss().prepare(Context(model, None, 1, 8, 0))()
     assert run.metrics.score.max() == pytest.approx(now, abs=1e-5)
 
 
@@ -333,9 +354,9 @@ def test_heads_are_part_of_the_result(tmp_path, model, space):
     head, fresh = Parity(), Parity(seed=1)
     start = [p.detach().clone() for p in head.parameters()]
     search(model, space, tmp_path, Task(IDS, head))
-    assert all(not torch.equal(a, b) for a, b in zip(start, head.parameters()))
+    assert all(not torch.equal(a, b) for a, b in zip(start, head.parameters(), strict=True))
     search(model, space, tmp_path, Task(IDS, fresh))                   # returned at once, with its head
-    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), fresh.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), fresh.parameters(), strict=True))
 
 
 def test_the_best_mask_comes_with_its_head(model, space):
@@ -350,7 +371,8 @@ def test_the_best_mask_comes_with_its_head(model, space):
                 return -abs(len(seen) - 3.0)                           # the third look is the best
             return score
     run = search(model, space, goal=Task(IDS, head), head_lr=.05, monitor=Peak())
-    with torch.no_grad(), masked(model, run.mask): now = float(Task(IDS, head, batch=len(IDS)).prepare(Context(model, None, 1, 8, 0))(0))
+    whole = Task(IDS, head, batch=len(IDS)).prepare(Context(model, None, 1, 8, 0))
+    with torch.no_grad(), masked(model, run.mask): now = float(whole(0))
     assert now == pytest.approx(seen[2], abs=1e-5) != seen[-1]
 
 
@@ -358,7 +380,8 @@ def test_head_lr_moves_heads_only(model, space):
     head = Parity()
     start = [p.detach().clone() for p in head.parameters()]
     still = search(model, space, goal=Task(IDS, head), head_lr=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(start, head.parameters())) and still.mask != GATES["threshold"](space).harden()
+    assert all(torch.equal(a, b) for a, b in zip(start, head.parameters(), strict=True))
+    assert still.mask != GATES["threshold"](space).harden()
 
 
 def test_one_head_may_serve_two_tasks(model, space, recwarn):
