@@ -1,4 +1,4 @@
-"The command line: what goes to which stream, what is refused at the door, and commands that are killed and given again."
+"The command line: what goes to which stream, what is refused at the door, commands killed and given again."
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ STEPS = 48
 
 def shell(*args, **kw) -> subprocess.Popen:
     "The installed command as a process of its own, which reacts to Ctrl-C wherever the tests run."
-    return subprocess.Popen(
-        [COMMAND, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"},
-        **kw,
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler is the usual one in a new program
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    try:
+        return subprocess.Popen(
+            [COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kw
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_version_and_help():
 @pytest.mark.parametrize("name", ["subnet_explorer", "subnet_explorer.cli"])
 def test_the_package_and_the_module_are_the_command(name):
     def said(*args):
-        return subprocess.run([sys.executable, "-m", name, *args], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", name, *args], capture_output=True, text=True, check=False)
 
     version, nothing = said("--version"), said()
     assert (version.returncode, version.stdout.strip(), version.stderr) == (0, f"subnet-explorer {__version__}", "")

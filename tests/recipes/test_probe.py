@@ -137,7 +137,7 @@ def test_granularities_are_what_their_names_say(name):
 @pytest.mark.parametrize("name", ["pocket-bert", "pocket-gpt2"])
 @pytest.mark.parametrize("rows, cols", [(128, 1), (32, 4), (2, 128), (128, 128)])
 def test_strided_groups_are_the_published_ones(name, rows, cols):
-    "Weight (o, i) has logit (o mod out/rows, i mod in/cols): of masks, of soft gates, of their gradients, of magnitudes."
+    "Weight (o, i) has logit (o mod out/rows, i mod in/cols): of masks, soft gates, their gradients, magnitudes."
     model, tok = load(name)
     space, turn = (
         granular(model, f"{rows}x{cols}-strided", layers=2),
@@ -199,7 +199,7 @@ def test_strided_spaces_are_their_own(bert, tmp_path):
     with pytest.raises(SubnetError, match="cannot rebase"):
         mask.rebase(side)
     for wrong in ("3x1-strided", "3x1", "256x1-strided", "0x1"):
-        with pytest.raises(SubnetError, match="do not fill|at least one row"):
+        with pytest.raises(SubnetError, match=r"do not fill|at least one row"):
             granular(model, wrong)
     with pytest.raises(SubnetError, match="strided goes with"):
         Space.of(model, "weight", strided=True)
@@ -290,7 +290,7 @@ def test_every_task_has_its_probes(bert, task):
 
 @pytest.mark.parametrize("task", ["pos", "dep"])
 def test_special_tokens_are_learned_from_and_not_scored(bert, task):
-    "The loss is the mean over words, [CLS] and [SEP], which have the first label and the root as head; scores stay the same."
+    "The loss is the mean over words, [CLS] and [SEP], which have the first label or the root; scores stay the same."
     model, tok = bert
     plain, more = (
         head_of(task, model, TRAIN, 0, **how, **POCKET["parser"] if task == "dep" else {})
@@ -314,8 +314,8 @@ def test_special_tokens_are_learned_from_and_not_scored(bert, task):
                     more.out(states), torch.tensor([0, *(more.labels.index(t) for t in words.upos), 0])
                 ).item()
             else:
-                a, l = more.sizes
-                head, dep, over, under = F.relu(more.layer(states)).split([a, a, l, l], -1)
+                arc, label = more.sizes
+                head, dep, over, under = F.relu(more.layer(states)).split([arc, arc, label, label], -1)
                 gold, rels = (
                     torch.tensor([0, *words.head, 0]),
                     torch.tensor([0, *(more.labels.index(r) for r in words.deprel), 0]),
@@ -656,7 +656,8 @@ def test_where_adds_up(study):
 
 
 def placed_density(mask: Mask, layer: int) -> float:
-    return (lambda t: t.kept.sum() / t["size"].sum())(mask.to("weight").table().query("layer == @layer"))
+    t = mask.to("weight").table().query("layer == @layer")
+    return t.kept.sum() / t["size"].sum()
 
 
 def test_a_lambda_without_controls_stands_beside_those_of_the_main_one(study):

@@ -1,4 +1,4 @@
-"Text of any size, masks on the way, iterative pruning, and the study of task-agnostic masks: exact, resumable, clear about bad input."
+"Text of any size, masks on the way, iterative pruning, the study of task-agnostic masks: exact and resumable."
 
 from __future__ import annotations
 
@@ -178,13 +178,15 @@ from subnet_explorer.search.gates import TopK
 model, tok = load("pocket-bert")
 for file in sys.argv[2:]:
     text = read_blocks(tok, file, 64, cache=sys.argv[1])
-    for goal in (MLM(text), Hidden(text)): find(model, tok, TopK(Space.of(model, "weight"), .5), goal, steps=3, batch=4, progress=False)
+    for goal in (MLM(text), Hidden(text)):
+        gate = TopK(Space.of(model, "weight"), .5)
+        find(model, tok, gate, goal, steps=3, batch=4, progress=False)
     print(len(text), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
 def peaks(folder: Path, *megabytes: float) -> list[tuple[int, int]]:
-    "Of generated files, one after another in one process: their blocks, and the megabytes that it needed at most to read and train."
+    "Of generated files, read and trained on in one process: their blocks, and the megabytes it needed at most."
     text, files = "\n".join(TEXTS) + "\n", [folder / f"{m}.txt" for m in megabytes]
     for file, m in zip(files, megabytes, strict=False):
         with file.open("w") as f:
@@ -192,6 +194,7 @@ def peaks(folder: Path, *megabytes: float) -> list[tuple[int, int]]:
                 f.write(text)
     out = subprocess.run(
         [sys.executable, "-c", MEMORY, folder / "cache", *files],
+        check=False,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -466,15 +469,15 @@ def test_the_gradient_is_that_of_the_relaxed_mask(world):
         loss(0).backward()
     (name, v), slope = next(iter(values.items())), gate.logits[0].grad
     base = {name: v.detach()}
+
+    def moved(at, by):
+        t = base[name].clone()
+        t.view(-1)[at] += by
+        with torch.no_grad(), applied(model, space, {name: t}):
+            return loss(0).item()
+
     for at in slope.abs().flatten().topk(4).indices.tolist():
-
-        def moved(by):
-            t = base[name].clone()
-            t.view(-1)[at] += by
-            with torch.no_grad(), applied(model, space, {name: t}):
-                return loss(0).item()
-
-        assert (moved(0.5) - moved(-0.5)) == pytest.approx(slope.flatten()[at].item(), rel=0.1, abs=2e-5)
+        assert (moved(at, 0.5) - moved(at, -0.5)) == pytest.approx(slope.flatten()[at].item(), rel=0.1, abs=2e-5)
 
 
 # ── iterative pruning ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -733,14 +736,14 @@ def test_how_far_masks_are(straight, world):
     t, (a, b) = study.by_matrix(), (study.masks.sel(method=m, seed=0)[0] for m in ("omp", "imp"))
     t = t[(t.a == "omp 0.6") & (t.b == "imp 0.6")].reset_index()
     two = study.masks.sel(method="imp", seed=1)[0]
-    for r, g in zip(t.itertuples(), study.space.groups, strict=False):
 
-        def far(m):
-            return 1 - (a[g.name] & m[g.name]).sum() / (a[g.name] | m[g.name]).sum()
+    def far(m, name):
+        return 1 - (a[name] & m[name]).sum() / (a[name] | m[name]).sum()
 
+    for r, g in zip(t.itertuples(), study.space.groups, strict=True):
         assert (
             (r.layer, r.matrix, r.size) == (g.layer + 1, g.role, g.size)
-            and r.distance == pytest.approx((far(b) + far(two)) / 2)
+            and r.distance == pytest.approx((far(b, g.name) + far(two, g.name)) / 2)
             and r.chance == pytest.approx(1 - 0.6 / 1.4, abs=1e-3)
         )
     assert t.distance.gt(0).any() and len(study.by_matrix()) == 6 * len(study.space.groups)
@@ -827,7 +830,7 @@ def test_a_task_without_development_sentences(tmp_path):
     (tmp_path / "RTE" / "train.tsv").write_text(
         "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tc\tnot_entailment\n"
     )
-    with pytest.raises(BadTable, match="there is no table .*dev.tsv"):
+    with pytest.raises(BadTable, match=r"there is no table .*dev\.tsv"):
         task_data(tmp_path / "RTE")
 
 
