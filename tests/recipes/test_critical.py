@@ -19,8 +19,8 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import granular
 from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.facts import Fact, Facts, read_facts
-from subnet_explorer.data.graphs import disjoint, neighbourhood, read_graph, shared_triples, triple, wordings
 from subnet_explorer.data.grammar import sentences
+from subnet_explorer.data.graphs import disjoint, neighbourhood, read_graph, shared_triples, triple, wordings
 from subnet_explorer.data.texts import Blocks, blocks
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.critical import POCKET, critical, material, sensitivity

@@ -57,8 +57,8 @@ from subnet_explorer.recipes.probes import (
     run_cell,
     unseen,
 )
-from subnet_explorer.search.loop import lr_at
 from subnet_explorer.search.gates import HardConcrete
+from subnet_explorer.search.loop import lr_at
 from subnet_explorer.search.objectives import Context, Task
 from subnet_explorer.search.score import magnitude
 from subnet_explorer.tasks.controls import control_labels, reset

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from subnet_explorer.cli import main
@@ -23,8 +22,8 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.core.store import OtherRun, Run, Store
 from subnet_explorer.data.files import BadTexts
-from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.grammar import sentences
+from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.tables import BadTable
 from subnet_explorer.data.texts import blocks, read_blocks, read_texts
 from subnet_explorer.measure.fluency import HeldOut
