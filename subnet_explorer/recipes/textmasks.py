@@ -30,8 +30,7 @@ from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.find import find
 from ..search.gates import TopK
 from ..search.objectives import Objective, fingerprint_of
-from ..search.score import magnitude
-from ..search.score import random as random_scores
+from ..search.score import magnitude, random as random_scores
 from ..tasks.fit import fit, preserved
 
 # %% auto #0
