@@ -106,7 +106,7 @@ def agreement(
     shared = shared[shared.kind == kind].set_index(["a", "b"])
     notes += _gaps(tasks, shared)
     names = tasks.task.tolist()
-    square = {c: [[shared.at[(a, b), c] for b in names] for a in names] for c in ("mean", "std")}
+    square = {column: _square(shared, names, column) for column in ("mean", "std")}
     data = {"tasks": {str(r.task): _agreed(r) for r in tasks.itertuples()},
             "overlap": {"tasks": list(map(str, names)), **square}}
     if notes: data["notes"] = notes
@@ -119,6 +119,11 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [without_nan(v) for v in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _square(shared: Any, names: Sequence[Any], column: str) -> list[list[float]]:
+    "A column of pairs as a matrix."
+    return [[shared.at[(a, b), column] for b in names] for a in names]
 
 
 AGREED = ("seeds", "kappa", "alpha", "raw_agreement", "prevalence", "q", "q_p", "survivors", "super_survivors",

@@ -362,7 +362,8 @@ def _copa(said: dict[str, Any]) -> dict[str, Any]:
     if isinstance(label, bool) or label not in (0, 1):
         raise BadChoices(f"the answer {label!r} is none of the choices 0, 1.")
     premise = said["premise"].strip().rstrip(".?! ")
-    question = f"{premise} {'so' if kind == 'effect' else 'because'}" if premise else ""
+    word = "so" if kind == "effect" else "because"
+    question = f"{premise} {word}" if premise else ""
     choices = [said["choice1"], said["choice2"]]
     return dict(question=question, choices=choices, label=label, id=str(said["idx"]), kind=kind)
 

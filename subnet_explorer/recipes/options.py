@@ -204,7 +204,8 @@ _OPEN: dict[bool, dict[str, Any]] = {False: {"required": False}, True: {"nargs":
 
 def _listed(value: Any) -> Any:
     "Tuples as the lists that YAML has."
-    return list(value) if isinstance(value, (tuple, range)) else dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, (tuple, range)): return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _or_none(kind: Any, default: Any) -> Any: return kind | None if default is None else kind

@@ -140,7 +140,8 @@ class _Multiply(torch.autograd.Function):
         x, = ctx.saved_tensors
         w = site.masked
         dy = grads[0].to(w.dtype).reshape(-1, grads[0].shape[-1])
-        dx = (dy @ (w.T if site.transposed else w)).view(x.shape) if ctx.needs_input_grad[0] else None
+        weights = w.T if site.transposed else w
+        dx = (dy @ weights).view(x.shape) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[1] else None
         x = x.reshape(-1, x.shape[-1])
         site.factors.append((x, dy) if site.transposed else (dy, x))

@@ -25,12 +25,13 @@ from ..core.store import Run, load_state
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like
-from ..search.loop import SCHEDULES, Loop, Monitor, Parameters, Plan, Turn, begin, copy_into, frozen, lr_at
+from ..search.loop import SCHEDULES, Loop, Parameters, Plan, Turn, begin, copy_into, frozen, lr_at
 from ..search.objectives import Context, Objective, Task
 from .heads import Classifier, Regressor, TaskHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from subnet_explorer.search.loop import Monitor
 
 # %% auto #0
 __all__ = ['head_for', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'config_of', 'training']
