@@ -15,39 +15,68 @@ from typing import Any
 
 from nbdev.process import Processor
 
+import subnet_explorer
+
+PACKAGE = Path(subnet_explorer.__file__).parent
+
 # %% auto #0
-__all__ = ['with_types', 'library_docs']
+__all__ = ['PACKAGE', 'with_types', 'library_docs', 'module_of', 'shown_names']
 
 # %% ../nbs/21_docs.ipynb #1efa30a8
-def with_types(name: str) -> ModuleType:
+def with_types(
+    name: str,              # without the package: "core.mask"
+) -> ModuleType:
     "Import a module of the library together with what it imports for type checkers only."
     module = import_module(f"subnet_explorer.{name}")
     for node in ast.parse(inspect.getsource(module)).body:
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"): continue
         for part in node.body:
-            if isinstance(part, ast.Import):
-                for a in part.names: setattr(module, a.asname or a.name.split(".")[0], import_module(a.name if a.asname else a.name.split(".")[0]))
-                continue
-            source = import_module("." * part.level + (part.module or ""), "subnet_explorer")
-            for a in part.names: setattr(module, a.asname or a.name, getattr(source, a.name))
+            if isinstance(part, ast.Import): _import(module, part)
+            elif isinstance(part, ast.ImportFrom): _import_from(module, part)
     return module
+
+
+def _import(module: ModuleType, node: ast.Import) -> None:
+    for alias in node.names:
+        first = alias.name.split(".")[0]
+        setattr(module, alias.asname or first, import_module(alias.name if alias.asname else first))
+
+
+def _import_from(module: ModuleType, node: ast.ImportFrom) -> None:
+    source = import_module("." * node.level + (node.module or ""), module.__package__)
+    for alias in node.names: setattr(module, alias.asname or alias.name, getattr(source, alias.name))
 
 # %% ../nbs/21_docs.ipynb #ac666493
 class library_docs(Processor):
     "Render `show_doc` cells from the installed library."
 
     def begin(self) -> None:
-        "Find the module of the notebook, which is named after it."
-        chapter = re.fullmatch(r"\d\d_(\w+)", Path(self.nb.path_).stem)
-        self.module = with_types(chapter[1]) if chapter else None
+        "Find the module of the notebook; pages of examples have none."
+        home = module_of(Path(self.nb.path_))
+        self.module = with_types(home) if home else None
 
     def __call__(self, cell: Any) -> None:
         "Replace the output of a `show_doc` cell."
         if self.module is None or cell.cell_type != "code" or "show_doc(" not in cell.source: return
         from nbdev.showdoc import show_doc
-        found = [n.value.args[0] for n in ast.parse(cell.source).body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and ast.unparse(n.value.func) == "show_doc"]
-        if not found: return
-        thing: Any = self.module
-        for part in ast.unparse(found[0]).split("."): thing = getattr(thing, part)
-        shown = show_doc(thing)
-        cell.outputs = [{"output_type": "display_data", "data": {"text/markdown": shown._repr_markdown_()}, "metadata": {}}]
+        for path in shown_names(cell.source)[:1]:
+            thing: Any = self.module
+            for part in path.split("."): thing = getattr(thing, part)
+            text = show_doc(thing)._repr_markdown_()
+            output = {"output_type": "display_data", "data": {"text/markdown": text}, "metadata": {}}
+            cell.outputs = [output]
+
+
+def module_of(path: Path) -> str | None:
+    "The module of a chapter: `core.mask` for core/06_mask.ipynb, `docs` for 21_docs.ipynb."
+    chapter = re.fullmatch(r"\d\d_(\w+)", path.stem)
+    if chapter is None: return None
+    folder = path.parent.name
+    return f"{folder}.{chapter[1]}" if (PACKAGE / folder).is_dir() else chapter[1]
+
+
+def shown_names(source: str) -> list[str]:
+    "What a cell gives to `show_doc`: `Mask.random_like`."
+    calls = [node.value for node in ast.parse(source).body if isinstance(node, ast.Expr)]
+    found = [c for c in calls if isinstance(c, ast.Call) and ast.unparse(c.func) == "show_doc"]
+    return [ast.unparse(call.args[0]) for call in found]

@@ -15,12 +15,14 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
-def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA")
-    config.addinivalue_line("markers", "real: needs the folder named by SUBNET_EXPLORER_DATA, with datasets/ and models/")
+    real = "real: needs the folder named by SUBNET_EXPLORER_DATA, with datasets/ and models/"
+    config.addinivalue_line("markers", real)
     config.addinivalue_line("markers", "browser: needs chromium")
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
 
@@ -33,13 +35,16 @@ def _why_not(marker: str, config: pytest.Config) -> str | None:
         return None if torch.cuda.is_available() else "no CUDA device"
     if marker == "browser": return None if BROWSER else "no chromium"
     data = os.environ.get("SUBNET_EXPLORER_DATA")
-    return None if data and all((Path(data) / d).is_dir() for d in ("datasets", "models")) else "SUBNET_EXPLORER_DATA names no folder with datasets/ and models/"
+    if data and all((Path(data) / folder).is_dir() for folder in ("datasets", "models")): return None
+    return "SUBNET_EXPLORER_DATA names no folder with datasets/ and models/"
 
 
 def pytest_collection_modifyitems(config, items):
     for name in ("gpu", "real", "browser", "slow"):
-        if (marked := [i for i in items if i.get_closest_marker(name)]) and (why := _why_not(name, config)):
-            for item in marked: item.add_marker(pytest.mark.skip(reason=why))
+        marked = [item for item in items if item.get_closest_marker(name)]
+        why = _why_not(name, config) if marked else None
+        if why is None: continue
+        for item in marked: item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +61,6 @@ def pocket_bert():
 
 
 @pytest.fixture(scope="session")
-def chromium() -> str:
+def chromium() -> str | None:
     "Path of the browser (tests that use it are marked `browser`)."
     return BROWSER

@@ -7,9 +7,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_readme_is_made_from_the_index():
-    assert runpy.run_path(str(ROOT / "nbs" / "readme.py"))["readme"]() == (ROOT / "README.md").read_text(encoding="utf-8"), "run make readme"
+    made = runpy.run_path(str(ROOT / "nbs" / "readme.py"))["readme"]()
+    assert made == (ROOT / "README.md").read_text(encoding="utf-8"), "run make readme"
 
 
 def test_links_lead_somewhere():
     for name in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")): assert (ROOT / target).exists(), (name, target)
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text): assert (ROOT / target).exists(), (name, target)

@@ -189,7 +189,8 @@ def read_material(
                                  # pocket and masked models
 ) -> dict[str, Any]:
     "Read facts and text of a study as a shell names them."
-    pocket = Path(str(model.config.name_or_path)).name.startswith("pocket-")
+    config: Any = model.config
+    pocket = Path(str(config.name_or_path)).name.startswith("pocket-")
     forget, keep = (read_graph(source, is_causal(model), pocket) for source in (target, control))
     if about is not None: forget = neighbourhood(forget, about, size)
     lines = [line for source in text for line in read_texts(source)]
@@ -322,10 +323,15 @@ def conditions(model: nn.Module, tok: Any, masks: Masks, data: Material, random:
     out["attribution"] = [~first.top(like=mask, scope="tensor") for mask in found]
     out["subnetwork"] = found
     if len(found) > 1:
-        out["without the union"] = ~masks.union()
-        out["without the intersection"] = ~masks.intersection()
-    if len(found) > 2: out["without the majority"] = ~masks.majority()
+        out["without the union"] = ~_one(masks.union())
+        out["without the intersection"] = ~_one(masks.intersection())
+    if len(found) > 2: out["without the majority"] = ~_one(masks.majority())
     return out
+
+
+def _one(found: Mask | Masks) -> Mask:
+    assert isinstance(found, Mask)
+    return found
 
 
 def _drawn(masks: Sequence[Mask], draws: int) -> Iterator[tuple[Mask, int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -295,8 +296,8 @@ def measured(
     under = conditions(runs, start.relations, settings)
     tables = [cloze(model, tok, data.test, under, known=usable), majority(data.train, data.test, usable)]
     for r in start.relations if settings["fine_tuned"] else ():
-        tables.append(bench.table(
-            f"fine-tuned-{r}", lambda r=r: fine_tuned_answers(model, tok, data, r, usable, settings["batch"])))
+        answer = partial(fine_tuned_answers, model, tok, data, r, usable, settings["batch"])
+        tables.append(bench.table(f"fine-tuned-{r}", answer))
     return LampStudy(
         masks=Masks([({"task": r, "seed": s}, run.mask) for (r, s), run in runs.items()]),
         tables={"items": pd.concat(tables, ignore_index=True)},

@@ -103,16 +103,16 @@ def shell_type(annotation: Any) -> Any:
     if annotation in (int, float, str, bool, type(None), Any): return annotation
     if annotation is Path: return str
     if origin is typing.Literal: return annotation
-    if origin in (Sequence, list): return list[shell_type(inside[0])]
-    if origin in (Mapping, dict): return dict[str, shell_type(inside[1])]
+    if origin in (Sequence, list): return types.GenericAlias(list, (shell_type(inside[0]),))
+    if origin in (Mapping, dict): return types.GenericAlias(dict, (str, shell_type(inside[1])))
     if origin is tuple: return _fixed(inside)
     if origin in (typing.Union, types.UnionType): return _either(inside)
     return None
 
 
 def _fixed(inside: tuple[Any, ...]) -> Any:
-    if len(inside) == 2 and inside[1] is Ellipsis: return list[shell_type(inside[0])]
-    return tuple[tuple(shell_type(t) for t in inside)]
+    if len(inside) == 2 and inside[1] is Ellipsis: return types.GenericAlias(list, (shell_type(inside[0]),))
+    return types.GenericAlias(tuple, tuple(shell_type(t) for t in inside))
 
 
 def _either(inside: tuple[Any, ...]) -> Any:
@@ -259,7 +259,11 @@ def from_file(
     values: Mapping[str, Any],      # keys and values of a YAML file
 ) -> dict[str, Any]:
     "What a file says, by name of the setting, typed and checked; raise `UnknownName` with the nearest key."
-    check_names(values, [option.name for option in options], f"key of {parser.prog.split()[-1]}")
+    known = {option.name: option for option in options}
+    check_names(values, known, f"key of {parser.prog.split()[-1]}")
+    for name, value in values.items():
+        if known[name].type is bool and not isinstance(value, bool):
+            raise BadSetting(f"cannot read the {name.replace('_', ' ')} {value!r}: give {EXPECTED[bool]}.")
     return _checked(options, parser, lambda: parser.parse_object(dict(values), defaults=False))
 
 # %% ../../nbs/recipes/02_options.ipynb #137bd3e3
@@ -273,8 +277,8 @@ def _checked(
     try: given = read().as_dict()
     except ArgumentError as error: raise BadSetting(_sentence(options, str(error), words)) from None
     said = {option.name: given[option.name] for option in options if option.name in given}
-    places = {option.name for option in options if option.place}
-    return {name: value for name, value in said.items() if value is not None or name not in places}
+    needed = {option.name for option in options if option.place or option.default is REQUIRED}
+    return {name: value for name, value in said.items() if value is not None or name not in needed}
 
 
 def _sentence(options: Sequence[Option], said: str, words: Sequence[str]) -> str:

@@ -46,9 +46,9 @@ from .study import Bench, Pairs, Section, Study, recipe
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
            'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
-           'cell_row', 'summary', 'main_cells', 'layers', 'by_layer', 'centre', 'notes', 'strongest_lambda',
-           'where_kept', 'localisation', 'centres', 'with_published', 'probe_results', 'where_figures',
-           'probe_sections', 'probe_text']
+           'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
+           'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
+           'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
 BASELINES = ("mlp", "linear", "finetune", "reset")
@@ -333,9 +333,14 @@ def main_cells(study: Probing) -> pd.DataFrame:
     return t[masks | (t.granularity == "") & t["rank"].isin([0, config["ranks"][0]])]
 
 
+def known_lambda(study: Probing, lam: Any) -> float:
+    "One of the lambdas of a study; raise `UnknownName` for another."
+    return float(check_names([lam], study.config["lambdas"], "lambda")[0])
+
+
 def layers(study: Probing, lam: float | None = None) -> pd.DataFrame:      # columns probe, seed, layer, density, share
     "Density of masks by layer, and the layer's share of all that is kept; of the main lambda, or another."
-    lam = study.config["lambdas"][0] if lam is None else check_names([lam], study.config["lambdas"], "lambda")[0]
+    lam = study.config["lambdas"][0] if lam is None else known_lambda(study, lam)
     t = study.scores
     return by_layer(t[(t.granularity == study.config["granularity"][0]) & (t.lam == lam)])
 
@@ -398,7 +403,7 @@ def where_kept(study: Probing, lam: float | None = None) -> pd.DataFrame:
 def _placed(study: Probing, lam: float | None) -> Iterator[tuple[str, pd.DataFrame]]:
     "Each subnetwork probe and its main cells at a lambda; a control that was not trained with it has its own."
     lambdas = study.config["lambdas"]
-    lam = strongest_lambda(study) if lam is None else check_names([lam], lambdas, "lambda")[0]
+    lam = strongest_lambda(study) if lam is None else known_lambda(study, lam)
     main = study.scores[study.scores.granularity == study.config["granularity"][0]]
     for name, part in main.groupby("probe", sort=False):
         own = lam if (part.lam == lam).any() else lambdas[0]
@@ -420,7 +425,9 @@ def localisation(study: Probing, lam: float | None = None) -> pd.DataFrame:     
 def _soft_of(row: Any) -> list[float]:
     "What a cell says about its soft gates, or the run beside its mask."
     if isinstance(getattr(row, "attention", None), list): return row.attention
-    return attention_soft(Run.open(Path(row.mask).parent).soft)
+    soft = Run.open(Path(row.mask).parent).soft
+    assert soft is not None
+    return attention_soft(soft)
 
 
 def centres(study: Probing, lam: float | None = None) -> pd.DataFrame:      # probe, lam, quantity, n, centre, low, high

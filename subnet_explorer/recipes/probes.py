@@ -31,7 +31,6 @@ from ..tasks.controls import RESETS, control_labels, reset
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import EntityTagger, Tagger, TaskHead
 from ..tasks.parser import Parser
-from .progress import StudyLine
 
 # %% auto #0
 __all__ = ['TASKS', 'PROBES', 'PORTIONS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft', 'Cell', 'ProbeSetting',
@@ -76,7 +75,7 @@ def _labels(task: str, example: Any) -> Sequence[str]:
 
 # %% ../../nbs/recipes/09_probes.ipynb #adeb174e
 def gap_score(
-    model: nn.Module, tok: Any, head: TaskHead, sentences: Sequence[Any], under: Any = None,
+    model: nn.Module, tok: Any, head: Any, sentences: Sequence[Any], under: Any = None,
 ) -> dict[str, float]:      # gaps: none if there are none
     "Share of the words taken away whose label, or syntactic head and relation, is right."
     some = [e for e in sentences if GAP in _words(e)]
@@ -163,7 +162,7 @@ class ProbeSetting:
         return head
 
 # %% ../../nbs/recipes/09_probes.ipynb #ec0f3236
-def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: StudyLine | bool) -> dict[str, Any]:
+def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: Any) -> dict[str, Any]:
     "Train one probe and score it on development sentences, or ask it what else the cell aims at."
     if cell.aim == "code": return online_code(s, cell)
     if cell.aim == "control": s = _with_control_labels(s, cell.seed)
@@ -184,6 +183,7 @@ def _about_mask(s: ProbeSetting, head: TaskHead, run: Run) -> dict[str, Any]:
     "What a subnetwork probe says besides its score."
     by_layer = run.mask.table().groupby("layer", sort=True)[["kept", "size"]].sum()
     size = run.mask.space.size
+    assert run.soft is not None      # the gates of a probe are kept
     return {
         "score_soft": task_scores(s.model, s.tok, head, s.dev, run.soft)["score"],
         "density": run.mask.density, "bits": size, "bits_stored": size,
@@ -194,7 +194,7 @@ def _about_mask(s: ProbeSetting, head: TaskHead, run: Run) -> dict[str, Any]:
 # %% ../../nbs/recipes/09_probes.ipynb #7796d6be
 @contextmanager
 def trained(
-    s: ProbeSetting, cell: Cell, store: Store | None = None, progress: StudyLine | bool = False,
+    s: ProbeSetting, cell: Cell, store: Store | None = None, progress: Any = False,
 ) -> Iterator[tuple[TaskHead, Run | None]]:
     "Train one probe, and let the model be the one it reads; gives the head and, of a subnetwork probe, the run."
     check_names([cell.probe], PROBES, "probe")
@@ -208,7 +208,7 @@ def trained(
                 yield head, None
 
 # %% ../../nbs/recipes/09_probes.ipynb #46dec96d
-def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progress: StudyLine | bool) -> None:
+def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progress: Any) -> None:
     "Train the head, and the whole encoder if it is fine-tuned."
     t = s.training
     fit(
@@ -219,7 +219,7 @@ def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progre
 
 
 def _masked_probe(
-    s: ProbeSetting, cell: Cell, head: TaskHead, store: Store | None, progress: StudyLine | bool,
+    s: ProbeSetting, cell: Cell, head: TaskHead, store: Store | None, progress: Any,
 ) -> Run:
     "Train a mask and the head."
     t = s.training
@@ -237,7 +237,7 @@ PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 
 
 
 def online_code(
-    s: ProbeSetting, cell: Cell, portions: Sequence[float] = PORTIONS, progress: StudyLine | bool = False,
+    s: ProbeSetting, cell: Cell, portions: Sequence[float] = PORTIONS, progress: Any = False,
 ) -> dict[str, Any]:
     "Length of the online code of the training labels: bits, bits of a uniform code, compression, labels, portions."
     check_codable(s.task)
@@ -257,7 +257,7 @@ def online_code(
             "labels": len(first.labels), "portions": ends}
 
 # %% ../../nbs/recipes/09_probes.ipynb #98066e33
-def _count(head: TaskHead, sentences: Sequence[Any]) -> int: return sum(len(head.parts(e)[0]) for e in sentences)
+def _count(head: Any, sentences: Sequence[Any]) -> int: return sum(len(head.parts(e)[0]) for e in sentences)
 
 
 def check_codable(task: str) -> None:
@@ -267,7 +267,7 @@ def check_codable(task: str) -> None:
                           "pos or ner.")
 
 
-def _bits(s: ProbeSetting, head: TaskHead, sentences: Sequence[Any], under: Any) -> float:
+def _bits(s: ProbeSetting, head: Any, sentences: Sequence[Any], under: Any) -> float:
     "Bits that the labels of some sentences need under a trained probe."
     coded = [head.encode(s.tok, e) for e in sentences]
     with evaluating(s.model), masked(s.model, under): said = predict(s.model, head, coded)

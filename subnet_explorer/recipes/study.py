@@ -24,12 +24,12 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..core.intervals import student_interval
 from ..core.masks import Masks
-from ..core.store import Store, cached_table, open_study
+from ..core.store import Run, Store, cached_table, open_study
 from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'RECIPES', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe',
+__all__ = ['Section', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe',
            'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
@@ -65,8 +65,22 @@ class Findings:
     def mask_files(self, *labels: str) -> dict[tuple[Any, ...], str]:
         "Path of the mask of every finished run in the folder of the study, by the values of some labels."
         if self.folder is None: return {}
-        runs = [run for run in Store(self.folder / "runs") if run.done and run.folder]
-        return {tuple(run.labels.get(label) for label in labels): str(run.folder / "mask.safetensors") for run in runs}
+        same: dict[tuple[Any, ...], list[Run]] = {}
+        for run in Store(self.folder / "runs"):
+            if run.done: same.setdefault(tuple(run.labels.get(label) for label in labels), []).append(run)
+        return {values: _mask_file(_own_run(runs, self.masks)) for values, runs in same.items()}
+
+
+def _own_run(runs: Sequence[Run], masks: Masks) -> Run:
+    "The run of a study among those with the same labels, which other settings may have left in the folder."
+    if len(runs) == 1: return runs[0]
+    ids = {mask.id for _, mask in masks}
+    return next((run for run in runs if run.mask.id in ids), runs[-1])
+
+
+def _mask_file(run: Run) -> str:
+    assert run.folder is not None
+    return str(run.folder / "mask.safetensors")
 
 # %% ../../nbs/recipes/01_study.ipynb #23c0d27b
 Section = tuple[str, str, list[Any]]
@@ -185,6 +199,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {}
 "Registered recipes by name."
+F = TypeVar("F", bound=Callable[..., Study])
 
 
 def recipe(
@@ -193,9 +208,9 @@ def recipe(
     *,
     read: Callable[..., Mapping[str, Any]] | None = None,            # (model, tok, *, options) -> data; None: no data
     pocket: Mapping[str, Any] | None = None,                         # settings that suit the pocket models
-) -> Callable[[Callable[..., Study]], Callable[..., Study]]:
+) -> Callable[[F], F]:
     "Register a function under its own name; raise `TwoRecipes` if another has it, but for what you define as you go."
-    def register(run: Callable[..., Study]) -> Callable[..., Study]:
+    def register(run: F) -> F:
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
@@ -245,7 +260,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.store: Store | None = open_study(self.to, self.config)
         self.folder = None if self.to is None else Path(self.to)
-        self.line: StudyLine | bool = False    # hand it to `find`, `fit` and `iterate` as progress
+        self.line: Any = False      # or a `StudyLine`: hand it to `find`, `fit` and `iterate` as progress
         self.began = time.monotonic()
 
     @property

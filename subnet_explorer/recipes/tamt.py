@@ -144,7 +144,7 @@ def tamt(
 ) -> Tamt:
     "Find subnetworks on pre-training text and fine-tune them on tasks (Liu et al. 2022)."
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
-    check_study(text, dev, asked, space)
+    check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
         bench = Bench(identity_of(space, text, dev, embeddings), folder, progress)
         study = measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to is not None)
@@ -174,7 +174,10 @@ def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
     return sorted({round(i * steps / snapshots) for i in range(snapshots + 1)}) if snapshots else []
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
-def check_study(text: Any, dev: Any, asked: Mapping[str, Any], space: Space) -> None:
+def check_study(
+    text: Any, dev: Any, asked: Mapping[str, Any], space: Space,
+    densities: Sequence[float],      # as they were given, not rounded
+) -> None:
     "Raise `SubnetError` for settings that would otherwise be met late."
     for name, some in (("text", text), ("dev", dev)):
         if isinstance(some, str): raise BadTexts(f"{name} is one string: give a list of texts, or blocks.")
@@ -190,7 +193,7 @@ def check_study(text: Any, dev: Any, asked: Mapping[str, Any], space: Space) -> 
             raise SubnetError(f"the task {name!r} is a {type(task).__name__}: read it with task_data(…).")
     check_ladder(asked)
     check_tuning({**TUNE, **asked["tuning"]})
-    for density in asked["densities"]: check_density(space, density, asked["scope"])
+    for density in densities: check_density(space, density, asked["scope"])
 
 
 def check_ladder(asked: Mapping[str, Any]) -> None:

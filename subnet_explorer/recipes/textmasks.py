@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,11 +32,11 @@ from ..search.gates import TopK
 from ..search.objectives import Objective, fingerprint_of
 from ..search.score import magnitude, random as random_scores
 from ..tasks.fit import fit, preserved
-from .progress import StudyLine
 
 # %% auto #0
 __all__ = ['FIRST_MASKS', 'METHODS', 'TRAINED', 'PRUNED_BY', 'Way', 'first_mask', 'check_density', 'objective', 'ladder',
-           'pruned', 'imp', 'Ladder', 'resumed', 'write_values', 'timed', 'TamtSetting', 'FoundMask', 'found']
+           'pruned', 'imp', 'Ladder', 'resumed', 'body_of', 'write_values', 'timed', 'TamtSetting', 'FoundMask',
+           'found']
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #1b32517a
 FIRST_MASKS = ("magnitude", "random")
@@ -133,7 +133,7 @@ def imp(
     clip: float | None = 1.0,
     seed: int = 0,
     to: str | Path | None = None,       # folder: the ladder can be stopped and goes on
-    progress: StudyLine | bool = False,
+    progress: Any = False,
 ) -> Run:                               # snapshots: the mask of every prune, by steps
     "Prune in small steps, training between them (Frankle & Carbin 2019; of pretrained models Chen et al. 2020)."
     check_settings(interval, lr, batch)
@@ -155,10 +155,10 @@ class Ladder:
         self.run, self.model, self.tok, self.goal, self.training = run, model, tok, goal, training
         self.mask = Mask.full(space)
 
-    def climb(self, progress: StudyLine | bool) -> Run:
+    def climb(self, progress: Any) -> Run:
         "Prune to the last rung; the model is given back as it was."
         with preserved(self.model):
-            body = self.model.base_model.parameters()
+            body = body_of(self.model).parameters()
             first = [p.detach().clone() for p in body] if self.run.config["rewind"] else []
             begin = resumed(self)
             for i in range(begin, len(self.run.config["rungs"])): self.prune(i, first, progress)
@@ -166,16 +166,17 @@ class Ladder:
 
     def parameters(self) -> list[torch.Tensor]:
         "All that is trained."
+        assert self.goal.head is not None
         return [*self.model.parameters(), *self.goal.head.parameters()]
 
-    def prune(self, i: int, first: Sequence[torch.Tensor], progress: StudyLine | bool) -> None:
+    def prune(self, i: int, first: Sequence[torch.Tensor], progress: Any) -> None:
         "Train, but before the first prune, and prune."
         c, folder = self.run.config, self.run.folder
         cycle = None if folder is None else folder / f"cycle-{i}"
         row = {}
         with timed(None if folder is None else folder / f"seconds-{i}.json") as taken:
             if i:
-                write_values(self.model.base_model.parameters(), first)
+                write_values(body_of(self.model).parameters(), first)
                 row["loss"] = _trained_on(self, i, cycle, progress)
             self.mask = pruned(self.model, self.mask, c["rungs"][i], c["scope"])
         step = i * c["steps"]
@@ -194,15 +195,20 @@ def resumed(way: Ladder) -> int:
     return said["rung"] + 1
 
 
-def _trained_on(way: Ladder, i: int, cycle: Path | None, progress: StudyLine | bool) -> float:
+def _trained_on(way: Ladder, i: int, cycle: Path | None, progress: Any) -> float:
     "One interval under the mask; the last loss."
     seed, every = 1000 * way.run.config["seed"] + i, way.training["steps"]
     with masked(way.model, way.mask, train=True, check=False):
-        log = fit(way.model, way.tok, way.goal, **way.training, seed=seed, keep="last", every=every,
-                  to=cycle, progress=progress)
+        log: Any = fit(way.model, way.tok, way.goal, **way.training, seed=seed, keep="last", every=every,
+                       to=cycle, progress=progress)
     return float(log.loss.iloc[-1])
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #70311ee9
+def body_of(model: nn.Module) -> nn.Module:
+    "The encoder or decoder inside a model with a head."
+    return cast(nn.Module, model.base_model)
+
+
 @torch.no_grad()
 def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     "Write values into parameters, as many as there are."
@@ -237,7 +243,7 @@ class TamtSetting:
     snapshots: Sequence[int]
     teacher: nn.Module | None
     folder: Path
-    progress: StudyLine | bool
+    progress: Any
 
     def config(self, method: str, density: float, seed: int) -> dict[str, Any]:
         "What identifies a mask."

@@ -37,7 +37,6 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .progress import StudyLine
 from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe
 from .tasks import read_tasks
 from .tuning import score_after_training, scored
@@ -61,7 +60,7 @@ class Plan:
     longer: Sequence[float] = ()         # epochs for which bad masks are also retrained
     random_init: bool = False
     published: bool = False
-    progress: StudyLine | bool = False
+    progress: Any = False              # or a line of a study
 
     @property
     def epochs(self) -> float:
@@ -175,7 +174,8 @@ def _not_pruned(plan: Plan, task: str, seed: int, head: TaskHead, full: Run, why
 # %% ../../nbs/recipes/07_tickets.ipynb #7e10f17e
 def found_masks(plan: Plan, task: str, seed: int, head: TaskHead) -> dict[str, Mask]:
     "The masks of all kinds, in the space of the fine-tuned weights."
-    data, space = plan.tasks[task].search, Space.of(plan.model, plan.space.kind)
+    data: Any = plan.tasks[task].search
+    space = Space.of(plan.model, plan.space.kind)
     weights = plan.space.kind == "weight"
     found = iterate(
         plan.model, plan.tok, None if weights else Task(data, head), TaskScore(data, head), space,
@@ -303,7 +303,7 @@ def training_of(epochs: float, lr: float, batch: int, length: int | None, limit:
 # %% ../../nbs/recipes/07_tickets.ipynb #586086ae
 def worked(bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool) -> Tickets:
     "Do what is not done yet, and read the finished study."
-    cells = [{"task": task, "seed": seed} for seed in seeds for task in plan.tasks]
+    cells: list[dict[str, Any]] = [{"task": task, "seed": seed} for seed in seeds for task in plan.tasks]
     left = [c for c in cells if not read_note(plan, **c).get("skipped") and not _all_done(plan.runs(**c))]
     bench.work("ticket", left, lambda c: do_cell(_watched(plan, bench), **c), processes)
     pruned = {task: tuple(s for s in seeds if not read_note(plan, task, s)["skipped"]) for task in plan.tasks}
@@ -486,7 +486,7 @@ def tickets_results(study: Tickets) -> dict[str, Any]:
 def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[Any, str]) -> dict[str, Any]:
     data, scores = study.plan.tasks[task], dict[str, dict[str, Any]]()
     for row in rows.itertuples(): scores.setdefault(row.kind, {})[_stage_text(study, row)] = _score_results(study, row)
-    good = study.good.sel(task=task) if task in set(study.good.index.task) else []
+    good: Any = study.good.sel(task=task) if task in set(study.good.index.task) else []
     masks = study.masks.sel(task=task).index
     return {
         "metric": data.metric, "n": {part: len(d) for part, d in data.parts.items()},

@@ -7,8 +7,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.data.facts import Fact, Facts, answerable, encode, object_id, read_facts, split

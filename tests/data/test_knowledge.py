@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.data.facts import TEMPLATES, Fact, Facts, answerable, encode, read_facts, split

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.data.grammar import PARTS, entities, sentences, treebank
@@ -186,8 +185,7 @@ def test_parts_of_the_pocket_world_share_no_sentence():
 # ── data sets ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_data_sets_with_numbered_labels(tmp_path):
-    from datasets import ClassLabel, Dataset, Features, Value
-    from datasets import Sequence as Of
+    from datasets import ClassLabel, Dataset, Features, Sequence as Of, Value
     upos, ner = ClassLabel(names=["NOUN", "_", "VERB", "PRON"]), ClassLabel(names=["O", "B-PER", "I-PER"])
     texts, features = Of(Value("string")), dict(tokens=Of(Value("string")))
     made = Dataset.from_dict(

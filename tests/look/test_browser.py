@@ -1,8 +1,7 @@
 "What people see: reports, sites, figures and JupyterLab in a real browser, with the network off."
 
 import pytest
-from browsing import SCREENS, alike, copied, in_lab, lab, opened, run_all, shot, violations, written
-from browsing import chromium as start
+from browsing import SCREENS, alike, chromium as start, copied, in_lab, lab, opened, run_all, shot, violations, written
 
 from subnet_explorer import Mask, Run, Space, Store, load, plots, read_facts, recipes, represent
 from subnet_explorer.core.space import unit_space

@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
-from subnet_explorer.core.intervals import interval
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.intervals import interval
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Space

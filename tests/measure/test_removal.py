@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from subnet_explorer.core.intervals import interval, resampled
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.intervals import interval, resampled
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import Facts, encode, read_facts
@@ -26,8 +25,8 @@ from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load
 from subnet_explorer.search.distil import Maintain, Suppress
 from subnet_explorer.search.find import find
-from subnet_explorer.search.loop import seen
 from subnet_explorer.search.gates import Concrete, Threshold
+from subnet_explorer.search.loop import seen
 from subnet_explorer.search.objectives import Cloze, Context, Density, Task
 from subnet_explorer.search.prune import iterate
 from subnet_explorer.search.score import attribution, magnitude

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from subnet_explorer import compact, load_compact
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily

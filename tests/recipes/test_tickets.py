@@ -1,4 +1,5 @@
 "The study of lottery tickets: sizes, scores against the plain model, resume, several processes, bad input."
+
 from __future__ import annotations
 
 import importlib
@@ -17,59 +18,104 @@ from scipy import stats
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
+from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.core.space import Space
+from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.parts import TaskData, task_data
+from subnet_explorer.data.tables import read_glue
 from subnet_explorer.measure.metrics import majority_label
 from subnet_explorer.model.load import load
+from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
 from subnet_explorer.search.prune import NoFloor
-from subnet_explorer.core.space import Space
-from subnet_explorer.core.errors import SubnetError, UnknownName
-from subnet_explorer.core.store import OtherRun
-from subnet_explorer.data.tables import read_glue
 
 chapter = importlib.import_module("subnet_explorer.recipes.tickets")
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
 
 
 @pytest.fixture(scope="module")
-def bert(): return load("pocket-bert")
+def bert():
+    return load("pocket-bert")
+
 
 @pytest.fixture(scope="module")
-def tasks(): return {t: task_data(f"pocket:{t}", search=.05, train=256, test=60) for t in ("paraphrase", "entails")}
+def tasks():
+    return {t: task_data(f"pocket:{t}", search=0.05, train=256, test=60) for t in ("paraphrase", "entails")}
+
 
 @pytest.fixture(scope="module")
 def study(bert, tasks, tmp_path_factory):
-    return tickets(*bert, tasks, seeds=(0, 1), floor=1.0, random_init=True, longer=(4,), to=tmp_path_factory.mktemp("study") / "s", **QUICK)
+    return tickets(
+        *bert,
+        tasks,
+        seeds=(0, 1),
+        floor=1.0,
+        random_init=True,
+        longer=(4,),
+        to=tmp_path_factory.mktemp("study") / "s",
+        **QUICK,
+    )
 
 
 def untrained():
     "A tiny encoder that was never trained, for what does not need a good one."
     from transformers import BertConfig, BertForMaskedLM
+
     torch.manual_seed(0)
     tok = load("pocket-bert")[1]
-    return BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)).eval(), tok
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    ).eval(), tok
 
-def one_task(): return {"entails": task_data("pocket:entails", search=.05, train=128, test=60)}
+
+def one_task():
+    return {"entails": task_data("pocket:entails", search=0.05, train=128, test=60)}
+
 
 @pytest.fixture(scope="module")
-def small(): return untrained()
+def small():
+    return untrained()
+
 
 @pytest.fixture(scope="module")
-def entails(): return one_task()
+def entails():
+    return one_task()
 
 
-def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def test_no_text_on_both_sides():
-    d = task_data("pocket:entails", search=.3)
-    texts = lambda part: {(r["sentence"], r["pair"]) for r in part}
+    d = task_data("pocket:entails", search=0.3)
+
+    def texts(part):
+        return {(r["sentence"], r["pair"]) for r in part}
+
     whole = read_glue("pocket:entails")
-    assert not texts(d.train) & texts(d.search) and texts(d.train) | texts(d.search) == texts(whole) and len(d.train) + len(d.search) == len(whole)
-    assert .27 < len(texts(d.search)) / len(texts(whole)) < .33 and d.test.items == read_glue("pocket:entails", "dev").items
-    assert task_data("pocket:entails", search=.3).identity() == d.identity() != task_data("pocket:entails", search=.3, seed=1).identity()
+    assert (
+        not texts(d.train) & texts(d.search)
+        and texts(d.train) | texts(d.search) == texts(whole)
+        and len(d.train) + len(d.search) == len(whole)
+    )
+    assert (
+        0.27 < len(texts(d.search)) / len(texts(whole)) < 0.33
+        and d.test.items == read_glue("pocket:entails", "dev").items
+    )
+    assert (
+        task_data("pocket:entails", search=0.3).identity()
+        == d.identity()
+        != task_data("pocket:entails", search=0.3, seed=1).identity()
+    )
 
 
 def test_as_published_the_search_sees_the_report():
@@ -80,29 +126,43 @@ def test_as_published_the_search_sees_the_report():
 def test_one_class_is_refused(tasks):
     d = tasks["entails"]
     one = replace(d.test, items=tuple(r for r in d.test if r["label"] == "entailment"))
-    with pytest.raises(SubnetError, match="all test sentences of .* have the label 'entailment'"): TaskData(d.train, d.search, one)
-    with pytest.raises(SubnetError, match="there is no search sentence"): TaskData(d.train, replace(d.test, items=()), d.test)
-    with pytest.raises(SubnetError, match="between 0 and 0.5"): task_data("pocket:entails", search=2)
+    with pytest.raises(SubnetError, match=r"all test sentences of .* have the label 'entailment'"):
+        TaskData(d.train, d.search, one)
+    with pytest.raises(SubnetError, match="there is no search sentence"):
+        TaskData(d.train, replace(d.test, items=()), d.test)
+    with pytest.raises(SubnetError, match=r"between 0 and 0\.5"):
+        task_data("pocket:entails", search=2)
 
 
 def test_majority_is_the_dummy_of_scikit_learn(tasks):
     for d in tasks.values():
         y, gold = [r["label"] for r in d.train], [r["label"] for r in d.test]
-        answer = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(y), 1)), y).predict(np.zeros((len(gold), 1)))
-        assert majority_label(d)["score"] == (matthews_corrcoef if d.metric == "matthews" else accuracy_score)(gold, answer)
+        answer = (
+            DummyClassifier(strategy="most_frequent").fit(np.zeros((len(y), 1)), y).predict(np.zeros((len(gold), 1)))
+        )
+        assert majority_label(d)["score"] == (matthews_corrcoef if d.metric == "matthews" else accuracy_score)(
+            gold, answer
+        )
 
 
 # ── what is found ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def test_masks_are_matched_in_size_by_kind(study, tasks):
-    kept = lambda m: m.table().groupby("kind").kept.sum().to_dict()
+    def kept(m):
+        return m.table().groupby("kind").kept.sum().to_dict()
+
     for task in tasks:
         for seed in range(2):
             by = study.masks.sel(task=task, seed=seed).by("kind")
             assert set(by) == {"full", "good", "random", "bad", "random-init", *SUPER} and by["full"].density == 1
             assert kept(by["good"]) == kept(by["random"]) == kept(by["bad"]) == kept(by["random-init"])
-            assert kept(by["super-good"]) == kept(by["super-random"]) == kept(by["super-bad"]) and by["super-good"] <= by["good"]
-            if kept(by["good"])["head"] <= 8 and kept(by["good"])["mlp"] <= 2: assert (by["good"] & by["bad"]).count == 0
+            assert (
+                kept(by["super-good"]) == kept(by["super-random"]) == kept(by["super-bad"])
+                and by["super-good"] <= by["good"]
+            )
+            if kept(by["good"])["head"] <= 8 and kept(by["good"])["mlp"] <= 2:
+                assert (by["good"] & by["bad"]).count == 0
         assert study.masks.sel(task=task, seed=0, kind="super-good")[0] == study.good.sel(task=task).intersection()
     assert len({m.space for _, m in study.masks}) == 1
 
@@ -110,7 +170,9 @@ def test_masks_are_matched_in_size_by_kind(study, tasks):
 def test_the_search_stays_above_the_floor(study):
     for (task, seed), t in study.steps.groupby(["task", "seed"]):
         good = study.masks.sel(task=task, seed=seed, kind="good")[0]
-        assert t[t.passed].score.min() >= 1.0 * t.score.iloc[0] and np.isclose(t[t.passed].density.iloc[-1], good.density)
+        assert t[t.passed].score.min() >= 1.0 * t.score.iloc[0] and np.isclose(
+            t[t.passed].density.iloc[-1], good.density
+        )
         assert all(~(t[~t.passed].score >= 1.0 * t.score.iloc[0]))
 
 
@@ -118,27 +180,47 @@ def test_scores_are_those_of_the_model(study, bert, tasks):
     "Predictions of the fine-tuned model, gates as plain hooks, one sentence at a time."
     model, tok = bert
     data, mask = tasks["entails"], study.masks.sel(task="entails", seed=1, kind="bad")[0]
+
     def score(head):
         right = 0
         for r in data.test:
-            with torch.no_grad(): h = model.base_model(**tok(r["sentence"], r["pair"], return_tensors="pt")).last_hidden_state[0, 0]
+            with torch.no_grad():
+                h = model.base_model(**tok(r["sentence"], r["pair"], return_tensors="pt")).last_hidden_state[0, 0]
             right += head.labels[int(head.out(h).argmax())] == r["label"]
         return right / len(data.test)
+
     with study.fine_tuned("entails", 1) as head:
         assert score(head) == study.scores.query("task == 'entails' and seed == 1 and kind == 'full'").score.item()
         hooks = []
         for i, layer in enumerate(model.base_model.encoder.layer):
-            heads, mlp = torch.tensor(mask[f"layer.{i}.head"]).float().repeat_interleave(32), float(mask[f"layer.{i}.mlp"][0])
-            hooks += [layer.attention.output.dense.register_forward_pre_hook(lambda m, a, g=heads: (a[0] * g,)), layer.output.dense.register_forward_hook(lambda m, a, out, g=mlp: out * g)]
-        assert score(head) == study.scores.query("task == 'entails' and seed == 1 and kind == 'bad' and stage == 'pruned'").score.item()
-        for h in hooks: h.remove()
+            heads, mlp = (
+                torch.tensor(mask[f"layer.{i}.head"]).float().repeat_interleave(32),
+                float(mask[f"layer.{i}.mlp"][0]),
+            )
+            hooks += [
+                layer.attention.output.dense.register_forward_pre_hook(lambda m, a, g=heads: (a[0] * g,)),
+                layer.output.dense.register_forward_hook(lambda m, a, out, g=mlp: out * g),
+            ]
+        assert (
+            score(head)
+            == study.scores.query(
+                "task == 'entails' and seed == 1 and kind == 'bad' and stage == 'pruned'"
+            ).score.item()
+        )
+        for h in hooks:
+            h.remove()
 
 
 def test_every_measurement_is_there_once(study):
     base = study.scores[study.scores.epochs == 3]
     assert not study.scores.duplicated(["task", "seed", "kind", "stage", "epochs"]).any()
-    want = {("full", "full"), ("random-init", "retrained"), *((k, s) for k in ("good", "random", "bad", *SUPER) for s in ("pruned", "retrained"))}
-    for _, t in base.groupby(["task", "seed"]): assert set(zip(t.kind, t.stage)) == want
+    want = {
+        ("full", "full"),
+        ("random-init", "retrained"),
+        *((k, s) for k in ("good", "random", "bad", *SUPER) for s in ("pruned", "retrained")),
+    }
+    for _, t in base.groupby(["task", "seed"]):
+        assert set(zip(t.kind, t.stage, strict=False)) == want
     longer = study.scores[study.scores.epochs == 4]
     assert set(longer.kind) == {"bad"} and set(longer.stage) == {"retrained"} and len(longer) == 4
 
@@ -146,23 +228,40 @@ def test_every_measurement_is_there_once(study):
 def test_importance_is_of_the_fine_tuned_model(study, bert, tasks):
     from subnet_explorer.search.objectives import Task
     from subnet_explorer.search.score import importance
+
     with study.fine_tuned("paraphrase", 1) as head:
-        again = importance(*bert, Task(tasks["paraphrase"].search, head), Space.of(bert[0], "head+mlp"), None, 64, 1, normalise="layer")
-    for g, v in study.importance["paraphrase", 1].values.items(): assert np.allclose(v, again[g], rtol=1e-3, atol=1e-7)
+        again = importance(
+            *bert, Task(tasks["paraphrase"].search, head), Space.of(bert[0], "head+mlp"), None, 64, 1, normalise="layer"
+        )
+    for g, v in study.importance["paraphrase", 1].values.items():
+        assert np.allclose(v, again[g], rtol=1e-3, atol=1e-7)
 
 
 def test_tables(study):
     t = summary(study).set_index(["task", "kind", "stage", "epochs"])
-    x = study.scores.query("task == 'entails' and kind == 'bad' and stage == 'retrained' and epochs == 3").score.to_numpy()
+    x = study.scores.query(
+        "task == 'entails' and kind == 'bad' and stage == 'retrained' and epochs == 3"
+    ).score.to_numpy()
     row = t.loc["entails", "bad", "retrained", 3]
     assert np.isclose(row["mean"], x.mean()) and np.isclose(row["std"], np.std(x, ddof=1)) and row["n"] == 2
-    assert np.allclose([row.low, row.high], stats.t.interval(.95, 1, x.mean(), stats.sem(x)), equal_nan=True)
-    wide = study.scores.query("task == 'entails' and stage == 'retrained' and epochs == 3").pivot(index="seed", columns="kind", values="score")
+    assert np.allclose([row.low, row.high], stats.t.interval(0.95, 1, x.mean(), stats.sem(x)), equal_nan=True)
+    wide = study.scores.query("task == 'entails' and stage == 'retrained' and epochs == 3").pivot(
+        index="seed", columns="kind", values="score"
+    )
     g = study.gains().set_index(["task", "stage", "of", "against"])
     assert np.isclose(g.loc["entails", "retrained", "good", "random"]["mean"], (wide.good - wide.random).mean())
-    assert ("entails", "retrained", "good", "random-init") in g.index and ("entails", "pruned", "super-good", "super-bad") in g.index
+    assert ("entails", "retrained", "good", "random-init") in g.index and (
+        "entails",
+        "pruned",
+        "super-good",
+        "super-bad",
+    ) in g.index
     shown = table(study)
-    assert list(shown.columns) == ["paraphrase", "entails"] and shown.index[0] == ("majority", "") and ("bad", "retrained (4 epochs)") in shown.index
+    assert (
+        list(shown.columns) == ["paraphrase", "entails"]
+        and shown.index[0] == ("majority", "")
+        and ("bad", "retrained (4 epochs)") in shown.index
+    )
     assert shown.loc[("bad", "retrained"), "entails"] == f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
 
 
@@ -171,16 +270,22 @@ def test_the_model_comes_back(small, entails, monkeypatch):
     tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     monkeypatch.setattr(chapter, "matched_controls", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError): tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
+    with pytest.raises(ZeroDivisionError):
+        tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_weights_by_magnitude(bert, entails, tmp_path):
     model = bert[0]
-    found = tickets(*bert, entails, kind="weight", seeds=(0,), floor=.95, to=tmp_path / "w", **QUICK)
+    found = tickets(*bert, entails, kind="weight", seeds=(0,), floor=0.95, to=tmp_path / "w", **QUICK)
     by = found.masks.by("kind")
     n = len(found.steps[found.steps.passed]) - 1
-    assert 0 < n <= 9 and abs(by["good"].density - .9 ** n) < 1e-4 and by["good"].count == by["random"].count == by["bad"].count and not found.importance
+    assert (
+        0 < n <= 9
+        and abs(by["good"].density - 0.9**n) < 1e-4
+        and by["good"].count == by["random"].count == by["bad"].count
+        and not found.importance
+    )
     with found.fine_tuned("entails", 0):
         name = "encoder.layer.3.output.dense.weight"
         w = model.base_model.get_parameter(name).detach().abs().numpy()
@@ -192,8 +297,22 @@ def test_weights_by_magnitude(bert, entails, tmp_path):
 
 def test_as_published(bert, tasks):
     "Sizes of random masks are drawn; so they differ from the good ones in some seed."
-    found = tickets(*bert, {"paraphrase": tasks["paraphrase"]}, seeds=range(2), floor=1.0, published=True, mode="cumulative", normalise="published", supers=False, **QUICK)
-    assert [m.count for _, m in found.masks.sel(kind="random")] != [m.count for _, m in found.good] == [m.count for _, m in found.masks.sel(kind="bad")]
+    found = tickets(
+        *bert,
+        {"paraphrase": tasks["paraphrase"]},
+        seeds=range(2),
+        floor=1.0,
+        published=True,
+        mode="cumulative",
+        normalise="published",
+        supers=False,
+        **QUICK,
+    )
+    assert (
+        [m.count for _, m in found.masks.sel(kind="random")]
+        != [m.count for _, m in found.good]
+        == [m.count for _, m in found.masks.sel(kind="bad")]
+    )
 
 
 @pytest.mark.parametrize("kind", ["head", "mlp"])
@@ -219,24 +338,37 @@ tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUI
 
 def test_killed_and_continued(small, entails, tmp_path):
     whole = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "whole", **QUICK)
-    for wanted in (1, 6):                                                             # killed after so many masks were finished
-        child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "cut")], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for wanted in (1, 6):  # killed after so many masks were finished
+        child = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "cut")],
+            cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         while len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < wanted:
             assert child.poll() is None, child.stderr.read().decode()[-2000:]
-            time.sleep(.02)
-        child.kill(); child.wait()
+            time.sleep(0.02)
+        child.kill()
+        child.wait()
     cut = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "cut", **QUICK)
     pd.testing.assert_frame_equal(whole.scores, cut.scores)
     assert [m for _, m in whole.masks] == [m for _, m in cut.masks]
-    assert not list(tmp_path.glob("cut/**/state.safetensors")) and len(list((tmp_path / "cut" / "models").iterdir())) == 2
+    assert (
+        not list(tmp_path.glob("cut/**/state.safetensors")) and len(list((tmp_path / "cut" / "models").iterdir())) == 2
+    )
 
 
 def test_from_the_folder_nothing_is_done_again(study, bert, tasks, monkeypatch):
     monkeypatch.setattr(chapter, "fit", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
     again = tickets(*bert, tasks, seeds=(0, 1), floor=1.0, random_init=True, longer=(4,), to=study.plan.folder, **QUICK)
-    pd.testing.assert_frame_equal(again.scores, study.scores); pd.testing.assert_frame_equal(again.steps, study.steps)
-    assert all(np.array_equal(v, again.importance[c].values[g]) for c, s in study.importance.items() for g, v in s.values.items())
+    pd.testing.assert_frame_equal(again.scores, study.scores)
+    pd.testing.assert_frame_equal(again.steps, study.steps)
+    assert all(
+        np.array_equal(v, again.importance[c].values[g])
+        for c, s in study.importance.items()
+        for g, v in s.values.items()
+    )
 
 
 def test_a_study_grows(small, entails, tmp_path):
@@ -245,17 +377,26 @@ def test_a_study_grows(small, entails, tmp_path):
     grown = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "s", **QUICK)
     assert len(before) == 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert set(grown.scores.seed) == {0, 1} and set(SUPER) <= set(grown.scores.kind)
-    more = tickets(*small, entails, seeds=(0, 1), floor=1.0, longer=(4, 5), random_init=True, to=tmp_path / "s", **QUICK)
+    more = tickets(
+        *small, entails, seeds=(0, 1), floor=1.0, longer=(4, 5), random_init=True, to=tmp_path / "s", **QUICK
+    )
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and len(more.scores) == len(grown.scores) + 2 * 3
-    assert set(more.scores[more.scores.epochs == 5].kind) == {"bad"} and not more.masks.index.duplicated(["task", "seed", "kind"]).any()
-    with pytest.raises(SubnetError, match="3 epochs anyway"): tickets(*small, entails, seeds=(0,), longer=(3,), to=tmp_path / "s", **QUICK)
-    with pytest.raises(OtherRun, match="differs in pruning"): tickets(*small, entails, seeds=(0,), floor=.7, to=tmp_path / "s", **QUICK)
+    assert (
+        set(more.scores[more.scores.epochs == 5].kind) == {"bad"}
+        and not more.masks.index.duplicated(["task", "seed", "kind"]).any()
+    )
+    with pytest.raises(SubnetError, match="3 epochs anyway"):
+        tickets(*small, entails, seeds=(0,), longer=(3,), to=tmp_path / "s", **QUICK)
+    with pytest.raises(OtherRun, match="differs in pruning"):
+        tickets(*small, entails, seeds=(0,), floor=0.7, to=tmp_path / "s", **QUICK)
 
 
 def test_processes_share_the_cells(small, entails, tmp_path):
     torch.set_num_threads(1)
-    try: one = tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
-    finally: torch.set_num_threads(2)
+    try:
+        one = tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
+    finally:
+        torch.set_num_threads(2)
     two = tickets(*small, entails, seeds=(0, 1), floor=1.0, processes=2, to=tmp_path / "two", **QUICK)
     pd.testing.assert_frame_equal(one.scores, two.scores)
     assert [m for _, m in one.masks] == [m for _, m in two.masks]
@@ -263,18 +404,25 @@ def test_processes_share_the_cells(small, entails, tmp_path):
 
 # ── refused, by name ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def test_a_model_that_has_learned_nothing(small):
-    data = task_data("pocket:acceptable", search=.05, train=64, test=60)
-    with pytest.raises(SubnetError, match="no cell could be pruned: acceptable, seed 0: the full model scores .*: a share of that is no floor"):
+    data = task_data("pocket:acceptable", search=0.05, train=64, test=60)
+    with pytest.raises(
+        SubnetError,
+        match=r"no cell could be pruned: acceptable, seed 0: the full model scores .*: a share of that is no floor",
+    ):
         tickets(*small, {"acceptable": data}, seeds=(0,), **{**QUICK, "lr": 1e-9})
 
 
 def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path, monkeypatch):
     "It stays in the table with its reason; also when read from the folder."
     real = chapter.iterate
+
     def pruned(*a, labels, **k):
-        if labels == {"task": "entails", "seed": 1}: raise NoFloor("the full model scores -0.1")
+        if labels == {"task": "entails", "seed": 1}:
+            raise NoFloor("the full model scores -0.1")
         return real(*a, labels=labels, **k)
+
     monkeypatch.setattr(chapter, "iterate", pruned)
     for _ in range(2):
         found = tickets(*small, entails, seeds=(0, 1, 2), floor=1.0, to=tmp_path / "s", **QUICK)
@@ -287,25 +435,33 @@ def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path,
 
 def test_constant_predictions_are_named(small, tmp_path):
     "Not a silent NaN, neither in the table nor in the file."
-    task = task_data("pocket:similar", search=.05, train=256, test=60)
-    found = tickets(*small, {"similar": task}, seeds=(0,), floor=.99, to=tmp_path / "s", **QUICK)
+    task = task_data("pocket:similar", search=0.05, train=256, test=60)
+    found = tickets(*small, {"similar": task}, seeds=(0,), floor=0.99, to=tmp_path / "s", **QUICK)
     assert np.isfinite(summary(found)["mean"]).all()
     assert "undefined" in table(found).loc[("majority", ""), "similar"]
     for f in tmp_path.glob("s/runs/*/metrics.jsonl"):
-        for line in f.read_text().splitlines(): json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in {f}"))
+        for line in f.read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
 
 
 def test_settings_are_checked_at_the_door(small, entails, tmp_path):
-    for change, error, message in ((dict(kind="neuron"), UnknownName, "kind of unit"), (dict(seeds=(1, 1)), SubnetError, "different numbers"), (dict(seeds=()), SubnetError, "at least one"),
-                                   (dict(processes=0), SubnetError, "counts from 1"), (dict(lr=-1), SubnetError, "lr")):
-        with pytest.raises(error, match=message): tickets(*small, entails, to=tmp_path / "never", **{**QUICK, **change})
-    with pytest.raises(SubnetError, match="there is no task"): tickets(*small, {}, to=tmp_path / "never", **QUICK)
+    for change, error, message in (
+        (dict(kind="neuron"), UnknownName, "kind of unit"),
+        (dict(seeds=(1, 1)), SubnetError, "different numbers"),
+        (dict(seeds=()), SubnetError, "at least one"),
+        (dict(processes=0), SubnetError, "counts from 1"),
+        (dict(lr=-1), SubnetError, "lr"),
+    ):
+        with pytest.raises(error, match=message):
+            tickets(*small, entails, to=tmp_path / "never", **{**QUICK, **change})
+    with pytest.raises(SubnetError, match="there is no task"):
+        tickets(*small, {}, to=tmp_path / "never", **QUICK)
     assert not (tmp_path / "never").exists()
 
 
 def test_without_a_folder_the_models_are_gone(small, entails):
     found = tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
-    with pytest.raises(SubnetError, match="made without a folder"):
-        with found.fine_tuned("entails", 0): pass
-    with pytest.raises(UnknownName):
-        with found.fine_tuned("RTE", 0): pass
+    with pytest.raises(SubnetError, match="made without a folder"), found.fine_tuned("entails", 0):
+        pass
+    with pytest.raises(UnknownName), found.fine_tuned("RTE", 0):
+        pass

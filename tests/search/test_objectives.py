@@ -10,8 +10,7 @@ import gzip
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from subnet_explorer.core.errors import SubnetError
@@ -28,8 +27,8 @@ from subnet_explorer.model.load import load, tiny
 from subnet_explorer.model.sequences import LossWithSlope, Prompts, Sequences, output_learns, row_losses
 from subnet_explorer.search.distil import MLM, Maintain, Reference, Suppress, from_goal, from_uniform
 from subnet_explorer.search.find import find
-from subnet_explorer.search.loop import frozen
 from subnet_explorer.search.gates import Concrete, Threshold
+from subnet_explorer.search.loop import frozen
 from subnet_explorer.search.objectives import Context, look_ahead
 
 FACTS = Facts(read_facts("pocket", "IsA", prompt=1).items[:20])

@@ -10,8 +10,8 @@ from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import Facts, encode, read_facts
-from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.grammar import treebank
+from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.pocket_tasks import plausible
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.model import packed, sequences
