@@ -232,8 +232,8 @@ def halved(removed: bool) -> Variant:
             inside.close()
             model = compact(model, mask).model
             far = float((logits_of(model, w.batches[0]) - wanted).abs().max())
-            print(f"compact: {parameters(model):,} of {parameters(w.model):,} parameters, largest difference of a logit "
-                  f"to the masked model's {far:.1g}")
+            sizes = f"{parameters(model):,} of {parameters(w.model):,} parameters"
+            print(f"compact: {sizes}, largest difference of a logit to the masked model's {far:.1g}")
             if far > 1e-5: raise ArithmeticError(f"outputs differ by {far}")
 
         def step(inside: ExitStack = inside) -> torch.Tensor:      # holds what keeps the mask on
