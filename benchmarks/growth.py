@@ -12,7 +12,8 @@ from baselines import Variant
 from harness import Load, interleave
 from workloads import cloze
 
-AXES: dict[str, tuple[str, list[tuple[Any, dict[str, Any]]]]] = {     # axis -> label, points as (value, settings of `cloze`)
+# by axis: label, and points as (value, settings of `cloze`)
+AXES: dict[str, tuple[str, list[tuple[Any, dict[str, Any]]]]] = {
     "batch": ("prompts per step", [(n, {"batch": n}) for n in (8, 32, 128)]),
     "length": ("longest prompt, tokens", [(n, {"longest": n}) for n in (8, 14, 32)]),
     "layers": ("masked layers (the top ones)", [(n, {"first": 12 - n}) for n in (2, 6, 12)]),
@@ -33,8 +34,9 @@ def measure(
     load = Load()
     for axis in axes:
         if quick and axis == "size": continue
-        for value, settings in AXES[axis][1][:2 if quick else None]:
-            if quick: settings = {**settings, "size": "tiny"} | ({"first": 4 - value} if axis == "layers" else {})
+        for value, usual in AXES[axis][1][:2 if quick else None]:
+            settings = {**usual, "size": "tiny"} if quick else usual
+            if quick and axis == "layers": settings["first"] = 4 - value
             w = cloze(device=device, count=3, **settings)
             timings = interleave({n: partial(f, w) for n, f in variants.items()}, rounds, warmup=2, least=0.3)[0]
             used, prompts = load.others(), len(w.batches[0]["input_ids"])
@@ -74,6 +76,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             which(ticker.LogFormatter(minor_thresholds=(2, 1)))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("prompts per second")
-    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(variants), frameon=False)
+    lines, names = panels[0][0].get_legend_handles_labels()
+    fig.legend(lines, names, loc="outside lower center", ncols=len(variants), frameon=False)
     fig.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
     plt.close(fig)

@@ -59,7 +59,7 @@ def matmuls(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
 
 def bandwidth(device: str = "cpu", quick: bool = False) -> dict[str, float]:
     "GB/s of copy (read and write counted), triad `c = a + 3 b`, and scaling in place."
-    n = 2**24 if quick else 2**28                              # floats: 64 MB or 1 GB each, meant to be larger than the caches
+    n = 2**24 if quick else 2**28                              # floats: 64 MB or 1 GB, more than caches hold
     a, b, c = (torch.ones(n, device=device) for _ in range(3))
     calls: dict[str, tuple[Callable[[], object], int]] = {      # with the bytes a number costs
         "copy": (lambda: c.copy_(a), 8),

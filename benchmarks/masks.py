@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 from typing import Any
@@ -29,7 +30,7 @@ ROWS = list[dict[str, Any]]
 
 def bert_base(layers: int = 12) -> Space:
     "The encoder matrices of BERT-base (85 million weights), without the model."
-    shapes = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "up": (3072, 768), "down": (768, 3072)}
+    shapes = dict.fromkeys("qkvo", (768, 768)) | {"up": (3072, 768), "down": (768, 3072)}
     layout = Layout("bert", 12, 12, 12, 64, 3072, 768, False, (), "embeddings.word_embeddings.weight", 30522)
     groups = [Group(f"layer.{i}.{role}", "weight", i, role, s) for i in range(layers) for role, s in shapes.items()]
     return Space(tuple(groups), layout, ModelId("bert-base", None, "c", "w"))
@@ -73,7 +74,10 @@ OVERLAPS = "jaccard: overlaps, packed, all pairs"
 
 
 def jaccard(quick: bool = False, rounds: int = 5) -> ROWS:
-    "Seconds per pair for the Jaccard distance, and per collection for votes; memory is that of one mask, or the peak of a call for votes."
+    """Seconds per pair for the Jaccard distance, and per collection for votes.
+
+    Memory is that of one mask, or the peak of a call for votes.
+    """
     n, space = (4, bert_base(1)) if quick else (16, bert_base())
     rng = np.random.default_rng(0)
     packed = [tuple(rng.bytes(g.size // 8) for g in space.groups) for _ in range(n)]
@@ -85,7 +89,7 @@ def jaccard(quick: bool = False, rounds: int = 5) -> ROWS:
     pairs = race({
         SUM: lambda: (a & b).sum() / (a | b).sum(),
         COUNT: lambda: (a & b).count_nonzero() / (a | b).count_nonzero(),
-        OVERLAPS: lambda: overlaps(masks),
+        OVERLAPS: partial(overlaps, masks),
     }, rounds, memory={SUM: a.numel(), COUNT: a.numel(), OVERLAPS: space.size / 8}, times={OVERLAPS: n * (n - 1) // 2})
     loose = [unpacked(m) for _, m in masks]
 

@@ -1,4 +1,4 @@
-"Write the figures of one or several result files as the tables of RESULTS.md: `python benchmarks/results.py a.json b.json`."
+"Write the figures of result files as the tables of RESULTS.md: `python benchmarks/results.py a.json b.json`."
 from __future__ import annotations
 
 import json
@@ -14,8 +14,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def verdict(target: dict[str, Any]) -> list[str]:
     "What was measured, and whether that is enough."
-    if target["measured"] is None: measured = "not measured"
-    else: measured = f"{target['measured']:.2f}"
+    measured = "not measured" if target["measured"] is None else f"{target['measured']:.2f}"
     words = {None: "", True: "met", False: "**missed**"}
     return [measured, words[target["met"]]]
 

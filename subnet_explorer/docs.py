@@ -30,7 +30,15 @@ def with_types(
     "Import a module of the library together with what it, and what it uses, imports for type checkers only."
     module = import_module(f"subnet_explorer.{name}")
     for other in [m for m in sys.modules if m.startswith("subnet_explorer.")]: _complete(other)
+    for made in [value for value in vars(module).values() if isinstance(value, type)]: _with_bases(module, made)
     return module
+
+
+def _with_bases(module: ModuleType, made: type) -> None:
+    "Give a module the names that the bases of a class know."
+    homes = [base.__module__ for base in made.__mro__ if base.__module__.startswith("subnet_explorer.")]
+    for home in homes:
+        for name, value in list(vars(sys.modules[home]).items()): vars(module).setdefault(name, value)
 
 
 @cache
