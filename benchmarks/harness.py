@@ -56,8 +56,8 @@ class Load:
 
 
 TOO_BUSY = (
-    "other processes use {:.2f} cores: timings would mean little. Wait until the machine is idle (--wait SECONDS does), "
-    "or add --anyway (the results are then marked)."
+    "other processes use {:.2f} cores: timings would mean little. Wait until the machine is idle (--wait SECONDS "
+    "does), or add --anyway (the results are then marked)."
 )
 
 
@@ -74,7 +74,7 @@ def check_idle(anyway: bool, patience: float = 0.0) -> None:
 @dataclass
 class Timing:
     "Seconds per step of one variant, one figure a round."
-    build: float                                                # preparation, with compilation and caches and the first step
+    build: float                                                # preparation, compilation, caches, the first step
     seconds: list[float] = field(default_factory=list)
 
     def against(self, other: Timing) -> list[float]:
@@ -229,7 +229,7 @@ class Peak:
 
 
 def child(workload: Callable[[], Any], variant: Callable[[Any], Step]) -> dict[str, Any]:
-    "Measure one variant here: `peak` from its preparation on, `running` during later steps; both over the loaded model."
+    "Measure a variant here: `peak` from its preparation on, `running` in later steps; both over the loaded model."
     import_module("torch._inductor.compile_fx")            # its code is no cost of a variant
     w = workload()
     w.alone, steps = True, w.weighed

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-
 from typing import Any
 
 import harness
