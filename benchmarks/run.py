@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch: threads that wait must not take the core of others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch: threads that wait take no core
 
 import argparse
 import gc
@@ -74,7 +74,8 @@ def timed(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def masks(quick: bool) -> dict[str, Any]:
     "Comparison of masks and exact thresholds, if that file is there."
-    try: import masks as m
+    try:
+        import masks as m
     except ModuleNotFoundError as e:
         if e.name != "masks": raise
         print("\n## masks: not available")
