@@ -195,7 +195,7 @@ def _importance(w: Workload, weights: bool = False, eager: bool = False, single:
             loss = w.loss(model, part)
             loss.backward()
             for t, g in zip(total, gates, strict=True):
-                if g.grad is not None: t += g.grad.abs()
+                if g.grad is not None: t.add_(g.grad.abs())
             value = value.to(loss.device) + loss.detach()
         return value / (n if single else 1)
 
@@ -241,7 +241,8 @@ def critical(w: Critical) -> Step:
     def rows(m: PreTrainedModel, part: Batch) -> torch.Tensor:
         logits = m(**part).logits
         if "attention_mask" not in part: return logits.flatten(0, 1)
-        return logits[torch.arange(len(logits)), part["attention_mask"].sum(1) - 2]      # where the last token is predicted
+        before_last = part["attention_mask"].sum(1) - 2                  # where the last token is predicted
+        return logits[torch.arange(len(logits)), before_last]
 
     def far(part: Batch) -> torch.Tensor:
         with torch.no_grad(): goal = rows(full, part).log_softmax(-1)

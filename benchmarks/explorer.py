@@ -20,7 +20,8 @@ def many(n: int, folder: Path | None = None) -> Masks:
     "Masks of 12 x 12 heads and 12 MLPs, in memory or in files."
     space, rows = unit_space(12, 12, mlps=True), []
     for i in range(n):
-        labels, mask = dict(method="ab"[i % 2], task=f"task {i // 2 % 10}", seed=i // 20), Mask.random(space, .6, seed=i)
+        labels = dict(method="ab"[i % 2], task=f"task {i // 2 % 10}", seed=i // 20)
+        mask = Mask.random(space, .6, seed=i)
         rows.append((labels, mask if folder is None else mask.save(folder / f"{i}.mask.safetensors")))
     return Masks(rows)
 
@@ -29,7 +30,9 @@ def timed(act: Callable[[], Any], rounds: int = 1) -> float:      # milliseconds
     "Time of one call."
     out = []
     for _ in range(rounds):
-        start = time.perf_counter(); act(); out.append(1000 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        act()
+        out.append(1000 * (time.perf_counter() - start))
     return statistics.median(out)
 
 
@@ -43,15 +46,27 @@ def masks_alone(n: int, on_disk: bool) -> dict[str, Any]:
     "First paint and answers without a model."
     with tempfile.TemporaryDirectory() as d:
         masks = many(n, Path(d) if on_disk else None)
-        keep = []
-        build = timed(lambda: keep.append((ui := explore(masks), ui.widget)))
-        ui = keep[0][0]
+        opened = []
+
+        def build() -> None:
+            ui = explore(masks)
+            opened.append((ui, ui.widget))
+
+        def another() -> None: p["list"].value = (p["list"].value + 7) % n
+
+        row: dict[str, Any] = {"masks": f"{n:,} {'in files' if on_disk else 'in memory'}", "build": timed(build)}
+        ui = opened[0][0]
         p = ui.widget.parts
-        row = {"masks": f"{n:,} {'in files' if on_disk else 'in memory'}", "build": build, "KB to the front end": state_size(ui.widget) / 1000,
-               "toggle": timed(lambda: ui.toggle(3, 5), 9), "another mask": timed(lambda: setattr(p["list"], "value", (p["list"].value + 7) % n), 9)}
+        row["KB to the front end"] = state_size(ui.widget) / 1000
+        row["toggle"] = timed(lambda: ui.toggle(3, 5), 9)
+        row["another mask"] = timed(another, 9)
         filters = {f.description: f for f in p["filters"].children}
-        row["filter"] = timed(lambda: setattr(filters["task"], "value", "task 3" if filters["task"].value != "task 3" else "task 4"), 5)
-        filters["task"].value = None
+        task = filters["task"]
+
+        def filtered() -> None: task.value = "task 3" if task.value != "task 3" else "task 4"
+
+        row["filter"] = timed(filtered, 5)
+        task.value = None
         row["survival of all"] = timed(lambda: ui.colour("survival"))
         return row
 
@@ -61,20 +76,28 @@ def with_a_model() -> dict[str, Any]:
     from subnet_explorer import Space, load, read_facts, split
     model, tok = load("pocket-bert")
     space = Space.of(model, "head+mlp")
-    ui = explore(Masks([(dict(seed=s), Mask.random(space, .75, seed=s)) for s in range(5)]), (model, tok), split(read_facts("pocket")).test)
-    ui.widget
+    masks = Masks([(dict(seed=s), Mask.random(space, .75, seed=s)) for s in range(5)])
+    ui = explore(masks, (model, tok), split(read_facts("pocket")).test)
+    _ = ui.widget                                                    # made when it is asked for
     ui.toggle(1, 1)
     units = iter([(layer, head) for layer in range(1, 5) for head in range(1, 5)])
     return {"masks": "5, with pocket-bert", "toggle": timed(lambda: ui.toggle(*next(units)), 15)}
 
 
+def shown(row: dict[str, Any], column: str) -> str:
+    if column not in row: return ""
+    return row[column] if column == "masks" else f"{row[column]:,.0f}"
+
+
 def main() -> None:
+    "Measure and print a table."
     argparse.ArgumentParser(description=__doc__).parse_args()
     masks_alone(20, False)                                           # imports
     rows = [masks_alone(200, False), masks_alone(1000, False), masks_alone(1000, True), with_a_model()]
     columns = list(rows[0])
-    print("Milliseconds; the open tab is drawn anew by every action.\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for r in rows: print("| " + " | ".join("" if c not in r else r[c] if c == "masks" else f"{r[c]:,.0f}" for c in columns) + " |")
+    print("Milliseconds; the open tab is drawn anew by every action.\n")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows: print(f"| {' | '.join(shown(row, c) for c in columns)} |")
 
 
 if __name__ == "__main__": main()

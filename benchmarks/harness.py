@@ -1,6 +1,10 @@
-"Timing and memory: interleaved rounds in one process, ratios to anchors, a check for other load; peak memory in a process of its own."
+"""Timing and memory: interleaved rounds in one process, ratios to anchors, a check for other load.
+
+Peak memory is measured in a process of its own.
+"""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -15,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -35,17 +40,25 @@ class Load:
         "Wall clock, our processor time (with finished children), the machine's busy time; in seconds."
         try:
             f = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-            busy = (f[0] + f[1] + f[2] + f[5] + f[6] + (f[7] if len(f) > 7 else 0)) / os.sysconf("SC_CLK_TCK")      # without idle and iowait
+            ticks = f[0] + f[1] + f[2] + f[5] + f[6] + sum(f[7:8])                  # without idle and iowait
+            busy: float | None = ticks / os.sysconf("SC_CLK_TCK")
         except (OSError, ValueError, IndexError): busy = None
         return time.perf_counter(), sum(os.times()[:4]), busy
 
     def others(self) -> float:
         "Cores used by others since the last call."
-        (wall, own, busy), self.then = self.then, self._now()
-        wall, own = self.then[0] - wall, self.then[1] - own
+        before, now = self.then, self._now()
+        self.then = now
+        wall, own = now[0] - before[0], now[1] - before[1]
         if wall <= 0: return 0.0
-        if busy is None: return max(0.0, os.getloadavg()[0] - own / wall) if hasattr(os, "getloadavg") else 0.0
-        return max(0.0, self.then[2] - busy - own) / wall
+        if before[2] is not None and now[2] is not None: return max(0.0, now[2] - before[2] - own) / wall
+        return max(0.0, os.getloadavg()[0] - own / wall) if hasattr(os, "getloadavg") else 0.0
+
+
+TOO_BUSY = (
+    "other processes use {:.2f} cores: timings would mean little. Wait until the machine is idle (--wait SECONDS "
+    "does), or add --anyway (the results are then marked)."
+)
 
 
 def check_idle(anyway: bool, patience: float = 0.0) -> None:
@@ -53,19 +66,20 @@ def check_idle(anyway: bool, patience: float = 0.0) -> None:
     end, load = time.monotonic() + patience, Load()
     while not anyway:
         time.sleep(1.0)
-        if (used := load.others()) <= BUSY: return
-        if time.monotonic() >= end: sys.exit(f"other processes use {used:.2f} cores: timings would mean little. Wait until the machine is idle (--wait SECONDS does), or add --anyway (the results are then marked).")
+        used = load.others()
+        if used <= BUSY: return
+        if time.monotonic() >= end: sys.exit(TOO_BUSY.format(used))
 
 
 @dataclass
 class Timing:
     "Seconds per step of one variant, one figure a round."
-    build: float                                                # preparation, with compilation and caches and the first step
+    build: float                                                # preparation, compilation, caches, the first step
     seconds: list[float] = field(default_factory=list)
 
     def against(self, other: Timing) -> list[float]:
         "Speed relative to another variant, round by round."
-        return [o / s for s, o in zip(self.seconds, other.seconds)]
+        return [o / s for s, o in zip(self.seconds, other.seconds, strict=True)]
 
 
 def _wait() -> None:
@@ -79,13 +93,25 @@ def _timed(step: Step, n: int) -> float:
     for _ in range(n): loss = step()
     _wait()
     seconds = (time.perf_counter() - start) / n
-    if not math.isfinite(value := float(loss)): raise ArithmeticError(f"the loss became {value}")
+    value = float(loss)
+    if not math.isfinite(value): raise ArithmeticError(f"the loss became {value}")
     return seconds
 
 
-def interleave(variants: Mapping[str, Callable[[], Step]], rounds: int = 7, warmup: int = 3, least: float = 0.5) -> tuple[dict[str, Timing], list[float], dict[str, str]]:
-    "Build all variants, warm them up, then time A, B, C, A, B, C …; return the timings, the load by others in each round, and what failed."
-    steps, out, times, failed = {}, {}, {}, {}
+def interleave(
+    variants: Mapping[str, Callable[[], Step]],
+    rounds: int = 7,
+    warmup: int = 3,
+    least: float = 0.5,                 # seconds to a figure
+) -> tuple[dict[str, Timing], list[float], dict[str, str]]:
+    """Build all variants, warm them up, then time A, B, C, A, B, C …
+
+    Return the timings, the load by others in each round, and what failed.
+    """
+    steps: dict[str, Step] = {}
+    out: dict[str, Timing] = {}
+    times: dict[str, int] = {}
+    failed: dict[str, str] = {}
     for name, build in variants.items():
         start = time.perf_counter()
         try:
@@ -94,14 +120,16 @@ def interleave(variants: Mapping[str, Callable[[], Step]], rounds: int = 7, warm
             out[name] = Timing(time.perf_counter() - start)
             seconds = min(_timed(steps[name], 1) for _ in range(max(1, warmup - 1)))
             times[name] = min(100, max(1, math.ceil(least / seconds)))         # short steps: several to a figure
-        except Exception as e:                                                 # the other variants are measured all the same
+        except Exception as e:                                                 # the others are measured all the same
             traceback.print_exc()
             failed[name] = f"failed: {type(e).__name__}"
-            steps.pop(name, None); out.pop(name, None)
+            steps.pop(name, None)
+            out.pop(name, None)
     gc.collect()
     load, loads, names = Load(), [], list(out)
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]: out[name].seconds.append(_timed(steps[name], times[name]))
+        for name in names[r % len(names):] + names[:r % len(names)]:
+            out[name].seconds.append(_timed(steps[name], times[name]))
         loads.append(load.others())
     return out, loads, failed
 
@@ -114,41 +142,72 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def report(timings: Mapping[str, Timing], anchors: Sequence[str]) -> dict[str, dict[str, Any]]:
     "One row a variant: seconds per step and speed against each anchor (ratios are taken within a round)."
-    return {name: {"seconds": _spread(t.seconds), "best": min(t.seconds), "build": t.build,
-                   "speed": {a: {**_spread(t.against(timings[a])), "best": min(timings[a].seconds) / min(t.seconds)} for a in anchors if a in timings}}
-            for name, t in timings.items()}
+    return {name: _row(t, {a: timings[a] for a in anchors if a in timings}) for name, t in timings.items()}
 
 
-def table(title: str, rows: Mapping[str, dict[str, Any]], anchors: Sequence[str], loads: Sequence[float] = (), memory: Mapping[str, dict[str, float]] | None = None) -> str:
+def _row(timing: Timing, anchors: Mapping[str, Timing]) -> dict[str, Any]:
+    best = min(timing.seconds)
+    speed = {a: {**_spread(timing.against(t)), "best": min(t.seconds) / best} for a, t in anchors.items()}
+    return {"seconds": _spread(timing.seconds), "best": best, "build": timing.build, "speed": speed}
+
+
+def _ratio(speed: Mapping[str, float] | None) -> str:
+    return f"{speed['median']:.2f} [{speed['low']:.2f}-{speed['high']:.2f}]" if speed else ""
+
+
+def table(
+    title: str,
+    rows: Mapping[str, dict[str, Any]],
+    anchors: Sequence[str],
+    loads: Sequence[float] = (),                                # cores used by others, one figure a round
+    memory: Mapping[str, dict[str, float]] | None = None,
+) -> str:
     "Lay out rows as text."
     memory = memory or {}
-    head = ["variant", "s/step", "best", *(f"x {a} [quartiles]" for a in anchors), *(["MB over model"] if memory else []), "build s"]
+    weighed = ["MB over model"] if memory else []
+    head = ["variant", "s/step", "best", *(f"x {a} [quartiles]" for a in anchors), *weighed, "build s"]
     body = []
     for name, row in rows.items():
-        if "error" in row: body.append([name, row["error"]] + [""] * (len(head) - 2)); continue
-        speed = [f"{s['median']:.2f} [{s['low']:.2f}-{s['high']:.2f}]" if (s := row["speed"].get(a)) else "" for a in anchors]
+        if "error" in row:
+            body.append([name, row["error"]] + [""] * (len(head) - 2))
+            continue
+        speed = [_ratio(row["speed"].get(a)) for a in anchors]
         mb = [f"{memory[name]['peak']:.0f}" if name in memory else ""] if memory else []
         body.append([name, f"{row['seconds']['median']:.4f}", f"{row['best']:.4f}", *speed, *mb, f"{row['build']:.1f}"])
     wide = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
-    line = lambda r: "  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, wide))).rstrip()
+
+    def line(row: Sequence[str]) -> str:
+        name, *figures = row
+        right = [figure.rjust(n) for figure, n in zip(figures, wide[1:], strict=True)]
+        return "  ".join([name.ljust(wide[0]), *right]).rstrip()
+
     note = f"  (UNDER LOAD: others used {median(loads):.2f} cores)" if loads and median(loads) > BUSY else ""
     return "\n".join([f"\n## {title}{note}", line(head), *map(line, body)])
 
 
+def _line_of(path: str, key: str) -> str:
+    "What stands behind the colon of a line in a file of /proc."
+    lines = Path(path).read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+
+
 def _status(key: str) -> float:
     "A memory figure of this process in MB (`VmRSS`, `VmHWM`)."
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key + ":")) / 1024
+    return int(_line_of("/proc/self/status", f"{key}:").split()[0]) / 1024
 
 
 def _settle() -> None:
     "Give freed memory back to the system, so that it is not counted."
     gc.collect()
-    try: ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError): pass
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Peak:
-    "Peak memory from now on, in MB over what is used now. CUDA: allocated memory; Linux: VmHWM, reset; elsewhere: ru_maxrss, which cannot be reset."
+    """Peak memory from now on, in MB over what is used now.
+
+    CUDA: allocated memory; Linux: VmHWM, reset; elsewhere: ru_maxrss, which cannot be reset.
+    """
+    how: str = "ru_maxrss"
 
     def __init__(self) -> None:
         _settle()
@@ -166,13 +225,12 @@ class Peak:
         if self.how == "VmHWM": return _status("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
-    how: str = "ru_maxrss"
     def over(self) -> float: return self._top() - self.base
 
 
 def child(workload: Callable[[], Any], variant: Callable[[Any], Step]) -> dict[str, Any]:
-    "Measure one variant in this process: `peak` from its preparation on, `running` only during later steps; both over the loaded model."
-    import torch._inductor.compile_fx                      # noqa: F401  its code is no cost of a variant
+    "Measure a variant here: `peak` from its preparation on, `running` in later steps; both over the loaded model."
+    import_module("torch._inductor.compile_fx")            # its code is no cost of a variant
     w = workload()
     w.alone, steps = True, w.weighed
     first = Peak()
@@ -180,12 +238,14 @@ def child(workload: Callable[[], Any], variant: Callable[[Any], Step]) -> dict[s
     for _ in range(steps): step()
     peak, later = first.over(), Peak()
     for _ in range(steps): step()
-    return {"peak": peak, "running": later.over() + later.base - first.base, "kept": later.base - first.base, "how": first.how}
+    kept = later.base - first.base
+    return {"peak": peak, "running": later.over() + kept, "kept": kept, "how": first.how}
 
 
 def memory(spec: str, flags: Sequence[str] = ()) -> dict[str, Any]:
     "Measure a variant, `workload:name`, in a child process; `error` holds the last line of what went wrong."
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("run.py")), "--child", spec, *flags], capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--child", spec, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode: return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -194,14 +254,27 @@ def keep_pages() -> bool:
     "Let glibc keep freed memory instead of giving it back; whether that worked."
     try: libc = ctypes.CDLL("libc.so.6")
     except OSError: return False
-    return bool(libc.mallopt(-3, 2**30) & libc.mallopt(-1, 2**31 - 1))          # M_MMAP_THRESHOLD (at most 1 GB), M_TRIM_THRESHOLD
+    mapped, trimmed = libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)      # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    return bool(mapped & trimmed)
 
 
 def machine_info(device: str) -> dict[str, Any]:
     "Where and with what the figures were measured."
     import transformers
-    try: cpu = next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+    try: cpu = _line_of("/proc/cpuinfo", "model name")
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "amx": bool(has_tiles()) if has_tiles else False,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -16,8 +16,12 @@ class Target(NamedTuple):
 
 
 def _rows(workload: str, variant: str, tune: float, user: float, memory: float | None) -> list[Target]:
-    out = [Target(workload, variant, "speed", "fine-tune", tune), Target(workload, variant, "speed", "parametrize", user)]
-    return out + ([Target(workload, variant, "memory", "fine-tune", memory)] if memory else [])
+    rows = [
+        Target(workload, variant, "speed", "fine-tune", tune),
+        Target(workload, variant, "speed", "parametrize", user),
+    ]
+    if memory: rows.append(Target(workload, variant, "memory", "fine-tune", memory))
+    return rows
 
 
 TARGETS: list[Target] = [

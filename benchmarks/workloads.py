@@ -103,8 +103,8 @@ class Workload:
         "The library's `Space` of what is masked."
         kind = {"weight": "weight", "head": "head+mlp"}.get(self.granularity)
         if kind is None: raise ValueError("input columns of every matrix are no kind of `Space`")
-        more = {"embeddings": True} if self.embeddings else {}
-        return Space.of(model or self.model, kind, layers=[i + 1 for i in self.layers], **more)
+        layers = [i + 1 for i in self.layers]
+        return Space.of(model or self.model, kind, layers=layers, embeddings=self.embeddings)
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         "Plain Hugging Face loss."

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
+import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,14 +27,29 @@ __all__ = ['PACKAGE', 'with_types', 'library_docs', 'module_of', 'shown_names']
 def with_types(
     name: str,              # without the package: "core.mask"
 ) -> ModuleType:
-    "Import a module of the library together with what it imports for type checkers only."
+    "Import a module of the library together with what it, and what it uses, imports for type checkers only."
     module = import_module(f"subnet_explorer.{name}")
-    for node in ast.parse(inspect.getsource(module)).body:
+    for other in [m for m in sys.modules if m.startswith("subnet_explorer.")]: _complete(other)
+    for made in [value for value in vars(module).values() if isinstance(value, type)]: _with_bases(module, made)
+    return module
+
+
+def _with_bases(module: ModuleType, made: type) -> None:
+    "Give a module the names that the bases of a class know."
+    homes = [base.__module__ for base in made.__mro__ if base.__module__.startswith("subnet_explorer.")]
+    for home in homes:
+        for name, value in list(vars(sys.modules[home]).items()): vars(module).setdefault(name, value)
+
+
+@cache
+def _complete(name: str) -> None:
+    "Import into a module what it imports for type checkers only."
+    module = sys.modules[name]
+    for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"): continue
         for part in node.body:
             if isinstance(part, ast.Import): _import(module, part)
             elif isinstance(part, ast.ImportFrom): _import_from(module, part)
-    return module
 
 
 def _import(module: ModuleType, node: ast.Import) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -50,7 +50,7 @@ class Opened:
 def opened(
     browser: Browser,
     where: str | Path,              # a file; or with `local`, an address on this machine
-    scheme: str = "light",
+    scheme: Literal["light", "dark"] = "light",
     wait: int = 800,                # milliseconds after loading
     local: bool = False,
 ) -> Opened:
@@ -61,8 +61,7 @@ def opened(
         parts = urlsplit(url)
         return parts.scheme in ("http", "https", "ws", "wss") and parts.hostname not in here
 
-    window = {"width": 1280, "height": 900}
-    context = browser.new_context(offline=not local, color_scheme=scheme, viewport=window)
+    context = browser.new_context(offline=not local, color_scheme=scheme, viewport={"width": 1280, "height": 900})
     out = Opened(context.new_page())
     if local: context.route("**/*", lambda r: r.abort() if beyond(r.request.url) else r.continue_())
     out.page.on("request", lambda r: out.asked.append(r.url) if beyond(r.url) else None)
@@ -129,7 +128,7 @@ def beside(marked: np.ndarray) -> np.ndarray:      # (30, 48)
     "Where something is marked, or right beside."
     wide = np.pad(marked, 1)
     steps = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
-    return sum(wide[1 + i:31 + i, 1 + j:49 + j] for i, j in steps) > 0
+    return np.any([wide[1 + i:31 + i, 1 + j:49 + j] for i, j in steps], axis=0)
 
 
 # ── JupyterLab ───────────────────────────────────────────────────────────────────────────────────────────────────────
