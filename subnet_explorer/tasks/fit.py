@@ -31,6 +31,7 @@ from .heads import Classifier, Regressor, TaskHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
     from subnet_explorer.search.loop import Monitor
 
 # %% auto #0
