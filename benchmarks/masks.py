@@ -123,11 +123,14 @@ def threshold(quick: bool = False, rounds: int = 5) -> ROWS:
     parts = zip(space.groups, pairwise(ends), strict=True)
     scores = Scores(space, {g.name: flat[a:b].reshape(g.shape) for g, (a, b) in parts})
     k, tensor = round(.3 * space.size), torch.from_numpy(flat)
-    ways = {
+
+    def by_kthvalue() -> float: return torch.kthvalue(tensor, space.size - k + 1).values.item()
+
+    ways: dict[str, Callable] = {
         "threshold: torch.topk": lambda: torch.topk(tensor, k, sorted=False).values.min().item(),
-        "threshold: torch.kthvalue": lambda: torch.kthvalue(tensor, space.size - k + 1).values.item(),
+        "threshold: torch.kthvalue": by_kthvalue,
         "threshold: numpy.partition": lambda: np.partition(flat, space.size - k)[space.size - k],
-        "threshold: kth": partial(kth, [flat], k),
+        "threshold: kth": lambda: kth([flat], k),
         "threshold: Scores.top, mask included": lambda: scores.top(.3),
     }
     assert len({float(way()) for way in list(ways.values())[:4]}) == 1 and scores.top(.3).count == k
