@@ -275,7 +275,6 @@ def defined(name: str) -> set[str]:
     for node in tree(name).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         found |= {t.id for t in targets if isinstance(t, ast.Name)}
-        if isinstance(node, ast.TypeAlias if sys.version_info >= (3, 12) else ()): found.add(node.name.id)
     return found
 
 

@@ -16,7 +16,7 @@ from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.data.facts import Facts, answerable, read_facts, split
-from subnet_explorer.data.pocket import sentences, treebank
+from subnet_explorer.data.grammar import sentences, treebank
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.measure.ask import cloze
 from subnet_explorer.model.load import load

@@ -92,11 +92,14 @@ def study(bert):
 
 
 def setting(bert, task="pos", **training) -> ProbeSetting:
-    data = NER if task == "ner" else (TRAIN, DEV)
+    model, tok = bert
+    train, dev = NER if task == "ner" else (TRAIN, DEV)
     return ProbeSetting(
-        *bert,
+        model,
+        tok,
         task,
-        *data,
+        train,
+        dev,
         dict(steps=12, lr=0.2, head_lr=5e-3, tune_lr=1e-3, batch=32) | training,
         POCKET["parser"],
         "architecture",

@@ -199,7 +199,8 @@ def peaks(folder: Path, *megabytes: float) -> list[tuple[int, int]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert out.returncode == 0, out.stderr
-    return [tuple(map(int, line.split())) for line in out.stdout.splitlines()]
+    pairs = [line.split() for line in out.stdout.splitlines()]
+    return [(int(a), int(b)) for a, b in pairs]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
