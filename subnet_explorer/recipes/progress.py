@@ -9,8 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.progress import progress_bar
-
 # %% auto #0
 __all__ = ['StudyLine', 'in_words', 'InnerBar', 'short']
 
@@ -20,23 +18,23 @@ class StudyLine:
 
     def __init__(self, what: str, total: int, show: bool = True) -> None:
         self.what, self.total = what, total
-        self.place, self.labels = 0, ""
+        self.place, self.finished, self.labels = 0, 0, ""
         self.share, self.inner = 0.0, ""
-        self.worked, self.spent = 0.0, 0.0
-        self.bar_of_all = progress_bar(what, show=show)
-        self.bar_of_all.bar_format = "{desc}"
+        self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0
+        from tqdm.auto import tqdm
+        self.shown = tqdm(bar_format="{desc}", disable=not show)
 
     def enter(self, labels: Mapping[str, Any]) -> None:
         "Begin the next cell."
         self.place += 1
         self.labels = " · ".join(f"{k} {v}" if isinstance(v, (int, float)) else str(v) for k, v in labels.items())
         self.share, self.inner, self.entered = 0.0, "", time.monotonic()
-        self.draw()
+        self.draw(now=True)
 
     def leave(self) -> None:
         "End the cell; one in which nothing had to be done does not count for the time that is left."
         if self.share: self.worked, self.spent = self.worked + 1, self.spent + time.monotonic() - self.entered
-        self.draw()
+        self.share, self.finished = 0.0, self.finished + 1
 
     def bar(self, what: str, total: int | None = None, done: int = 0) -> InnerBar:
         "What a search or training inside the cell moves."
@@ -52,16 +50,19 @@ class StudyLine:
         now = time.monotonic() - self.entered if self.share else 0.0
         worked = self.worked + self.share
         if worked < 0.2: return ""
-        seconds = (self.spent + now) / worked * (self.total - self.place + 1 - self.share)
+        seconds = (self.spent + now) / worked * (self.total - self.finished - self.share)
         return "done" if seconds < 1 else f"about {in_words(seconds)} left"
 
-    def draw(self) -> None:
-        "Show it."
-        self.bar_of_all.set_description_str(self.text())
+    def draw(self, now: bool = False) -> None:
+        "Show it, twice a second at most."
+        if not now and time.monotonic() - self.drawn < 0.5: return
+        self.drawn = time.monotonic()
+        self.shown.set_description_str(self.text())
 
     def close(self) -> None:
         "End the line."
-        self.bar_of_all.close()
+        self.draw(now=True)
+        self.shown.close()
 
 # %% ../../nbs/recipes/00_progress.ipynb #8a918b8d
 def in_words(seconds: float) -> str:
@@ -103,4 +104,7 @@ class InnerBar:
 
 def short(value: Any) -> str:
     "A number in few characters: .83."
-    return f"{value:.2f}".replace("0.", ".", 1) if isinstance(value, float) and abs(value) < 1 else str(value)
+    try: number = float(value)
+    except (TypeError, ValueError): return str(value)
+    if number.is_integer(): return str(value)
+    return f"{number:.2f}".replace("0.", ".", 1) if abs(number) < 1 else f"{number:.3g}"
