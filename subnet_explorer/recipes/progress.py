@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm.auto import tqdm
+
 # %% auto #0
 __all__ = ['StudyLine', 'in_words', 'InnerBar', 'short']
 
@@ -19,9 +21,7 @@ class StudyLine:
     def __init__(self, what: str, total: int, show: bool = True) -> None:
         self.what, self.total = what, total
         self.place, self.finished, self.labels = 0, 0, ""
-        self.share, self.inner = 0.0, ""
         self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0
-        from tqdm.auto import tqdm
         self.shown = tqdm(bar_format="{desc}", disable=not show)
 
     def enter(self, labels: Mapping[str, Any]) -> None:
