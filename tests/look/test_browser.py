@@ -22,7 +22,7 @@ def study(tmp_path_factory):
     model, tok = load("pocket-bert")
     facts = read_facts("pocket", "MadeOf,Desires,HasA")
     study = recipes.lamp(model, tok, facts, steps=20, random=1, to=folder, progress=False)
-    recipes.lamp_report(study, model, tok, folder / "report.html")
+    study.report(folder / "report.html")
     return folder
 
 
