@@ -95,7 +95,7 @@ def test_json_is_one_object_and_nothing_else(straight):
         "majority",
     } == set(result["macro"]["p_at_1"])
     assert {r: Mask.load(d["masks"][0]).id for r, d in result["relations"].items()} == ids(out)
-    assert "MadeOf" in log and "100%" in log and "Traceback" not in log
+    assert "MadeOf" in log and "48/48" in log and "· done" in log and "Traceback" not in log
     assert json.loads((out / "results.json").read_text()) == result
     assert {p.name for p in out.iterdir()} == {"study.json", "runs", "items.csv", "results.json"} and {
         p.name for p in out.parent.iterdir()
@@ -150,7 +150,7 @@ def test_doctor(call):
 
 ROWS = [
     json.dumps(
-        {"pred": "MadeOf", "sub_label": f.sub, "obj_label": f.obj, "masked_sentences": [f.prompt], "uuid": f.uuid}
+        {"pred": "MadeOf", "sub_label": f.subject, "obj_label": f.object, "masked_sentences": [f.prompt], "uuid": f.uuid}
     )
     for f in read_facts("pocket", "MadeOf").items[:20]
 ]

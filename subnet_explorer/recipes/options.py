@@ -288,8 +288,7 @@ def _sentence(options: Sequence[Option], said: str, words: Sequence[str]) -> str
     option = next((o for o in options if key and o.name == key[1].replace("-", "_")), None)
     if option is None: return f"{' '.join(said.split())}."
     typed = [word.partition("=")[2] for word in words if word.partition("=")[0] == option.flag]
-    value = re.search(r"Got value: (.*)", said)
-    got = typed[-1] if typed else (value[1] if value else "nothing")
+    got, *_ = [*reversed(typed), *re.findall(r"Got value: (.*)", said), "nothing"]
     return f"cannot read the {option.name.replace('_', ' ')} {got.strip('[]{} ')!r}: give {expected(option.type)}."
 
 # %% ../../nbs/recipes/02_options.ipynb #7a4d2b0c

@@ -68,7 +68,8 @@ def by_hand(model, tok, facts, values=None):
         ids = ([tok.bos_token_id] if causal else []) + tok(text).input_ids
         at = len(ids) - 1 if causal else ids.index(tok.mask_token_id)
         scores = twin(input_ids=torch.tensor([ids])).logits[0, at].double().tolist()
-        others = {word(g.object) for g in facts if (g.relation, g.subject) == (f.relation, f.subject)} - {word(f.object)}
+        same = [g for g in facts if (g.relation, g.subject) == (f.relation, f.subject)]
+        others = {word(g.object) for g in same} - {word(f.object)}
         gold = scores[word(f.object)]
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         logsum = max(scores) + math.log(sum(math.exp(s - max(scores)) for s in scores))

@@ -37,7 +37,7 @@ def same(model, before):
 
 
 def key(f):
-    return (f.relation, f.sub, f.obj)
+    return (f.relation, f.subject, f.object)
 
 
 class Spied:

@@ -100,7 +100,7 @@ def setting(bert, task="pos", **training) -> ProbeSetting:
         task,
         train,
         dev,
-        dict(steps=12, lr=0.2, head_lr=5e-3, tune_lr=1e-3, batch=32) | training,
+        {"steps": 12, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training},
         POCKET["parser"],
         "architecture",
     )
