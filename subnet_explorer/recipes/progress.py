@@ -20,8 +20,8 @@ class StudyLine:
 
     def __init__(self, what: str, total: int, show: bool = True) -> None:
         self.what, self.total = what, total
-        self.place, self.finished, self.labels = 0, 0, ""
-        self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0
+        self.place, self.finished, self.labels, self.inner = 0, 0, "", ""
+        self.share, self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0, 0.0
         self.shown = tqdm(bar_format="{desc}", disable=not show)
 
     def enter(self, labels: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class StudyLine:
 
     def close(self) -> None:
         "End the line."
-        self.draw(now=True)
+        if self.place: self.draw(now=True)
         self.shown.close()
 
 # %% ../../nbs/recipes/00_progress.ipynb #8a918b8d
