@@ -270,7 +270,7 @@ def test_majority_by_hand():
     assert m.answer.to_dict() == dict.fromkeys(["R10", "R11", "R12", "R13", "R14"], "cup") | {"S1": "zoo"}
     assert (m.filtered == m["rank"]).all()
     # a subject with two right objects
-    two = Facts((fact("R", "dog", 20), dataclasses.replace(fact("R", "cup", 21), sub=fact("R", "dog", 20).sub)))
+    two = Facts((fact("R", "dog", 20), dataclasses.replace(fact("R", "cup", 21), subject=fact("R", "dog", 20).subject)))
     assert majority(train, two).set_index("obj").filtered.to_dict() == {"dog": 1, "cup": 1}
 
 

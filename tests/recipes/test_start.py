@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from subnet_explorer.cli import main
+from subnet_explorer.recipes.study import Bench
 
 GOOD = {"recipe": "lamp", "model": "pocket-bert", "facts": "pocket", "relations": ["MadeOf"], "layers": "4",
         "steps": 2, "batch": 8, "random": 1, "device": "cpu", "report": False, "quiet": True, "out": "out"}
@@ -105,3 +106,7 @@ def test_the_folder_of_another_study_is_left_alone(call):
     assert status == 2 and "holds no study" in err
     assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
     assert [p.name for p in Path("thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_a_study_with_nothing_left_to_do_closes_its_line():
+    assert Bench({}).work("ticket", [], lambda labels: labels) == []
