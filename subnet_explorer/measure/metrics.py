@@ -157,6 +157,11 @@ _Predicting = Callable[[Sequence[Any]], np.ndarray]
 
 def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_Predicting], dict[str, Any]]:
     "Encode examples; what comes back scores whatever predicts them."
+    if not isinstance(data, Labelled) and not hasattr(head, "measure"):
+        raise SubnetError(
+            f"what counts is not known: {type(head).__name__} has no measure, and the examples are a "
+            f"{type(data).__name__}, no table of labelled sentences (see read_glue)."
+        )
     coded = encoded(head, tok, cast("Sequence[Any]", data))
     if isinstance(data, Labelled):
         task, gold = data.task, data.gold
@@ -166,11 +171,6 @@ def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_
             answers = head.answers(coded, out) if hasattr(head, "answers") else head.read(out)
             return task_metrics(task, gold, answers)
         return by_task
-    if not hasattr(head, "measure"):
-        raise SubnetError(
-            f"what counts is not known: {type(head).__name__} has no measure, and the examples are a "
-            f"{type(data).__name__}, no table of labelled sentences (see read_glue)."
-        )
     return lambda ask: head.measure([c[2] for c in coded], ask(coded))
 
 # %% ../../nbs/measure/03_metrics.ipynb #cc82a17e
