@@ -288,7 +288,7 @@ def _sentence(options: Sequence[Option], said: str, words: Sequence[str]) -> str
     option = next((o for o in options if key and o.name == key[1].replace("-", "_")), None)
     if option is None: return f"{' '.join(said.split())}."
     typed = [word.partition("=")[2] for word in words if word.partition("=")[0] == option.flag]
-    got, *_ = [*reversed(typed), *re.findall(r"Got value: (.*)", said), "nothing"]
+    got = [*reversed(typed), *re.findall(r"Got value: (.*)", said), "nothing"][0]
     return f"cannot read the {option.name.replace('_', ' ')} {got.strip('[]{} ')!r}: give {expected(option.type)}."
 
 # %% ../../nbs/recipes/02_options.ipynb #7a4d2b0c

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,13 +95,14 @@ def study(bert):
 def setting(bert, task="pos", **training) -> ProbeSetting:
     model, tok = bert
     train, dev = NER if task == "ner" else (TRAIN, DEV)
+    settings: dict[str, Any] = {"steps": 12, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training}
     return ProbeSetting(
         model,
         tok,
         task,
         train,
         dev,
-        {"steps": 12, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training},
+        settings,
         POCKET["parser"],
         "architecture",
     )
