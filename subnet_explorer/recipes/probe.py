@@ -100,8 +100,10 @@ class Probing(Study):
         return f"<b>{TASKS[self.task]}, {self.scores.seed.nunique()} seeds</b>{table}{notes}"
 
 # %% ../../nbs/recipes/10_probe.ipynb #7a374f03
-POCKET: dict[str, Any] = {"steps": 200, "head_lr": 5e-3, "tune_lr": 1e-3, "ranks": (128,),
-          "parser": {"arc": 32, "label": 16, "std": 0.1}}
+POCKET: dict[str, Any] = {
+    "steps": 200, "head_lr": 5e-3, "tune_lr": 1e-3, "ranks": (128,),
+    "parser": {"arc": 32, "label": 16, "std": 0.1},
+}
 "Settings that suit the pocket models."
 
 

@@ -12,6 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from statsmodels.stats.contingency_tables import cochrans_q, mcnemar as sm_mcnemar
 from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
 from statsmodels.stats.multitest import multipletests
+from toys import LAYOUT, MODEL
 
 from subnet_explorer.core.agreement import (
     agreement,
@@ -25,14 +26,11 @@ from subnet_explorer.core.agreement import (
 from subnet_explorer.core.compare import jaccard_chance, jaccard_distance, overlap, stability, survival_table
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.intervals import correlation
-from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.scores import Scores
-from subnet_explorer.core.space import Group, ModelId, Space, unit_space
+from subnet_explorer.core.space import Group, Space, unit_space
 
-LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
-MODEL = ModelId("toy", None, "c", "w")
 H0, H1 = Group("h0", "head", 0, "head", (4,)), Group("h1", "head", 1, "head", (4,))
 M0, M1 = Group("m0", "mlp", 0, "mlp", (1,)), Group("m1", "mlp", 1, "mlp", (1,))
 HEADS, UNITS = Space((H0, H1), LAYOUT, MODEL), Space((H0, M0, H1, M1), LAYOUT, MODEL)

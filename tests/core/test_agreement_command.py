@@ -2,36 +2,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import krippendorff
 import numpy as np
 import pytest
 from statsmodels.stats.contingency_tables import cochrans_q
 from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
+from toys import LAYOUT, write_arrays
 
 from subnet_explorer.cli import main
-from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Group, ModelId, Space, unit_space
 from subnet_explorer.core.store import Run, Store
 
-LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
 UNITS = tuple(Group(f"{k}{i}", k, i, k, (n,)) for i in range(2) for k, n in (("head", 4), ("mlp", 1)))
 FIELDS = {
     "seeds", "kappa", "alpha", "raw_agreement", "prevalence", "q", "q_p", "survivors", "super_survivors",
     "mean_jaccard_distance",
 }
-
-
-def arrays(folder: Path, bits: dict, mlps: dict | None = None) -> Path:
-    "Arrays on disk as published: bits[task, seed] (layers, heads)."
-    for (task, seed), b in bits.items():
-        place = folder / task / f"seed_{seed}"
-        place.mkdir(parents=True)
-        np.save(place / "head_mask.npy", np.asarray(b, np.float32))
-        if mlps is not None: np.save(place / "mlp_mask.npy", np.asarray(mlps[task, seed], np.float32))
-    return folder
 
 
 def counts(bits: np.ndarray) -> np.ndarray:      # (unit, category), as statsmodels wants it
@@ -54,7 +42,7 @@ def test_the_command_by_hand(tmp_path, capsys):
     Q = 2 (3·(4+4+9) − 49)/(21 − 19) = 2 with two degrees of freedom; Jaccard distances 0, 1/3, 1/3.
     Overlaps with B (two heads: 1, 2) under one seed: 2, 2, 2."""
     a, b = np.array([[1, 1], [0, 0]]), np.array([[1, 1], [1, 0]])
-    arrays(tmp_path, {("A", 0): a, ("A", 1): a, ("A", 2): b, **{("B", s): a for s in range(3)}})
+    write_arrays(tmp_path, {("A", 0): a, ("A", 1): a, ("A", 2): b, **{("B", s): a for s in range(3)}})
     out = agree(capsys, tmp_path)
     assert set(out) == {"tasks", "overlap"}
     assert set(out["tasks"]["A"]) == FIELDS and set(out["tasks"]["B"]) == FIELDS | {"notes"}
@@ -90,7 +78,7 @@ def test_the_command_against_other_packages(tmp_path, capsys):
     tasks = {t: (rng.random((5, 12, 12)) < p).astype(int) for t, p in densities.items()}
     mlps = {t: rng.integers(0, 2, (5, 12)) for t in tasks}
     keys = [(t, s) for t in tasks for s in range(5)]
-    arrays(tmp_path, {(t, s): tasks[t][s] for t, s in keys}, {(t, s): mlps[t][s] for t, s in keys})
+    write_arrays(tmp_path, {(t, s): tasks[t][s] for t, s in keys}, {(t, s): mlps[t][s] for t, s in keys})
     for kind, found in (("head", tasks), ("mlp", mlps)):
         out = agree(capsys, tmp_path, "--kind", kind)
         for t, b in found.items():
@@ -107,7 +95,7 @@ def test_the_command_against_other_packages(tmp_path, capsys):
 def test_the_command_names_what_is_undefined(tmp_path, capsys):
     full, none = np.ones((2, 2)), np.zeros((2, 2))
     masks = {**{("full", s): full for s in (1, 2, 3)}, **{("none", s): none for s in (1, 2)}, ("alone", 7): np.eye(2)}
-    arrays(tmp_path, masks)
+    write_arrays(tmp_path, masks)
     out = agree(capsys, tmp_path)
     alone, kept, gone = (out["tasks"][t] for t in ("alone", "full", "none"))
     assert [alone[k] for k in ("seeds", "prevalence", "survivors", "super_survivors")] == [[7], .5, 2, 2]

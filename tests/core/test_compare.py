@@ -7,17 +7,15 @@ from hypothesis import given, strategies as st
 from scipy import stats
 from scipy.spatial.distance import jaccard as scipy_jaccard
 from sklearn.metrics import jaccard_score
+from toys import LAYOUT, MODEL
 
 from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.intervals import student_interval
-from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks, overlaps, survival, votes
 from subnet_explorer.core.space import Group, ModelId, Space
 
-LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
-MODEL = ModelId("toy", None, "c", "w")
 TENSORS = Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))
 SPACE = Space(TENSORS, LAYOUT, MODEL)                                           # no multiple of eight
 LARGE = Space((Group("a", "weight", 0, "q", (40, 50)), Group("b", "weight", 1, "q", (900,))), LAYOUT, MODEL)

@@ -5,29 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toys import LAYOUT, MODEL, write_arrays
 
 from subnet_explorer.cli import main
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily, UnknownName
 from subnet_explorer.core.formats import BadMasks, read_masks, write_masks
-from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
-from subnet_explorer.core.space import Group, ModelId, Space, unit_space
+from subnet_explorer.core.space import Group, Space, unit_space
 from subnet_explorer.core.store import Store
 
-LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
-MODEL = ModelId("toy", None, "c", "w")
 HEAD, MLP = Group("h0", "head", 0, "head", (4,)), Group("m0", "mlp", 0, "mlp", (1,))
-
-
-def write_arrays(folder: Path, bits: dict, mlps: dict | None = None) -> Path:
-    "Arrays on disk as published: bits[task, seed] (layers, heads)."
-    for (task, seed), b in bits.items():
-        place = folder / task / f"seed_{seed}"
-        place.mkdir(parents=True)
-        np.save(place / "head_mask.npy", np.asarray(b, np.float32))
-        if mlps is not None: np.save(place / "mlp_mask.npy", np.asarray(mlps[task, seed], np.float32))
-    return folder
 
 
 def test_published_arrays(tmp_path):

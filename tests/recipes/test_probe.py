@@ -70,6 +70,9 @@ chapter = importlib.import_module("subnet_explorer.recipes.probe")
 probes = importlib.import_module("subnet_explorer.recipes.probes")
 TRAIN, DEV = read_conllu("pocket", part="train")[:40], read_conllu("pocket", part="dev")[:30]
 NER = read_ner("pocket", part="train")[:40], read_ner("pocket", part="dev")[:30]
+HEAD_ALONE: dict[str, Any] = dict(
+    steps=12, lr=1e-3, head_lr=5e-3, batch=32, train="head", keep="last", progress=False
+)
 FAST = POCKET | dict(steps=12, progress=False)
 
 
@@ -387,19 +390,7 @@ def test_a_linear_probe_is_plain_regression_on_states(bert):
     s, before = setting(bert), {k: v.clone() for k, v in model.state_dict().items()}
     out, head = run_cell(s, Cell("linear", 3), None, False), s.head(Cell("linear", 3))
     with preserved(model):
-        fit(
-            model,
-            tok,
-            Task(TRAIN, head),
-            steps=12,
-            lr=1e-3,
-            head_lr=5e-3,
-            batch=32,
-            train="head",
-            seed=3,
-            keep="last",
-            progress=False,
-        )
+        fit(model, tok, Task(TRAIN, head), seed=3, **HEAD_ALONE)
     right = []
     with torch.no_grad():
         for e in DEV:
@@ -473,19 +464,7 @@ def test_the_online_code_by_hand(bert):
     for a, b in ((10, 20), (20, 40)):
         head = s.head(cell)
         with preserved(model):
-            fit(
-                model,
-                tok,
-                Task(TRAIN[:a], head),
-                steps=12,
-                lr=1e-3,
-                head_lr=5e-3,
-                batch=32,
-                train="head",
-                seed=0,
-                keep="last",
-                progress=False,
-            )
+            fit(model, tok, Task(TRAIN[:a], head), seed=0, **HEAD_ALONE)
             for e in TRAIN[a:b]:
                 ids, places, gold = head.encode(tok, e)
                 with torch.no_grad():

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from toys import LAYOUT
 
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
-from subnet_explorer.core.layout import Layout
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Group, ModelId, Space
 from subnet_explorer.model.apply import applied, parameter, swapped
 from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
 
-LAYOUT = Layout("bert", 2, 4, 4, 4, 16, 32, False, (), "embeddings.word_embeddings.weight", 40)
 GROUPS = (Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)))
 SPACE = Space(GROUPS, LAYOUT, ModelId("toy", None, "c", "w"))
 RAMP = Scores(SPACE, {"a": np.linspace(-3, 3, 21).reshape(7, 3), "b": np.linspace(-2, 4, 10)})
