@@ -619,7 +619,7 @@ def test_a_study_is_read_again_and_extended(world, straight, tasks, monkeypatch)
         m.setattr(textmasks, "fit", no)
         for name in ("fit", "score_after_training"):
             m.setattr(tuning, name, no)
-        m.setattr("subnet_explorer.search.find.Search.one", no)
+        m.setattr("subnet_explorer.search.loop.one_step", no)
         again = tamt(
             *world, TEXTS, DEV, methods=("omp", "random", "imp", "mlm"), seeds=(0, 1), tasks=tasks, to=to, **SMALL
         )
