@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +103,11 @@ class Facts:
         return pd.DataFrame([_row(f) for f in self.items])
 
     def _repr_html_(self) -> str:
-        if not self.items: return f"<b>0 facts</b> from {self.name}"
+        name = escape(str(self.name))
+        if not self.items: return f"<b>0 facts</b> from {name}"
         shown = dict(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
         rows = self.table().groupby("relation", sort=False).agg(**shown)
-        return f"<b>{len(self):,} facts</b> from {self.name}" + rows.to_html()
+        return f"<b>{len(self):,} facts</b> from {name}" + rows.to_html()
 
     def __repr__(self) -> str:
         return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations)"

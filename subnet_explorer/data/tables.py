@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class Labelled:
         "Make a table with one row per example."
         return pd.DataFrame(list(self.items))
 
-    def _repr_html_(self) -> str: return f"<b>{self!r}</b>" + self.table().head().to_html()
+    def _repr_html_(self) -> str: return f"<b>{escape(repr(self))}</b>" + self.table().head().to_html()
 
     def __repr__(self) -> str:
         return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)})"

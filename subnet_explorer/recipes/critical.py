@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class Critical(Study):
         "Material, summary, sparsity and overlap."
         return critical_text(self)
 
-    def _repr_html_(self) -> str: return f"<b>{len(self.masks)} seeds, {self.material!r}</b>{self.summary().to_html()}"
+    def _repr_html_(self) -> str:
+        return f"<b>{len(self.masks)} seeds, {escape(repr(self.material))}</b>{self.summary().to_html()}"
 
 # %% ../../nbs/recipes/08_critical.ipynb #008899e1
 def read_material(

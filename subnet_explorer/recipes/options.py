@@ -80,20 +80,28 @@ def options_of(
     said, kinds, found = comments_of(function), _types(function), []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = shell_type(kinds.get(name, object))
-        if name in skip or kind is None: continue
+        if name in skip or kind is None or parameter.kind in _REST: continue
         words = said.get(name, name.replace("_", " "))
         found.append(Option(name, kind, parameter.default, words, group, name in places))
     return found
 
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+"Parameters that take whatever is left: no shell can say it."
+
+
 def comments_of(function: Callable[..., Any]) -> dict[str, str]:
-    "What the comment behind each parameter says; it may go on in lines of its own."
-    signature = re.split(r"\n\) ->|\n\):", inspect.getsource(function))[0]
+    "What the comment behind each parameter says; it may go on in lines of its own. Nothing without the source."
+    try: signature = re.split(r"\n\) ->|\n\):", inspect.getsource(function))[0]
+    except (OSError, TypeError): return {}
     said: dict[str, str] = {}
     name = ""
     for line in signature.splitlines():
-        if more := re.match(r"\s+#\s*(.+)$", line): said[name] += f" {more[1]}"
-        elif found := re.match(r"\s+(\w+)\s*[:=,].*?\s#\s*(.+)$", line): name, said[found[1]] = found[1], found[2]
+        found = re.match(r"\s+(\w+)\s*[:=,].*?\s#\s*(.+)$", line)
+        more = re.match(r"\s+#\s*(.+)$", line)
+        if found: name, said[found[1]] = found[1], found[2]
+        elif not more: name = ""
+        elif name: said[name] += f" {more[1]}"
     return said
 
 # %% ../../nbs/recipes/02_options.ipynb #89d4ff56
@@ -103,16 +111,13 @@ def shell_type(annotation: Any) -> Any:
     if annotation in (int, float, str, bool, type(None), Any): return annotation
     if annotation is Path: return str
     if origin is typing.Literal: return annotation
-    if origin in (Sequence, list): return types.GenericAlias(list, (shell_type(inside[0]),))
-    if origin in (Mapping, dict): return types.GenericAlias(dict, (str, shell_type(inside[1])))
-    if origin is tuple: return _fixed(inside)
     if origin in (typing.Union, types.UnionType): return _either(inside)
-    return None
-
-
-def _fixed(inside: tuple[Any, ...]) -> Any:
-    if len(inside) == 2 and inside[1] is Ellipsis: return types.GenericAlias(list, (shell_type(inside[0]),))
-    return types.GenericAlias(tuple, tuple(shell_type(t) for t in inside))
+    kinds = tuple(shell_type(t) for t in inside if t is not Ellipsis)
+    if not kinds or None in kinds: return None
+    endless = origin in (Sequence, list) or (origin is tuple and Ellipsis in inside)
+    if endless: return types.GenericAlias(list, kinds[:1])
+    if origin in (Mapping, dict): return types.GenericAlias(dict, (str, kinds[1]))
+    return types.GenericAlias(tuple, kinds) if origin is tuple else None
 
 
 def _either(inside: tuple[Any, ...]) -> Any:

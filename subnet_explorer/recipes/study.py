@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,12 +134,13 @@ class Study(Findings):
         return "\n\n".join([table, *self.notes])
 
     def _repr_html_(self) -> str:
-        return f"<b>{self.recipe.title} of {self.model_name}: {len(self.masks)} masks</b>{self.summary().to_html()}"
+        said = escape(f"{self.recipe.title} of {self.model_name}: {len(self.masks)} masks")
+        return f"<b>{said}</b>{self.summary().to_html()}"
 
 # %% ../../nbs/recipes/01_study.ipynb #10e4e973
 @dataclass(frozen=True)
 class Pairs:
-    "Scores that can be compared unit by unit."
+    "Scores that can be compared unit by unit; a unit whose score is undefined on one side is left out of both."
     scores: pd.DataFrame                      # columns under, score, those of `cases` and those of `units`
     units: Sequence[str]                      # what is the same on both sides: seed, or item
     cases: Sequence[str] = ()                 # what is compared separately: task, stage
@@ -157,10 +159,10 @@ class Pairs:
         return pd.DataFrame(rows)
 
     def _cases(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        filled = self.scores.assign(score=self.scores["score"].astype(float).fillna(0.0))
-        if not self.cases: yield {}, filled
+        scores = self.scores.assign(score=self.scores["score"].astype(float))
+        if not self.cases: yield {}, scores
         else:
-            for key, part in filled.groupby(list(self.cases), sort=False):
+            for key, part in scores.groupby(list(self.cases), sort=False):
                 yield dict(zip(self.cases, key, strict=True)), part
 
     def _asked(self, names: list[str], of: str | None, against: str | Sequence[str] | None) -> list[tuple[str, str]]:

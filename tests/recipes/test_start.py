@@ -1,13 +1,19 @@
 "Studies from YAML files: the same study as from a shell, and one named sentence for whatever is wrong with a file."
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from subnet_explorer.cli import main
-from subnet_explorer.recipes.study import Bench
+from subnet_explorer.data.facts import read_facts
+from subnet_explorer.recipes.options import comments_of, options_of
+from subnet_explorer.recipes.study import Bench, Pairs
 
 GOOD = {"recipe": "lamp", "model": "pocket-bert", "facts": "pocket", "relations": ["MadeOf"], "layers": "4",
         "steps": 2, "batch": 8, "random": 1, "device": "cpu", "report": False, "quiet": True, "out": "out"}
@@ -110,3 +116,34 @@ def test_the_folder_of_another_study_is_left_alone(call):
 
 def test_a_study_with_nothing_left_to_do_closes_its_line():
     assert Bench({}).work("ticket", [], lambda labels: labels) == []
+
+
+def test_a_unit_whose_score_is_undefined_is_left_out_of_both_sides():
+    rows = [("a", 0, 0.5), ("b", 0, 0.25), ("a", 1, float("nan")), ("b", 1, -3.0), ("a", 2, 0.5), ("b", 2, 0.0)]
+    scores = pd.DataFrame(rows, columns=["under", "seed", "score"])
+    gains = Pairs(scores, ["seed"]).gains("a", "b").iloc[0]
+    assert gains.n == 2 and gains["mean"] == pytest.approx(0.375)
+
+
+def free(
+    # settings of the search
+    steps: int = 3,
+    # how long
+    lr: float = 0.01,    # of the logits,
+                         # not of the weights
+    watchers: Sequence[object] = (),
+    **more: Any,         # for the loop
+) -> None:
+    "Comments of their own lines, and what no shell can say."
+
+
+def test_options_of_a_freely_written_signature():
+    options = options_of(free, "settings")
+    assert [(o.name, o.help) for o in options] == [("steps", "steps"), ("lr", "of the logits, not of the weights")]
+    assert comments_of(print) == {}
+
+
+def test_names_are_escaped_in_notebooks():
+    odd = replace(read_facts("pocket", "MadeOf"), name="<i>mine</i>")
+    assert "<i>" not in odd._repr_html_() and "&lt;i&gt;mine" in odd._repr_html_()
+    assert "<i>" not in replace(odd, items=())._repr_html_()
