@@ -150,7 +150,7 @@ def test_doctor(call):
 
 ROWS = [
     json.dumps(
-        {"pred": "MadeOf", "sub_label": f.subject, "obj_label": f.object, "masked_sentences": [f.prompt], "uuid": f.uuid}
+        dict(pred="MadeOf", sub_label=f.subject, obj_label=f.object, masked_sentences=[f.prompt], uuid=f.uuid)
     )
     for f in read_facts("pocket", "MadeOf").items[:20]
 ]

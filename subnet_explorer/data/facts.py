@@ -100,7 +100,8 @@ class Facts:
 
     def table(self) -> pd.DataFrame:
         "Make a table with one row per fact: relation, sub, obj, prompt, uuid."
-        return pd.DataFrame([_row(f) for f in self.items])
+        columns = ["relation", "sub", "obj", "prompt", "uuid"]
+        return pd.DataFrame([(f.relation, f.subject, f.object, f.prompt, f.uuid) for f in self.items], columns=columns)
 
     def _repr_html_(self) -> str:
         name = escape(str(self.name))
@@ -111,10 +112,6 @@ class Facts:
 
     def __repr__(self) -> str:
         return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations)"
-
-
-def _row(f: Fact) -> dict[str, str]:
-    return dict(relation=f.relation, sub=f.subject, obj=f.object, prompt=f.prompt, uuid=f.uuid)
 
 # %% ../../nbs/data/01_facts.ipynb #367e1cd5
 TEMPLATES: dict[str, str] = {

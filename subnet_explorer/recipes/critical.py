@@ -156,8 +156,7 @@ class Critical(Study):
     def pairs(self) -> Pairs:
         "Log-probability of every item under every condition, seed by seed where a condition has as many draws."
         items = self.items.assign(score=-self.items.nll / self.items.tokens)
-        others = [under for under in items.under.unique() if under not in ("full", "remaining")]
-        contrasts = [("remaining", under) for under in ("full", *others)]
+        contrasts = [("remaining", under) for under in items.under.unique() if under != "remaining"]
         return Pairs(items, ["item"], ["data"], contrasts)
 
     def results(self) -> dict[str, Any]:

@@ -665,7 +665,7 @@ PROGRAM = """
 import json, os, sys
 from subnet_explorer import Cloze, Concrete, Density, Facts, HardConcrete, Kept, MLM, Maintain, Space, Suppress
 from subnet_explorer import Threshold, find, load, read_facts
-from subnet_explorer.data.pocket import sentences
+from subnet_explorer.data.grammar import sentences
 
 model, tok = load("pocket-bert")
 facts = Facts(read_facts("pocket")["MadeOf"].items[:37])
