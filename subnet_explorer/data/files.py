@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..core.errors import SubnetError
 
@@ -60,7 +60,7 @@ def numbered_pieces(
 
 
 @contextmanager
-def _opened(path: Path, error: type[SubnetError]) -> Iterator[IO[bytes]]:
+def _opened(path: Path, error: type[SubnetError]) -> Iterator[BinaryIO | gzip.GzipFile]:
     "Open a file, compressed or not; what cannot be read is an error that names it."
     format = "gzip-compressed UTF-8 text" if path.suffix == ".gz" else "UTF-8 text"
     try:

@@ -5,7 +5,6 @@
 # %% ../../nbs/data/06_questions.ipynb #bfdf6f1a
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -232,7 +231,7 @@ def _parts(folder: Path, part: str) -> list[Path]:
 
 def squad_files(source: str | Path) -> dict[str, Path | None]:      # train, dev; None: there is none
     "Find the files of which a source is made; raise `BadQuestions` if that is not clear."
-    paths = [Path(p) for p in without_prefix(source).split(",")]
+    paths = [source_path(p, BadQuestions) for p in without_prefix(source).split(",")]
     if len(paths) > 2:
         wanted = "a training and a development file were expected"
         raise BadQuestions(f"{wanted}, found {len(paths)} names in {str(source)!r}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import SubnetError, check_names
-from .files import dataset_parts, file_text
+from .files import dataset_parts, file_text, source_path, text_lines
 
 # %% auto #0
 __all__ = ['SCHEMES', 'GAP', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'words_of',
@@ -154,9 +154,11 @@ def _is_text(source: str | Path) -> bool:
 def _source_lines(source: str | Path) -> list[str]:
     "Read the lines of a text, or of the file it names."
     if _is_text(source): text = str(source)
-    elif Path(source).is_file(): text = file_text(Path(source), BadSentences)
-    else: raise BadSentences(f"there is no file {Path(source)}: {_SOURCES}")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    else:
+        path = source_path(source, BadSentences)
+        if not path.is_file(): raise BadSentences(f"there is no file {path}: {_SOURCES}")
+        text = file_text(path, BadSentences)
+    return text_lines(text.removeprefix("\ufeff"))
 
 
 _SOURCES = ('give the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", '

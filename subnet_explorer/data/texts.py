@@ -29,7 +29,7 @@ from .files import BadTexts, Reading, dataset_parts, numbered_pieces, source_pat
 __all__ = ['PIECE', 'LINE', 'Markup', 'markup_of', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
 
 # %% ../../nbs/data/03_texts.ipynb #4862741d
-_NAMED = re.compile(r"(?i)wikitext|\.tokens(\.gz)?$|\bwiki\.\w+\.raw(\.gz)?$")
+_NAMED = re.compile(r"(?i)(^|[/:])wikitext[^/]*(/[^/]*)?$|\.tokens(\.gz)?$|(^|/)wiki\.\w+\.raw(\.gz)?$")
 _INSIDE = re.compile(r" ?@([-,.])@ ?")
 
 

@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..core.errors import SubnetError, check_names
+from ..data.files import numbered_pieces, source_path
 
 # %% auto #0
 __all__ = ['REQUIRED', 'EXPECTED', 'Option', 'options_of', 'comments_of', 'shell_type', 'BadSetting', 'expected', 'parser_of',
@@ -314,9 +315,9 @@ def completed(
 # %% ../../nbs/recipes/02_options.ipynb #a9990688
 def read_yaml(path: str | Path) -> dict[str, Any]:
     "Keys and values of a file; raise `BadSetting` where it cannot be read."
-    try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error: raise BadSetting(f"cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    text = "".join(piece for _, piece in numbered_pieces(source_path(path, BadSetting), BadSetting))
+    try: values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is no YAML file: {' '.join(str(error).split())[:200]}.") from None
     if not isinstance(values, dict):
         raise BadSetting(f"{path} holds no keys and values: --print-config writes such a file.")
