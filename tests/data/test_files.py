@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +30,11 @@ COPA = {"premise": "It rained.", "choice1": "It was wet.", "choice2": "It was dr
 LAMA = {"pred": "IsA", "sub_label": "robin", "obj_label": "bird", "masked_sentences": ["a robin is a [MASK] ."]}
 WORD = "1\tBirds\tbird\tNOUN\t_\t_\t0\troot\t_\t_\n\n"
 
-READERS = {
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "facts.tsv": ("IsA\trobin\tbird\n", lambda p: [f.subject for f in read_facts(p)]),
     "facts.jsonl": (json.dumps(LAMA) + "\n", lambda p: [f.subject for f in read_facts(p)]),
     "relations.jsonl": (json.dumps({"relation": "IsA", "template": "[X] is [Y] ."}) + "\n",
-                        lambda p: [f.prompt for f in read_facts(p.with_name("lama.jsonl"), templates=p)]),
+                        lambda p: [f.prompt for f in read_facts(p.parent / "lama.jsonl", templates=p)]),
     "table.tsv": ("sentence\tlabel\na bird\tyes\na dog\tno\n", lambda p: [dict(r) for r in read_glue(p)]),
     "squad.json": (json.dumps(SQUAD), lambda p: [r["question"] for r in read_squad(p)]),
     "copa.jsonl": (json.dumps(COPA) + "\n", read_choices),
@@ -154,7 +157,7 @@ def test_blocks_of_wikitext_hold_the_unknown_token(tmp_path):
     found = read_blocks(tok, file, 16, cache=tmp_path / "cache")
     again = read_blocks(tok, file, 16, cache=tmp_path / "cache")
     ids = tok(READ[0], add_special_tokens=False).input_ids
-    assert ids.count(tok.unk_token_id) == 2 and found.ids[0, 1: 1 + len(ids)].tolist() == ids
+    assert ids.count(tok.unk_token_id) == 3 and found.ids[0, 1: 1 + len(ids)].tolist() == ids
     assert found.notes == again.notes == found[:2].notes and "30 <unk> as [UNK]" in found.notes[0]
     plain = written(tmp_path, "plain.txt", (WIKI * 30).encode())
     assert read_blocks(tok, plain, 16, cache=tmp_path / "cache").fingerprint != found.fingerprint
