@@ -156,7 +156,7 @@ def test_arct(tmp_path):
     file.write_text(ARCT + "7\tit flies\n")
     with pytest.raises(BadChoices, match="line 2: not a row of ARCT"): read_choices(file)
     file.write_text(ARCT.replace("correctLabelW0orW1\t", "") + "7\ta\tb\tc\td\te\tf\n")
-    with pytest.raises(BadChoices, match="'correctLabelW0orW1' is missing. Is this a test part"): read_choices(file)
+    with pytest.raises(BadChoices, match=r"'correctLabelW0orW1' is missing\. Is this a test"): read_choices(file)
 
 
 @pytest.mark.real
