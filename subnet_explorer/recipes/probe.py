@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,11 @@ def read_sentences(
     limit_train: int | None = None,   # at most so many sentences to learn from
     limit_dev: int | None = None,     # at most so many sentences to report on
     longest: int = 128,               # longer sentences, in words, are left out and counted
+    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
 ) -> dict[str, Any]:
     "Read the sentences of a study as a shell names them."
     check_names([task], TASKS, "task")
-    read = read_ner if task == "ner" else read_conllu
+    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
     learn, lost = fitting(read(train, part="train"), tok, longest)
     report, less = fitting(read(dev, part="dev"), tok, longest)
     return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
