@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write
+from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
 from ..core.store import Run, Store, cached_table, open_study
@@ -303,7 +302,7 @@ class Bench:
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
-    return tempfile.TemporaryDirectory() if to is None else nullcontext(to)
+    return scratch() if to is None else nullcontext(to)
 
 # %% ../../nbs/recipes/01_study.ipynb #4a22eb29
 def settings_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
