@@ -207,7 +207,6 @@ POCKET = {"steps": 600, "lr": 0.1, "weights": {"suppress": 0.2}, "density_weight
 
 # %% ../../nbs/recipes/08_critical.ipynb #2835e27c
 @recipe("Knowledge-critical subnetworks", "Bayazit et al. 2024, arXiv 2310.03084", read=read_material, pocket=POCKET)
-@checked
 def critical(
     model: nn.Module,
     tok: Any,

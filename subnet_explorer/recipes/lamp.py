@@ -21,7 +21,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds, checked
+from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
@@ -166,7 +166,6 @@ def read_questions(
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a21a53fa
 @recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions)
-@checked
 def lamp(
     model: nn.Module,
     tok: Any,

@@ -131,7 +131,6 @@ def read_sentences(
 
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
 @recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET)
-@checked
 def probe(
     model: nn.Module,
     tok: Any,

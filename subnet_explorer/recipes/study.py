@@ -24,6 +24,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
+from ..core.numbers import checked
 from ..core.store import Run, Store, cached_table, open_study
 from ..look.report import report as write_report
 from .progress import StudyLine
@@ -210,8 +211,9 @@ def recipe(
     read: Callable[..., Mapping[str, Any]] | None = None,            # (model, tok, *, options) -> data; None: no data
     pocket: Mapping[str, Any] | None = None,                         # settings that suit the pocket models
 ) -> Callable[[F], F]:
-    "Register a function under its own name; raise `TwoRecipes` if another has it, but for what you define as you go."
+    "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
+        run = checked(run)
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "

@@ -31,7 +31,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
-from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare, checked
+from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
@@ -111,7 +111,6 @@ POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
 
 # %% ../../nbs/recipes/12_tamt.ipynb #07cadb83
 @recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET)
-@checked
 def tamt(
     model: nn.Module,
     tok: Any,

@@ -25,7 +25,7 @@ from ..core.files import atomic_write, read_json, remove
 from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare, checked
+from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run, Store
@@ -240,7 +240,6 @@ def super_runs(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> dict[s
 # %% ../../nbs/recipes/07_tickets.ipynb #2b3fea4e
 @recipe("Lottery tickets", "Prasanna, Rogers & Rumshisky 2020, arXiv 2005.00561", read=read_tasks,
         pocket={"epochs": 4.0, "lr": 1e-3, "batch": 32})
-@checked
 def tickets(
     model: nn.Module,
     tok: Any,
