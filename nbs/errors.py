@@ -110,6 +110,13 @@ os.makedirs('bert/empty')
 load('bert')
 """,
     "NoFloor": None,            # needs a model that learned nothing
+    "ModelInUse": """
+import torch
+from subnet_explorer import Mask, Space, load, masked
+model, tok = load('pocket-bert')
+optimizer = torch.optim.AdamW(model.parameters())
+with masked(model, Mask.full(Space.of(model, 'head'))): optimizer.step()
+""",
     "BorrowedWeights": """
 from subnet_explorer import Cloze, Space, Threshold, find, load, read_facts
 model, tok = load('pocket-bert')

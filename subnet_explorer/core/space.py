@@ -59,7 +59,7 @@ def fingerprint(model: Any, layout: Layout) -> str:
     found, blocks = hashlib.sha256(), FAMILIES[layout.family]["blocks"] + "."
     for name, p in model.base_model.named_parameters():
         if not name.startswith(blocks) and name != layout.embedding: continue
-        values = p.detach().cpu()
+        values = getattr(p, "stands_for", p).detach().cpu()
         if values.dtype.itemsize < 4:
             values = values.float()          # bfloat16 has no numpy type; widening is exact
         found.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
