@@ -23,7 +23,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, PartShare, Seed, checked
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
@@ -103,11 +103,6 @@ def _schedule(space: Space, asked: str | None) -> str:
 def _weights_only(space: Space) -> bool:
     "Whether a space has nothing but weights, which are pruned by magnitude."
     return all(g.kind in WEIGHTS for g in space.groups)
-
-
-def _check_steps(drop: float) -> None:
-    "Raise `SubnetError` for steps that remove nothing, or everything."
-    if not 0 < drop < 1: raise SubnetError(f"drop is a share between 0 and 1, got {drop}.")
 
 # %% ../../nbs/search/13_prune.ipynb #7cceb179
 class NoFloor(SubnetError):
@@ -312,7 +307,7 @@ def iterate(
     *,
     scores: Scores | None = None,          # rank by these throughout
     schedule: str | None = None,           # one of `PHASES`; None: what suits the space
-    drop: float = 0.1,                     # share removed in one step
+    drop: PartShare = 0.1,                 # share removed in one step
     floor: float = 0.9,                    # share of the full model's score
     least: float | None = None,            # the floor itself, instead of a share
     limit: Count | None = None,            # steps in a phase; None: 9 for weights
@@ -329,7 +324,6 @@ def iterate(
     "Remove the least important coordinates step by step until the score falls below a floor."
     check_model(space, model)
     schedule = _schedule(space, schedule)
-    _check_steps(drop)
     if scores is None and _weights_only(space): scores = magnitude(model, space)
     measured = dict(mode=mode, normalise=normalise, batches=batches, batch=batch, seed=seed)
     said = dict(schedule=schedule, drop=drop, floor=floor, least=least, limit=limit)

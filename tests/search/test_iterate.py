@@ -429,7 +429,7 @@ def test_iterate_refuses_odd_scores(bert, facts):
     refused("no floor", 0.0)
     refused("no floor", -.2)
     refused("below the floor", .5, least=.6)
-    refused("drop is a share", drop=10)
+    refused("drop must be a number above 0 and below 1", drop=10)
     with pytest.raises(SubnetError, match="needs an objective"):
         iterate(model, tok, None, Fixed(1.), space, progress=False)
     with pytest.raises(UnknownName):
