@@ -17,7 +17,8 @@ from .numbers import Count, Seed, checked
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus']
+__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus',
+           'said_of_empty_pairs']
 
 # %% ../../nbs/core/11_agreement.ipynb #b0d3c102
 def fleiss_kappa(
@@ -197,7 +198,7 @@ def consensus(
     level: float = 0.95,           # of the bootstrap interval of kappa
     samples: Count = 1000,
     seed: Seed = 0,
-) -> pd.DataFrame:      # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes
+) -> pd.DataFrame:  # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes, empty_pairs
     "What the masks of each task have in common, for one kind of unit; `notes` says what is undefined."
     _check_consensus(masks, kind, by, over)
     rows = []
@@ -238,7 +239,7 @@ def _counted(part: Masks, kind: str, over: str) -> dict[str, Any]:
     return dict(
         seeds=sorted(part.index[over].tolist()), items=items,
         prevalence=kept.sum() / (len(part) * items),
-        survivors=kept.mean(), super_survivors=int(v[-1]), votes=v.tolist(), notes={})
+        survivors=kept.mean(), super_survivors=int(v[-1]), votes=v.tolist(), notes={}, empty_pairs=_empty_pairs(kept))
 
 
 def _row_of(table: pd.DataFrame, kind: str) -> pd.Series:
@@ -275,3 +276,18 @@ def _overlaps_of(part: Masks, kind: str) -> np.ndarray:      # float (mask, mask
 def _distance(both: float, either: float) -> float:
     "Jaccard distance; two empty masks have distance 0."
     return 1 - both / either if either else 0.0
+
+# %% ../../nbs/core/11_agreement.ipynb #430ee038
+def _empty_pairs(kept: np.ndarray) -> int:
+    "Pairs of two masks that keep nothing."
+    empty = int((kept == 0).sum())
+    return empty * (empty - 1) // 2
+
+
+def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:      # `table` as `consensus` gives it
+    "Say of which tasks some pairs of masks keep nothing, a sentence each."
+    rows = zip(table.iloc[:, 0], table.seeds.map(len), table.empty_pairs, strict=True)
+    return [_EMPTY.format(name, n, seeds * (seeds - 1) // 2) for name, seeds, n in rows if n]
+
+
+_EMPTY = "{}: of {} of {} pairs both masks keep nothing; they count as equal (Jaccard distance 0)."

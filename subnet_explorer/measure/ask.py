@@ -24,7 +24,7 @@ from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
-from ..model.sequences import Prompts, Sequences
+from ..model.sequences import Prompts, Sequences, longest
 from ..search.objectives import Context
 from .attention import token_ids
 
@@ -295,6 +295,7 @@ def mrr(
 
 # %% ../../nbs/measure/00_ask.ipynb #9f4861b7
 def _masked_premise(
+    model: nn.Module,
     tok: Any,
     question: Mapping[str, Any],
     choice: str,                         # "choice1" or "choice2"
@@ -304,13 +305,19 @@ def _masked_premise(
     premise = question["premise"].strip().rstrip(".?! ")
     word = "so" if question["question"] == "effect" else "because"
     part = tok(premise, add_special_tokens=False).input_ids
-    ids = tok(f"{premise} {word} {question[choice]}").input_ids
+    ids = tok(f"{premise} {word} {question[choice]}", verbose=False).input_ids
     start = next((i for i in range(len(ids)) if ids[i:i + len(part)] == part), None)
     if not part or start is None:
         reason = "none: it is empty."
         if part: reason = "not those of the joined sentence: this tokenizer cannot be used here."
         raise SubnetError(
             f"question {number}: the tokens of the premise {question['premise']!r} are {reason}"
+        )
+    most = longest(model, tok)
+    if len(ids) > most:
+        raise SubnetError(
+            f"question {number}: premise and {choice} have {len(ids)} tokens, and the model reads at most {most}: "
+            "shorten it, or leave it out."
         )
     positions = range(start, start + len(part))
     return [([*ids[:p], tok.mask_token_id, *ids[p + 1:]], p, ids[p]) for p in positions]
@@ -336,7 +343,7 @@ def plausibility(
     for n, q in enumerate(questions):
         check_names([q["question"]], ["cause", "effect"], "kind of question")
         for choice in ("choice1", "choice2"):
-            premise = _masked_premise(tok, q, choice, n)
+            premise = _masked_premise(model, tok, q, choice, n)
             coded += premise
             owner += [(n, choice)] * len(premise)
     seqs, logprobs = Sequences(model, [ids for ids, _, _ in coded]), []
