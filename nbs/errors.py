@@ -66,6 +66,11 @@ Space.of(model, 'head', layers='3-9')
 from subnet_explorer import Mask
 Mask.load('made-of.mask.safetensors')
 """,
+    "CannotWrite": """
+from subnet_explorer.core.files import atomic_write
+open('runs', 'w').close()
+atomic_write('runs/demo/study.json', '{}')
+""",
     "BadFacts": """
 from subnet_explorer import read_facts
 open('facts.jsonl', 'w').write('a sparrow can fly')
@@ -112,6 +117,13 @@ os.makedirs('bert/empty')
 load('bert')
 """,
     "NoFloor": None,            # needs a model that learned nothing
+    "ModelInUse": """
+import torch
+from subnet_explorer import Mask, Space, load, masked
+model, tok = load('pocket-bert')
+optimizer = torch.optim.AdamW(model.parameters())
+with masked(model, Mask.full(Space.of(model, 'head'))): optimizer.step()
+""",
     "BorrowedWeights": """
 from subnet_explorer import Cloze, Space, Threshold, find, load, read_facts
 model, tok = load('pocket-bert')

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -347,3 +349,20 @@ def test_chapters_are_numbered_in_their_folders():
     for folder in FOLDERS:
         numbers = [int(p.name[:2]) for p in CHAPTERS if p.parent.name == folder]
         assert numbers == list(range(len(numbers))), f"{folder}: {numbers}"
+
+
+# ── programs in strings ──────────────────────────────────────────────────────────────────────────────────────────────
+
+IMPORT = re.compile(r"^ *from (subnet_explorer[\w.]*) import (\w+(?: as \w+)?(?:, \w+(?: as \w+)?)*) *$", re.M)
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *NOTEBOOKS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imported_names_exist(path):
+    "Also in programs that stand in strings, which no linter reads."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb": text = "\n".join(source(c) for c in code(path))
+    for found in IMPORT.finditer(text):
+        module = importlib.import_module(found[1])
+        for name in re.sub(r" as \w+", "", found[2]).split(", "):
+            there = hasattr(module, name) or importlib.util.find_spec(f"{found[1]}.{name}")
+            assert there, f"{found[1]} has no {name}"

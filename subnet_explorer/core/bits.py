@@ -23,8 +23,18 @@ __all__ = ['pack', 'check_arrays', 'unpack', 'count_bits', 'Bits', 'draw', 'spli
 def pack(space: Space, bits: Mapping[str, np.ndarray]) -> tuple[bytes, ...]:
     "Pack arrays, one per group of `space` and of its shape; raise `SubnetError` for others."
     check_arrays(space, bits, "bits")
-    flat = (np.asarray(bits[g.name], bool).reshape(-1) for g in space.groups)
-    return tuple(np.packbits(one).tobytes() for one in flat)
+    return tuple(np.packbits(_binary(bits[g.name], g.name).reshape(-1)).tobytes() for g in space.groups)
+
+
+def _binary(values: Any, name: str) -> np.ndarray:      # bool
+    "Zeros and ones as booleans; raise `SubnetError` for anything else."
+    array = np.asarray(values)
+    if array.dtype == bool: return array
+    odd = array[(array != 0) & (array != 1)]
+    if not odd.size: return array.astype(bool)
+    raise SubnetError(
+        f"bits for {name!r} are zeros and ones or booleans, found {odd.flat[0]!s} in {odd.size:,} of "
+        f"{array.size:,} places: if these are scores, use Scores(space, …) and .top(density) or .above(threshold).")
 
 
 def check_arrays(space: Space, arrays: Mapping[str, Any], what: str) -> None:      # what: "bits", "scores"

@@ -92,8 +92,10 @@ _PROMPT = (
 
 
 def body_of(model: Any) -> Any:
-    "The encoder or decoder inside a model with a head, whatever is around either."
-    return unwrap(getattr(unwrap(model), "base_model", None))
+    "The encoder or decoder inside a model with a head; raise `UnknownFamily` if this is no model."
+    base = getattr(unwrap(model), "base_model", None)
+    if base is None: raise UnknownFamily(_no_model(model))
+    return unwrap(base)
 
 
 def named_tensors(module: Any) -> Iterator[tuple[str, Any]]:
@@ -108,7 +110,7 @@ def family_of(model: Any) -> str:
     "Name the family of a model, by type or by structure; raise `UnknownFamily` if there is none."
     model = unwrap(model)
     base, config = body_of(model), getattr(model, "config", None)
-    if base is None or config is None: raise UnknownFamily(_no_model(model))
+    if config is None: raise UnknownFamily(_no_model(model))
     kind = getattr(config, "model_type", "?")
     missing = {}
     for name in [kind] if kind in FAMILIES else FAMILIES:

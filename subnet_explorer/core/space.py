@@ -72,7 +72,7 @@ def fingerprint(model: Any, layout: Layout) -> str:
     covered = set()                          # blocks, by number
     for name, p in named_tensors(body_of(model)):
         if not name.startswith(blocks) and name != layout.embedding: continue
-        values = p.detach().cpu()
+        values = getattr(p, "stands_for", p).detach().cpu()
         if values.dtype.itemsize < 4:
             values = values.float()          # bfloat16 has no numpy type; widening is exact
         found.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())

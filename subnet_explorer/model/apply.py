@@ -5,12 +5,19 @@
 # %% ../../nbs/model/01_apply.ipynb #c4031d28
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import SubnetError
@@ -24,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applied', 'masked', 'evaluating', 'blocks_of',
-           'entering', 'resuming', 'attending']
+__all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applied', 'ModelInUse', 'lent', 'masked', 'evaluating',
+           'blocks_of', 'entering', 'resuming', 'attending']
 
 # %% ../../nbs/model/01_apply.ipynb #3e4f2468
 def _tables_with(model: PreTrainedModel, name: str) -> list[tuple[dict[str, Any], str]]:
@@ -50,10 +57,12 @@ def swapped(
         for name, tensor in tensors.items():
             for table, key in _tables_with(model, name):
                 undo.append((table, key, table[key]))
+                vars(tensor)["stands_for"] = vars(table[key]).get("stands_for", table[key])
                 table[key] = tensor
         yield
     finally:
         for table, key, old in reversed(undo): table[key] = old
+        for tensor in tensors.values(): vars(tensor).pop("stands_for", None)
 
 # %% ../../nbs/model/01_apply.ipynb #a1ed75cc
 def parameter(model: PreTrainedModel, group: Group) -> nn.Parameter:
@@ -142,20 +151,94 @@ def applied(
         stack.enter_context(swapped(model, tensors))
         yield
 
+# %% ../../nbs/model/01_apply.ipynb #d5e228ac
+class ModelInUse(SubnetError):
+    """A model is run as a subnetwork, and something was asked that would break it.
+
+    Cause: Two threads mask one model, masks are taken off in another order than they were put on,
+        or weights are trained or loaded while a mask is put on for a while only.
+    Fix: Give each thread a model of its own; leave the last mask first; to train the subnetwork,
+        use masked(model, mask, train=True).
+    """
+
+
+_USERS: WeakKeyDictionary[nn.Module, list[tuple[int, ExitStack]]] = WeakKeyDictionary()
+_ENTERING = threading.Lock()
+
+
+@contextmanager
+def lent(model: PreTrainedModel) -> Iterator[ExitStack]:      # what it is given to undo comes back on leaving
+    "Have `model` to change for a while; raise `ModelInUse` in a second thread, and out of order."
+    mine = threading.get_ident(), ExitStack()
+    with _ENTERING:
+        users = _USERS.setdefault(body_of(model), [])
+        if users and users[0][0] != mine[0]: raise ModelInUse(_OTHER_THREAD)
+        users.append(mine)
+    try:
+        yield mine[1]
+        if mine in users[:-1]: raise ModelInUse(_OUT_OF_ORDER)
+    finally:
+        while mine in users: users.pop()[1].close()
+
+
+_OTHER_THREAD = (
+    "another thread runs this model as a subnetwork, and both would change it: let one thread "
+    "wait for the other, or load a model for each."
+)
+_OUT_OF_ORDER = (
+    "a mask was taken off before one that was put on later; the model is whole again, without "
+    "both. Leave the last mask first, as nested with statements do."
+)
+
+
+# %% ../../nbs/model/01_apply.ipynb #09e7882b
+def _belongs(opt: Optimizer, parameters: Iterable[torch.Tensor]) -> bool:
+    "Whether an optimizer trains some of these."
+    own = {id(p) for p in parameters}
+    return any(id(p) in own and p.requires_grad for group in opt.param_groups for p in group["params"])
+
+
+def _read_only(model: PreTrainedModel, stack: ExitStack) -> None:
+    "Refuse to train or load weights of `model` until `stack` is closed."
+    weights, modules = list(model.parameters()), set(model.modules())
+
+    def at_step(opt: Optimizer, args: Any, kwargs: Any) -> None:
+        if _belongs(opt, weights): raise ModelInUse(_NOT_HERE.format(what="trained"))
+
+    def at_loading(module: nn.Module, *args: Any) -> None:
+        if module in modules: raise ModelInUse(_NOT_HERE.format(what="loaded"))      # and no copy of it
+    stack.callback(modules.clear)
+    stack.callback(register_optimizer_step_pre_hook(at_step).remove)
+    for m in modules: stack.callback(m.register_load_state_dict_pre_hook(at_loading).remove)
+
+
+_NOT_HERE = (
+    "weights cannot be {what} inside masked(model, mask), which puts a mask on for a while: to "
+    "train a subnetwork, use masked(model, mask, train=True); to load weights, leave the mask first."
+)
+
+
 # %% ../../nbs/model/01_apply.ipynb #52094443
 @contextmanager
 def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
-    "Zero masked weights in place and mask their gradients while the block runs."
-    handles = []
-    try:
-        for g, bits in to(mask, "weight").items():
-            w = parameter(model, g)
-            keep = torch.as_tensor(bits).to(w)
-            with torch.no_grad(): w.mul_(keep)
-            if w.requires_grad: handles.append(w.register_hook(keep.mul))
+    "Zero masked weights in place, and keep them at zero whatever trains them, while the block runs."
+    held = [(parameter(model, g), torch.as_tensor(~bits)) for g, bits in to(mask, "weight").items()]
+    held = [(w, off.to(w.device)) for w, off in held]
+    if any("stands_for" in vars(w) for w, _ in held): raise ModelInUse(_NOT_HERE.format(what="trained"))
+
+    def clear(*args: Any) -> None:
+        for w, off in held: w.data.masked_fill_(off, 0)
+
+    def after_step(opt: Optimizer, args: Any, kwargs: Any) -> None:
+        if _belongs(opt, (w for w, _ in held)): clear()
+    with ExitStack() as stack:
+        for w, off in held:
+            if w.requires_grad: stack.callback(w.register_hook(lambda g, off=off: g.masked_fill(off, 0)).remove)
+        stack.callback(register_optimizer_step_post_hook(after_step).remove)
+        stack.callback(body_of(model).register_forward_pre_hook(clear).remove)
+        stack.callback(clear)
+        clear()
         yield
-    finally:
-        for h in handles: h.remove()
 
 
 @contextmanager
@@ -163,27 +246,34 @@ def masked(
     model: PreTrainedModel,
     mask: Mask | Scores | None,     # what to apply; None: the full model, which makes loops over conditions simple
     *,
-    train: bool = False,            # zero the weights for good and keep gradients inside the mask
+    train: bool = False,            # zero the weights for good, and keep them at zero in training
     check: bool = True,             # compare the model's weights with the mask's fingerprint
 ) -> Iterator[int]:                 # coordinates switched off
     "Run `model` as its subnetwork (not faster, only masked); raise `SpaceMismatch` on another model."
-    if mask is None:
-        yield 0
-        return
-    if check: check_model(mask.space, model)
-    check_units(model, mask.space, mask.space.layout, full=mask.meta.get("map") == "full")
-    if train:
-        if not isinstance(mask, Mask):
-            hint = "harden the scores first, e.g. with .top(density) or .above(threshold)."
-            raise SubnetError(f"training needs a binary mask: {hint}")
-        with _held(model, mask): yield mask.space.size - mask.count
-        return
-    like = parameter_like(model)
-    values = {g.name: torch.as_tensor(mask[g.name]).to(like) for g in mask.space.groups}
-    with ExitStack() as stack:
+    with lent(model) as stack:
+        if mask is None: off = 0
+        else:
+            if check: check_model(mask.space, model)
+            check_units(model, mask.space, mask.space.layout, full=mask.meta.get("map") == "full")
+            off = _put_on(model, mask, train, stack)
+        yield off
+
+
+def _put_on(model: PreTrainedModel, mask: Mask | Scores, train: bool, stack: ExitStack) -> int:
+    "Mask a model until `stack` is closed; return how many coordinates are off."
+    if not train:
+        _read_only(model, stack)
+        like = parameter_like(model)
+        values = {g.name: torch.as_tensor(mask[g.name]).to(like) for g in mask.space.groups}
         with torch.no_grad(): stack.enter_context(applied(model, mask.space, values))      # no graph
         stack.enter_context(uncompiled())
-        yield sum(int((v == 0).sum()) for v in values.values())
+        return sum(int((v == 0).sum()) for v in values.values())
+    if not isinstance(mask, Mask):
+        hint = "harden the scores first, e.g. with .top(density) or .above(threshold)."
+        raise SubnetError(f"training needs a binary mask: {hint}")
+    stack.enter_context(_held(model, mask))
+    return mask.space.size - mask.count
+
 
 # %% ../../nbs/model/01_apply.ipynb #75f7ea91
 @contextmanager

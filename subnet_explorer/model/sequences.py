@@ -123,7 +123,7 @@ class EnteringSequences(TokenSequences):
         super().__init__(ids, next(model.parameters()).device, types, **extra)
         self.model, self.layout = model, layout_of(model, whole=False)
         self.first = first if first and can_start_at(self, first) else 0
-        self.states = states_below(self) if first else None      # (all tokens, hidden)
+        self.states = states_below(self) if self.first else None      # (all tokens, hidden)
 
     def kept(self, index: np.ndarray) -> torch.Tensor:           # (token, hidden)
         "Look up the states of some sequences that were computed beforehand."
@@ -347,7 +347,7 @@ LOGITS = 1 << 23         # logits made at a time
 
 def output_learns(seqs: Sequences) -> bool:
     "Whether gradients must reach the output layer: it is trained, or under a gate."
-    below = {id(m) for m in seqs.model.base_model.modules()}
+    below = {id(m) for m in body_of(seqs.model).modules()}
     own = [m for m in seqs.model.modules() if id(m) not in below and m is not seqs.model]
     trained = (p is not None and p.requires_grad for m in own for p in m._parameters.values())
     return any("forward" in m.__dict__ for m in own) or any(trained)

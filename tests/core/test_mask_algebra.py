@@ -575,3 +575,13 @@ def test_blocks_to_weights_and_back(family):
             assert np.array_equal(fine[g.name][::block[0], ::block[1]], bits)
             rows, columns = fine[g.name].shape
             assert np.array_equal(fine[g.name], np.kron(bits, np.ones(block, bool))[:rows, :columns])
+
+
+@pytest.mark.parametrize("value", [.3, -1, np.nan, 1e-9, 2, np.inf, "1"])
+def test_only_zeros_and_ones_are_a_mask(value):
+    space = space_with([(4,)])
+    odd = np.array([1, 0, 1, 0]).astype(type(value))
+    odd[3] = value
+    with pytest.raises(SubnetError, match=r"zeros and ones.*Scores\(space"): Mask.of(space, {"g0": odd})
+    for right in (np.array([1., 0, 1, 0]), [True, False, True, False], np.array([1, 0, 1, 0], np.uint8)):
+        assert Mask.of(space, {"g0": right}).count == 2
