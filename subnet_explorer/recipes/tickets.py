@@ -23,6 +23,7 @@ from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove
 from ..core.intervals import student_interval
+from ..core.layout import unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
@@ -129,7 +130,7 @@ def _untrained(model: nn.Module, seed: int) -> nn.Module:
     like = next(model.parameters())
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         torch.manual_seed(seed)
-        return type(model)(model.config).to(like.device, like.dtype).eval()
+        return type(unwrap(model))(unwrap(model).config).to(like.device, like.dtype).eval()
 
 # %% ../../nbs/recipes/07_tickets.ipynb #4f9400e9
 def do_cell(plan: Plan, task: str, seed: int) -> None:
