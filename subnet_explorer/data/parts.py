@@ -112,6 +112,7 @@ def task_data(
 def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
     "Part the rows: all but those of a share of the texts, and these."
     texts = sorted({data.unit(row) for row in data})
+    if len(texts) < 2: raise SubnetError(f"{data.name} has {len(texts)} texts, too few to set some aside: give more.")
     n = max(1, round(share * len(texts)))
     aside = set(np.random.default_rng(seed).choice(texts, n, replace=False).tolist())
     rest = tuple(row for row in data if data.unit(row) not in aside)

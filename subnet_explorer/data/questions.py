@@ -220,7 +220,7 @@ def is_squad(source: str | Path) -> bool:
     one = str(source).split(",")[0]
     if one.startswith("squad:") or one in _KNOWN_SOURCES: return True
     if one.endswith((".json", ".json.gz")): return True
-    return Path(one).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev"))
+    return source_path(one, BadQuestions).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev"))
 
 
 def _parts(folder: Path, part: str) -> list[Path]:
