@@ -253,11 +253,7 @@ def read_mask_file(path: str | Path) -> Bits:
         bits, recorded = Bits(space, packed, head["meta"]), head["id"]
     except MaskFileError: raise
     except Exception as e:
-        why = f"it is truncated or not a mask file ({type(e).__name__}: {e})"
-        if not Path(path).exists(): why = "there is no such file"
-        raise MaskFileError(
-            f"cannot read a mask from {path}: {why}. A mask file is written by "
-            "mask.save(path).") from e
+        raise MaskFileError(f"cannot read a mask from {path}: {_no_mask(Path(path), e)}") from e
     if bits.id != recorded:
         raise MaskFileError(_DAMAGED.format(path=path, recorded=recorded, found=bits.id))
     return bits
@@ -268,6 +264,21 @@ def _packed(data: np.ndarray, size: int, rare: int | None) -> bytes:
     return data.tobytes() if rare is None else expand_gaps(data, size, rare)
 
 
+def _no_mask(path: Path, error: Exception) -> str:
+    "What is at a path instead of a mask file, and what reads it."
+    if not path.exists(): return no_such(path)
+    if path.is_dir(): return "it is a folder: explore(folder) and Run.open(folder) read folders."
+    with reading(path, MaskFileError): begin = path.open("rb").read(8)
+    if begin.startswith(b"\x93NUMPY"): return _ARRAY
+    if begin.startswith((b"PK", b"\x80")): return _PICKLE
+    if path.suffix == ".safetensors": return f"it is truncated, or holds no mask ({type(error).__name__}: {error})."
+    return f"it is no mask file ({type(error).__name__}: {error}). A mask file is written by mask.save(path)."
+
+
+_ARRAY = ("it is an array of NumPy. Store.read(folder) reads arrays that lie as TASK/seed_NUMBER/head_mask.npy; "
+          "Mask.of(space, bits) makes a mask of arrays by name.")
+_PICKLE = ("it is a file of torch or an archive of NumPy. Read it with torch.load(path, weights_only=True) or "
+           "numpy.load(path), and give zeros and ones by name to Mask.of(space, bits).")
 _NEWER = "{path} has format {format!r}: a newer subnet_explorer is needed to read it."
 _DAMAGED = "{path} is damaged: its bits do not give the recorded id {recorded} but {found}."
 

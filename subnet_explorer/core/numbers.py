@@ -39,10 +39,10 @@ class Bounds:
 
     def __str__(self) -> str:
         low = f"{'above' if self.ends[0] == '(' else 'of at least'} {self.least:g}"
-        high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most:.20g}"
+        high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most}"
         if self.least == -math.inf: return ""
         if self.most == math.inf: return f" {low}"
-        return f" from {self.least:g} to {self.most:.20g}" if self.ends == "[]" else f" {low} and {high}"
+        return f" from {self.least:g} to {self.most}" if self.ends == "[]" else f" {low} and {high}"
 
 
 @dataclass(frozen=True)
