@@ -96,7 +96,7 @@ def reading(
     try: yield
     except SubnetError: raise
     except Exception as why:
-        if not Path(path).exists(): raise error(no_such(path)) from why
+        if not Path(path).exists(): raise error(f"cannot read {path}: {no_such(path)}") from why
         wanted = f", expected {expected}" if expected else ""
         raise error(f"cannot read {path}: {reason(why)}{wanted}.") from why
 
@@ -271,7 +271,7 @@ def _no_mask(path: Path, error: Exception) -> str:
     with reading(path, MaskFileError): begin = path.open("rb").read(8)
     if begin.startswith(b"\x93NUMPY"): return _ARRAY
     if begin.startswith((b"PK", b"\x80")): return _PICKLE
-    if path.suffix == ".safetensors": return f"it is truncated, or holds no mask ({type(error).__name__}: {error})."
+    if path.suffix == ".safetensors": return f"it is truncated or not a mask file ({type(error).__name__}: {error})."
     return f"it is no mask file ({type(error).__name__}: {error}). A mask file is written by mask.save(path)."
 
 

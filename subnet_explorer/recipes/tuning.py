@@ -69,7 +69,7 @@ def tuned_by(data: TaskData, tuning: Mapping[str, Any]) -> dict[str, Any]:
 def check_tuning(tuning: Mapping[str, Any]) -> None:
     "Whether fine-tuning can be done."
     check_names(tuning, TUNABLE, "setting of fine-tuning")
-    check_values(fit, tuning, "of fine-tuning, ")
+    check_values(fit, tuning, "fine-tuning: ")
 
 # %% ../../nbs/recipes/05_tuning.ipynb #646e4c64
 def tuned_score(

@@ -788,14 +788,14 @@ def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
 @pytest.mark.parametrize(
     "more, says",
     [
-        (dict(interval=0), "interval is the number of steps"),
+        (dict(interval=0), "interval must be a whole number of at least 1, got 0"),
         (dict(interval=2.5), "whole number"),
-        (dict(snapshots=-1), "0 or more"),
+        (dict(snapshots=-1), "at least 0"),
         (dict(snapshots=[0, 9]), "there is no step 9"),
         (dict(densities=(1e-9,), scope="global"), "keeps none of"),
         (dict(matched=True, interval=3), "imp takes 9 steps to a density of 0.6"),
         (dict(tuning=dict(epoch=3)), "did you mean epochs"),
-        (dict(tuning=dict(epochs=0)), "epochs of fine-tuning"),
+        (dict(tuning=dict(epochs=0)), "fine-tuning: epochs must be"),
         (dict(tuning=dict(lr=-1.0)), "fine-tuning: lr must be"),
         (dict(text=[]), "text is empty"),
         (dict(text="a dog"), "one string"),
