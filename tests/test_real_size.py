@@ -1,7 +1,7 @@
 """What works at pocket size works at the size of BERT-base and GPT-2 small, on both sides of every rule about size.
 
 Weights are random, widths and vocabulary are real; tokenizers are those of the pocket models, whose tokens fit. As part of
-the suite the models have two layers and a recipe takes seconds; with --slow they have all twelve.
+the suite the models have two layers and only memory rules are crossed; with --slow they have all twelve, and all runs.
 """
 from __future__ import annotations
 
@@ -164,6 +164,7 @@ def test_pieces_of_a_matrix(bert, texts, monkeypatch):
     assert equal(one, other)
 
 
+@pytest.mark.slow
 def test_engines_agree(bert, texts):
     model, tok = bert
     space = Space.of(model, "weight", layers=1)
@@ -175,6 +176,7 @@ def test_engines_agree(bert, texts):
     assert jaccard_distance(mask("plain"), wanted) < 1e-4
 
 
+@pytest.mark.slow
 def test_searches_that_share_passes(bert):
     model, tok = bert
     facts = Facts(tuple(read_facts("pocket", "MadeOf").items[:8]))
@@ -185,6 +187,7 @@ def test_searches_that_share_passes(bert):
     for one, other in zip(team, alone, strict=True): assert jaccard_distance(one.mask, other.mask) < 1e-3
 
 
+@pytest.mark.slow
 def test_long_sentences_in_any_batch(bert, texts):
     model, tok = bert
     long = blocks(tok, read_texts("pocket") * 4, 512)[:2]
@@ -194,6 +197,7 @@ def test_long_sentences_in_any_batch(bert, texts):
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_masks_of_many_weights(bert):
     "Choosing, counting and comparing in blocks, against plain numpy."
     space = Space.of(bert[0], "weight", layers=1)
@@ -211,6 +215,7 @@ def test_masks_of_many_weights(bert):
     assert counts.tolist() == np.bincount(np.sum(bits, 0), minlength=4).tolist()
 
 
+@pytest.mark.slow
 def test_compact(bert, texts):
     model = bert[0]
     mask = Mask.random(Space.of(model, "head+mlp+neuron"), .7, seed=0)
@@ -221,6 +226,7 @@ def test_compact(bert, texts):
     assert (got - wanted).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_patterns_of_long_texts(bert, monkeypatch):
     model, tok = bert
     texts = ["the robin met a girl near the park . " * n for n in (2, 14)]
@@ -235,6 +241,7 @@ def test_patterns_of_long_texts(bert, monkeypatch):
 
 # ── every recipe once ────────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.slow
 def test_tickets(bert, monkeypatch):
     data = task_data("pocket:entails", search=.005, train=8, test=8)
     def masks():
@@ -245,6 +252,7 @@ def test_tickets(bert, monkeypatch):
     assert kept == again
 
 
+@pytest.mark.slow
 def test_lamp(bert, monkeypatch):
     facts = read_facts("pocket")
     some = Facts(tuple(f for r in ("MadeOf", "IsA") for f in facts[r].items[:20]))
@@ -253,6 +261,7 @@ def test_lamp(bert, monkeypatch):
     assert set(study.items.under) == {"full", "subnetwork", "random", "mismatched", "majority"}
 
 
+@pytest.mark.slow
 def test_tamt(bert, texts):
     study = recipes.tamt(*bert, texts[:4], texts[4:6], densities=(.5,), methods=("omp", "mlm+kd"), steps=2, batch=2,
                          lr=.05, snapshots=0, embeddings=False, progress=False)
@@ -261,6 +270,7 @@ def test_tamt(bert, texts):
     assert np.isfinite(study.scores[["mlm_loss", "hidden_loss"]]).all(axis=None)
 
 
+@pytest.mark.slow
 def test_critical(gpt2):
     facts = Facts(tuple(f for f in read_facts("pocket", prompt=1) if f.prompt.endswith("[MASK] .")))
     target, control = Facts(facts.items[:6]), Facts(facts.items[100:130])
@@ -270,6 +280,7 @@ def test_critical(gpt2):
     assert 0 < study.masks[0].density < 1 and np.isfinite(study.items.select_dtypes("number")).all(axis=None)
 
 
+@pytest.mark.slow
 def test_probe(bert):
     train, dev = (read_conllu("pocket", part=part)[:6] for part in ("train", "dev"))
     study = recipes.probe(*bert, "pos", train, dev, granularity=("neuron", "weight"), steps=2, batch=6, ranks=(8,),

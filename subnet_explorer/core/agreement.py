@@ -13,6 +13,7 @@ import pandas as pd
 
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
+from .numbers import Count, Seed, checked
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
@@ -53,13 +54,14 @@ def _tally(votes: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     return items, n, votes @ v, votes @ agreeing / (n * (n - 1) * items)
 
 # %% ../../nbs/core/11_agreement.ipynb #aeca6603
+@checked
 def agreement(
     masks: Masks,
     over: str = "seed",     # label that tells the raters apart
     by: str | None = None,  # compare within each value of this label, e.g. "task"
     level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
 ) -> pd.DataFrame:                 # [by,] kind, items, raters, prevalence, agreement, kappa, low, high, alpha, note
     "Kappa with prevalence, raw agreement and bootstrap interval, and alpha, per kind of unit."
     rows, rng = [], np.random.default_rng(seed)
@@ -187,14 +189,15 @@ PAIRWISE = (
 )
 
 
+@checked
 def consensus(
     masks: Masks,
     kind: str = "head",
     by: str = "task",
     over: str = "seed",
     level: float = 0.95,           # of the bootstrap interval of kappa
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
 ) -> pd.DataFrame:  # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes, empty_pairs
     "What the masks of each task have in common, for one kind of unit; `notes` says what is undefined."
     _check_consensus(masks, kind, by, over)

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from .errors import SubnetError
+from .numbers import Count, Seed, checked
 
 # %% auto #0
 __all__ = ['resampled', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
 
 # %% ../../nbs/core/12_intervals.ipynb #cbb4b293
+@checked
 def resampled(
     groups: Sequence[np.ndarray],                 # per group: (draws, items) or (draws, items, values)
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
     pooled: bool = False,                         # False: mean of group means; True: of all items
     weights: Sequence[np.ndarray] | None = None,        # per group: weights of the items
 ) -> tuple[Any, np.ndarray]:                      # estimate, (samples,); or (values,), (samples, values)
@@ -34,11 +36,12 @@ def resampled(
     return np.average(values, axis=0, weights=share), np.average(means, axis=0, weights=share)
 
 
+@checked
 def interval(
     groups: Sequence[np.ndarray],
     level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
     pooled: bool = False,
     weights: Sequence[np.ndarray] | None = None,
 ) -> tuple[float, float, float]:      # estimate, low, high

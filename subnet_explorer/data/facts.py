@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Natural, Seed, checked
 from .files import BadFacts, numbered_lines, numbered_sources
 
 # %% auto #0
@@ -164,13 +165,14 @@ def _lama_templates(path: Path) -> dict[str, str]:
     return found
 
 # %% ../../nbs/data/01_facts.ipynb #29ad81b8
+@checked
 def read_facts(
     source: str | Path,     # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
     templates: Mapping[str, str] | str | Path | None = None,   # {subject} and {object} by relation,
                                                                # or LAMA's relations.jsonl
     strict: bool = True,    # False: count prompts without exactly one [MASK] instead of stopping
-    prompt: int = 0,        # which masked sentence; in pocket facts the unseen probe is the first
+    prompt: Natural = 0,    # which masked sentence; in pocket facts the unseen probe is the first
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
     place, name = source, Path(source).name
@@ -396,9 +398,10 @@ def _overlap(relation: str, train: Sequence[Fact], test: Sequence[Fact]) -> dict
     return row
 
 # %% ../../nbs/data/01_facts.ipynb #a60f19c4
+@checked
 def split(
     facts: Facts,
-    seed: int = 0,
+    seed: Seed = 0,
     shares: tuple[int, int, int] = (7, 2, 1),      # train : development : test
 ) -> Split:
     "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."

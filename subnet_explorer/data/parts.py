@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import SubnetError
+from ..core.numbers import Count, Seed, Share, checked
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, read_glue
 
@@ -77,17 +78,18 @@ class TaskData:
         return f"TaskData({self.train.name}: {sizes}; {self.metric})"
 
 # %% ../../nbs/data/07_parts.ipynb #87fa4a17
+@checked
 def task_data(
     source: str | Path,              # as in `read_task`; without a development part, a share of the
                                      # training sentences is set aside for the report, too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
-    search: float = 0.2,             # share of the training sentences on which masks are searched
+    search: Share = 0.2,             # share of the training sentences on which masks are searched
     on_dev: bool = False,            # search and report on the same sentences, as published
-    train: int | None = None,        # at most so many sentences to train on, the same for every seed
+    train: Count | None = None,      # at most so many sentences to train on, the same for every seed
                                      # of a study (`fit` has a limit for others) …
-    test: int | None = None,         # … and to report on
-    seed: int = 0,
+    test: Count | None = None,       # … and to report on
+    seed: Seed = 0,
     strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:
     "Read the three parts of a task."

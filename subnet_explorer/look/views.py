@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.compare import against
 from ..core.errors import SubnetError
 from ..core.mask import Mask
+from ..core.numbers import Count, Weight, checked
 from ..core.scores import Scores
 from ..core.space import same_space
 from .curves import curves
@@ -230,12 +231,13 @@ def _typed(label: str, text: str, answer: Callable[[str], str]) -> Callable[[], 
     return build
 
 
+@checked
 def predictions(
     model: nn.Module,
     tok: Any,
     prompt: str,                   # with one [MASK]
     under: Under = None,           # a mask, or conditions by name
-    k: int = 5,                    # how many tokens
+    k: Count = 5,                  # how many tokens
 ) -> Piece:
     "Ask for the most probable tokens at the [MASK] of a prompt, under every condition."
     from subnet_explorer.measure.ask import predictions as ask
@@ -267,10 +269,11 @@ def attention(
     return Piece(_typed("Sentence", text, answer), lambda: attention_figure(now["maps"]), page)
 
 # %% ../../nbs/look/12_views.ipynb #f4dfa507
+@checked
 class Watch:
     "The metrics of a run while it goes on."
 
-    def __init__(self, run: Run | str | Path, every: float) -> None:      # every: seconds
+    def __init__(self, run: Run | str | Path, every: Weight) -> None:     # every: seconds
         self._run = None if isinstance(run, (str, Path)) else run
         self.folder = Path(run) if isinstance(run, (str, Path)) else run.folder
         self.every, self._over = every, threading.Event()
@@ -314,7 +317,8 @@ class Watch:
         return f"Watch({self.folder or 'in memory'}: {len(self.metrics)} log entries, {state})"
 
 # %% ../../nbs/look/12_views.ipynb #3ce1e482
-def watch(run: Run | str | Path, every: float = 1.0) -> Watch:      # every: seconds
+@checked
+def watch(run: Run | str | Path, every: Weight = 1.0) -> Watch:     # every: seconds
     "Follow loss, density and score of a search; `run` is a run or its folder, which need not exist yet."
     if not every > 0: raise SubnetError(f"every is a number of seconds above 0, got {every}.")
     return Watch(run, every)

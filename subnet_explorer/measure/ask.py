@@ -19,6 +19,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Count, checked
 from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
@@ -166,12 +167,13 @@ def _ranks(
         yield row
 
 # %% ../../nbs/measure/00_ask.ipynb #a24eae2a
+@checked
 def predictions(
     model: nn.Module,
     tok: Any,
     prompt: str,                                                 # one [MASK]; for causal models it may be missing
     under: Mapping[str, Mask | Scores | None] | None = None,     # conditions by name; None: the full model only
-    k: int = 5,
+    k: Count = 5,
     check: bool = True,                  # compare the model's weights with the masks' fingerprints
 ) -> pd.DataFrame:                       # columns under, rank, token, probability
     "List the `k` most probable tokens at the [MASK] of a prompt under every condition."
@@ -242,11 +244,12 @@ _RANKS = ("rank", "filtered", "among")
 "Columns that hold a rank."
 
 
+@checked
 def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
-    k: Sequence[int] = (1, 2, 3),
+    k: Sequence[Count] = (1, 2, 3),
     rank: str = "rank",                 # or "filtered", "among"
-    samples: int = 1000,                # of the bootstrap
+    samples: Count = 1000,              # of the bootstrap
 ) -> pd.DataFrame:                      # columns under, relation ("macro", "micro" or a name), k, value, low, high, n
     "Give P@K by condition and relation, with intervals over facts and repetitions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
@@ -278,10 +281,11 @@ def _hits(items: pd.DataFrame, rank: str, top: int) -> dict[str, np.ndarray]:   
     return out
 
 # %% ../../nbs/measure/00_ask.ipynb #f60d7642
+@checked
 def mrr(
     items: pd.DataFrame,               # from `cloze` or `majority`
     rank: str = "rank",                # or "filtered", "among"
-    truncate: int | None = None,       # ranks beyond it count as zero
+    truncate: Count | None = None,     # ranks beyond it count as zero
 ) -> pd.Series:                        # by condition
     "Give the mean reciprocal rank of all questions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
@@ -357,11 +361,12 @@ def plausibility(
     return table.assign(right=table.choice == table.label)
 
 # %% ../../nbs/measure/00_ask.ipynb #d880361c
+@checked
 @dataclass
 class Precision:
     "P@K on held-out facts, to be maximised."
     facts: Facts
-    k: int = 1
+    k: Count = 1
 
     def prepare(self, context: Context) -> Callable[[], float]:
         "Encode the facts; what comes back gives the score of the model as it is."

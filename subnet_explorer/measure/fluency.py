@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Count, Seed, checked
 from ..core.scores import Scores
 from ..data.facts import Facts, with_start
 from ..data.graphs import triple
@@ -154,6 +155,7 @@ def perplexity(
     return float(np.exp(t.nll.sum() / t.tokens.sum()))
 
 # %% ../../nbs/measure/01_fluency.ipynb #d3ed31c9
+@checked
 class HeldOut:
     "The mean loss of a language-modelling objective over all its texts, as a function of the mask."
 
@@ -162,8 +164,8 @@ class HeldOut:
         model: nn.Module,
         tok: Any,
         goal: MLM | Hidden,
-        batch: int = 32,            # texts at a time
-        seed: int = 0,              # of batches and masked tokens
+        batch: Count = 32,          # texts at a time
+        seed: Seed = 0,             # of batches and masked tokens
     ) -> None:
         self.model, self.n = model, len(goal.texts)
         self.batch = min(batch, self.n)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count, Positive, Seed, Share, checked
 from ..data.pocket import pocket_path
 
 # %% auto #0
@@ -250,12 +251,13 @@ def read_maps(
     return LabelledMaps(arrays, pd.DataFrame([dict(id=name, label=label) for name, label, _ in rows]))
 
 # %% ../../nbs/measure/06_maps.ipynb #5667d78f
+@checked
 def picture(
     maps: Sequence[np.ndarray],                          # (from, to) each
     titles: Sequence[str] | None = None,
     tokens: Sequence[Sequence[str]] | None = None,       # of each map; None: positions only
-    columns: int = 6,
-    inches: float = 2.1,                                 # width of a map
+    columns: Count = 6,
+    inches: Positive = 2.1,                              # width of a map
 ) -> bytes:                                              # PNG
     "Draw maps side by side."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -379,12 +381,13 @@ def _cuts(rng: np.random.Generator, label: str, n: int) -> list[int]:
     return sorted(cuts)
 
 # %% ../../nbs/measure/06_maps.ipynb #44912c12
+@checked
 def generate(
-    n: int,                                     # how many
-    seed: int,
-    sizes: tuple[int, int] = (10, 64),          # fewest and most tokens
-    causal: float = 0.08,                       # share of causal maps
-    normed: float = 0.2,                        # share of normed maps
+    n: Count,                                   # how many
+    seed: Seed,
+    sizes: tuple[Count, Count] = (10, 64),      # fewest and most tokens
+    causal: Share = 0.08,                       # share of causal maps
+    normed: Share = 0.2,                        # share of normed maps
     patterns: Sequence[str] = ATTENTION_PATTERNS,         # drawn in equal numbers
 ) -> LabelledMaps:
     "Draw labelled maps."

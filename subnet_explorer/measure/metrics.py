@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Count, checked
 from ..core.scores import Scores
 from ..data.parts import TaskData
 from ..data.questions import answer_scores, normalised_answer
@@ -33,12 +34,13 @@ __all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskSc
 
 # %% ../../nbs/measure/03_metrics.ipynb #fa7384bc
 @torch.no_grad()
+@checked
 def predict(
     model: nn.Module,
     head: Any,                   # a task head
     coded: Sequence[Any],        # examples as `head` encodes them
     path: str = "auto",          # see `Sequences`
-    batch: int = 128,            # examples at a time, fewer if they are long
+    batch: Count = 128,          # examples at a time, fewer if they are long
 ) -> np.ndarray:                 # (row, label)
     "Give what `head` says about encoded examples."
     head.to(next(model.parameters()).device)

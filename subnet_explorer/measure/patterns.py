@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
+from ..core.numbers import Count, Positive, Seed, checked
 from ..data.pocket import pocket_path
 from .maps import ATTENTION_PATTERNS, BadLabels, BadMap, LabelledMaps, check_map
 
@@ -31,7 +32,8 @@ SMALLEST = 32
 "Smallest map that survives the network; smaller ones are surrounded by zeros."
 
 
-def network(seed: int) -> nn.Module:      # (map, 1, size, size) → (map, 5), logits
+@checked
+def network(seed: Seed) -> nn.Module:      # (map, 1, size, size) → (map, 5), logits
     "Make the untrained network, 73 thousand weights."
     import torch
     from torch import nn
@@ -211,11 +213,12 @@ class PatternReport:
         return numbers + table + self.confusion.to_html()
 
 # %% ../../nbs/measure/07_patterns.ipynb #4768f825
+@checked
 def pattern_report(
     answers: Sequence[str],
     labels: Sequence[str],
-    samples: int = 1000,       # of the bootstrap
-    seed: int = 0,
+    samples: Count = 1000,     # of the bootstrap
+    seed: Seed = 0,
 ) -> PatternReport:
     "Compare answers with labels."
     if len(answers) != len(labels) or not len(labels):
@@ -335,14 +338,15 @@ def _accuracy(net: nn.Module, parts: Sequence[Batch]) -> float:
     return float(np.concatenate(right).mean())
 
 # %% ../../nbs/measure/07_patterns.ipynb #aacc7eec
+@checked
 def train_network(
     data: LabelledMaps | Callable[[int], LabelledMaps],      # maps, or new ones for each epoch
     *,
     held: LabelledMaps | float = 0.2,                        # held-out maps, or their share
-    epochs: int = 200,
-    lr: float = 1e-3,
-    batch: int = 64,
-    seed: int = 13,
+    epochs: Count = 200,
+    lr: Positive = 1e-3,
+    batch: Count = 64,
+    seed: Seed = 13,
     published: bool = False,
     decay: bool = False,                                     # the rate falls to zero (cosine)
     keep: str = "best",                                      # the state best on held-out maps, or "last"

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import resampled
+from ..core.numbers import Count, Seed, checked
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
@@ -153,12 +154,13 @@ def _side_by_side(part: pd.DataFrame, full: pd.DataFrame, column: str) -> list[n
     return [t.to_numpy(float) for t in tables]
 
 # %% ../../nbs/measure/02_removal.ipynb #10789ff7
+@checked
 def removal_table(
     items: pd.DataFrame,              # from `removal`
     reference: str = "full",          # condition to compare with; of several draws of it the mean counts
-    top: Sequence[int] = (1, 5, 10),
-    samples: int = 1000,              # of the bootstrap
-    seed: int = 0,
+    top: Sequence[Count] = (1, 5, 10),
+    samples: Count = 1000,            # of the bootstrap
+    seed: Seed = 0,
     level: float = 0.95,
 ) -> pd.DataFrame:                    # columns under, data, measure, value, low, high, median, min, max, n, draws
     "Summarise what is lost: every measure, and its difference to the full model."

@@ -15,6 +15,7 @@ import pandas as pd
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Positive, Seed, checked
 from ..core.scores import Scores
 from ..data.facts import Facts
 
@@ -110,10 +111,11 @@ def _states(prompts: Prompts, position: np.ndarray, size: int = 256) -> list[np.
     return out
 
 # %% ../../nbs/measure/04_vectors.ipynb #a08ae766
+@checked
 def tsne(
     vectors: Vectors,
-    seed: int = 0,
-    perplexity: float | None = None,      # None: 30; always capped at a third of the points
+    seed: Seed = 0,
+    perplexity: Positive | None = None,   # None: 30; always capped at a third of the points
 ) -> pd.DataFrame:                        # the table of `vectors` with x, y and the perplexity used
     "Lay out the vectors of every condition in the plane."
     from sklearn.manifold import TSNE

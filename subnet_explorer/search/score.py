@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Count, Seed, checked
 from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, same_space
 from ..model.apply import applied, parameter, parameter_like
@@ -56,7 +57,8 @@ def _pooled(group: Group, values: np.ndarray) -> np.ndarray:      # of a matrix,
     return np.nanmean(padded.reshape(rows, r, columns, c), axis=(1, 3))
 
 # %% ../../nbs/search/12_score.ipynb #3404008f
-def random(space: Space, seed: int) -> Scores:
+@checked
+def random(space: Space, seed: Seed) -> Scores:
     "Draw uniform random scores."
     rng = np.random.default_rng(seed)
     values = {g.name: rng.random(g.shape) for g in space.groups}
@@ -223,6 +225,7 @@ def _check_finite(total: Mapping[str, np.ndarray], what: str) -> None:
                       "or its precision is too low. Nothing can be ranked by that.")
 
 # %% ../../nbs/search/12_score.ipynb #eadaad4e
+@checked
 class GateImportance:
     "Mean absolute gradient of the loss with respect to every gate, within any subnetwork."
 
@@ -232,16 +235,15 @@ class GateImportance:
         tok: Any,
         goal: Objective,               # its loss is a mean over the examples of a batch
         space: Space,                  # heads, MLPs, neurons or layers
-        batches: int | None = 8,       # None: all examples of the goal once
-        batch: int = 32,
-        seed: int = 0,
+        batches: Count | None = 8,     # None: all examples of the goal once
+        batch: Count = 32,
+        seed: Seed = 0,
         mode: str = "example",         # "example", "batch" or "cumulative"
         normalise: str | None = None,  # None, "layer" or "published": see `normalised`
     ) -> None:
         check_model(space, model)
         check_names([mode], MODES, "mode of importance")
         _check_goal(goal, space)
-        _check_batches("importance", batches, batch)
         self.model, self.space = model, space
         self.mode, self.normalise, self.seed = mode, normalise, seed
         self.steps = batches or -(-_example_count(goal, tok) // batch)
@@ -276,13 +278,6 @@ def _check_goal(goal: Objective, space: Space) -> None:
                           "sequences: rank on another objective, e.g. Cloze.")
 
 
-def _check_batches(what: str, batches: int | None, batch: int) -> None:
-    "Raise `SubnetError` unless there is something to measure on."
-    if batch < 1 or (batches is not None and batches < 1):
-        raise SubnetError(f"{what} needs at least one batch of at least one example, "
-                          f"got batches={batches}, batch={batch}.")
-
-
 def _example_count(goal: Objective, tok: Any) -> int:
     "How many examples an objective has; windows of texts count each."
     examples = getattr(goal, "examples", getattr(goal, "facts", None))
@@ -293,14 +288,15 @@ def _example_count(goal: Objective, tok: Any) -> int:
     return len(encoded(head, tok, examples) if hasattr(head, "code") else examples)
 
 # %% ../../nbs/search/12_score.ipynb #4bfed62f
+@checked
 def importance(
     model: nn.Module,
     tok: Any,
     goal: Objective,                   # its loss is a mean over the examples of a batch
     space: Space,                      # heads, MLPs, neurons or layers
-    batches: int | None = 8,           # None: all examples of the goal once
-    batch: int = 32,
-    seed: int = 0,
+    batches: Count | None = 8,         # None: all examples of the goal once
+    batch: Count = 32,
+    seed: Seed = 0,
     mode: str = "example",             # "example", "batch" or "cumulative"
     normalise: str | None = None,      # None, "layer" or "published": see `normalised`
     under: Mask | None = None,         # importance within this subnetwork
@@ -311,14 +307,15 @@ def importance(
     return measure.within(under, include_removed)
 
 # %% ../../nbs/search/12_score.ipynb #907984f5
+@checked
 def attribution(
     model: nn.Module,
     tok: Any,
     goal: Objective,               # its loss is a mean over the examples of a batch
     space: Space,                  # weights, biases or blocks; a block has the mean of its weights
-    batches: int | None = None,    # None: all examples of the goal once
-    batch: int = 32,               # in mode "batch"
-    seed: int = 0,
+    batches: Count | None = None,  # None: all examples of the goal once
+    batch: Count = 32,             # in mode "batch"
+    seed: Seed = 0,
     mode: str = "example",         # "example" or "batch": where the absolute value is taken
 ) -> Scores:
     "Score weights by |weight · gradient|, the mean; raise `SubnetError` if not finite."
@@ -328,7 +325,6 @@ def attribution(
         if g.kind not in WEIGHTS:
             raise SubnetError("attribution is defined for weights, biases and blocks, "
                               f"not for {g.kind!r}: use importance.")
-    _check_batches("attribution", batches, batch)
     size = 1 if mode == "example" else batch
     steps = batches or -(-_example_count(goal, tok) // size)
     weights = {g.name: parameter(model, g) for g in space.groups}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Positive, Weight, checked
 from ..model.apply import swapped
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ['Weights', 'put_into']
 
 # %% ../../nbs/search/10_together.ipynb #2d168997
+@checked
 class Weights(nn.Module):
     "Weights of a model that a search trains along with its gate."
 
@@ -32,8 +34,8 @@ class Weights(nn.Module):
         model: PreTrainedModel,
         which: str | Sequence[str] = "all",      # or names, with wildcards: "encoder.layer.3.*"
         *,
-        lr: float = 3e-5,                        # peak learning rate; its schedule is that of the logits
-        decay: float = 0.0,                      # decoupled weight decay, with optimizer="adamw"
+        lr: Positive = 3e-5,                     # peak learning rate; its schedule is that of the logits
+        decay: Weight = 0.0,                     # decoupled weight decay, with optimizer="adamw"
     ) -> None:
         super().__init__()
         if not (math.isfinite(lr) and lr > 0):
