@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.compare import jaccard, placement as placed
 from ..core.errors import SubnetError, check_names
-from ..core.layout import is_causal, layer_text
+from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight, checked
@@ -193,7 +193,7 @@ def read_material(
                                  # pocket and masked models
 ) -> dict[str, Any]:
     "Read facts and text of a study as a shell names them."
-    config: Any = model.config
+    config: Any = unwrap(model).config
     pocket = Path(str(config.name_or_path)).name.startswith("pocket-")
     forget, keep = (read_graph(source, is_causal(model), pocket) for source in (target, control))
     if about is not None: forget = neighbourhood(forget, about, size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import SubnetError
+from ..core.layout import unwrap
 from ..core.numbers import Count, Natural, Share, checked
 from ..data.files import BadTexts
 from ..data.parts import TaskData, task_data
@@ -81,7 +82,7 @@ def read_running_text(
 ) -> dict[str, Any]:
     "Read text and tasks of a study as a shell names them."
     from subnet_explorer.model.load import load
-    pocket = Path(str(model.config.name_or_path)).name.startswith("pocket-")
+    pocket = Path(str(unwrap(model).config.name_or_path)).name.startswith("pocket-")
     if block is None: block = 0 if pocket else min(512, longest(model, tok))
     learn, held = _text_parts(tok, text, dev, block, cache)
     reading = {"train": limit_train, "test": limit_test, "strict": not lenient}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove
+from ..core.layout import body_of
 from ..core.mask import Mask
 from ..core.numbers import Count, PartShare, Positive, Seed, checked
 from ..core.scores import Scores
@@ -37,7 +38,7 @@ from ..tasks.fit import fit, preserved
 
 # %% auto #0
 __all__ = ['FIRST_MASKS', 'METHODS', 'TRAINED', 'PRUNED_BY', 'Way', 'first_mask', 'check_density', 'objective', 'ladder',
-           'pruned', 'steps_on_the_way', 'check_ladder', 'imp', 'Ladder', 'resumed', 'body_of', 'write_values', 'timed',
+           'pruned', 'steps_on_the_way', 'check_ladder', 'imp', 'Ladder', 'resumed', 'write_values', 'timed',
            'TamtSetting', 'FoundMask', 'found', 'said_of_reach']
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #1b32517a
@@ -225,11 +226,6 @@ def _trained_on(way: Ladder, i: int, cycle: Path | None, progress: Any) -> float
     return float(log.loss.iloc[-1])
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #70311ee9
-def body_of(model: nn.Module) -> nn.Module:
-    "The encoder or decoder inside a model with a head."
-    return cast(nn.Module, model.base_model)
-
-
 @torch.no_grad()
 def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     "Write values into parameters, as many as there are."

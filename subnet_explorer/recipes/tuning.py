@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import check_names
+from ..core.layout import unwrap
 from ..core.mask import Mask
 from ..core.numbers import check_values
 from ..core.space import digest
@@ -57,7 +58,7 @@ def untrained(model: nn.Module, seed: int) -> nn.Module:
     like = next(model.parameters())
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         torch.manual_seed(seed)
-        return type(model)(model.config).to(like.device, like.dtype).eval()
+        return type(unwrap(model))(unwrap(model).config).to(like.device, like.dtype).eval()
 
 # %% ../../nbs/recipes/05_tuning.ipynb #2645b14d
 TUNE: dict[str, Any] = {"epochs": 3.0, "lr": 2e-5, "head_lr": 2e-5, "batch": 32, "length": 128, "warmup": 0.0,

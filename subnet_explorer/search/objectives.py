@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import SubnetError, check_names
+from ..core.layout import unwrap
 from ..core.space import digest
 from ..data.facts import Facts
 from ..data.texts import Blocks
@@ -83,6 +84,9 @@ class Context:
     rank: int = 0                                    # this process among …
     world: int = 1                                   # … so many that share every batch
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
+
+    def __post_init__(self) -> None:
+        self.model = unwrap(self.model)
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
         "Return the encoded facts, with the output of the frozen blocks computed once."
