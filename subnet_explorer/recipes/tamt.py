@@ -102,8 +102,7 @@ class Tamt(Study):
         "The tasks and the summary."
         return tamt_text(self)
 
-    def _repr_html_(self) -> str:
-        return tamt_html(self)
+    def html(self) -> str: return tamt_html(self)
 
 # %% ../../nbs/recipes/12_tamt.ipynb #7ad45e67
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
@@ -148,9 +147,10 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress)
-        study = measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to is not None)
-        return bench.finished(study) if to else study
+        read = {"text": text, "dev": dev, **asked["tasks"]}
+        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, read)
+        setting = setting_of(model, tok, text, space, asked, Path(folder))
+        return bench.finished(measured(bench, setting, dev, asked, to is not None))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def tamt_text(study: Tamt) -> str:
     "What the shell prints: the tasks and the summary."
     data = [f"{name}: {part!r}" for name, part in study.tasks.items()]
     text = study.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    return "\n".join([*data, repr(study.space), "", text, *study.notes])
+    return "\n".join([*data, repr(study.space), "", text])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #19420fd0
 def jaccard(study: Tamt, average: str = "micro") -> pd.DataFrame:      # columns a, b, distance, chance
@@ -442,7 +442,7 @@ def tamt_results(study: Tamt) -> dict[str, Any]:
                for method, t in rest.groupby("method", sort=False)}
     return {
         "full": {"mlm_loss": full.mlm_loss, "tasks": _tasks_results(study, "full", 1.0)},
-        "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves, "notes": study.notes,
+        "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves,
     }
 
 
@@ -489,8 +489,7 @@ def tamt_sections(study: Tamt) -> Iterator[Section]:
     "The parts of the report."
     t, low = study.summary(), min(study.config["densities"])
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.tasks.items())
-    said = f"{SCORES_TEXT}{metrics}. " if study.tasks else ""
-    yield "Scores", said + " ".join(study.notes), [*_score_bars(study, t), t.round(4)]
+    yield "Scores", f"{SCORES_TEXT}{metrics}." if study.tasks else "", [*_score_bars(study, t), t.round(4)]
     yield "Pre-training and transfer", TRANSFER_TEXT, _transfers(study, t)
     ways = _ways(study)
     yield "On the way", WAY_TEXT + _chances(study), [curves.curves(ways, "Masks on the way")] if ways else []

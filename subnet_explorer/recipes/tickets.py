@@ -37,7 +37,7 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe
+from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe
 from .tasks import read_tasks
 from .tuning import score_after_training, scored, untrained
 
@@ -255,11 +255,11 @@ def tickets(
     config = {"recipe": "tickets", "model": str(space.model), "kind": kind, "training": training,
               "pruning": pruning, "published": published}
     with folder_or_scratch(to) as folder:
-        bench = Bench(config, folder, progress)
+        bench = Bench(config, folder, progress, tasks)
         longer = tuple(float(e) for e in longer)
         plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, longer, random_init, published)
         study = worked(bench, plan, list(seeds), supers, processes, kept=to is not None)
-        return bench.finished(study) if to else study
+        return bench.finished(study)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #10bd394c
 def check_study(
@@ -358,7 +358,8 @@ class Tickets(TicketData):
         "The tasks, the table of the paper and the gains."
         return tickets_text(self)
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        "The table of the paper."
         seeds = self.scores.seed.nunique()
         return f"<b>{len(self.plan.tasks)} tasks × {seeds} seeds, {self.config['kind']}</b>{self.table().to_html()}"
 
@@ -384,8 +385,11 @@ def collected(
         masks=Masks(masks), tables={"scores": scores, "steps": steps}, config=bench.config,
         model_name=plan.space.model.name, seconds=bench.seconds, folder=bench.folder if kept else None,
         importance={cell: _importance(plan, note) for cell, note in notes.items() if note["importance"]},
-        skipped=skipped, plan=plan, notes=tuple(_notes(plan, notes, Masks(masks), scores)),
+        skipped=skipped, plan=plan, notes=_all_notes(plan, notes, skipped, Masks(masks), scores),
     )
+
+
+def _test_sizes(tasks: Mapping[str, TaskData]) -> dict[str, int]: return {name: len(d.test) for name, d in tasks.items()}
 
 
 def _reasons(skipped: Mapping[tuple[str, int], str]) -> list[str]:
@@ -411,6 +415,11 @@ def _scores_of(runs: Sequence[Run]) -> pd.DataFrame:
 _WHOLE = {"density": 1.0, "density_weights": 1.0}
 _LOW_FLOOR = ("{}, seed {}: the floor of {:.3f} lies under the {:.3f} that the majority label scores on the sentences of "
               "the search, so that a subnetwork can pass without knowing anything.")
+
+
+def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
+    unpruned = [f"not pruned: {why}" for why in _reasons(skipped)]
+    return (*unpruned, *few_note("test sentences", _test_sizes(plan.tasks)), *_notes(plan, cells, *found))
 
 
 def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame) -> Iterator[str]:
@@ -484,7 +493,6 @@ def tickets_results(study: Tickets) -> dict[str, Any]:
         "kind": study.config["kind"],
         "tasks": {task: _task_results(study, task, t[t.task == task], files) for task in study.plan.tasks},
         "gains": gains,
-        "notes": study.notes,
         "skipped": {f"{task}, seed {seed}": why for (task, seed), why in study.skipped.items()},
     }
 
@@ -523,7 +531,6 @@ def tickets_text(study: Tickets) -> str:
     data = [f"{name}: {part!r}" for name, part in study.plan.tasks.items()]
     gains = study.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
     parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains]
-    parts += [*(f"not pruned: {why}" for why in _reasons(study.skipped)), *study.notes]
     return "\n\n".join(parts)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #5f823700
@@ -558,8 +565,7 @@ def _scores_text(study: Tickets) -> str:
     chosen = any(data.search is data.test for data in study.plan.tasks.values())
     sentences = "On sentences by which nothing was chosen" + (" but the masks themselves" if chosen else "")
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.plan.tasks.items())
-    said = f"{sentences}; mean and standard deviation over seeds. {metrics}. Kept are shares of units, and of their weights."
-    return " ".join([said, *study.notes])
+    return f"{sentences}; mean and standard deviation over seeds. {metrics}. Kept are shares of units, and of their weights."
 
 
 def _importances(study: Tickets, by_task: Mapping[str, Masks]) -> list[Any]:
