@@ -323,8 +323,9 @@ def ordered(command: str, words: Sequence[str]) -> Order:
 
 def answered(study: Study, order: Order) -> Answer:
     "What a finished study says."
+    from subnet_explorer.recipes.study import printed
     out = order.values["out"]
-    lines = [study.shown(), "", f"{study.seconds:.0f} s. Masks and tables are in {out}."]
+    lines = [printed(study), "", f"{study.seconds:.0f} s. Masks and tables are in {out}."]
     if order.values["report"]: lines.append(f"Open {Path(out, 'report.html')}.")
     return Answer(study.to_json(), "\n".join(lines))
 

@@ -255,6 +255,7 @@ def read_mask_file(path: str | Path) -> Bits:
     except Exception as e:
         why = f"it is truncated or not a mask file ({type(e).__name__}: {e})"
         if not Path(path).exists(): why = "there is no such file"
+        elif reader := _READERS.get(Path(path).suffix): why = f"this is a format of others: use {reader}"
         raise MaskFileError(
             f"cannot read a mask from {path}: {why}. A mask file is written by "
             "mask.save(path).") from e
@@ -268,6 +269,10 @@ def _packed(data: np.ndarray, size: int, rare: int | None) -> bytes:
     return data.tobytes() if rare is None else expand_gaps(data, size, rare)
 
 
+_READERS = {
+    **dict.fromkeys((".pt", ".pth", ".bin"), 'core.formats.read_mask_state(path, Space.of(model, "weight"))'),
+    ".npy": "Store.read(folder) on the folder with <task>/seed_<number>/head_mask.npy",
+}
 _NEWER = "{path} has format {format!r}: a newer subnet_explorer is needed to read it."
 _DAMAGED = "{path} is damaged: its bits do not give the recorded id {recorded} but {found}."
 

@@ -101,8 +101,7 @@ class Tamt(Study):
         "The tasks and the summary."
         return tamt_text(self)
 
-    def _repr_html_(self) -> str:
-        return tamt_html(self)
+    def html(self) -> str: return tamt_html(self)
 
 # %% ../../nbs/recipes/12_tamt.ipynb #7ad45e67
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
@@ -147,9 +146,10 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress)
-        study = measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to is not None)
-        return bench.finished(study) if to else study
+        read = {"text": text, "dev": dev, **asked["tasks"]}
+        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, read)
+        setting = setting_of(model, tok, text, space, asked, Path(folder))
+        return bench.finished(measured(bench, setting, dev, asked, to is not None))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe
+from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe
 from .tasks import read_tasks
 from .tuning import score_after_training, scored
 
@@ -274,11 +274,11 @@ def tickets(
     config = {"recipe": "tickets", "model": str(space.model), "kind": kind, "training": training,
               "pruning": pruning, "published": published}
     with folder_or_scratch(to) as folder:
-        bench = Bench(config, folder, progress)
+        bench = Bench(config, folder, progress, tasks)
         longer = tuple(float(e) for e in longer)
         plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, longer, random_init, published)
         study = worked(bench, plan, list(seeds), supers, processes, kept=to is not None)
-        return bench.finished(study) if to else study
+        return bench.finished(study)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #10bd394c
 def check_study(
@@ -377,7 +377,8 @@ class Tickets(TicketData):
         "The tasks, the table of the paper and the gains."
         return tickets_text(self)
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        "The table of the paper."
         seeds = self.scores.seed.nunique()
         return f"<b>{len(self.plan.tasks)} tasks × {seeds} seeds, {self.config['kind']}</b>{self.table().to_html()}"
 
@@ -402,8 +403,15 @@ def collected(
         masks=Masks(masks), tables={"scores": _scores_of(runs), "steps": steps}, config=bench.config,
         model_name=plan.space.model.name, seconds=bench.seconds, folder=bench.folder if kept else None,
         importance={cell: _importance(plan, note) for cell, note in notes.items() if note["importance"]},
-        skipped=skipped, plan=plan,
+        skipped=skipped, plan=plan, notes=(*_unpruned(skipped), *few_note("test sentences", _test_sizes(plan.tasks))),
     )
+
+
+def _unpruned(skipped: Mapping[tuple[str, int], str]) -> list[str]:
+    return [f"not pruned: {task}, seed {seed}: {why}" for (task, seed), why in skipped.items()]
+
+
+def _test_sizes(tasks: Mapping[str, TaskData]) -> dict[str, int]: return {name: len(d.test) for name, d in tasks.items()}
 
 
 def _reasons(skipped: Mapping[tuple[str, int], str]) -> str:
@@ -510,8 +518,7 @@ def tickets_text(study: Tickets) -> str:
     "What the shell prints."
     data = [f"{name}: {part!r}" for name, part in study.plan.tasks.items()]
     gains = study.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    skipped = [f"not pruned: {task}, seed {seed}: {why}" for (task, seed), why in study.skipped.items()]
-    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains, *skipped]
+    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains]
     return "\n\n".join(parts)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #5f823700
