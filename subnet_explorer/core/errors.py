@@ -81,7 +81,7 @@ def check_names(
 
 def _meant(name: str, known: list[str]) -> str:
     "What somebody may have meant, and the first twenty names that exist."
-    folded = {str(k).lower(): k for k in known}
+    folded = {str(k).lower(): k for k in known if str(k) != str(name)}
     low = str(name).lower()
     near = [low] if low in folded else difflib.get_close_matches(low, list(folded), 3, 0.5)
     question = f"did you mean {' or '.join(str(folded[n]) for n in near)}? " if near else ""

@@ -39,10 +39,10 @@ class Bounds:
 
     def __str__(self) -> str:
         low = f"{'above' if self.ends[0] == '(' else 'of at least'} {self.least:g}"
-        high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most:.20g}"
+        high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most}"
         if self.least == -math.inf: return ""
         if self.most == math.inf: return f" {low}"
-        return f" from {self.least:g} to {self.most:.20g}" if self.ends == "[]" else f" {low} and {high}"
+        return f" between {self.least:g} and {self.most}" if self.ends == "[]" else f" {low} and {high}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def bounds_said(kind: Any) -> str:
 def _with_bounds(kind: Any, said: str) -> str:
     "What stands beside a type, added to what the type itself allows."
     if kind == Positive: return "a positive number"
-    if Distinct() in kind.__metadata__: return f"{said}, at least one and all different"
+    if Distinct() in kind.__metadata__: return f"different numbers, at least one, {said.partition(', ')[2]}"
     return said + "".join(str(mark) for mark in kind.__metadata__ if isinstance(mark, Bounds))
 
 

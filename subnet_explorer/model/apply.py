@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import SubnetError
-from ..core.layout import FAMILIES, Layout, body_of, follow_path, plain_module, unwrap
+from ..core.layout import FAMILIES, Layout, body_of, follow_path, layout_of, plain_module, unwrap
 from ..core.mask import Mask, to
 from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, spread
@@ -254,6 +254,7 @@ def masked(
         if mask is None: off = 0
         else:
             if check: check_model(mask.space, model)
+            else: layout_of(model, whole=False)      # its weights are there
             check_units(model, mask.space, mask.space.layout, full=mask.meta.get("map") == "full")
             off = _put_on(model, mask, train, stack)
         yield off

@@ -138,7 +138,7 @@ def _all_off(layout: Layout, layer: int) -> list[_Edit]:
     values = _pattern(layout, layer) if layout.n_kv > 1 else torch.ones(1, layout.head_dim)
     rows = dict(q=queries, k=values.flatten(), v=values.flatten(), gate=neurons, up=neurons)
     rows["qkv"] = torch.cat([queries, values.flatten(), values.flatten()])
-    return [(role, False, rows[role]) for role in layout.roles if role in rows]
+    return [*_both_off(layout, layer), *((role, False, rows[role]) for role in layout.roles if role in rows)]
 
 
 def _neurons_off(layout: Layout, layer: int) -> list[_Edit]:

@@ -159,7 +159,7 @@ def read_questions(
     relations: Sequence[str] | None = None,  # only these
     templates: str | None = None,            # a LAMA relations.jsonl whose templates replace the prompts
     lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
-    at_least: int = 0,                       # leave out, and count, relations with fewer facts whose object is one
+    at_least: Natural = 0,                   # leave out, and count, relations with fewer facts whose object is one
                                              # token
 ) -> dict[str, Any]:
     "Read the facts of a study as a shell names them."

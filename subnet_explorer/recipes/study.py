@@ -25,7 +25,7 @@ from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
 from ..core.numbers import checked
-from ..core.store import Run, Store, cached_table, open_study
+from ..core.store import Run, Store, cached_table, given_back, open_study
 from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
@@ -281,7 +281,7 @@ def recipe(
 ) -> Callable[[F], F]:
     "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
-        run = checked(run)
+        run = given_back(checked(run))
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "

@@ -28,6 +28,7 @@ from .gates import Gate
 from .loop import SCHEDULES, Learner, Loop, Monitor, Parameters, Plan, Turn, begin, frozen, lr_at
 from .objectives import NOISE, Cloze, Context, Objective, Pass, passes
 from .processes import Processes
+from .reach import warn_if_stuck
 from .team import GateOptimizer, Search, capturable, prompts_of, run_together
 from .together import Weights
 
@@ -270,6 +271,7 @@ def start(
 ) -> Search:  # fmt: skip
     "A search at its beginning, or where it was stopped."
     rates = [s["lr"] * lr_at(t, s["steps"], s["schedule"], s["warmup"]) for t in range(s["steps"])]
+    warn_if_stuck(gate, rates, 0.01 if s["optimizer"] == "adamw" else 0.0)
     parts = passes(goal, s["noise"], s["complement"])
     several = len(parts) > 1 or parts[0].flip
     opt = optimizer_of(model, gate, rates, s, several, team.share)
