@@ -1,7 +1,8 @@
 """What works at pocket size works at the size of BERT-base and GPT-2 small, on both sides of every rule about size.
 
-Weights are random, widths and vocabulary are real; tokenizers are those of the pocket models, whose tokens fit. As part of
-the suite the models have two layers and only memory rules are crossed; with --slow they have all twelve, and all runs.
+Weights are random, widths and vocabulary are real; tokenizers are those of the pocket models, whose tokens fit.
+As part of the suite the models have two layers and only memory rules are crossed; with --slow they have all twelve,
+and all runs.
 """
 from __future__ import annotations
 

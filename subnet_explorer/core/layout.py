@@ -332,7 +332,7 @@ def _check_blocks(kind: str, layout: Layout, matrices: _Matrices) -> None:
             if _has_bias(matrix) == (role in layout.biases): continue
             raise UnknownFamily(_DIFFERENT.format(f"block {number}", f"another bias in its {role!r} matrix"))
 
-
+# %% ../../nbs/core/01_layout.ipynb #5542b9d6
 _AWAY = (
     "weights of this model are not in memory: they are on the meta device, or offloaded. Load the "
     "whole model, without device_map or with one that fits, e.g. model, tok = load(name)."

@@ -151,7 +151,7 @@ def dataset_parts(name: str, error: type[SubnetError] = BadFacts) -> Mapping[str
         said = str(e).partition("\n")[0][:120]
         raise error(f"cannot load the data set {name!r} ({type(e).__name__}: {said}).") from e
 
-
+# %% ../../nbs/data/00_files.ipynb #7010153b
 def _files(path: Path) -> list[Path]:
     "List the data files at `path`."
     if path.is_dir():

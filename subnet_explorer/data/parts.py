@@ -116,4 +116,5 @@ def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Label
     n = max(1, round(share * len(texts)))
     aside = set(np.random.default_rng(seed).choice(texts, n, replace=False).tolist())
     rest = tuple(row for row in data if data.unit(row) not in aside)
-    return replace(data, items=rest), replace(data, items=tuple(row for row in data if data.unit(row) in aside), skipped={})
+    apart = tuple(row for row in data if data.unit(row) in aside)
+    return replace(data, items=rest), replace(data, items=apart, skipped={})

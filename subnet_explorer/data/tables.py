@@ -231,7 +231,8 @@ def _table(source: str, part: str, task: LabelTask) -> _Table:
         raise BadTable(f'there is no table {path}: {known}, or "datasets:NAME/CONFIG".')
     rows = ((n, line.split("\t")) for n, line in numbered_lines(path, BadTable))
     first = next(rows, (0, []))
-    if task.bare and not _is_header(first[1], task): return _Table(list(task.bare), chain([first], rows), str(path), task)
+    if task.bare and not _is_header(first[1], task):
+        return _Table(list(task.bare), chain([first], rows), str(path), task)
     return _Table([name.strip() for name in first[1]], rows, str(path), task)
 
 
@@ -240,7 +241,7 @@ def _is_header(cells: list[str], task: LabelTask) -> bool:
     names = {cell.strip() for cell in cells}
     return bool(names & {*task.text}) and bool(names & {*task.label})
 
-
+# %% ../../nbs/data/05_tables.ipynb #adb752d5
 def _pocket_table(source: str, part: str) -> _Table:
     from subnet_explorer.data.pocket_tasks import POCKET_TASKS, labelled
     name = check_names([source.removeprefix("pocket:")], POCKET_TASKS, "pocket task")[0]
@@ -428,7 +429,7 @@ def _arct(said: dict[str, str]) -> dict[str, Any]:
     question = f"{reason} so {claim} since" if reason and claim else ""
     return dict(question=question, choices=[said["warrant0"], said["warrant1"]], label=int(label), id=said["#id"])
 
-
+# %% ../../nbs/data/05_tables.ipynb #b710f5dd
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     "Raise unless a question can be asked."
     for what, text in (("question", row["question"]), *(("choice", c) for c in row["choices"])):

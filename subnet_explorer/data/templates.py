@@ -57,7 +57,8 @@ def checked_template(form: Any, what: str) -> str:
         raise BadFacts(f"{what} must contain {{subject}} and {{object}} once each: {form!r}.")
     odd = re.search(r"[{}]|\[MASK\]", spelled.replace("{subject}", "").replace("{object}", ""))
     if not odd: return spelled
-    raise BadFacts(f"{what} has {odd[0]!r} besides {{subject}} and {{object}}, of which the second is masked: {form!r}.")
+    besides = "besides {subject} and {object}, of which the second is masked"
+    raise BadFacts(f"{what} has {odd[0]!r} {besides}: {form!r}.")
 
 
 def filled(template: str, subject: str) -> str:

@@ -73,4 +73,5 @@ def is_true(label: Any) -> bool:
     try: value = float(label)
     except (TypeError, ValueError, OverflowError): value = math.nan
     if 0 <= value < math.inf: return value > 0
-    raise BadFacts(f"the label {label!r} of a JSON object or tab-separated triple is neither 0 (false) nor a positive number.")
+    triple = "a JSON object or tab-separated triple"
+    raise BadFacts(f"the label {label!r} of {triple} is neither 0 (false) nor a positive number.")

@@ -240,7 +240,7 @@ def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
         clear()
         yield
 
-
+# %% ../../nbs/model/01_apply.ipynb #177bf1ab
 @contextmanager
 def masked(
     model: PreTrainedModel,
@@ -274,7 +274,6 @@ def _put_on(model: PreTrainedModel, mask: Mask | Scores, train: bool, stack: Exi
         raise SubnetError(f"training needs a binary mask: {hint}")
     stack.enter_context(_held(model, mask))
     return mask.space.size - mask.count
-
 
 # %% ../../nbs/model/01_apply.ipynb #75f7ea91
 @contextmanager

@@ -188,7 +188,7 @@ def _outputs(model: PreTrainedModel, layout: Layout, way: _Way, where: Iterable[
     with hooked(handles), unnoticed(body): body(input_ids=some_ids(body), **extra)
     return seen
 
-
+# %% ../../nbs/model/07_assumed.ipynb #c56bc850
 def difference(
     model: PreTrainedModel,
     layout: Layout,
@@ -232,7 +232,7 @@ def _objection(model: PreTrainedModel, layout: Layout, what: str) -> str:
     if far <= close: return ""
     return _OTHERWISE[what].format(kind=kind, far=far)
 
-
+# %% ../../nbs/model/07_assumed.ipynb #26d141dc
 _CALLED = {"head": "heads", "neuron": "neurons", "full": "heads and neurons as weights"}
 _UNCHECKED = (
     "whether {what} of {kind} can be masked could not be tried on sixteen tokens ({said}): "

@@ -163,7 +163,7 @@ def digest(model: nn.Module) -> str:
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
-
+# %% ../../nbs/model/06_compact.ipynb #48308dd3
 def compact(
     model: PreTrainedModel,               # stays as it is; the compact model is a copy
     mask: Mask,                           # over whole units; or over weights, with a rule

@@ -176,7 +176,9 @@ def can_start_at(seqs: EnteringSequences, first: int) -> bool:
     "Whether the model gives its own hidden states when its forward pass starts at block `first`."
     longest = int(np.argmax(seqs.lengths))
     known, key = _STARTS.setdefault(seqs.model, {}), (first, int(seqs.lengths[longest]))
-    if key not in known: known[key] = _starts_at(seqs.model, seqs.layout.family, first, seqs.inputs(np.array([longest])))
+    if key not in known:
+        inputs = seqs.inputs(np.array([longest]))
+        known[key] = _starts_at(seqs.model, seqs.layout.family, first, inputs)
     return known[key]
 
 

@@ -90,7 +90,7 @@ def _mask_file(run: Run) -> str:
 Section = tuple[str, str, list[Any]]
 "A heading, what the reader should know, and figures and tables; a section without any is left out of the report."
 
-
+# %% ../../nbs/recipes/01_study.ipynb #2935060c
 @dataclass(frozen=True, kw_only=True)
 class Study(Findings):
     "What a recipe found and measured: its class says what the summary is, and may say more."
@@ -129,7 +129,8 @@ class Study(Findings):
     def report(self, path: str | Path) -> Path:
         "Write one page with all sections, which opens without a network."
         sections = [*self.sections(), *remark_sections(self)]
-        return write_report(path, f"{self.recipe.title} of {self.model_name}", [s for s in sections if s[2]], self.config)
+        title = f"{self.recipe.title} of {self.model_name}"
+        return write_report(path, title, [s for s in sections if s[2]], self.config)
 
     def shown(self) -> str:
         "What the shell prints, before what a reader must be told."
@@ -171,18 +172,24 @@ FEW = 10      # items of a part, below which a note is made
 def few_note(what: str, sizes: Mapping[str, int]) -> list[str]:
     "Say which parts that are reported on are small."
     few = ", ".join(f"{name} {n}" for name, n in sizes.items() if n < FEW)
-    return [f"few {what} ({few}): intervals over fewer than {FEW} say little, and nothing where all agree."] if few else []
+    if not few: return []
+    return [f"few {what} ({few}): intervals over fewer than {FEW} say little, and nothing where all agree."]
 
 
 def with_remarks(study: S, data: Mapping[str, Any]) -> S:
     "A study with the table of what was left out of its data, and a note of each part."
     rows = pd.DataFrame([row for row in left_out_of("", data) if row["n"]], columns=LEFT_OUT)
     rows["data"] = rows.data.str.removeprefix("/")
-    said = [f"left out of {name}: {', '.join(f'{n:,} {why}' for why, n in part.groupby('why', sort=False).n.sum().items())}."
-            for name, part in rows.groupby("data", sort=False)]
+    said = [_left_out_note(name, part) for name, part in rows.groupby("data", sort=False)]
     notes = tuple(dict.fromkeys([*study.notes, *notes_of(data), *said]))
     tables = {**study.tables, "left_out": rows} if len(rows) else study.tables
     return replace(study, tables=tables, notes=notes)
+
+
+def _left_out_note(name: Any, rows: pd.DataFrame) -> str:
+    "Say what was left out of one part of the data."
+    reasons = rows.groupby("why", sort=False).n.sum()
+    return f"left out of {name}: {', '.join(f'{n:,} {why}' for why, n in reasons.items())}."
 
 # %% ../../nbs/recipes/01_study.ipynb #e0315d3e
 def remarks(study: Study) -> dict[str, Any]:

@@ -147,8 +147,7 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        read = {"text": text, "dev": dev, **asked["tasks"]}
-        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, read)
+        bench = _bench(space, text, dev, asked, folder, progress)
         setting = setting_of(model, tok, text, space, asked, Path(folder))
         return bench.finished(measured(bench, setting, dev, asked, to is not None))
 
@@ -165,6 +164,14 @@ def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
+def _bench(
+    space: Space, text: Any, dev: Any, asked: Mapping[str, Any], folder: str | Path, progress: bool,
+) -> Bench:
+    "Where the study is made."
+    read = {"text": text, "dev": dev, **asked["tasks"]}
+    return Bench(identity_of(space, text, dev, asked["embeddings"]), folder, progress, read)
+
+
 def check_study(
     text: Any, dev: Any, asked: Mapping[str, Any], space: Space,
     densities: Sequence[float],      # as they were given, not rounded
@@ -475,8 +482,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "with 95 % Student intervals (columns mean, low, high) over n masks, or of a single mask over its runs, as "
-               "the column over says. ")
+               "with 95 % Student intervals (columns mean, low, high) over n masks, or of a single mask over "
+               "its runs, as the column over says. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")

@@ -93,7 +93,8 @@ def read_running_text(
 def _text_parts(tok: Any, text: str, dev: str | None, block: int, cache: str | None) -> tuple[Any, Any]:
     "Text to search on and text to measure on: sentences, or blocks of some size."
     def read(source: str, part: str) -> Any:
-        return read_blocks(tok, source, block, part=part, cache=cache) if block else read_texts(source, part=part, tok=tok)
+        if not block: return read_texts(source, part=part, tok=tok)
+        return read_blocks(tok, source, block, part=part, cache=cache)
     found = read(text, "train")
     if dev is not None: return found, read(dev, "validation" if dev.startswith("datasets:") else "train")
     if len(found) < 2:

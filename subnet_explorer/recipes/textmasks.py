@@ -370,8 +370,9 @@ def _seconds(s: TamtSetting, method: str, density: float, seed: int, run: Run) -
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #c50743df
 _REACH = (
-    "Mask training: {steps} steps at a peak rate of {lr:g} move a score by at most {far:.2g}; weights of the first mask "
-    "can change places if that is {edge:g} or more, so that {many} of {size:,} scores can flip."
+    "Mask training: {steps} steps at a peak rate of {lr:g} move a score by at most {far:.2g}; weights "
+    "of the first mask can change places if that is {edge:g} or more, so that {many} of {size:,} "
+    "scores can flip."
 )
 
 

@@ -389,8 +389,6 @@ def collected(
     )
 
 
-def _test_sizes(tasks: Mapping[str, TaskData]) -> dict[str, int]: return {name: len(d.test) for name, d in tasks.items()}
-
 
 def _reasons(skipped: Mapping[tuple[str, int], str]) -> list[str]:
     return [f"{task}, seed {seed}: {why}" for (task, seed), why in skipped.items()]
@@ -413,13 +411,16 @@ def _scores_of(runs: Sequence[Run]) -> pd.DataFrame:
 
 # %% ../../nbs/recipes/07_tickets.ipynb #e67bff89
 _WHOLE = {"density": 1.0, "density_weights": 1.0}
-_LOW_FLOOR = ("{}, seed {}: the floor of {:.3f} lies under the {:.3f} that the majority label scores on the sentences of "
-              "the search, so that a subnetwork can pass without knowing anything.")
+_LOW_FLOOR = (
+    "{}, seed {}: the floor of {:.3f} lies under the {:.3f} that the majority label scores on the "
+    "sentences of the search, so that a subnetwork can pass without knowing anything."
+)
 
 
 def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
     unpruned = [f"not pruned: {why}" for why in _reasons(skipped)]
-    return (*unpruned, *few_note("test sentences", _test_sizes(plan.tasks)), *_notes(plan, cells, *found))
+    sizes = {name: len(data.test) for name, data in plan.tasks.items()}
+    return (*unpruned, *few_note("test sentences", sizes), *_notes(plan, cells, *found))
 
 
 def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame) -> Iterator[str]:
@@ -565,7 +566,7 @@ def _scores_text(study: Tickets) -> str:
     chosen = any(data.search is data.test for data in study.plan.tasks.values())
     sentences = "On sentences by which nothing was chosen" + (" but the masks themselves" if chosen else "")
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.plan.tasks.items())
-    return f"{sentences}; mean and standard deviation over seeds. {metrics}. Kept are shares of units, and of their weights."
+    return f"{sentences}; mean and standard deviation over seeds. {metrics}. Kept are shares of units and weights."
 
 
 def _importances(study: Tickets, by_task: Mapping[str, Masks]) -> list[Any]:

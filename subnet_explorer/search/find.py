@@ -186,7 +186,7 @@ def check_search(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settin
         if 0 <= t <= s["steps"]: continue
         raise SubnetError(f"there is no step {t} to keep the mask of: the search has {s['steps']}.")
 
-
+# %% ../../nbs/search/09_find.ipynb #d9c3b3ae
 def open_run(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings) -> tuple[Run, Processes]:
     "Check the settings and open the run they identify; heads and gate go where the model is."
     check_search(model, gate, goal, s)

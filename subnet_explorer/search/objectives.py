@@ -85,8 +85,7 @@ class Context:
     world: int = 1                                   # … so many that share every batch
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
 
-    def __post_init__(self) -> None:
-        self.model = unwrap(self.model)
+    def __post_init__(self) -> None: self.model = unwrap(self.model)
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
         "Return the encoded facts, with the output of the frozen blocks computed once."

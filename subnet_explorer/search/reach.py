@@ -39,7 +39,7 @@ def can_flip(
     gate: Gate,
     rates: Sequence[float],      # of every step
     decay: float = 0.0,          # decoupled weight decay
-) -> tuple[int, float]:          # how many coordinates; how far the nearest is from flipping, as a multiple of the bound
+) -> tuple[int, float]:          # how many; the way of the nearest, as a multiple of the bound
     "Count the coordinates of a gate that a search with these learning rates can change."
     far = farthest(rates)[0] if len(rates) else 0.0
     shrunk = math.prod(1 - decay * rate for rate in rates)
@@ -67,9 +67,9 @@ def _from_other_side(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/search/05_reach.ipynb #a18d5dd7
 _STUCK = (
-    "no coordinate of this gate can flip: {steps} steps with these learning rates move a score by at most {far:.2g}, and "
-    "none is that near. The mask will be the one it starts from, bit for bit. Raise lr {times:.3g}-fold or more (now "
-    "{lr:g} at the peak), or give more steps."
+    "no coordinate of this gate can flip: {steps} steps with these learning rates move a score by at "
+    "most {far:.2g}, and none is that near. The mask will be the one it starts from, bit for bit. "
+    "Raise lr {times:.3g}-fold or more (now {lr:g} at the peak), or give more steps."
 )
 
 

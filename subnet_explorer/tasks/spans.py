@@ -112,9 +112,8 @@ class SpanFinder(TaskHead):
                 raise SubnetError(f"{name} is a number of tokens, at least 1, got {n!r}.")
         super().__init__(model, ["start", "end"], seed, mlp, dropout)
         self.labels, self.length, self.causal = ["start", "end"], length, is_causal(model)
-        config = unwrap(model).config
-        self.types = getattr(config, "type_vocab_size", 0) > 1
-        self.most = getattr(config, "max_position_embeddings", None)
+        self.types = getattr(unwrap(model).config, "type_vocab_size", 0) > 1
+        self.most = getattr(unwrap(model).config, "max_position_embeddings", None)
 
     def limit(self, tok: Any) -> int:
         "Most tokens of a window."
@@ -140,8 +139,8 @@ class SpanFinder(TaskHead):
     def settings(self) -> dict[str, Any]:
         "Say what identifies the head, where it differs from the usual."
         usual = dict(stride=128, query=64, best=20, longest=30)
-        more = {k: v for k, v in self.how.items() if v != usual[k]}
-        return super().settings() | more | ({"length": self.length} if self.length else {})
+        more = {k: v for k, v in {**self.how, "length": self.length}.items() if v != usual.get(k)}
+        return super().settings() | more
 
 # %% ../../nbs/tasks/02_spans.ipynb #3dad209b
 def _tight(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:      # (token, 2)

@@ -353,8 +353,10 @@ def test_one_sentence_is_one_fact(tmp_path):
 
 # ── templates, orders, labels ────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("form", ["{subject} is", "{subject} {x} {object}", "{subject} {0} {object}", "{{subject}} {object}",
-                                  "{subject} [MASK] {object}", "{subject} {object} }", None, 3])
+@pytest.mark.parametrize("form", [
+    "{subject} is", "{subject} {x} {object}", "{subject} {0} {object}", "{{subject}} {object}",
+    "{subject} [MASK] {object}", "{subject} {object} }", None, 3,
+])
 def test_a_wrong_template_is_not_blamed_on_the_facts(tmp_path, form):
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(BadFacts, match=r"^the template of IsA") as e:
@@ -387,7 +389,10 @@ def test_another_order_is_said(tmp_path, relation, line, order):
         with pytest.raises(BadFacts, match=f"the order is {order} where.*Swap the columns") as e:
             read_facts(tmp_path / "a.tsv", strict=strict)
         assert relation in str(e.value)
-    header = {"subject, relation, object": "subject\trelation\tobject", "subject, object, relation": "head\ttail\trelation"}
+    header = {
+        "subject, relation, object": "subject\trelation\tobject",
+        "subject, object, relation": "head\ttail\trelation",
+    }
     (tmp_path / "a.tsv").write_text(header[order] + "\tlabel" * text.startswith("robin\tcap") + "\n" + text)
     templates = {relation: "{subject} {object}"}
     assert [f.subject for f in read_facts(tmp_path / "a.tsv", templates=templates)] == list(BIRDS)
@@ -425,7 +430,8 @@ def some(relation: str, n: int) -> list[Fact]:
 
 
 def test_a_relation_that_was_left_out_says_so():
-    facts = Facts(tuple(some("A", 20) + some("P463", 3)), "mine", {"P463": {"object is not one token": 212}, "P9": {"x": 4}})
+    skipped = {"P463": {"object is not one token": 212}, "P9": {"x": 4}}
+    facts = Facts(tuple(some("A", 20) + some("P463", 3)), "mine", skipped)
     assert repr(facts) == "Facts(mine: 23 in 2 relations; 216 left out)" and "left out" in facts._repr_html_()
     with pytest.raises(BadFacts, match=r"P463 has 3 facts \(212 of 215 were left out: 212 object is not one token\)"):
         split(facts)
@@ -439,7 +445,8 @@ def test_a_relation_that_was_left_out_says_so():
 
 @pytest.mark.parametrize("shares", [(.7, .2, .1), (7, 2), (7, 2, 0), ("7", "2", "1")])
 def test_shares_are_whole_numbers(shares):
-    with pytest.raises(BadFacts, match="shares are three whole numbers"): split(Facts(tuple(some("A", 20))), shares=shares)
+    facts = Facts(tuple(some("A", 20)))
+    with pytest.raises(BadFacts, match="shares are three whole numbers"): split(facts, shares=shares)
 
 
 @pytest.mark.parametrize("own, other, wanted", [

@@ -29,7 +29,8 @@ def study(tmp_path, data, to=None):
 def table(folder, rows):
     folder.mkdir(exist_ok=True)
     for name in ("train", "dev"):
-        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"{name} {i}\t{x}\n" for i, x in enumerate(rows)))
+        lines = [f"{name} {i}\t{x}\n" for i, x in enumerate(rows)]
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(lines))
     return folder
 
 
