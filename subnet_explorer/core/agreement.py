@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
 from .space import same_space, tensors_by_kind
@@ -19,6 +20,7 @@ from .space import same_space, tensors_by_kind
 __all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus']
 
 # %% ../../nbs/core/11_agreement.ipynb #b0d3c102
+@checked
 def fleiss_kappa(
     votes: np.ndarray,      # (…, n + 1), items kept by 0 … n of n raters
 ) -> np.ndarray:            # (…)
@@ -30,6 +32,7 @@ def fleiss_kappa(
     return np.where(undefined, np.nan, (agreed - chance) / np.where(chance < 1, 1 - chance, 1))
 
 
+@checked
 def krippendorff_alpha(
     votes: np.ndarray,      # (…, n + 1), items kept by 0 … n of n raters
 ) -> np.ndarray:            # (…)
@@ -52,6 +55,7 @@ def _tally(votes: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     return items, n, votes @ v, votes @ agreeing / (n * (n - 1) * items)
 
 # %% ../../nbs/core/11_agreement.ipynb #aeca6603
+@checked
 def agreement(
     masks: Masks,
     over: str = "seed",     # label that tells the raters apart
@@ -113,6 +117,7 @@ def _raters(masks: Masks, over: str, but: str) -> Masks:
 _EQUAL = "undefined: the masks are equal"
 
 
+@checked
 def cochran(
     masks: Masks,
     over: str = "seed",
@@ -137,6 +142,7 @@ def cochran(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/core/11_agreement.ipynb #a9051197
+@checked
 def mcnemar(
     masks: Masks,
     over: str = "seed",
@@ -170,6 +176,7 @@ def _tested(b: int, c: int, exact: bool) -> dict[str, Any]:      # statistic, p,
     return dict(statistic=x, p=p, note="")
 
 
+@checked
 def holm(p: Sequence[float]) -> np.ndarray:
     "Adjust p-values for the number of tests (Holm 1979); undefined ones stay so and do not count."
     values = np.asarray(p, float)
@@ -186,6 +193,7 @@ PAIRWISE = (
 )
 
 
+@checked
 def consensus(
     masks: Masks,
     kind: str = "head",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 # %% auto #0
 __all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange', 'check_names', 'check_fraction',
-           'check_settings', 'check_seeds']
+           'check_whole', 'check_settings', 'check_seeds']
 
 # %% ../../nbs/core/00_errors.ipynb #7bc52c27
 class SubnetError(ValueError):
@@ -80,11 +80,22 @@ def _meant(name: str, known: list[str]) -> str:
     return f"{question}Known: {shown or 'none'}."
 
 # %% ../../nbs/core/00_errors.ipynb #94f4eded
-def check_fraction(value: float, name: str) -> None:
-    "Raise `SubnetError` unless `value` lies in 0…1."
-    if 0 <= value <= 1: return
-    hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
-    raise SubnetError(f"{name} is a fraction between 0 and 1, got {value}{hint}.")
+def check_fraction(value: float, name: str, inside: bool = False) -> None:
+    "Raise `SubnetError` unless `value` lies in 0…1, or with `inside` strictly between them."
+    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if number and (0 < value < 1 if inside else 0 <= value <= 1): return
+    hint = f"; did you mean {value / 100:g}?" if number and 5 <= value <= 100 else "."
+    where = "lies strictly between 0 and 1" if inside else "is a fraction between 0 and 1"
+    raise SubnetError(f"{name} {where}, got {value if number else repr(value)}{hint}")
+
+
+def check_whole(value: float, name: str, least: int, most: int | None = None) -> None:
+    "Raise `SubnetError` unless `value` is a whole number from `least` to `most`."
+    whole = hasattr(value, "__index__")
+    if whole and least <= value and (most is None or value <= most): return
+    end = "" if most is None else f" and at most {most}"
+    raise SubnetError(f"{name} is a whole number of at least {least}{end}, got {value!r}.")
+
 
 # %% ../../nbs/core/00_errors.ipynb #9946dbfb
 def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate: int = 1) -> None:

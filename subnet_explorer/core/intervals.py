@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from .doors import checked
 from .errors import SubnetError
 
 # %% auto #0
 __all__ = ['resampled', 'interval', 'student_interval', 'correlation']
 
 # %% ../../nbs/core/12_intervals.ipynb #cbb4b293
+@checked
 def resampled(
     groups: Sequence[np.ndarray],                 # per group: (draws, items) or (draws, items, values)
     samples: int = 1000,
@@ -34,6 +36,7 @@ def resampled(
     return np.average(values, axis=0, weights=share), np.average(means, axis=0, weights=share)
 
 
+@checked
 def interval(
     groups: Sequence[np.ndarray],
     level: float = 0.95,
@@ -82,6 +85,7 @@ def _check_groups(groups: Sequence[np.ndarray], weights: Sequence[np.ndarray] | 
         raise SubnetError("there must be one weight above 0 for each item of each group.")
 
 # %% ../../nbs/core/12_intervals.ipynb #740b67bc
+@checked
 def student_interval(
     values: Sequence[float],      # independent, one per seed say
     level: float = 0.95,
@@ -97,6 +101,7 @@ def student_interval(
     return dict(n=n, mean=mean, std=std, low=float(mean - half), high=float(mean + half))
 
 # %% ../../nbs/core/12_intervals.ipynb #b5a15f33
+@checked
 def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:      # r, p, n, note
     "Pearson's correlation of two columns; `nan` with a note where one of them is constant."
     from scipy.stats import pearsonr

@@ -13,8 +13,8 @@ from typing import Any
 from .errors import LayerRange, SubnetError, UnknownFamily
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'family_of', 'is_causal', 'layer_indices', 'layer_text', 'Layout', 'layout_of',
-           'family_table']
+__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'family_of', 'is_causal', 'no_model', 'layer_indices', 'layer_text', 'Layout',
+           'layout_of', 'family_table']
 
 # %% ../../nbs/core/01_layout.ipynb #81f42119
 _BERT = dict(
@@ -64,7 +64,7 @@ def follow_path(module: Any, path: str) -> Any:
 def family_of(model: Any) -> str:
     "Name the family of a model, by type or by structure; raise `UnknownFamily` if there is none."
     base, config = getattr(model, "base_model", None), getattr(model, "config", None)
-    if base is None or config is None: raise UnknownFamily(_no_model(model))
+    if base is None or config is None: raise UnknownFamily(no_model(model))
     kind = getattr(config, "model_type", "?")
     missing = {}
     for name in [kind] if kind in FAMILIES else FAMILIES:
@@ -91,7 +91,7 @@ def is_causal(model: Any) -> bool:
     return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
 
 # %% ../../nbs/core/01_layout.ipynb #87ceb40a
-def _no_model(found: Any) -> str:
+def no_model(found: Any) -> str:
     "What to do where a transformers model was expected."
     what, advice = _advice(found)
     needed = "a transformers model is needed, with its base_model and its config"

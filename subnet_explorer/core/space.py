@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .doors import checked
 from .errors import SpaceMismatch, SubnetError, check_names
 from .layout import FAMILIES, Layout, layer_indices, layer_text, layout_of
 
@@ -113,6 +114,7 @@ class Groups:
         return sum(g.size for g in self.groups)
 
 # %% ../../nbs/core/02_space.ipynb #fcec5d25
+@checked
 @dataclass(frozen=True)
 class Space(Groups):
     "Ordered coordinates a mask can have on one model."

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from .files import BadFacts, numbered_lines, numbered_sources
 
@@ -64,6 +65,7 @@ def _warn_of_earlier(name: str, now: str) -> None:
     warnings.warn(f"Fact.{name} is called Fact.{now} now.", DeprecationWarning, stacklevel=3)
 
 # %% ../../nbs/data/01_facts.ipynb #e07c3d58
+@checked
 @dataclass(frozen=True)
 class Facts:
     "A sequence of facts."
@@ -164,6 +166,7 @@ def _lama_templates(path: Path) -> dict[str, str]:
     return found
 
 # %% ../../nbs/data/01_facts.ipynb #29ad81b8
+@checked
 def read_facts(
     source: str | Path,     # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
@@ -396,6 +399,7 @@ def _overlap(relation: str, train: Sequence[Fact], test: Sequence[Fact]) -> dict
     return row
 
 # %% ../../nbs/data/01_facts.ipynb #a60f19c4
+@checked
 def split(
     facts: Facts,
     seed: int = 0,
@@ -468,6 +472,7 @@ def too_long(tok: Any, fact: Fact) -> bool:
     return len(tok(fact.prompt.replace("[MASK]", tok.mask_token or "")).input_ids) > tok.model_max_length
 
 # %% ../../nbs/data/01_facts.ipynb #0e84c5f7
+@checked
 def answerable(
     facts: Facts,
     tok: Any,                 # tokenizer

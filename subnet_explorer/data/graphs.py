@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ..core.doors import checked
 from ..core.errors import check_names
 from .facts import TEMPLATES, Fact, Facts, read_facts, with_subject_and_object
 from .files import BadFacts
@@ -24,6 +25,7 @@ __all__ = ['FORMATS', 'IN_TARGET', 'concept', 'triple', 'wordings', 'neighbourho
            'read_graph']
 
 # %% ../../nbs/data/02_graphs.ipynb #8f778485
+@checked
 def concept(words: str) -> str:
     "Spell a subject or object as it is compared: lower case, single spaces, no article."
     words = " ".join(words.lower().split())
@@ -33,6 +35,7 @@ def concept(words: str) -> str:
 _Triple = tuple[str, str, str]      # relation, subject, object
 
 
+@checked
 def triple(fact: Fact) -> _Triple:
     "Tell what a fact states, in whatever wording and case, the subject with whatever article."
     return fact.relation.lower(), concept(fact.subject), " ".join(fact.object.lower().split())
@@ -133,6 +136,7 @@ def _check_formats(formats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
     return found
 
 # %% ../../nbs/data/02_graphs.ipynb #6119a190
+@checked
 def wordings(
     facts: Facts,
     formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object};
@@ -187,6 +191,7 @@ def _ends_with_object(prompt: str) -> bool:
 def _base(fact: Fact) -> str: return fact.uuid.split("/")[0]      # of all wordings of a triple
 
 # %% ../../nbs/data/02_graphs.ipynb #177467a8
+@checked
 def neighbourhood(
     facts: Facts,
     about: str,          # a subject or object, with or without article
@@ -221,6 +226,7 @@ IN_TARGET = "stated by the target"
 "Why `disjoint` leaves a fact out, as `.skipped` counts it."
 
 
+@checked
 def shared_triples(target: Facts, control: Facts) -> Facts:
     "Take the facts of `control` whose triple `target` states, too, in whatever wording."
     told = set(map(triple, target))
@@ -228,6 +234,7 @@ def shared_triples(target: Facts, control: Facts) -> Facts:
     return replace(control, items=items, name=f"{control.name}/overlap", skipped={})
 
 
+@checked
 def disjoint(target: Facts, control: Facts) -> Facts:
     "Take the control without the target's triples; raise `BadFacts` if nothing is left."
     shared = shared_triples(target, control).items
@@ -313,6 +320,7 @@ def _ranks(path: Path) -> dict[tuple[str, str], tuple[bool, int]]:
     return found
 
 # %% ../../nbs/data/02_graphs.ipynb #158a26b5
+@checked
 def wordnet(
     source: str | Path | None = None,   # WordNet's folder; None: $WNSEARCHDIR, $WNHOME/dict, the usual ones
     senses: int | None = None,          # only so many most frequent senses of a subject; None: all
@@ -352,6 +360,7 @@ def _is_a(subject: str, object: str) -> Fact:
     return Fact("IsA", subject, object, prompt, uuid)
 
 # %% ../../nbs/data/02_graphs.ipynb #ac96b93b
+@checked
 def read_graph(
     source: str | Path,          # "pocket", "wordnet", or whatever `read_facts` reads
     causal: bool = True,         # only wordings that a causal model can be asked

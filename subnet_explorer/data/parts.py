@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, read_glue
@@ -41,6 +42,7 @@ def alone(source: str | Path) -> bool:
     return not bare.startswith("datasets:") and bare != "pocket" and squad_files(source)["dev"] is None
 
 # %% ../../nbs/data/07_parts.ipynb #9ac09d6d
+@checked
 @dataclass(frozen=True)
 class TaskData:
     "Sentences to learn a task from, to prune on, and to report on."
@@ -77,6 +79,7 @@ class TaskData:
         return f"TaskData({self.train.name}: {sizes}; {self.metric})"
 
 # %% ../../nbs/data/07_parts.ipynb #87fa4a17
+@checked
 def task_data(
     source: str | Path,              # as in `read_task`; without a development part, a share of the
                                      # training sentences is set aside for the report, too

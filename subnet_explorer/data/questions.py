@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from .files import dataset_parts, opened, text_format
 from .tables import Labelled, LabelTask
@@ -49,6 +50,7 @@ SQUAD = LabelTask("SQuAD", ("question",), ("context",), ("answers",), metrics=("
 "How questions about a text are laid out and scored."
 
 
+@checked
 @dataclass(frozen=True)
 class Questions(Labelled):
     "Questions, each with a text in which its answer stands."
@@ -73,6 +75,7 @@ MISPLACED = ("raise", "move", "drop")
 "What can be done about answers that do not stand at their offset."
 
 
+@checked
 def read_squad(
     source: str | Path,              # "pocket", a .json[.gz] file, two with a comma, a folder,
                                      # or "datasets:NAME"; perhaps with "squad:" before it

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from .files import dataset_parts, file_text
 
@@ -30,6 +31,7 @@ class BadSentences(SubnetError):
     """
 
 
+@checked
 @dataclass(frozen=True)
 class Sentence:
     "The syntactic words of a sentence and their annotation; raise `BadSentences` if it is no tree."
@@ -82,6 +84,7 @@ def _leads_to_root(head: Sequence[int], i: int) -> bool:
 _Rows = list[tuple[int, dict[str, Any]]]      # number of the line, columns of the word
 
 
+@checked
 def read_conllu(
     source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps",
                                # or "datasets:NAME[/CONFIG]"
@@ -282,6 +285,7 @@ SCHEMES = ("IOB1", "IOB2", "BIOES")
 _Tagged = tuple[list[int], list[str], list[str]]      # numbers of lines, words, labels of a sentence
 
 
+@checked
 def read_ner(
     source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket",
                                # "pocket-gaps", or "datasets:NAME[/CONFIG]" with tokens and ner_tags
@@ -423,6 +427,7 @@ def coded_words(tok: Any, words: Sequence[str], **more: Any) -> Any:      # what
     return tok([tok.mask_token if w == GAP else w for w in words], is_split_into_words=True, **more)
 
 # %% ../../nbs/data/04_sentences.ipynb #589409c5
+@checked
 def fitting(
     sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
     tok: Any,                      # tokenizer

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import check_names
 from ..core.files import atomic_write
 from ..core.space import digest
@@ -29,6 +30,7 @@ from .files import BadTexts, check_text, dataset_parts, open_text
 __all__ = ['PIECE', 'LINE', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
 
 # %% ../../nbs/data/03_texts.ipynb #cc6efb43
+@checked
 def read_texts(
     source: str | Path,           # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     by: str = "line",             # or "paragraph": lines up to an empty one belong together
@@ -98,6 +100,7 @@ def _rows(name: str, part: str) -> Iterator[str]:
         for text in rows[i:i + 1000]["text"]: yield from str(text).splitlines() or [""]
 
 # %% ../../nbs/data/03_texts.ipynb #f7b4e2c4
+@checked
 @dataclass(frozen=True, eq=False)
 class Blocks:
     "Running text as token ids, cut into blocks of equal size."
@@ -156,6 +159,7 @@ def release(ids: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 # %% ../../nbs/data/03_texts.ipynb #49374787
+@checked
 def blocks(
     tok: Any,                     # tokenizer
     texts: Iterable[str],
@@ -262,6 +266,7 @@ def _coding(tok: Any) -> str:
     return digest({k: v for k, v in rules.items() if k not in _LEFT_BY_CALLS}, 64)
 
 # %% ../../nbs/data/03_texts.ipynb #1644b66c
+@checked
 def read_blocks(
     tok: Any,                          # tokenizer
     source: str | Path,                # as in `read_texts`; lines are joined

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..measure.maps import ATTENTION_PATTERNS, BadLabels, check_map, picture, read_labels
@@ -24,6 +25,7 @@ from .views import Piece
 __all__ = ['HEADER', 'Annotator', 'annotator_figure']
 
 # %% ../../nbs/look/14_annotator.ipynb #517e51ea
+@checked
 class Annotator(Piece):
     "Label attention maps with the keyboard."
 
@@ -159,6 +161,7 @@ def _image(a: Annotator) -> bytes:      # PNG
     return picture([a.maps[i]], [a.ids[i]], [a.tokens[i]] if a.tokens else None, inches=4.5)
 
 
+@checked
 def annotator_figure(a: Annotator) -> Figure:
     "Draw the map that an annotator shows; raise `SubnetError` at the end."
     i = a.current

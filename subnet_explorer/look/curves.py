@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval, student_interval
 from .figure import Figure, set_layout
@@ -41,6 +42,7 @@ def _ends(row: pd.Series, digits: str) -> str:
     return f" ({row['low']:{digits}} to {row['high']:{digits}})"
 
 # %% ../../nbs/look/05_curves.ipynb #8a8a395e
+@checked
 def bars(
     table: pd.DataFrame,              # columns condition, value, and if known low, high
     colour: str | None = None,        # column that tells bars of one condition apart
@@ -78,6 +80,7 @@ STAGES = {"pruned": "#9CCBE8", "retrained": "#0072B2", "full": "#E8E8E8"}
 "Colours of the stages, light and dark in greyscale, too."
 
 
+@checked
 def tickets(
     table: pd.DataFrame,             # columns task, seed, kind, stage (of `STAGES`), score
     title: str = "Subnetworks, pruned and retrained",
@@ -217,6 +220,7 @@ def _add_seeds(
     ), **where)
 
 # %% ../../nbs/look/05_curves.ipynb #ffe87844
+@checked
 def removal(
     table: pd.DataFrame,             # columns under, data, ratio, and if known low, high
     title: str = "What is left without the subnetwork",
@@ -277,6 +281,7 @@ def _add_ratios(
     else: fig.update_xaxes(type="linear", dtick=None, title_text="× full model", **where)
 
 # %% ../../nbs/look/05_curves.ipynb #332f3ac3
+@checked
 def pareto(
     table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits; low, high
     title: str = "Score against complexity",
@@ -322,6 +327,7 @@ def _variant(r: Any) -> str:
     return f"rank {r.rank}" if r.rank else ""
 
 # %% ../../nbs/look/05_curves.ipynb #83e7c6d4
+@checked
 def scatter(
     table: pd.DataFrame,             # and if known low, high: the interval of `y`
     x: str,                          # columns …
@@ -361,6 +367,7 @@ def scatter(
     return Figure(fig, table.reset_index(drop=True), f"{title or f'{up} against {across}'}. {said}.")
 
 # %% ../../nbs/look/05_curves.ipynb #a41ae0d2
+@checked
 def curves(
     metrics: pd.DataFrame | Mapping[str, pd.DataFrame],      # columns step, loss, …; or several by name
     title: str = "Search",
@@ -390,6 +397,7 @@ def curves(
     return Figure(fig, data, f"{title} over {data.step.max()} steps. {'; '.join(said)}.")
 
 # %% ../../nbs/look/05_curves.ipynb #9fea862f
+@checked
 def tradeoff(
     curves: pd.DataFrame,            # columns seed, step, sparsity, chosen, and a ratio for each data set
     title: str = "Trade-off over the search",

@@ -18,6 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..measure.attention import from_mask
 from .figure import Figure, View, add_heat, color_axis, set_layout
@@ -28,6 +29,7 @@ from .style import is_dark, safe_text, shades, style
 __all__ = ['UNPACKED', 'predictions', 'tsne', 'patterns', 'mask_attention', 'attention', 'attention_pair']
 
 # %% ../../nbs/look/06_models.ipynb #1bb5d0fa
+@checked
 def predictions(
     table: pd.DataFrame,          # columns under, rank, token, probability
     title: str = "Top predictions",
@@ -58,6 +60,7 @@ def predictions(
     return Figure(fig, data, f"{title}. {'; '.join(said)}.")
 
 # %% ../../nbs/look/06_models.ipynb #bd9ba42f
+@checked
 def tsne(
     points: pd.DataFrame,          # columns x, y and those named below; of few points, sub and obj are shown
     colour: str = "relation",      # a colour and marker for each of its values
@@ -116,6 +119,7 @@ def _same_colour(rows: pd.DataFrame, colour: str) -> float:
     return (colours == colours[nearest]).mean()
 
 # %% ../../nbs/look/06_models.ipynb #45b34654
+@checked
 def patterns(
     table: pd.DataFrame,             # columns pattern, share (0…1), and `by`
     by: str | None = None,           # one bar per value of this column
@@ -181,6 +185,7 @@ def _patterns_said(data: pd.DataFrame, group: str) -> str:
     return "; ".join(said)
 
 # %% ../../nbs/look/06_models.ipynb #eea70429
+@checked
 def mask_attention(
     maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
     title: str | None = None,                              # None: says from where
@@ -237,6 +242,7 @@ def _most_attended(grid: pd.DataFrame) -> str:
     return ", ".join(f"{grid.columns[j]} {mean[j]:.2f}" for j in np.argsort(-mean)[:3])
 
 # %% ../../nbs/look/06_models.ipynb #a288ada4
+@checked
 def attention(
     maps: np.ndarray,                         # (layer, head, token, token)
     tokens: list[str],
@@ -247,6 +253,7 @@ def attention(
     return attention_pair({name: (maps, tokens)}, layers)
 
 
+@checked
 def attention_pair(
     maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
     layers: Sequence[int] | None = None,                   # one-based; None: all

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.compare import against
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -38,6 +39,7 @@ __all__ = ['Under', 'grid_of', 'living', 'still', 'Piece', 'show_widget', 'show'
            'Watch', 'watch']
 
 # %% ../../nbs/look/12_views.ipynb #63457b35
+@checked
 def grid_of(
     values: pd.DataFrame,                       # (layer, part), what is coloured
     title: str,
@@ -103,6 +105,7 @@ _STILL = '<table aria-label="{title}"><tr><td></td>{columns}</tr>{rows}</table><
 _STILL_CELL = '<td title="{note}" style="text-align:center;background:rgba(0,90,160,{opacity:.2f})">{text}</td>'
 
 
+@checked
 def still(grid: Mapping[str, Any]) -> str:      # what `grid_of` gives
     "Write the heat-map as plain HTML."
     columns = "".join(f"<th>{html.escape(c.removeprefix('head '))}</th>" for c in grid["columns"])
@@ -120,6 +123,7 @@ def _still_cell(value: float | None, text: str, note: str) -> str:
     return _STILL_CELL.format(note=html.escape(note, quote=True), opacity=opacity, text=html.escape(text))
 
 # %% ../../nbs/look/12_views.ipynb #eda21bf4
+@checked
 class Piece:
     "A small live view that is also a figure."
 
@@ -162,6 +166,7 @@ class Piece:
     def __repr__(self) -> str: return f"Piece: {self.alt}"
 
 # %% ../../nbs/look/12_views.ipynb #c58919ef
+@checked
 def show_widget(view: Any) -> None:      # anything with a `widget`
     "Display a view in the notebook."
     from IPython.display import display
@@ -175,6 +180,7 @@ def _board(values: pd.DataFrame, title: str, label: str) -> Any:
     return w.HTML(still(grid)) if board is None else board(grid=grid)
 
 
+@checked
 def show(mask: Mask | Scores, title: str | None = None) -> Piece:
     "Show a mask or scores as a heat-map with the numbers under the pointer."
     if isinstance(mask, Mask): label, name = "share kept", f"Mask {mask.id[:8]}, density {mask.density:.3f}"
@@ -184,6 +190,7 @@ def show(mask: Mask | Scores, title: str | None = None) -> Piece:
     return Piece(lambda: _board(by_layer(cells(mask)), name, label), lambda: density_figure(mask, name))
 
 
+@checked
 def compare_view(a: Mask, b: Mask, names: tuple[str, str] = ("a", "b")) -> Piece:
     "Show two masks and what both keep; raise `SpaceMismatch` if they do not belong together."
     same_space(a.space, b.space, "compare")
@@ -230,6 +237,7 @@ def _typed(label: str, text: str, answer: Callable[[str], str]) -> Callable[[], 
     return build
 
 
+@checked
 def predictions(
     model: nn.Module,
     tok: Any,
@@ -247,6 +255,7 @@ def predictions(
     return Piece(_typed("Prompt", prompt, answer), lambda: predictions_figure(now["table"], now["prompt"]))
 
 # %% ../../nbs/look/12_views.ipynb #a81a0294
+@checked
 def attention(
     model: nn.Module,
     tok: Any,
@@ -267,6 +276,7 @@ def attention(
     return Piece(_typed("Sentence", text, answer), lambda: attention_figure(now["maps"]), page)
 
 # %% ../../nbs/look/12_views.ipynb #f4dfa507
+@checked
 class Watch:
     "The metrics of a run while it goes on."
 
@@ -314,6 +324,7 @@ class Watch:
         return f"Watch({self.folder or 'in memory'}: {len(self.metrics)} log entries, {state})"
 
 # %% ../../nbs/look/12_views.ipynb #3ce1e482
+@checked
 def watch(run: Run | str | Path, every: float = 1.0) -> Watch:      # every: seconds
     "Follow loss, density and score of a search; `run` is a run or its folder, which need not exist yet."
     if not every > 0: raise SubnetError(f"every is a number of seconds above 0, got {every}.")

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval
 from ..core.layout import is_causal
@@ -43,6 +44,7 @@ ONE_MASK = (
 )
 
 
+@checked
 def masks_of(condition: Condition) -> list[Mask | Scores]:
     "List every mask in a condition."
     if isinstance(condition, (Mask, Scores)): return [condition]
@@ -52,6 +54,7 @@ def masks_of(condition: Condition) -> list[Mask | Scores]:
     return [m for c in inner for m in masks_of(c)]
 
 
+@checked
 def draws_of(
     condition: Condition,
     relation: str | None = None,      # None: of what has no relation, such as a text
@@ -65,6 +68,7 @@ def draws_of(
     return [cast("Mask | Scores | None", condition)]
 
 
+@checked
 def first_block_changed_by(model: nn.Module, condition: Condition) -> int:      # zero-based
     "Find the first block that any mask can change; raise `SpaceMismatch` for masks of another model."
     spaces = {m.space.id: m.space for m in masks_of(condition)}
@@ -72,6 +76,7 @@ def first_block_changed_by(model: nn.Module, condition: Condition) -> int:      
     return max(0, min((min(space.layers) for space in spaces.values()), default=0))
 
 # %% ../../nbs/measure/00_ask.ipynb #645fbec3
+@checked
 def check_finite(
     values: torch.Tensor | np.ndarray,
     consequence: str,                       # what cannot be done, for the message
@@ -84,6 +89,7 @@ def check_finite(
     )
 
 
+@checked
 def logits_in_parts(
     prompts: Prompts,
     size: int = 256,        # prompts at a time
@@ -96,6 +102,7 @@ def logits_in_parts(
     return logits
 
 
+@checked
 def right_answers(
     prompts: Prompts,
     logits: torch.Tensor,      # (prompt, vocabulary)
@@ -107,6 +114,7 @@ def right_answers(
     return 1 + better.sum(1), logprob, better
 
 # %% ../../nbs/measure/00_ask.ipynb #884b09c1
+@checked
 def cloze(
     model: nn.Module,
     tok: Any,
@@ -166,6 +174,7 @@ def _ranks(
         yield row
 
 # %% ../../nbs/measure/00_ask.ipynb #a24eae2a
+@checked
 def predictions(
     model: nn.Module,
     tok: Any,
@@ -213,6 +222,7 @@ _NEVER = 10**9
 "Rank of an object that is never found."
 
 
+@checked
 def majority(
     train: Facts,                      # where objects are counted, by relation
     test: Facts,                       # questions
@@ -242,6 +252,7 @@ _RANKS = ("rank", "filtered", "among")
 "Columns that hold a rank."
 
 
+@checked
 def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
     k: Sequence[int] = (1, 2, 3),
@@ -278,6 +289,7 @@ def _hits(items: pd.DataFrame, rank: str, top: int) -> dict[str, np.ndarray]:   
     return out
 
 # %% ../../nbs/measure/00_ask.ipynb #f60d7642
+@checked
 def mrr(
     items: pd.DataFrame,               # from `cloze` or `majority`
     rank: str = "rank",                # or "filtered", "among"
@@ -312,6 +324,7 @@ def _masked_premise(
     return [([*ids[:p], tok.mask_token_id, *ids[p + 1:]], p, ids[p]) for p in positions]
 
 # %% ../../nbs/measure/00_ask.ipynb #c5f211cb
+@checked
 @torch.no_grad()
 def plausibility(
     model: nn.Module,
@@ -350,6 +363,7 @@ def plausibility(
     return table.assign(right=table.choice == table.label)
 
 # %% ../../nbs/measure/00_ask.ipynb #d880361c
+@checked
 @dataclass
 class Precision:
     "P@K on held-out facts, to be maximised."
@@ -370,6 +384,7 @@ class Precision:
         return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
 
+@checked
 @dataclass
 class Answers:
     "Mean log-probability of right answers, to be maximised, and how many come first."

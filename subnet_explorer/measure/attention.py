@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, follow_path, is_causal, layout_of
 from ..core.mask import Mask
@@ -29,6 +30,7 @@ Text = str | tuple[str, str]
 "A text, or a pair of sentences."
 
 
+@checked
 def token_ids(
     model: nn.Module,
     tok: Any,
@@ -69,6 +71,7 @@ NORMS = ("correct", "as_published")
 "Ways to norm attention."
 
 
+@checked
 def value_norms(
     values: torch.Tensor,                    # (text, token, key/value heads · head size)
     output: torch.Tensor,                    # (hidden, heads · head size)
@@ -173,6 +176,7 @@ _SOFT_SCORES = (
 )
 
 
+@checked
 def each_attention(
     model: nn.Module,
     tok: Any,
@@ -211,6 +215,7 @@ def _shown(tok: Any, ids: list[int]) -> list[str]:
     return ["[MASK]" if t == tok.mask_token else t for t in tok.convert_ids_to_tokens(ids)]
 
 # %% ../../nbs/measure/05_attention.ipynb #d7bb5689
+@checked
 def attention_maps(
     model: nn.Module,
     tok: Any,
@@ -229,6 +234,7 @@ def attention_maps(
     return [out[i] for i in range(len(texts))]
 
 
+@checked
 def attention(
     model: nn.Module,
     tok: Any,
@@ -240,6 +246,7 @@ def attention(
     return attention_maps(model, tok, [text], under, normed)[0]
 
 # %% ../../nbs/measure/05_attention.ipynb #bbebe9b7
+@checked
 def from_mask(
     maps: np.ndarray,         # (layer, head, from, to)
     tokens: list[str],

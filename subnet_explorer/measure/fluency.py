@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
@@ -71,6 +72,7 @@ def _text_ids(
         yield with_start(tok, ids)[:most] if causal else ids
 
 # %% ../../nbs/measure/01_fluency.ipynb #bef1be20
+@checked
 class EncodedTexts:
     "Texts encoded for their perplexity: every token that is predicted, and where."
 
@@ -129,6 +131,7 @@ def _losses(
     return row_losses(sequences, states, cross_entropy).cpu().double().numpy()
 
 # %% ../../nbs/measure/01_fluency.ipynb #eb74c0f7
+@checked
 def text_nll(
     model: nn.Module,
     tok: Any,
@@ -142,6 +145,7 @@ def text_nll(
         with masked(model, under): return pd.DataFrame({"nll": coded.nll(), "tokens": coded.tokens})
 
 
+@checked
 def perplexity(
     model: nn.Module,
     tok: Any,
@@ -154,6 +158,7 @@ def perplexity(
     return float(np.exp(t.nll.sum() / t.tokens.sum()))
 
 # %% ../../nbs/measure/01_fluency.ipynb #d3ed31c9
+@checked
 class HeldOut:
     "The mean loss of a language-modelling objective over all its texts, as a function of the mask."
 
@@ -194,6 +199,7 @@ class HeldOut:
         return float(self.loss(step)) * len(texts)
 
 # %% ../../nbs/measure/01_fluency.ipynb #ee931fd8
+@checked
 @torch.no_grad()
 def most_fluent(
     model: nn.Module,

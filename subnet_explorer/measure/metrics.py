@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -32,6 +33,7 @@ __all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskSc
            'entity_scores', 'majority_label']
 
 # %% ../../nbs/measure/03_metrics.ipynb #fa7384bc
+@checked
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -60,6 +62,7 @@ def predict(
     return out.numpy()
 
 # %% ../../nbs/measure/03_metrics.ipynb #6b7ecd8f
+@checked
 @torch.no_grad()
 def accuracy(
     model: nn.Module,
@@ -80,6 +83,7 @@ def accuracy(
     return float((out.argmax(-1) == np.array(gold)).mean())
 
 # %% ../../nbs/measure/03_metrics.ipynb #d70500e9
+@checked
 def task_metrics(
     task: LabelTask,
     gold: Sequence[Any],             # labels, or numbers if the task has none; of questions, all right answers of each
@@ -138,6 +142,7 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
     return {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}
 
 # %% ../../nbs/measure/03_metrics.ipynb #c1884573
+@checked
 def task_scores(
     model: nn.Module,
     tok: Any,
@@ -174,6 +179,7 @@ def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_
     return lambda ask: head.measure([c[2] for c in coded], ask(coded))
 
 # %% ../../nbs/measure/03_metrics.ipynb #cc82a17e
+@checked
 @dataclass
 class TaskScore:
     "The score of a task on examples, to be maximised."
@@ -227,6 +233,7 @@ def _share(hits: Sequence[np.ndarray], average: str) -> float:
     return float(np.mean([float(h.mean()) for h in hits]))
 
 # %% ../../nbs/measure/03_metrics.ipynb #f2210e86
+@checked
 def tag_accuracy(
     gold: Sequence[Sequence[Any]],           # labels of each sentence
     predicted: Sequence[Sequence[Any]],
@@ -240,6 +247,7 @@ Arcs = tuple[Sequence[int], Sequence[Any]]
 "Syntactic heads and relations of the words of a sentence: `Sentence.arcs`."
 
 
+@checked
 def attachment(
     gold: Sequence[Arcs],
     predicted: Sequence[Arcs],
@@ -263,6 +271,7 @@ def attachment(
     return {"score": out["las"], **out, "words": words, "sentences": sentences}
 
 # %% ../../nbs/measure/03_metrics.ipynb #58bf7c56
+@checked
 def entity_scores(
     gold: Sequence[Sequence[str]],         # entity labels of each sentence
     predicted: Sequence[Sequence[str]],
@@ -295,6 +304,7 @@ def _set_scores(true: set[Any], said: set[Any]) -> dict[str, Any]:
     return {**scores, "gold": len(true), "found": len(said), "right": right}
 
 # %% ../../nbs/measure/03_metrics.ipynb #c0945ffd
+@checked
 def majority_label(data: TaskData) -> dict[str, Any]:      # score, each metric by name, note
     "Score the answer of most training sentences, or their mean for real values."
     train, test = data.train, data.test

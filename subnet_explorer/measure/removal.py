@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import resampled
 from ..data.facts import Facts
@@ -38,6 +39,7 @@ REMOVAL = [
 "Columns of `removal`."
 
 
+@checked
 def removal(
     model: nn.Module,
     tok: Any,
@@ -153,6 +155,7 @@ def _side_by_side(part: pd.DataFrame, full: pd.DataFrame, column: str) -> list[n
     return [t.to_numpy(float) for t in tables]
 
 # %% ../../nbs/measure/02_removal.ipynb #10789ff7
+@checked
 def removal_table(
     items: pd.DataFrame,              # from `removal`
     reference: str = "full",          # condition to compare with; of several draws of it the mean counts
@@ -206,6 +209,7 @@ def _check_items(items: pd.DataFrame) -> None:
         )
 
 # %% ../../nbs/measure/02_removal.ipynb #fa1eb731
+@checked
 @dataclass
 class Removal:
     "How much of the target is forgotten where little else is, to be maximised."

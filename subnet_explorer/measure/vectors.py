@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ['OneMask', 'SingleCondition', 'Vectors', 'vectors', 'tsne']
 
 # %% ../../nbs/measure/04_vectors.ipynb #967dd56c
+@checked
 @dataclass(frozen=True, eq=False)
 class Vectors:
     "Hidden states with what they belong to."
@@ -58,6 +60,7 @@ def _own_masks(name: str, condition: SingleCondition, facts: Facts) -> dict[str,
     return out
 
 # %% ../../nbs/measure/04_vectors.ipynb #d7ebf745
+@checked
 def vectors(
     model: nn.Module,
     tok: Any,
@@ -104,6 +107,7 @@ def _states(prompts: Prompts, position: np.ndarray, size: int = 256) -> list[np.
     return out
 
 # %% ../../nbs/measure/04_vectors.ipynb #a08ae766
+@checked
 def tsne(
     vectors: Vectors,
     seed: int = 0,

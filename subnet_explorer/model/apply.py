@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import FAMILIES, Layout, follow_path
 from ..core.mask import Mask, to
@@ -240,6 +241,7 @@ def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
         yield
 
 
+@checked
 @contextmanager
 def masked(
     model: PreTrainedModel,

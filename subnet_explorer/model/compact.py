@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.files import MaskFileError, atomic_write
 from ..core.layout import layout_of
@@ -163,6 +164,7 @@ def digest(model: nn.Module) -> str:
     return h.hexdigest()[:16]
 
 
+@checked
 def compact(
     model: PreTrainedModel,               # stays as it is; the compact model is a copy
     mask: Mask,                           # over whole units; or over weights, with a rule
@@ -389,6 +391,7 @@ def _refilled(
     return Compact(small, mask, units, full_config, info["keep"], model, info["born"])
 
 
+@checked
 def load_compact(
     folder: str | Path,
     model: PreTrainedModel | None = None,      # the full model, if it is at hand

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import FAMILIES
 from ..data.grammar import corpus, vocabulary
@@ -71,6 +72,7 @@ def _is_masked(config: PretrainedConfig) -> bool:
     return named or config.model_type in MASKED_FAMILIES
 
 
+@checked
 def load(
     name: str | Path,                  # "pocket-bert", "pocket-gpt2", a folder, or a hub name
     *,

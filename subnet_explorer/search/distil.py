@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, is_causal, layout_of
 from ..core.space import model_id
@@ -223,6 +224,7 @@ def teacher_of(model: nn.Module | None) -> dict[str, str]:
     return {} if model is None else {"teacher": str(model_id(model, layout_of(model)))}
 
 # %% ../../nbs/search/02_distil.ipynb #0ff033cf
+@checked
 @dataclass
 class MLM(Objective):
     "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
@@ -279,6 +281,7 @@ def _mlm_identity(mlm: MLM) -> dict[str, Any]:
     return out | teacher_of(mlm.teacher)
 
 # %% ../../nbs/search/02_distil.ipynb #3606c9b1
+@checked
 @dataclass
 class Hidden(Objective):
     "Keep hidden states close to the full model's: mean of 1 − cos over layers and tokens."
@@ -392,6 +395,7 @@ class Reference:
         return row_losses(self.seqs, self.seqs.hidden(index, *self.rows(index)), loss)
 
 # %% ../../nbs/search/02_distil.ipynb #536c005a
+@checked
 @dataclass
 class Suppress(Objective):
     "Make the answers to facts uniform: KL(uniform || model)."
@@ -426,6 +430,7 @@ def _position(position: str) -> dict[str, str]:
     return {"position": position} if position != POSITIONS[0] else {}
 
 # %% ../../nbs/search/02_distil.ipynb #7adaf6c3
+@checked
 @dataclass
 class Maintain(Objective):
     "Stay close to the full model on facts, or everywhere in texts: KL(full || model)."

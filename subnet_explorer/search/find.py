@@ -5,6 +5,7 @@
 # %% ../../nbs/search/09_find.ipynb #6f6ec826
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.mask import Mask
@@ -37,6 +39,7 @@ __all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'chec
            'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
 
 # %% ../../nbs/search/09_find.ipynb #496e1ed5
+@checked
 def find(
     model: PreTrainedModel,              # borrowed: when the search ends, it is as before
     tok: Any,                            # its tokenizer
@@ -375,7 +378,7 @@ def find_all(
     **settings: Any,                                    # those of `find`
 ) -> list[Run]:
     "Search for cloze objectives side by side; those that are done are returned as they are."
-    usual: dict[str, Any] = find.__kwdefaults__ or {}
+    usual: dict[str, Any] = inspect.unwrap(find).__kwdefaults__ or {}
     check_names(settings, usual, "setting")
     settings = {**usual, **settings, "to": to}
     if settings["cache"] is None: settings["cache"] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.space import digest
 from ..data.facts import Facts
@@ -230,6 +231,7 @@ def _weight_identity(w: Weight) -> float | list[float]:
     return [w(p / 20) for p in range(21)] if callable(w) else w
 
 # %% ../../nbs/search/01_objectives.ipynb #0ccc0878
+@checked
 @dataclass(frozen=True)
 class Ramp:
     "A schedule: `start` until progress `begin`, linear to `end` at `finish`, constant after."
@@ -249,6 +251,7 @@ def fingerprint_of(data: Facts | Blocks | Iterable[Any]) -> str:      # 16 hex d
     return own or digest(list(cast(Iterable[Any], data)), sort=False)
 
 # %% ../../nbs/search/01_objectives.ipynb #a172e94f
+@checked
 @dataclass
 class Kept(Objective):
     "Compute a term under the gate itself, also where a search trains its complement."
@@ -313,6 +316,7 @@ def _flat(weight: Weight, goal: Objective, kept: bool, complement: bool) -> list
     return [term for part in parts for term in part]
 
 # %% ../../nbs/search/01_objectives.ipynb #bf725f8a
+@checked
 @dataclass
 class Cloze(Objective):
     "Answer cloze facts."
@@ -415,6 +419,7 @@ def dropping(head: Any, *key: int) -> Iterator[None]:
     finally: head.rng = None
 
 # %% ../../nbs/search/01_objectives.ipynb #f157f02d
+@checked
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
@@ -457,6 +462,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:      # (row,)
     return F.cross_entropy(logits, targets, reduction="none")
 
 # %% ../../nbs/search/01_objectives.ipynb #938782cb
+@checked
 @dataclass
 class Density(Objective):
     "Expected density of the gate, 0…1; with `target`, its distance from it."

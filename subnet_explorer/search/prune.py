@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..core.mask import Mask
@@ -37,6 +38,7 @@ __all__ = ['PHASES', 'without_lowest', 'NoFloor', 'Step', 'Pruned', 'iterate', '
            'super_survivors']
 
 # %% ../../nbs/search/13_prune.ipynb #e63bc07d
+@checked
 def without_lowest(
     mask: Mask,
     scores: Scores,
@@ -178,6 +180,7 @@ def _steps(
         if not published: source = kept
 
 # %% ../../nbs/search/13_prune.ipynb #c1bc4e6b
+@checked
 @dataclass(frozen=True)
 class Pruned:
     "What `iterate` found."
@@ -304,6 +307,7 @@ def _heads_hash(goal: Objective | None, monitor: Monitor) -> str:
     return h.hexdigest()[:16] if found else ""
 
 # %% ../../nbs/search/13_prune.ipynb #ec19a3e7
+@checked
 def iterate(
     model: nn.Module,
     tok: Any,
@@ -374,6 +378,7 @@ def _ranking(
     return rank
 
 # %% ../../nbs/search/13_prune.ipynb #dacd36e1
+@checked
 def random_matched(
     like: Mask,
     pools: Sequence[Mask],      # where to draw from, the first pool first; then come all
@@ -403,6 +408,7 @@ def _flat(mask: Mask, kind: str) -> np.ndarray:      # (coordinate,) bool
     return np.concatenate([bits.reshape(-1) for g, bits in mask.items() if g.kind == kind])
 
 # %% ../../nbs/search/13_prune.ipynb #72c93b0a
+@checked
 def matched_controls(
     good: Mask,
     seed: int,
@@ -414,6 +420,7 @@ def matched_controls(
     return {"good": good, "random": random, "bad": bad}
 
 
+@checked
 def super_survivors(masks: Masks, seed: int = 1337) -> dict[str, Mask]:      # good, random, bad
     "Find what all masks keep, with its random and bad counterparts."
     if len(masks) < 2:

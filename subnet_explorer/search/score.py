@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -32,6 +33,7 @@ WEIGHTS = ("weight", "bias", "block")
 "Kinds of coordinates that are made of weights."
 
 
+@checked
 @torch.no_grad()
 def magnitude(model: nn.Module, space: Space) -> Scores:
     "Score weights by their absolute value, and blocks by the mean over them."
@@ -56,6 +58,7 @@ def _pooled(group: Group, values: np.ndarray) -> np.ndarray:      # of a matrix,
     return np.nanmean(padded.reshape(rows, r, columns, c), axis=(1, 3))
 
 # %% ../../nbs/search/12_score.ipynb #3404008f
+@checked
 def random(space: Space, seed: int) -> Scores:
     "Draw uniform random scores."
     rng = np.random.default_rng(seed)
@@ -63,6 +66,7 @@ def random(space: Space, seed: int) -> Scores:
     return Scores(space, values, {"method": "random", "seed": seed})
 
 # %% ../../nbs/search/12_score.ipynb #c0bda5d3
+@checked
 def normalised(
     scores: Scores,
     how: str | None,      # "layer"; "published": then also map each kind to 0…1; None: change nothing
@@ -154,6 +158,7 @@ class _Gates:
         return {name: [next(each) for _ in gates] for name, gates in self.used.items()}
 
 # %% ../../nbs/search/12_score.ipynb #39675f81
+@checked
 def example_gradients(
     model: nn.Module,                    # with frozen weights: only the gates get a gradient
     space: Space,                        # heads, MLPs, neurons or layers
@@ -223,6 +228,7 @@ def _check_finite(total: Mapping[str, np.ndarray], what: str) -> None:
                       "or its precision is too low. Nothing can be ranked by that.")
 
 # %% ../../nbs/search/12_score.ipynb #eadaad4e
+@checked
 class GateImportance:
     "Mean absolute gradient of the loss with respect to every gate, within any subnetwork."
 
@@ -293,6 +299,7 @@ def _example_count(goal: Objective, tok: Any) -> int:
     return len(encoded(head, tok, examples) if hasattr(head, "code") else examples)
 
 # %% ../../nbs/search/12_score.ipynb #4bfed62f
+@checked
 def importance(
     model: nn.Module,
     tok: Any,
@@ -311,6 +318,7 @@ def importance(
     return measure.within(under, include_removed)
 
 # %% ../../nbs/search/12_score.ipynb #907984f5
+@checked
 def attribution(
     model: nn.Module,
     tok: Any,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..model.apply import swapped
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ['Weights', 'put_into']
 
 # %% ../../nbs/search/10_together.ipynb #2d168997
+@checked
 class Weights(nn.Module):
     "Weights of a model that a search trains along with its gate."
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -58,6 +59,7 @@ def _draw(model: PreTrainedModel, part: nn.Module, rule: str) -> None:
         for t in loaded: t._is_hf_initialized = True
 
 
+@checked
 @contextmanager
 def reset(
     model: PreTrainedModel,
@@ -84,6 +86,7 @@ def _between_0_and_1(word: str, seed: int) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
+@checked
 def control_labels(
     sentences: Sequence[Any],                 # pairs (words, tags), or sentences with `.words` and tags
     seed: int = 0,
@@ -109,6 +112,7 @@ def control_labels(
     return out
 
 # %% ../../nbs/tasks/05_controls.ipynb #e7c90139
+@checked
 def selectivity(
     model: PreTrainedModel,
     tok: Any,

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.layout import follow_path, layout_of
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ['head_for', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'config_of', 'training']
 
 # %% ../../nbs/tasks/03_fit.ipynb #131f7ea6
+@checked
 def head_for(
     model: PreTrainedModel,
     data: Labelled,
@@ -52,6 +54,7 @@ def head_for(
     return kind(model, cast("Sequence[Any]", data), seed, length)
 
 # %% ../../nbs/tasks/03_fit.ipynb #e8e0d34e
+@checked
 @contextmanager
 def preserved(model: PreTrainedModel) -> Iterator[None]:
     "Restore all weights and buffers of `model` on leaving."
@@ -60,6 +63,7 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
     finally: model.load_state_dict(before)
 
 # %% ../../nbs/tasks/03_fit.ipynb #769d680f
+@checked
 @dataclass(frozen=True)
 class Lora:
     "Low-rank updates beside matrices, as a way to train; their product starts at zero."
@@ -135,6 +139,7 @@ class Fitted:
 _ONE_MONITOR = "there can be one thing to watch: give dev or monitor."
 
 
+@checked
 def fit(
     model: PreTrainedModel,                  # trained in place
     tok: Any,

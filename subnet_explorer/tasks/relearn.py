@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names, check_settings
 from ..core.files import atomic_write
 from ..core.intervals import interval
@@ -55,6 +56,7 @@ def _removed(model: PreTrainedModel, mask: Mask | Scores | None, hold: bool) -> 
             yield
 
 
+@checked
 def relearning(
     model: PreTrainedModel,
     tok: Any,
@@ -86,6 +88,7 @@ def relearning(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/tasks/04_relearn.ipynb #2b0bff57
+@checked
 def relearned(
     table: pd.DataFrame,              # from `relearning`
     reference: str = "full",          # condition whose start is to be reached again
@@ -252,6 +255,7 @@ def _labels(cell: _Cell) -> dict[str, Any]:
     return dict(under=cell.under, tuning=cell.tuning, seed=cell.seed)
 
 # %% ../../nbs/tasks/04_relearn.ipynb #994fdc5e
+@checked
 def answers(
     model: PreTrainedModel,
     tok: Any,
@@ -292,6 +296,7 @@ def answers(
     return out[["under", "draw", "tuning", "seed", *front, "choice", "right"]]
 
 # %% ../../nbs/tasks/04_relearn.ipynb #1787adb1
+@checked
 def accuracies(
     items: pd.DataFrame,      # from `answers`
 ) -> pd.DataFrame:            # columns under, draw, tuning, seed, related, n, accuracy, chance
@@ -302,6 +307,7 @@ def accuracies(
     return found.reset_index()
 
 
+@checked
 def transfer(
     model: PreTrainedModel,
     tok: Any,
@@ -352,6 +358,7 @@ def _gap_row(
     }
 
 # %% ../../nbs/tasks/04_relearn.ipynb #b9419c0e
+@checked
 def gaps(
     items: pd.DataFrame,                          # from `answers`
     against: Sequence[str] | None = None,         # conditions to compare with; None: all others

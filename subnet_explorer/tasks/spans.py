@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import is_causal
 from .heads import TaskHead
@@ -94,6 +95,7 @@ def places_of(
     return answers
 
 # %% ../../nbs/tasks/02_spans.ipynb #ec825fdc
+@checked
 class SpanFinder(TaskHead):
     "Find the answers to questions in texts; examples are those of `read_squad`."
 
