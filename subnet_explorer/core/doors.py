@@ -137,8 +137,8 @@ def _by_key(value: Any, inside: tuple[Any, ...], alone: bool) -> Any:
     "Fit a dictionary by its values; one mask is a condition by itself."
     item = inside[1] if inside else Any
     if not isinstance(value, Mapping):
-        condition = alone and "Mask" in map(_name, members(item)) and hasattr(value, "space")
-        return NO if not condition or fitted(value, item) is NO else {"subnetwork": value}
+        condition = alone and "Mask" in map(_name, members(item)) and fitted(value, item) is not NO
+        return {"full" if value is None else "subnetwork": value} if condition else NO
     if is_open(item): return value
     found = {k: fitted(v, item) for k, v in value.items()}
     if any(f is NO for f in found.values()): return NO
@@ -250,6 +250,7 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         if name == "PreTrainedModel": return Model
+        if name == "nn": return SimpleNamespace(Module=Model)
         if name in self["__module_names__"]: raise KeyError(name)
         return Any
 

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_names
+from ..core.errors import SubnetError, check_names, check_whole
 from .files import BadFacts, numbered_lines, numbered_sources
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'BadPrompt', 'Fact', 'Facts', 'with_subject_and_object', 'read_facts', 'Split', 'split', 'two_hop',
-           'object_id', 'too_long', 'answerable', 'with_start', 'encode']
+           'object_id', 'too_long', 'answerable', 'with_start', 'mask_token', 'encode']
 
 # %% ../../nbs/data/01_facts.ipynb #9ee87288
 class BadPrompt(BadFacts):
@@ -406,6 +406,7 @@ def split(
     shares: tuple[int, int, int] = (7, 2, 1),      # train : development : test
 ) -> Split:
     "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."
+    for share in shares: check_whole(share, "a share of the split", 1)
     parts: tuple[set[tuple[str, str, str]], ...] = (set(), set(), set())
     for relation in facts.relations:
         triples = list(dict.fromkeys(map(_stated, facts[relation])))
@@ -515,6 +516,14 @@ def with_start(tok: Any, ids: list[int]) -> list[int]:
     return ids[:tok.model_max_length]
 
 
+def mask_token(tok: Any) -> str:
+    "The mask token of a tokenizer; raise `BadFacts` if it has none."
+    if tok.mask_token is not None: return tok.mask_token
+    raise BadFacts(
+        f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model: "
+        "take the tokenizer that came with the model, model, tok = load(…).")
+
+
 def encode(
     tok: Any,                         # tokenizer
     fact: Fact,
@@ -531,9 +540,7 @@ def encode(
     if causal:
         ids = with_start(tok, _ids_before_mask(tok, fact.prompt))
         return ids, len(ids) - 1, answer
-    if tok.mask_token is None:
-        raise BadFacts(f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model.")
-    ids = tok(fact.prompt.replace("[MASK]", tok.mask_token)).input_ids
+    ids = tok(fact.prompt.replace("[MASK]", mask_token(tok))).input_ids
     return ids, ids.index(tok.mask_token_id), answer
 
 

@@ -24,6 +24,7 @@ from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
+from ..model.limits import check_head
 from ..model.sequences import Prompts, Sequences
 from ..search.objectives import Context
 from .attention import token_ids
@@ -128,6 +129,7 @@ def cloze(
         raise SubnetError(
             f"there is nothing to ask: {len(facts)} facts under {len(under)} conditions."
         )
+    check_head(model)
     first = first_block_changed_by(model, under)
     right, among = _right_objects(tok, known or facts), None
     if candidates:
@@ -189,6 +191,7 @@ def predictions(
         raise SubnetError(
             f"there is nothing to list: k={k} tokens under {len(under)} conditions."
         )
+    check_head(model)
     ids, position = _prompt_ids(model, tok, prompt)
     rows = []
     with evaluating(model), torch.no_grad():
@@ -333,6 +336,7 @@ def plausibility(
     under: Mask | Scores | None = None,
 ) -> pd.DataFrame:                               # columns score1, score2, label, choice, right
     "Choose the sentence under which the premise is predicted better."
+    check_head(model)
     if tok.mask_token_id is None:
         raise SubnetError(
             "this way of choosing masks the tokens of the premise: it needs a masked model."

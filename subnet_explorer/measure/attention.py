@@ -17,6 +17,8 @@ from ..core.layout import Layout, follow_path, is_causal, layout_of
 from ..core.mask import Mask
 from ..core.scores import Scores
 from ..core.space import check_model
+from ..data.facts import mask_token
+from ..model.limits import longest
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +51,10 @@ def token_ids(
         if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
         segments = [0] * len(ids)
     else:
-        spelled = [p.replace("[MASK]", tok.mask_token) for p in parts]
+        spelled = [p.replace("[MASK]", mask_token(tok)) if "[MASK]" in p else p for p in parts]
         coded = tok(*spelled, return_token_type_ids=True, verbose=False)
         ids, segments = coded.input_ids, coded.token_type_ids
-    most = min(getattr(model.config, "max_position_embeddings", len(ids)), tok.model_max_length)
+    most = longest(model, tok)
     if len(ids) > most:
         which = f" (text {position}: {parts[0][:60]!r})" if position else ""
         name = type(model).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,14 @@ from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
 from ..core.scores import Scores
-from ..data.facts import Facts, with_start
+from ..data.facts import Facts, mask_token, with_start
 from ..data.graphs import triple
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
-from ..model.sequences import Prompts, Sequences, block_ids, longest, row_losses
+from ..model.limits import check_head, longest
+from ..model.sequences import Prompts, Sequences, block_ids, row_losses
 from ..search.distil import MLM, Hidden
-from ..search.objectives import Context, batch_at
+from ..search.objectives import Context, Reading
 from .ask import check_finite
 
 # %% auto #0
@@ -41,7 +43,7 @@ Spots = tuple[list[int], list[int], list[int]]
 def _spots(model: nn.Module, tok: Any, text: list[int]) -> Iterator[Spots]:      # text: token ids
     "List what is predicted of a text: next tokens at once, or each token masked in turn."
     if is_causal(model):
-        yield text, list(range(len(text) - 1)), text[1:]
+        if len(text) > 1: yield text, list(range(len(text) - 1)), text[1:]
         return
     for position, token in enumerate(text):
         if token in tok.all_special_ids: continue
@@ -85,6 +87,8 @@ class EncodedTexts:
         first: int = 0,                   # see `Sequences`
         path: str = "auto",               # likewise
     ) -> None:
+        check_head(model)
+        if not is_causal(model): mask_token(tok)
         ids: list[list[int]] = []
         self.n = len(texts)
         self.owner: list[int] = []                                 # (sequence,) which text
@@ -160,43 +164,36 @@ def perplexity(
 # %% ../../nbs/measure/01_fluency.ipynb #d3ed31c9
 @checked
 class HeldOut:
-    "The mean loss of a language-modelling objective over all its texts, as a function of the mask."
+    "The loss of a language-modelling objective, the mean over all its tokens, as a function of the mask."
 
     def __init__(
         self,
         model: nn.Module,
         tok: Any,
         goal: MLM | Hidden,
-        batch: int = 32,            # texts at a time
-        seed: int = 0,              # of batches and masked tokens
+        batch: int = 32,            # texts at a time; the loss does not depend on it
+        seed: int = 0,              # of masked tokens
     ) -> None:
-        self.model, self.n = model, len(goal.texts)
-        self.batch = min(batch, self.n)
-        self.context = Context(model, tok, 1, self.batch, seed)
+        self.model, n = model, len(goal.texts)
+        self.parts = np.array_split(np.arange(n), range(batch, n, batch))
+        self.context = Context(model, tok, 1, batch, seed, reading=Reading())
         with evaluating(model), torch.no_grad(): self.loss = goal.prepare(self.context)
 
     @torch.no_grad()
     def __call__(self, under: Mask | Scores | None = None) -> float:
-        "Give the mean loss of a text under a mask."
-        steps, ahead, losses = range(-(-self.n // self.batch)), self.context.ahead, []
-        with evaluating(self.model):
-            if not ahead:
-                with masked(self.model, under): losses = [self._sum(step) for step in steps]
-            for step in steps if ahead else ():      # what is compared with the full model runs it first
-                for look in ahead: look(step)
-                with masked(self.model, under, check=step == 0): losses.append(self._sum(step))
-        total = 0.0
-        for loss in losses: total += loss
-        if not math.isfinite(total):
-            raise SubnetError(
-                "the loss on held-out text is not finite: was the model trained to divergence?"
-            )
-        return total / self.n
-
-    def _sum(self, step: int) -> float:
-        "Loss of a batch, times its texts."
-        texts = batch_at(step, np.ones(self.n), self.batch, self.context.seed)
-        return float(self.loss(step)) * len(texts)
+        "Give the mean loss of a token under a mask."
+        ahead, reading = self.context.ahead, Reading()
+        self.context.reading = reading
+        with evaluating(self.model), nullcontext() if ahead else masked(self.model, under):
+            for k, part in enumerate(self.parts):
+                reading.begin(part)
+                for look in ahead: look(0)      # what is compared with the full model runs it first
+                with masked(self.model, under, check=k == 0) if ahead else nullcontext():
+                    total = float(self.loss(0))
+        if not all(reading.counts):
+            raise SubnetError("no token of these texts was drawn to be predicted: give more text, or a larger share.")
+        if math.isfinite(total): return total
+        raise SubnetError("the loss on held-out text is not finite: was the model trained to divergence?")
 
 # %% ../../nbs/measure/01_fluency.ipynb #ee931fd8
 @checked

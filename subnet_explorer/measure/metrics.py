@@ -252,7 +252,7 @@ def attachment(
     gold: Sequence[Arcs],
     predicted: Sequence[Arcs],
     average: str = "macro",               # over sentences, or over words: "micro"
-    without: Collection[Any] = (),        # gold relations of words that do not count, e.g. {"punct"}
+    without: Collection[str] = (),        # gold relations of words that do not count, e.g. {"punct"}
 ) -> dict[str, Any]:                      # score (LAS), las, uas, words, sentences
     "Give labelled and unlabelled attachment score."
     heads = _hits([g[0] for g in gold], [p[0] for p in predicted], "heads")

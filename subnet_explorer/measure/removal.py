@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,8 @@ from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
 from ..search.objectives import Context, fingerprint_of
-from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
+from .ask import Condition, cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
 from .fluency import EncodedTexts
-
-if TYPE_CHECKING:
-    from subnet_explorer.measure.ask import Condition
 
 # %% auto #0
 __all__ = ['REMOVAL', 'removal', 'removal_table', 'Removal']

@@ -52,6 +52,12 @@ def _why_not(name: str, source: str, error: Exception) -> str:
     )
 
 
+_NO_TOKENIZER = (
+    "{name!r} has no tokenizer: the one that was made in its place knows no words. Save the model's own "
+    "beside it, tok.save_pretrained({name!r}), or copy its files (tokenizer.json, vocab.txt …) into the folder."
+)
+
+
 def _why_untrained(name: str, missing: list[str]) -> str:
     "Say which weights of the language-modelling head a checkpoint lacks."
     some = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
@@ -96,6 +102,7 @@ def load(
         raise UnknownModel(_why_not(str(name), source, error)) from error
     missing = sorted(k for k in info["missing_keys"] if "position_ids" not in k)
     if missing: raise UnknownModel(_why_untrained(str(name), missing))
+    if not set(tok.get_vocab()) - set(tok.all_special_tokens): raise UnknownModel(_NO_TOKENIZER.format(name=str(name)))
     if pocket: model.config._name_or_path = str(name)
     return model.eval().to(device), tok
 

@@ -20,13 +20,14 @@ from ..core.errors import SubnetError, check_names
 from ..core.space import digest
 from ..data.facts import Facts
 from ..data.texts import Blocks
+from ..model.limits import check_head
 from ..model.sequences import POSITIONS, Prompts, Sequences
 
 if TYPE_CHECKING:
     from subnet_explorer.search.gates import Gate
 
 # %% auto #0
-__all__ = ['Loss', 'Weight', 'NOISE', 'batch_at', 'epoch_batches', 'Context', 'look_ahead', 'Objective', 'Sum', 'Ramp',
+__all__ = ['Loss', 'Weight', 'NOISE', 'batch_at', 'epoch_batches', 'Reading', 'Context', 'look_ahead', 'Objective', 'Sum', 'Ramp',
            'fingerprint_of', 'Kept', 'Pass', 'passes', 'Cloze', 'encoded', 'Examples', 'dropping', 'Task', 'Density']
 
 # %% ../../nbs/search/01_objectives.ipynb #d6a2475d
@@ -64,6 +65,29 @@ def _epoch_and_batch(step: int, n: int, size: int) -> tuple[int, int]:
     return divmod(step, batches)
 
 # %% ../../nbs/search/01_objectives.ipynb #8712f5f2
+class Reading:
+    "All examples read once, in parts: a mean is that of everything read so far."
+
+    def __init__(self) -> None:
+        self.sums: list[float] = []          # of the means of a step, one after another
+        self.counts: list[int] = []
+        self.begin(np.arange(0))
+
+    def begin(self, index: np.ndarray) -> None:      # (part,) which examples
+        "Read a part."
+        self.index, self.at = index, 0
+
+    def mean(self, losses: Tensor) -> Tensor:        # (n,) -> scalar, float64
+        "Return the mean of these losses and of those at this place in the parts before."
+        if self.at == len(self.sums):
+            self.sums.append(0.0)
+            self.counts.append(0)
+        self.sums[self.at] += float(losses.double().sum())
+        self.counts[self.at] += losses.numel()
+        self.at += 1
+        return torch.tensor(self.sums[self.at - 1] / max(1, self.counts[self.at - 1]), dtype=torch.float64)
+
+
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -83,6 +107,7 @@ class Context:
     epochs: dict[Any, Any] = field(default_factory=dict, repr=False)         # batches of this epoch
     rank: int = 0                                    # this process among …
     world: int = 1                                   # … so many that share every batch
+    reading: Reading | None = None                   # all examples are read, none is learned from
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
@@ -112,6 +137,7 @@ class Context:
 def _prompts(context: Context, facts: Facts, position: str) -> Prompts:
     "The encoded facts, from the cache if they are there."
     c = context
+    check_head(c.model)
     key = facts.fingerprint, c.first, c.path, position, c.recompute
     if key not in c.cache:
         c.cache[key] = Prompts(c.model, c.tok, facts, c.first, c.path, position, c.recompute)
@@ -120,6 +146,7 @@ def _prompts(context: Context, facts: Facts, position: str) -> Prompts:
 # %% ../../nbs/search/01_objectives.ipynb #5d2a5472
 def _part(context: Context, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
     "The examples of a step that a process sees."
+    if context.reading: return context.reading.index
     size = min(size or context.batch, len(lengths))
     epoch, at = _epoch_and_batch(step, len(lengths), size)
     key = id(lengths), size
@@ -135,6 +162,7 @@ def _part(context: Context, step: int, lengths: np.ndarray, size: int | None) ->
 
 def _mean(context: Context, losses: Tensor) -> Tensor:
     "The mean of losses, weighted so that the average over processes is right."
+    if context.reading: return context.reading.mean(losses)
     if context.world == 1: return losses.mean()
     count = torch.tensor(0.0 if context.idle else float(losses.numel()), device=losses.device)
     torch.distributed.all_reduce(count)
