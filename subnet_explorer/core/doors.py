@@ -101,7 +101,7 @@ def is_open(hint: Any) -> bool:
     "Whether an annotation takes everything."
     return hint is Any or hint is object or isinstance(hint, (TypeVar, ForwardRef, str))
 
-
+# %% ../../nbs/core/15_doors.ipynb #8fa29ed4
 def _several(value: Any, kind: Any, inside: tuple[Any, ...], alone: bool) -> Any:
     "Fit what should have members."
     item = inside[0] if inside else Any
@@ -130,15 +130,16 @@ def _each(value: Any, hints: Sequence[Any]) -> Any:
     found = [fitted(v, h) for v, h in zip(value, hints, strict=True)]
     if any(f is NO for f in found): return NO
     same = all(f is v for f, v in zip(found, value, strict=True))
-    return value if same else type(value)(found)
+    if same: return value
+    return tuple(found) if isinstance(value, tuple) else found
 
 
 def _by_key(value: Any, inside: tuple[Any, ...], alone: bool) -> Any:
     "Fit a dictionary by its values; one mask is a condition by itself."
     item = inside[1] if inside else Any
     if not isinstance(value, Mapping):
-        condition = alone and "Mask" in map(_name, members(item)) and fitted(value, item) is not NO
-        return {"full" if value is None else "subnetwork": value} if condition else NO
+        if not (alone and "Mask" in map(_name, members(item))) or fitted(value, item) is NO: return NO
+        return {"full": None} if value is None else {"subnetwork": value}
     if is_open(item): return value
     found = {k: fitted(v, item) for k, v in value.items()}
     if any(f is NO for f in found.values()): return NO

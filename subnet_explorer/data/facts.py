@@ -89,8 +89,7 @@ class Facts:
 
     def __getitem__(self, relation: str | Iterable[str]) -> Facts:
         "Take the facts of one relation, or of several."
-        asked = [relation] if isinstance(relation, str) else relation
-        names = check_names(asked, self.relations, "relation")
+        names = check_names([relation] if isinstance(relation, str) else relation, self.relations, "relation")
         items = tuple(f for f in self.items if f.relation in names)
         skipped = {r: reasons for r, reasons in self.skipped.items() if r in names}
         return replace(self, items=items, skipped=skipped)

@@ -39,8 +39,7 @@ class Annotator(Piece):
         seed: int | None = None,                            # order of presentation; None: as given
     ) -> None:
         super().__init__(lambda: _annotator_box(self), lambda: annotator_figure(self))
-        numbered = [f"{i + 1:04d}" for i in range(len(maps))]
-        self.ids = numbered if ids is None else list(map(str, ids))
+        self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))
         self.maps = [check_map(m, i) for m, i in zip(maps, self.ids, strict=False)]
         self.to, self.tokens, self.texts = Path(to), tokens, texts
         _check_parts(maps, self.ids, tokens, texts)

@@ -131,7 +131,7 @@ def html_figure(
     )
     return f'<div role="figure" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
 
-
+# %% ../../nbs/look/02_figure.ipynb #cae36cd6
 @checked
 def print_figure(
     fig: Figure,

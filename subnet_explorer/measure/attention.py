@@ -228,8 +228,6 @@ def attention_maps(
     segments: bool = True,
 ) -> list[tuple[np.ndarray, list[str]]]:          # per text: maps (layer, head, from, to), tokens
     "Read the attention maps of many texts, in their order."
-    if isinstance(texts, str):
-        raise SubnetError("attention_maps takes a list of texts: for one text use attention.")
     out: dict[int, tuple[np.ndarray, list[str]]] = {}
     for index, maps, tokens in each_attention(model, tok, texts, under, normed, batch, segments):
         out.update(zip(index, zip(maps, tokens, strict=True), strict=True))

@@ -100,9 +100,7 @@ class EncodedTexts:
                 self.spots.append((positions, gold))
         counts = [len(gold) for _, gold in self.spots]
         if not any(counts):
-            raise SubnetError(
-                "there is no token to predict: no text was given, or they are all empty."
-            )
+            raise SubnetError("there is no token to predict: no text was given, or they are all empty.")
         self.tokens = np.bincount(self.owner, counts, minlength=self.n).astype(int)      # (text,)
         self.sequences = Sequences(model, ids, first, path)
 

@@ -22,7 +22,8 @@ from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
 from ..search.objectives import Context, fingerprint_of
-from .ask import Condition, cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
+from . import ask
+from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
 from .fluency import EncodedTexts
 
 # %% auto #0
@@ -40,7 +41,7 @@ REMOVAL = [
 def removal(
     model: nn.Module,
     tok: Any,
-    under: Mapping[str, Condition],                       # e.g. {"full": None, "without": ~mask}
+    under: Mapping[str, ask.Condition],                       # e.g. {"full": None, "without": ~mask}
     on: Mapping[str, Facts | Sequence[str] | Blocks],     # e.g. {"target": facts, "text": texts}
     cut: bool = False,                                    # keep the beginning of texts that are too long
 ) -> pd.DataFrame:                                        # columns `REMOVAL`; ranks start at one
@@ -50,10 +51,6 @@ def removal(
             f"there is nothing to compare: {len(under)} conditions on {len(on)} data sets."
         )
     for name, data in on.items():
-        if isinstance(data, str):
-            raise SubnetError(
-                f"the data set {name!r} is one text: give facts or a list of texts."
-            )
         if not len(data): raise SubnetError(f"the data set {name!r} is empty.")
     tables = []
     for name, data in on.items():
@@ -63,7 +60,7 @@ def removal(
     return pd.concat(tables, ignore_index=True).reindex(columns=REMOVAL)
 
 # %% ../../nbs/measure/02_removal.ipynb #05bb452c
-def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, Condition]) -> pd.DataFrame:
+def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, ask.Condition]) -> pd.DataFrame:
     "Ask for facts as items."
     table = cloze(model, tok, facts, under)
     numbers = {r: [i for i, f in enumerate(facts) if f.relation == r] for r in facts.relations}
@@ -73,7 +70,7 @@ def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, Co
 
 
 def _texts_lost(
-    model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, Condition], cut: bool,
+    model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, ask.Condition], cut: bool,
 ) -> pd.DataFrame:
     "Ask for texts as items."
     first, tables = first_block_changed_by(model, under), []

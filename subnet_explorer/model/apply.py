@@ -240,7 +240,7 @@ def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
         clear()
         yield
 
-
+# %% ../../nbs/model/01_apply.ipynb #9619af20
 @checked
 @contextmanager
 def masked(
@@ -258,7 +258,7 @@ def masked(
             off = _put_on(model, mask, train, stack)
         yield off
 
-
+# %% ../../nbs/model/01_apply.ipynb #7eace350
 def _put_on(model: PreTrainedModel, mask: Mask | Scores, train: bool, stack: ExitStack) -> int:
     "Mask a model until `stack` is closed; return how many coordinates are off."
     if not train:

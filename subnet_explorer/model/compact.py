@@ -189,7 +189,7 @@ def compact(
     out.born = digest(small)
     return out
 
-
+# %% ../../nbs/model/06_compact.ipynb #bbc4c770
 @torch.no_grad()
 def _zero(model: PreTrainedModel, mask: Mask) -> None:
     "Set the weights that a mask removes to zero."

@@ -87,7 +87,7 @@ class Reading:
         self.at += 1
         return torch.tensor(self.sums[self.at - 1] / max(1, self.counts[self.at - 1]), dtype=torch.float64)
 
-
+# %% ../../nbs/search/01_objectives.ipynb #4f7544a5
 @dataclass
 class Context:
     "What an objective may use when it is prepared."

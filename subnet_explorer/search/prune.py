@@ -345,9 +345,8 @@ def iterate(
     with closing(memory.bar):
         full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
         lowest = _floor(full, floor, least)
-        steps = [Step("full", Mask.full(space), full, True)]
-        steps += _steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)
-    return _pruned(run, steps, memory, full, lowest)
+        steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
+    return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
 
 # %% ../../nbs/search/13_prune.ipynb #cd36a7a4
 def _limit(space: Space, asked: int | None) -> int:
