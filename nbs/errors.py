@@ -59,6 +59,11 @@ Space.of(model, 'head', layers='3-9')
 from subnet_explorer import Mask
 Mask.load('made-of.mask.safetensors')
 """,
+    "CannotWrite": """
+from subnet_explorer.core.files import atomic_write
+open('runs', 'w').close()
+atomic_write('runs/demo/study.json', '{}')
+""",
     "BadFacts": """
 from subnet_explorer import read_facts
 open('facts.jsonl', 'w').write('a sparrow can fly')

@@ -12,6 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .core.errors import SubnetError, check_names
+from .core.files import CannotWrite, reason
+from .core.progress import Stream
 
 if TYPE_CHECKING:
     from subnet_explorer.core.masks import Masks
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
     from subnet_explorer.recipes.study import Study
 
 # %% auto #0
-__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'NEEDED', 'DEMO', 'COMMANDS', 'PLACES', 'USAGE', 'Answer', 'show', 'report',
-           'agreement', 'without_nan', 'compact', 'doctor', 'ordered', 'answered', 'about', 'help_text',
+__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'NEEDED', 'DEMO', 'COMMANDS', 'PLACES', 'USAGE', 'CLOSED_PIPE', 'Answer', 'show',
+           'report', 'agreement', 'without_nan', 'compact', 'doctor', 'ordered', 'answered', 'about', 'help_text',
            'command_parser', 'completion', 'started', 'main']
 
 # %% ../nbs/20_cli.ipynb #f7459036
@@ -392,25 +395,49 @@ def started(words: Sequence[str]) -> Answer:
     order = ordered(command, [word for word in rest if word != "--print-config"])
     return Answer(order.values, order.as_yaml()) if printing else answered(order.run(), order)
 
+# %% ../nbs/20_cli.ipynb #155f17bc
+CLOSED_PIPE = 141
+"The status of a command whose reader has gone, as in `… | head -1`: that of a process which SIGPIPE ends."
+
 # %% ../nbs/20_cli.ipynb #c7da9529
 def main(argv: Sequence[str] | None = None) -> int:
     "Entry point; returns the exit status."
-    words = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in words
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = _status(list(sys.argv[1:] if argv is None else argv))
+            for stream in (out, err): stream.flush()
+        except KeyboardInterrupt:
+            print("\nsubnet-explorer: stopped. The same command continues where it was.", file=err)
+            return 130
+        if isinstance(out.lost, BrokenPipeError): return CLOSED_PIPE
+        if out.lost: return _refused(CannotWrite(f"cannot write the answer: {reason(out.lost)}."))
+    return status
+
+
+def _status(words: Sequence[str]) -> int:
+    "Do what a command line says, and say what came out."
     try:
         if (status := _at_once(words)) is not None: return status
         _quiet_libraries()
         answer = started([word for word in words if word != "--json"])
-    except SubnetError as error:
-        print(f"subnet-explorer: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsubnet-explorer: stopped. The same command continues where it was.", file=sys.stderr)
-        return 130
-    print(json.dumps(answer.data) if as_json else answer.text)
+    except SubnetError as error: return _refused(error)
+    except OSError as error: return _refused(SubnetError(f"the system refuses: {_said(error)}."))
+    print(json.dumps(answer.data) if "--json" in words else answer.text)
     return 0
 
 
+def _refused(error: SubnetError) -> int:
+    "Say what was refused."
+    print(f"subnet-explorer: {type(error).__name__}: {error}", file=sys.stderr)
+    return 2
+
+
+def _said(error: OSError) -> str:
+    "What the system said, and of which file."
+    return reason(error) + (f" ({error.filename})" if error.filename else "")
+
+# %% ../nbs/20_cli.ipynb #42d8fd78
 def _at_once(words: Sequence[str]) -> int | None:
     "Say help or version, which need nothing else: the exit status, or None if something else was asked."
     if not words:

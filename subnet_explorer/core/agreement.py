@@ -14,10 +14,12 @@ import pandas as pd
 from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
+from .numbers import Count, Seed
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus']
+__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus',
+           'said_of_empty_pairs']
 
 # %% ../../nbs/core/11_agreement.ipynb #b0d3c102
 @checked
@@ -61,8 +63,8 @@ def agreement(
     over: str = "seed",     # label that tells the raters apart
     by: str | None = None,  # compare within each value of this label, e.g. "task"
     level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
 ) -> pd.DataFrame:                 # [by,] kind, items, raters, prevalence, agreement, kappa, low, high, alpha, note
     "Kappa with prevalence, raw agreement and bootstrap interval, and alpha, per kind of unit."
     rows, rng = [], np.random.default_rng(seed)
@@ -200,9 +202,9 @@ def consensus(
     by: str = "task",
     over: str = "seed",
     level: float = 0.95,           # of the bootstrap interval of kappa
-    samples: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:      # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes
+    samples: Count = 1000,
+    seed: Seed = 0,
+) -> pd.DataFrame:  # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes, empty_pairs
     "What the masks of each task have in common, for one kind of unit; `notes` says what is undefined."
     _check_consensus(masks, kind, by, over)
     rows = []
@@ -243,7 +245,7 @@ def _counted(part: Masks, kind: str, over: str) -> dict[str, Any]:
     return dict(
         seeds=sorted(part.index[over].tolist()), items=items,
         prevalence=kept.sum() / (len(part) * items),
-        survivors=kept.mean(), super_survivors=int(v[-1]), votes=v.tolist(), notes={})
+        survivors=kept.mean(), super_survivors=int(v[-1]), votes=v.tolist(), notes={}, empty_pairs=_empty_pairs(kept))
 
 
 def _row_of(table: pd.DataFrame, kind: str) -> pd.Series:
@@ -280,3 +282,18 @@ def _overlaps_of(part: Masks, kind: str) -> np.ndarray:      # float (mask, mask
 def _distance(both: float, either: float) -> float:
     "Jaccard distance; two empty masks have distance 0."
     return 1 - both / either if either else 0.0
+
+# %% ../../nbs/core/11_agreement.ipynb #430ee038
+def _empty_pairs(kept: np.ndarray) -> int:
+    "Pairs of two masks that keep nothing."
+    empty = int((kept == 0).sum())
+    return empty * (empty - 1) // 2
+
+
+def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:      # `table` as `consensus` gives it
+    "Say of which tasks some pairs of masks keep nothing, a sentence each."
+    rows = zip(table.iloc[:, 0], table.seeds.map(len), table.empty_pairs, strict=True)
+    return [_EMPTY.format(name, n, seeds * (seeds - 1) // 2) for name, seeds, n in rows if n]
+
+
+_EMPTY = "{}: of {} of {} pairs both masks keep nothing; they count as equal (Jaccard distance 0)."

@@ -72,8 +72,8 @@ def jaccard(
     masks: Masks,
     by: str,                 # label that names the masks
     average: str = "micro",  # "micro" or "macro"
-) -> pd.DataFrame:           # columns a, b, distance, chance
-    "Jaccard distance of every pair of masks, with its chance value."
+) -> pd.DataFrame:           # columns a, b, distance, chance, empty: share of pairs of which both keep nothing
+    "Jaccard distance of every pair of masks, with its chance value; of two empty masks it is 0."
     check_names([by], masks.index.columns, "label")
     names, both = masks.index[by].tolist(), overlaps(masks).astype(float)
     kept, sizes = np.einsum("iit->it", both), _sizes(masks[0].space)
@@ -85,7 +85,8 @@ def jaccard(
         "What is said of one pair."
         distance = _distance(both[i, j], kept[i] + kept[j] - both[i, j], average)
         chance = _expected(sizes, shares[i], shares[j], average)
-        return dict(a=names[i], b=names[j], distance=distance, chance=chance)
+        empty = float(not kept[i].any() and not kept[j].any())
+        return dict(a=names[i], b=names[j], distance=distance, chance=chance, empty=empty)
 
     n = range(len(names))
     pairs = pd.DataFrame([row(i, j) for i in n for j in n if i != j or alone])

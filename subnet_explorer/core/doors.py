@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import SubnetError, UnknownFamily, check_fraction, check_whole
+from .errors import SubnetError, UnknownFamily, check_fraction
 from .layout import no_model
+from .numbers import bounds_said, check_number, has_bounds
 
 # %% auto #0
 __all__ = ['NO', 'Door', 'Model', 'Tokenizer', 'members', 'fitted', 'is_open', 'noun', 'described', 'refusal', 'in_range',
@@ -74,6 +75,7 @@ def fitted(value: Any, hint: Any, alone: bool = True) -> Any:      # alone: whet
     "Fit a value to an annotation; `NO` if it does not."
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if is_open(hint): return value
+    if kind is Annotated: return fitted(value, inside[0], alone)
     if kind in (Union, UnionType): return _one_of(value, inside, alone)
     if kind in _MANY: return _several(value, kind, inside, alone)
     if kind in (Mapping, dict): return _by_key(value, inside, alone)
@@ -188,6 +190,7 @@ _FROM = {
 def noun(hint: Any) -> str:
     "An annotation in words."
     kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated: return bounds_said(hint)
     if kind in (Union, UnionType):
         words = dict.fromkeys(noun(h) for h in inside)
         return " or ".join(w for w in words if w != "None" or len(words) == 1)
@@ -232,18 +235,13 @@ def refusal(door: Callable[..., Any], name: str, hint: Any, value: Any) -> Subne
 
 # %% ../../nbs/core/15_doors.ipynb #707659cf
 _SHARES = ("density", "sparsity", "share", "warmup", "more_than")
-_LEVELS = ("level",)
-_COUNTS = ("samples", "batch", "bins")
-_SEEDS = ("seed",)
 
 
-def in_range(name: str, value: Any) -> None:
-    "Raise `SubnetError` for a number outside of what its name means."
-    if not isinstance(value, (int, float)): return
-    if name in _SHARES: check_fraction(value, name)
-    if name in _LEVELS: check_fraction(value, name, inside=True)
-    if name in _COUNTS: check_whole(value, name, 1)
-    if name in _SEEDS: check_whole(value, name, 0, 2**63 - 1)
+def in_range(name: str, hint: Any, value: Any) -> None:
+    "Raise `SubnetError` for a number outside of what its annotation or its name means."
+    if has_bounds(hint): check_number(hint, value, name)
+    elif isinstance(value, (int, float)) and name in _SHARES: check_fraction(value, name)
+    elif isinstance(value, (int, float)) and name == "level": check_fraction(value, name, inside=True)
 
 # %% ../../nbs/core/15_doors.ipynb #6ec3f751
 class _Names(dict[str, Any]):
@@ -265,7 +263,7 @@ def hints_of(door: Callable[..., Any]) -> dict[str, Any]:      # by parameter, i
     found: dict[str, Any] = {}
     for p in inspect.signature(inner).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.annotation is p.empty: found[p.name] = Any
-        else: found[p.name] = _hint(p.name, p.annotation, module, names, p.default is p.empty)
+        else: found[p.name] = _hint(p.name, p.annotation, module, names, p.default is not None)
     return found
 
 
@@ -273,9 +271,9 @@ def _hint(name: str, annotation: Any, module: dict[str, Any], names: _Names, nee
     "An annotation as classes; models and tokenizers as what stands for them."
     if name == "tok": return Tokenizer if needed else Tokenizer | None
     one = SimpleNamespace(__annotations__={name: annotation})
-    try: hint = get_type_hints(one, module, names)[name]
+    try: hint = get_type_hints(one, module, names, include_extras=True)[name]
     except (AttributeError, NameError, TypeError): return Any
-    return _with_models(hint)
+    return _with_models(hint if needed or is_open(hint) else Union[hint, None])  # noqa: UP007
 
 
 def _with_models(hint: Any) -> Any:
@@ -307,8 +305,8 @@ def checked(door: Door) -> Door:
 def _taken(door: Callable[..., Any], name: str, hint: Any, value: Any) -> Any:
     "An argument as its parameter takes it."
     found = value if hint is Any else fitted(value, hint)
+    in_range(name, hint, value if found is NO else found)
     if found is NO: raise refusal(door, name, hint, value)
-    in_range(name, found)
     return found
 
 

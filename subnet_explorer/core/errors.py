@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 # %% auto #0
-__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange', 'check_names', 'check_fraction',
-           'check_whole', 'check_settings', 'check_seeds']
+__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange', 'check_names', 'check_fraction']
 
 # %% ../../nbs/core/00_errors.ipynb #7bc52c27
 class SubnetError(ValueError):
@@ -87,27 +85,3 @@ def check_fraction(value: float, name: str, inside: bool = False) -> None:
     hint = f"; did you mean {value / 100:g}?" if number and 5 <= value <= 100 else "."
     where = "lies strictly between 0 and 1" if inside else "is a fraction between 0 and 1"
     raise SubnetError(f"{name} {where}, got {value if number else repr(value)}{hint}")
-
-
-def check_whole(value: float, name: str, least: int, most: int | None = None) -> None:
-    "Raise `SubnetError` unless `value` is a whole number from `least` to `most`."
-    whole = hasattr(value, "__index__")
-    if whole and least <= value and (most is None or value <= most): return
-    end = "" if most is None else f" and at most {most}"
-    raise SubnetError(f"{name} is a whole number of at least {least}{end}, got {value!r}.")
-
-
-# %% ../../nbs/core/00_errors.ipynb #9946dbfb
-def check_settings(steps: int, lr: float, batch: int, every: int = 1, accumulate: int = 1) -> None:
-    "Raise `SubnetError` for numbers with which nothing could be trained."
-    counts = {"steps": steps, "batch": batch, "every": every, "accumulate": accumulate}
-    for name, value in counts.items():
-        if value < 1: raise SubnetError(f"{name} must be at least 1, got {value}.")
-    if not (math.isfinite(lr) and lr > 0):
-        raise SubnetError(f"lr must be a positive number, got {lr}.")
-
-
-def check_seeds(seeds: Sequence[int], what: str = "seeds") -> None:
-    "Raise `SubnetError` unless there are some, all different."
-    if seeds and len(set(seeds)) == len(seeds): return
-    raise SubnetError(f"{what} must be different numbers, at least one, got {seeds}.")

@@ -5,10 +5,15 @@
 # %% ../../nbs/core/05_files.ipynb #916327b7
 from __future__ import annotations
 
+import difflib
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +25,137 @@ from .errors import SubnetError
 from .space import Space
 
 # %% auto #0
-__all__ = ['FORMATS', 'atomic_write', 'to_gaps', 'from_gaps', 'compress_gaps', 'expand_gaps', 'MaskFileError', 'write_mask_file',
-           'mask_bytes', 'read_mask_file', 'upload', 'download']
+__all__ = ['WRITE_ADVICE', 'FORMATS', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such', 'read_json',
+           'atomic_write', 'add_line', 'remove', 'scratch', 'to_gaps', 'from_gaps', 'compress_gaps', 'expand_gaps',
+           'MaskFileError', 'write_mask_file', 'mask_bytes', 'read_mask_file', 'upload', 'download']
+
+# %% ../../nbs/core/05_files.ipynb #180a9a15
+class CannotWrite(SubnetError):
+    """A file or folder cannot be written.
+
+    Cause: The disk is full, the folder may only be read, or a file stands where a folder is needed.
+    Fix: Make room, or choose another place. What was finished before stays, and the same call goes on
+        from there.
+    """
+
+
+WRITE_ADVICE = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "it is a folder: give the name of a file",
+    errno.EEXIST: "choose another name",
+    errno.ENOTDIR: "choose another name",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENOENT: "choose a folder that exists",
+}
+"What to do when the system refuses to write."
+
+
+def system_error(error: BaseException) -> OSError | None:
+    "What the system said, also where another library says it in its own words; None if it is something else."
+    if isinstance(error, OSError): return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def reason(error: BaseException) -> str:
+    "Why something failed, in a few words."
+    said = system_error(error)
+    if said is not None and said.strerror: return said.strerror[0].lower() + said.strerror[1:]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+# %% ../../nbs/core/05_files.ipynb #ece0f2a6
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    "Let the block write to a path, or to what is in it; raise `CannotWrite` for what the system refuses."
+    try: yield
+    except Exception as error:
+        said = system_error(error)
+        if said is None or isinstance(error, SubnetError): raise
+        raise CannotWrite(_cannot_write(Path(path), said)) from error
+
+
+def _cannot_write(path: Path, said: OSError) -> str:
+    "Path, reason and what to do."
+    in_the_way = next((above for above in path.parents if above.is_file()), None)
+    if in_the_way: return f"cannot write {path}: {in_the_way} is a file, not a folder. Choose another name."
+    advice = WRITE_ADVICE.get(said.errno or 0, "check the path and the disk")
+    return f"cannot write {path}: {reason(said)}. {advice[0].upper()}{advice[1:]}."
+
+# %% ../../nbs/core/05_files.ipynb #6f95c8e2
+@contextmanager
+def reading(
+    path: str | Path,
+    error: type[SubnetError] = SubnetError,      # what is raised if it cannot be read
+    expected: str = "",                          # what should be there: "JSON"
+) -> Iterator[None]:
+    "Let the block read a file; raise `error` with path and reason for what is missing, damaged or something else."
+    try: yield
+    except SubnetError: raise
+    except Exception as why:
+        if not Path(path).exists(): raise error(no_such(path)) from why
+        wanted = f", expected {expected}" if expected else ""
+        raise error(f"cannot read {path}: {reason(why)}{wanted}.") from why
+
+
+def no_such(path: str | Path, what: str = "file") -> str:
+    "That there is nothing of this name, with the nearest names that are there."
+    path = Path(path)
+    gone = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
+    above = "" if gone == path else f": there is no folder {gone}"
+    there = sorted(file.name for file in gone.parent.iterdir()) if gone.parent.is_dir() else []
+    near = difflib.get_close_matches(gone.name, there, 3, 0.5)
+    question = f" Did you mean {' or '.join(str(gone.parent / name) for name in near)}?" if near else ""
+    return f"there is no {what} {path}{above}.{question}"
+
+
+def read_json(
+    path: str | Path,
+    error: type[SubnetError] = SubnetError,      # what is raised if it cannot be read
+) -> Any:
+    "What a JSON file holds."
+    with reading(path, error, "JSON"): return json.loads(Path(path).read_text(encoding="utf-8"))
 
 # %% ../../nbs/core/05_files.ipynb #3a3b3d22
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
     "Write `data` to `path` completely or not at all."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(number, "wb") as f:
+                f.write(data.encode(errors="replace") if isinstance(data, str) else data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return path
+
+
+def add_line(path: Path, line: str) -> None:
+    "Add a line to the end of a text file."
+    with writing(path), path.open("a", encoding="utf-8") as f: f.write(line + "\n")
+
+
+def remove(path: Path) -> None:
+    "Remove a file or a folder with all that is in it, if it is there."
+    with writing(path):
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink(missing_ok=True)
+
+# %% ../../nbs/core/05_files.ipynb #01548b35
+@contextmanager
+def scratch() -> Iterator[str]:
+    "A folder that is gone after the block; raise `CannotWrite` where there can be none."
+    with writing("the folder for temporary files"): folder = tempfile.TemporaryDirectory()
+    with folder: yield folder.name
 
 # %% ../../nbs/core/05_files.ipynb #f4547b88
 def to_gaps(bits: np.ndarray) -> np.ndarray:                    # uint8
@@ -161,7 +277,7 @@ def upload(repo: str, files: Mapping[str, bytes | str], private: bool = False) -
     from huggingface_hub import HfApi
     api = HfApi()
     api.create_repo(repo, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for name, data in files.items(): atomic_write(Path(folder) / name, data)
         return str(api.upload_folder(repo_id=repo, folder_path=folder))
 

@@ -12,16 +12,17 @@ import numpy as np
 
 from .doors import checked
 from .errors import SubnetError
+from .numbers import Count, Seed
 
 # %% auto #0
-__all__ = ['resampled', 'interval', 'student_interval', 'correlation']
+__all__ = ['resampled', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
 
 # %% ../../nbs/core/12_intervals.ipynb #cbb4b293
 @checked
 def resampled(
     groups: Sequence[np.ndarray],                 # per group: (draws, items) or (draws, items, values)
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
     pooled: bool = False,                         # False: mean of group means; True: of all items
     weights: Sequence[np.ndarray] | None = None,        # per group: weights of the items
 ) -> tuple[Any, np.ndarray]:                      # estimate, (samples,); or (values,), (samples, values)
@@ -40,8 +41,8 @@ def resampled(
 def interval(
     groups: Sequence[np.ndarray],
     level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
+    samples: Count = 1000,
+    seed: Seed = 0,
     pooled: bool = False,
     weights: Sequence[np.ndarray] | None = None,
 ) -> tuple[float, float, float]:      # estimate, low, high
@@ -99,6 +100,21 @@ def student_interval(
         std = float(x.std(ddof=1))
         half = float(t.ppf((1 + level) / 2, n - 1)) * std / np.sqrt(n)
     return dict(n=n, mean=mean, std=std, low=float(mean - half), high=float(mean + half))
+
+# %% ../../nbs/core/12_intervals.ipynb #c6734bf9
+def defined_interval(
+    values: Sequence[float],      # NaN and infinities are undefined
+    level: float = 0.95,
+) -> dict[str, float]:            # n, mean, std, low, high of those that are defined, undefined
+    "Number, mean, deviation and Student interval of the defined values, and how many are not."
+    x = np.asarray(values, float)
+    known = np.isfinite(x)
+    return {**student_interval(x[known], level), "undefined": int((~known).sum())}
+
+
+def left_out(undefined: int, what: str = "score") -> str:
+    "Say how many undefined values were left out; nothing if there are none."
+    return f"{undefined} undefined {what}{'s' * (undefined > 1)} left out" if undefined else ""
 
 # %% ../../nbs/core/12_intervals.ipynb #b5a15f33
 @checked

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/04_kinds.ipynb #7ac05da5
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from .layout import Layout
 from .space import KINDS, Group, Space, groups_of, spread
 
 # %% auto #0
-__all__ = ['Footprint', 'footprints', 'space_to', 'units_to_weights', 'blocks_to_weights', 'share_kept']
+__all__ = ['Footprint', 'footprints', 'space_to', 'units_to_weights', 'blocks_to_weights', 'weight_density', 'share_kept']
 
 # %% ../../nbs/core/04_kinds.ipynb #865f6602
 @dataclass(frozen=True)
@@ -146,6 +147,33 @@ def blocks_to_weights(blocks: Bits) -> dict[str, np.ndarray]:  # bool, by name o
     for g, bits in blocks.items():
         out[g.name] = bits if g.block is None else spread(g, bits, layout.shape(g.role))
     return out
+
+# %% ../../nbs/core/04_kinds.ipynb #ce9206e9
+def weight_density(mask: Bits) -> float:      # 0…1
+    "Share of the weights that the coordinates of a mask are made of, and that it keeps; biases do not count."
+    whole = [g for g in mask.space.groups if g.kind in ("weight", "block")]
+    found = [b for name, b in blocks_to_weights(mask).items() if name in {g.name for g in whole}] if whole else []
+    kept, size = sum(int(b.sum()) for b in found), sum(b.size for b in found)
+    for (_, role), line in _lines(mask).items():
+        weights = math.prod(mask.space.layout.shape(role))
+        kept, size = kept + round(float(line.mean()) * weights), size + weights
+    return kept / size if size else math.nan
+
+
+def _lines(mask: Bits) -> dict[tuple[int, str], np.ndarray]:      # bool, by layer and role
+    "What is kept of every matrix that has units, along the axis on which they lie."
+    layout, lines = mask.space.layout, dict[tuple[int, str], np.ndarray]()
+    for group, bits in mask.items():
+        if group.kind in ("weight", "block", "bias"): continue
+        for f in footprints(group, layout, "full"):
+            if f.kind == "bias": continue
+            line = np.ones(1 if f.axis is None else layout.shape(f.role)[f.axis], bool)
+            if f.axis is None: line &= bits.any()
+            else:
+                part = np.repeat(bits.reshape(-1, f.pool).any(1), f.repeat)
+                line[f.start:f.start + len(part)] = part
+            lines[f.layer, f.role] = lines.get((f.layer, f.role), np.ones(1, bool)) & line
+    return lines
 
 # %% ../../nbs/core/04_kinds.ipynb #23e9ac7c
 def share_kept(fine: Bits, group: Group) -> np.ndarray:      # float (group.shape)

@@ -19,6 +19,7 @@ from .errors import SubnetError, check_fraction, check_names
 from .files import download, mask_bytes, read_mask_file, upload, write_mask_file
 from .kinds import blocks_to_weights, share_kept, space_to, units_to_weights
 from .layout import layer_text
+from .numbers import Count, Seed
 from .space import WHOLE_UNITS, Group, Space, same_space
 
 # %% auto #0
@@ -40,7 +41,8 @@ class CoordinateSet(Bits):
         return cls.of(space, {g.name: np.full(g.shape, value) for g in space.groups}, **meta)
 
     @classmethod
-    def random(cls, space: Space, density: float, seed: int, **meta: Any) -> Mask:
+    @checked
+    def random(cls, space: Space, density: float, seed: Seed, **meta: Any) -> Mask:
         "Keep exactly `round(density * size)` random coordinates of every tensor."
         check_fraction(density, "density")
         bits = draw([([g], round(density * g.size)) for g in space.groups], seed)
@@ -82,11 +84,13 @@ class Mask(CoordinateSet):
         "One row per tensor: `name`, `kind`, `layer`, `role`, `size`, `kept`, `density`."
         return table(self)
 
-    def random_like(self, seed: int, strata: Strata | None = None, bins: int = 20) -> Mask:
+    @checked
+    def random_like(self, seed: Seed, strata: Strata | None = None, bins: Count = 20) -> Mask:
         "A random mask that keeps as many coordinates; see the function of this name."
         return random_like(self, seed, strata, bins)
 
-    def resized(self, density: float, seed: int) -> Mask:
+    @checked
+    def resized(self, density: float, seed: Seed) -> Mask:
         "This mask with random coordinates added or taken away."
         return resized(self, density, seed)
 
@@ -192,17 +196,17 @@ class Strata(Protocol):
     def __getitem__(self, name: str) -> np.ndarray: ...
 
 
+@checked
 def random_like(
     mask: Mask,
-    seed: int,
+    seed: Seed,
     strata: Strata | None = None,      # e.g. magnitudes: keep as many in every quantile bin of these, too
-    bins: int = 20,                    # equally filled ones, in each tensor
+    bins: Count = 20,                  # equally filled ones, in each tensor
 ) -> Mask:
     "A random mask with as many heads, MLPs and layers, and as many of all else in every tensor."
     meta = dict(method="random", seed=seed, parents=[mask.id])
     if strata is None: return Mask.of(mask.space, draw(_pools(mask), seed), **meta)
     same_space(mask.space, strata.space, "stratify")
-    if bins < 1: raise SubnetError(f"there must be at least one bin, got {bins}.")
     rng = np.random.default_rng(seed)
     out: dict[str, np.ndarray] = {}
     for groups, _ in _pools(mask):
@@ -221,7 +225,8 @@ def _pools(mask: Mask) -> list[tuple[list[Group], int]]:  # groups, and what the
     return [(groups, sum(kept[g.name] for g in groups)) for groups in pools.values()]
 
 # %% ../../nbs/core/06_mask.ipynb #afa58bc8
-def resized(mask: Mask, density: float, seed: int) -> Mask:
+@checked
+def resized(mask: Mask, density: float, seed: Seed) -> Mask:
     "`mask` with random coordinates added or taken away until `round(density * size)` are kept."
     check_fraction(density, "density")
     rng, change = np.random.default_rng(seed), round(density * mask.space.size) - mask.count

@@ -5,11 +5,13 @@
 # %% ../../nbs/core/13_progress.ipynb #abd86ac1
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 # %% auto #0
-__all__ = ['Cell', 'Line', 'progress_bar', 'watched']
+__all__ = ['Cell', 'Line', 'progress_bar', 'watched', 'Stream']
 
 # %% ../../nbs/core/13_progress.ipynb #7a6048ac
 Cell = TypeVar("Cell")
@@ -48,3 +50,30 @@ def watched(
             bar.set_postfix(says(cell))
             yield cell
             bar.update()
+
+# %% ../../nbs/core/13_progress.ipynb #9f3d83dc
+class Stream:
+    "A stream for people: what it cannot take is dropped, what it cannot spell is replaced, and the work goes on."
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.lost: OSError | None = None      # after which nothing arrives any more
+        with suppress(AttributeError, ValueError, OSError): stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        "Write what can be written."
+        self._tried("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        "Send what is waiting."
+        self._tried("flush")
+
+    def _tried(self, what: str, *given: Any) -> None:
+        if self.lost or self.stream is None: return
+        try: getattr(self.stream, what)(*given)
+        except OSError as error:
+            self.lost = error
+            with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any: return getattr(self.stream, name)

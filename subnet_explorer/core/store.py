@@ -19,7 +19,7 @@ import pandas as pd
 from .. import __version__
 from .doors import checked
 from .errors import SubnetError
-from .files import atomic_write
+from .files import add_line, atomic_write, no_such, read_json, reading, remove
 from .formats import read_masks
 from .mask import Mask
 from .masks import Masks
@@ -83,8 +83,7 @@ class Record:
         "Add a line to the metrics."
         self._metrics.append(row)
         if self.folder is None: return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        add_line(self.folder / "metrics.jsonl", json.dumps(row))
 
     def cut_back(self, step: int | None) -> None:
         "Forget what was logged after a step; None: everything."
@@ -119,7 +118,7 @@ def _taken(
 
 def _check_same(folder: Path, ident: str, config: Mapping[str, Any]) -> None:
     "Raise `OtherRun` if the folder belongs to a run with another configuration."
-    found = json.loads((folder / "config.json").read_text())
+    found = _asked(folder)
     if found["id"] == ident: return
     differing = _differing(found["config"], config)
     raise OtherRun(
@@ -142,7 +141,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     "Metrics that were logged in a file; a line that a crash cut short ends them."
     rows: list[dict[str, Any]] = []
     if not path.exists(): return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with reading(path): text = path.read_text(encoding="utf-8")
+    for line in text.splitlines():
         try: rows.append(json.loads(line))
         except ValueError: break
     return rows
@@ -169,7 +169,8 @@ class Run(Record):
     @classmethod
     def open(cls, folder: str | Path) -> Run:
         "Reopen a run folder; raise `OtherRun` if it is none."
-        return cls(folder, **_asked(Path(folder)))
+        found = _asked(Path(folder))
+        return cls(folder, found["config"], found["labels"])
 
     @property
     def done(self) -> bool:
@@ -202,12 +203,13 @@ class Run(Record):
     def __repr__(self) -> str: return _described(self)
 
 # %% ../../nbs/core/14_store.ipynb #61d44cbc
-def _asked(folder: Path) -> dict[str, Any]:      # config, labels
+def _asked(folder: Path) -> dict[str, Any]:      # id, config, labels
     "What a run folder was made for."
-    try: found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise OtherRun(f"{folder} is not a run: it has no readable config.json.") from e
-    return {"config": found["config"], "labels": found["labels"]}
+    if not folder.exists(): raise OtherRun(no_such(folder, "folder"))
+    try: found = read_json(folder / "config.json")
+    except SubnetError as why: raise OtherRun(f"{folder} is not a run: {why}") from why
+    if isinstance(found, dict) and {"id", "config", "labels"} <= set(found): return found
+    raise OtherRun(f"{folder} is not a run: its config.json is that of something else.")
 
 
 def _read_mask(run: Run) -> Mask:
@@ -224,7 +226,8 @@ def _read_soft(run: Run) -> Scores | None:
     from safetensors.numpy import load_file
     file = run.folder / "soft.safetensors" if run.folder else None
     if file is None or not file.exists(): return None
-    return Scores(run.mask.space, {name: values.astype(np.float32) for name, values in load_file(file).items()})
+    with reading(file, OtherRun, "soft gates"): found = load_file(file)
+    return Scores(run.mask.space, {name: values.astype(np.float32) for name, values in found.items()})
 
 
 def _as_stored(soft: Scores | None) -> Scores | None:
@@ -241,7 +244,7 @@ def _write_result(folder: Path, mask: Mask, soft: Scores | None) -> None:
         halves = {name: np.ascontiguousarray(v, np.float16) for name, v in soft.values.items()}
         atomic_write(folder / "soft.safetensors", save(halves))
     mask.save(folder / "mask.safetensors")
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    remove(folder / "state.safetensors")
 
 
 def _described(run: Run) -> str:
@@ -269,7 +272,7 @@ def read_state(folder: Path) -> State | None:
     from safetensors import safe_open
     file = folder / "state.safetensors"
     if not file.exists(): return None
-    with safe_open(str(file), "pt") as f:
+    with reading(file, OtherRun, "the state of a search"), safe_open(str(file), "pt") as f:
         names = list(f.keys())
         return {name: f.get_tensor(name) for name in names}, json.loads(f.metadata()["state"])
 
@@ -323,7 +326,7 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
     folder, wanted = Path(to), json.loads(json.dumps(dict(config)))
     if folder.is_file(): raise OtherRun(f"{to} is a file: give a folder.")
     if (folder / "study.json").exists():
-        found = json.loads((folder / "study.json").read_text())["config"]
+        found = read_json(folder / "study.json", OtherRun)["config"]
         if found != wanted:
             raise OtherRun(
                 f"{to} holds another study (it differs in {_differing(found, wanted)}). "
@@ -339,7 +342,7 @@ def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFra
     "A table that is computed once per folder."
     if not to: return make()
     file = Path(to) / "tables" / f"{name}.json"
-    if file.exists(): return pd.DataFrame(json.loads(file.read_text()))
+    if file.exists(): return pd.DataFrame(read_json(file, OtherRun))
     table = make()
     atomic_write(file, json.dumps(table.to_dict("records")))
     return table

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_names, check_whole
+from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count, Natural, Seed
 from .files import BadFacts, numbered_lines, numbered_sources
 
 # %% auto #0
@@ -172,7 +173,7 @@ def read_facts(
     templates: Mapping[str, str] | str | Path | None = None,   # {subject} and {object} by relation,
                                                                # or LAMA's relations.jsonl
     strict: bool = True,    # False: count prompts without exactly one [MASK] instead of stopping
-    prompt: int = 0,        # which masked sentence; in pocket facts the unseen probe is the first
+    prompt: Natural = 0,    # which masked sentence; in pocket facts the unseen probe is the first
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
     place, name = source, Path(source).name
@@ -401,11 +402,10 @@ def _overlap(relation: str, train: Sequence[Fact], test: Sequence[Fact]) -> dict
 @checked
 def split(
     facts: Facts,
-    seed: int = 0,
-    shares: tuple[int, int, int] = (7, 2, 1),      # train : development : test
+    seed: Seed = 0,
+    shares: tuple[Count, Count, Count] = (7, 2, 1),      # train : development : test
 ) -> Split:
     "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."
-    for share in shares: check_whole(share, "a share of the split", 1)
     parts: tuple[set[tuple[str, str, str]], ...] = (set(), set(), set())
     for relation in facts.relations:
         triples = list(dict.fromkeys(map(_stated, facts[relation])))

@@ -10,7 +10,9 @@ import zlib
 from functools import cache
 from typing import Any, NamedTuple
 
+from ..core.doors import checked
 from ..core.errors import check_names
+from ..core.numbers import Natural, Seed
 from .pocket import pocket_rows, training_wordings
 
 # %% auto #0
@@ -127,9 +129,10 @@ def part_of(text: str) -> str:
 Token = dict[str, Any]      # form, upos, head (one-based, 0 = root), deprel, entity (IOB2)
 
 
+@checked
 def sentences(
-    n: int,                    # how many
-    seed: int = 0,
+    n: Natural,                # how many
+    seed: Seed = 0,
     part: str | None = None,   # only those of "train", "dev" or "test"; None: all
 ) -> list[list[Token]]:
     "Draw annotated filler sentences."
@@ -155,9 +158,10 @@ def sentence_text(sentence: list[Token]) -> str:
     return " ".join(token["form"] for token in sentence)
 
 # %% ../../nbs/data/09_grammar.ipynb #2365a197
+@checked
 def treebank(
-    n: int = 1000,
-    seed: int = 0,
+    n: Natural = 1000,
+    seed: Seed = 0,
     part: str | None = None,      # one of `PARTS`; None: all
 ) -> str:
     "Write filler sentences in CoNLL-U."
@@ -174,9 +178,10 @@ def _conllu_line(i: int, t: Token) -> str:
     return "\t".join(columns)
 
 
+@checked
 def entities(
-    n: int = 1000,
-    seed: int = 0,
+    n: Natural = 1000,
+    seed: Seed = 0,
     part: str | None = None,      # one of `PARTS`; None: all
 ) -> str:
     "Write filler sentences in two columns, word and IOB2 tag."
@@ -187,7 +192,8 @@ def _entity_lines(sentence: list[Token]) -> str:
     return "\n".join(f"{t['form']} {t['entity']}" for t in sentence) + "\n"
 
 # %% ../../nbs/data/09_grammar.ipynb #3aefd7e2
-def corpus(epoch: int, fillers: int = 6000) -> list[tuple[str, str | None]]:   # sentence, object or None
+@checked
+def corpus(epoch: Natural, fillers: Natural = 6000) -> list[tuple[str, str | None]]:   # sentence, object or None
     "Write the training text of one epoch, shuffled; an object goes with each fact's sentence."
     text: list[tuple[str, str | None]] = []
     for row in pocket_rows():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core.doors import checked
 from ..core.errors import check_names
+from ..core.numbers import Count, Seed
 from .facts import TEMPLATES, Fact, Facts, read_facts, with_subject_and_object
 from .files import BadFacts
 
@@ -196,7 +197,7 @@ def neighbourhood(
     facts: Facts,
     about: str,          # a subject or object, with or without article
     n: int,              # triples; all wordings of a triple come along
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Facts:              # in the order of `facts`
     "Take `n` triples of the neighbourhood of a concept; raise `BadFacts` if there are fewer."
     if n < 1: raise BadFacts(f"a neighbourhood of {n} triples was asked for: at least one is needed.")
@@ -323,7 +324,7 @@ def _ranks(path: Path) -> dict[tuple[str, str], tuple[bool, int]]:
 @checked
 def wordnet(
     source: str | Path | None = None,   # WordNet's folder; None: $WNSEARCHDIR, $WNHOME/dict, the usual ones
-    senses: int | None = None,          # only so many most frequent senses of a subject; None: all
+    senses: Count | None = None,        # only so many most frequent senses of a subject; None: all
 ) -> Facts:                             # relation IsA, in the order of the file
     "Read the hypernym triples of WordNet's nouns; raise `BadFacts` where the files are broken."
     folder = _wordnet_folder(source)

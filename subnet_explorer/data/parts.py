@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.numbers import Count, Seed, Share
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, read_glue
 
@@ -85,12 +86,12 @@ def task_data(
                                      # training sentences is set aside for the report, too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
-    search: float = 0.2,             # share of the training sentences on which masks are searched
+    search: Share = 0.2,             # share of the training sentences on which masks are searched
     on_dev: bool = False,            # search and report on the same sentences, as published
-    train: int | None = None,        # at most so many sentences to train on, the same for every seed
+    train: Count | None = None,      # at most so many sentences to train on, the same for every seed
                                      # of a study (`fit` has a limit for others) …
-    test: int | None = None,         # … and to report on
-    seed: int = 0,
+    test: Count | None = None,       # … and to report on
+    seed: Seed = 0,
     strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:
     "Read the three parts of a task."

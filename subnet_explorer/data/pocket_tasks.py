@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count, Natural, Seed
 from .grammar import PARTS, WORDS, Word, draw_words, part_of
 from .pocket import WORDINGS, pocket_rows, training_wordings
 
@@ -18,7 +20,8 @@ from .pocket import WORDINGS, pocket_rows, training_wordings
 __all__ = ['POCKET_TASKS', 'plausible', 'choices', 'questions', 'labelled', 'choose']
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #b50d1e9f
-def plausible(n: int = 1000, seed: int = 0) -> list[dict[str, Any]]:      # sentence, label
+@checked
+def plausible(n: Natural = 1000, seed: Seed = 0) -> list[dict[str, Any]]:      # sentence, label
     "Draw statements that are a fact (1), or have the object of another one of the relation (0)."
     rng, rows = random.Random(f"plausible-{seed}"), pocket_rows()
     objects = {relation: sorted(found) for relation, found in _objects().items()}
@@ -41,7 +44,8 @@ def _objects() -> dict[str, set[str]]:
     return {relation: {r["obj_label"] for r in rows if r["pred"] == relation} for relation in WORDINGS}
 
 
-def choices(n: int = 500, seed: int = 0) -> list[dict[str, Any]]:
+@checked
+def choices(n: Natural = 500, seed: Seed = 0) -> list[dict[str, Any]]:
     "Draw COPA-format rows: `premise`, `choice1`, `choice2`, `question`, `label` (0 or 1), `idx`."
     rng = random.Random(f"choices-{seed}")
     facts = [r for r in pocket_rows() if r["pred"] == "Causes"]
@@ -56,9 +60,10 @@ def choices(n: int = 500, seed: int = 0) -> list[dict[str, Any]]:
     return examples
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #75d0b3e2
+@checked
 def questions(
-    n: int = 0,                # how many; 0: the usual number of the part
-    seed: int = 0,
+    n: Natural = 0,            # how many; 0: the usual number of the part
+    seed: Seed = 0,
     part: str = "train",       # "train", "dev" or "test": no subject is in two of them
 ) -> dict[str, Any]:           # in the format of SQuAD v1.1
     "Draw questions whose answer is the object of one of three facts in the context."
@@ -91,10 +96,11 @@ POCKET_TASKS: dict[str, str] = {
 "GLUE task whose layout and metrics a pocket task has."
 
 
+@checked
 def labelled(
     task: str,               # one of `POCKET_TASKS`
-    n: int = 0,              # how many; 0: 1,500 for training, 400 for development and for test
-    seed: int = 0,
+    n: Natural = 0,          # how many; 0: 1,500 for training, 400 for development and for test
+    seed: Seed = 0,
     part: str = "train",     # "train", "dev" or "test"
 ) -> list[dict[str, Any]]:   # sentence[1], sentence2 (for pairs), label
     "Draw labelled sentences; classes alternate."
@@ -187,13 +193,14 @@ _EXAMPLES: dict[str, Callable[[random.Random, int, _Rows, _Filler], _Example]] =
     "acceptable": _acceptable, "paraphrase": _paraphrase, "entails": _entails, "similar": _similar}
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #b04e430c
+@checked
 def choose(
-    n: int = 0,                                # how many; 0: the usual number of the part
-    seed: int = 0,
+    n: Natural = 0,                            # how many; 0: the usual number of the part
+    seed: Seed = 0,
     part: str = "train",                       # "train", "dev" or "test"
     removed: Iterable[str] = (),               # uuids of facts that are asked in the test part only
     relations: Iterable[str] | None = None,    # ask about these only
-    k: int = 4,                                # choices
+    k: Count = 4,                              # choices
 ) -> list[dict[str, Any]]:      # question, choices, label, id, related, uuid, relation, sub, obj
     "Draw multiple-choice questions about facts."
     check_names([part], PARTS, "part")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count, Natural, Seed
 from .files import dataset_parts, file_text
 
 # %% auto #0
@@ -391,10 +392,11 @@ GAP = "[MASK]"
 "A word that was taken away; tokenisers are given their own mask token for it."
 
 
+@checked
 def gapped(
     sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
     share: float = 0.3,            # of the words of each sentence, rounded
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> list[Any]:
     "Put gaps for a share of the words of every sentence; annotation stays as it is."
     if not 0 <= share <= 1:
@@ -431,8 +433,8 @@ def coded_words(tok: Any, words: Sequence[str], **more: Any) -> Any:      # what
 def fitting(
     sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
     tok: Any,                      # tokenizer
-    longest: int = 128,            # words at most
-    shortest: int = 1,             # words at least
+    longest: Count = 128,          # words at most
+    shortest: Natural = 1,         # words at least
 ) -> tuple[list[Any], dict[str, int]]:      # what fits, in order; reason -> how many do not
     "Leave out and count what is too long; raise `BadSentences` if nothing fits."
     kept, skipped = [], Counter[str]()

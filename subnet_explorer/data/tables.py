@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Natural, Seed
 from ..core.space import digest
 from .files import numbered_lines, numbered_sources
 
@@ -101,7 +102,8 @@ class Labelled:
         "Hash of all rows, in order (16 hex digits)."
         return digest(self.items, sort=False)
 
-    def take(self, n: int, seed: int = 0) -> Labelled:
+    @checked
+    def take(self, n: Natural, seed: Seed = 0) -> Labelled:
         "Draw `n` rows, in order (all, if there are no more)."
         if n < 0: raise SubnetError(f"a number of rows is 0 or more, got {n}.")
         rng = random.Random(f"take-{seed}")

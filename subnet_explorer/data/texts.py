@@ -22,7 +22,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import check_names
-from ..core.files import atomic_write
+from ..core.files import atomic_write, read_json, reading, writing
 from ..core.space import digest
 from .files import BadTexts, check_text, dataset_parts, open_text
 
@@ -279,27 +279,35 @@ def read_blocks(
 ) -> Blocks:
     "Map running text of any size as blocks, in bounded memory; raise `BadTexts` where there is none."
     _check_size(tok, size)
-    usual = os.environ.get("SUBNET_EXPLORER_CACHE") or Path.home() / ".cache" / "subnet_explorer"
-    folder = Path(cache or usual) / "blocks"
+    folder = Path(cache or os.environ.get("SUBNET_EXPLORER_CACHE") or _usual_cache()) / "blocks"
     version = 1      # of the format
     key = digest([_content(source, part), _coding(tok), size, between, version], 32)
     file, note = folder / f"{key}.npy", folder / f"{key}.json"
     if not (file.exists() and note.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder): folder.mkdir(parents=True, exist_ok=True)
         counts: Counter[str] = Counter()
         lines = (line.strip() for line in _text_lines(source, part) if line.strip())
-        try: _write_rows(file, _cut(tok, lines, size, between, counts), size)
+        try:
+            with writing(file): _write_rows(file, _cut(tok, lines, size, between, counts), size)
         except BadTexts as e: raise BadTexts(f"{source}: {e}") from None
         whole = Blocks(_mapped(file), counts["left"])
         found = {"source": Path(str(source)).name, "dropped": whole.dropped}
         found |= {"fingerprint": whole.fingerprint, "top": whole.top}
         atomic_write(note, json.dumps(found))
-    known = json.loads(note.read_text())
+    known = read_json(note, BadTexts)
     dropped = known["dropped"]
     return Blocks(_mapped(file), dropped, {k: known[k] for k in ("fingerprint", "top")})
 
 
-def _mapped(file: Path) -> np.ndarray: return np.load(file, mmap_mode="r", allow_pickle=False)
+def _usual_cache() -> Path:
+    "The folder for tokenised text; among the temporary files for somebody without a home."
+    try: return Path.home() / ".cache" / "subnet_explorer"
+    except RuntimeError: return Path(tempfile.gettempdir(), "subnet_explorer")
+
+
+def _mapped(file: Path) -> np.ndarray:
+    "Blocks as they lie on the disk."
+    with reading(file, BadTexts, "blocks"): return np.load(file, mmap_mode="r", allow_pickle=False)
 
 # %% ../../nbs/data/03_texts.ipynb #b8e46a15
 def _write_rows(file: Path, parts: Iterator[np.ndarray], size: int) -> None:

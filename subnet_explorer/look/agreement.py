@@ -14,7 +14,7 @@ from ..core.compare import survival_table
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.masks import Masks
-from .figure import Figure, add_heat, color_axis, set_layout
+from .figure import Figure, add_heat, check_drawable, color_axis, set_layout
 from .masks import ROLE_NAMES, UNIT_NAMES
 from .style import PALETTE, safe_text
 
@@ -29,6 +29,7 @@ def jaccard(
 ) -> Figure:
     "Draw pairwise Jaccard distances with their chance value."
     check_names(["a", "b", "distance", "chance"], table.columns, "column")
+    check_drawable(table[["distance", "chance"]], "distances")
     names = list(dict.fromkeys([*table.a, *table.b]))
     grid = table.pivot(index="a", columns="b", values="distance")
     grid = grid.reindex(index=names, columns=names)
@@ -47,9 +48,15 @@ def jaccard(
     alt = (
         f"{title} between {len(names)} masks; {chance}, mean {pairs.distance.mean():.2f}. "
         f"Nearest: {near.a} and {near.b} ({near.distance:.2f}); "
-        f"farthest: {far.a} and {far.b} ({far.distance:.2f})."
+        f"farthest: {far.a} and {far.b} ({far.distance:.2f}).{_empties(pairs)}"
     )
     return Figure(fig, table.reset_index(drop=True), alt)
+
+
+def _empties(pairs: pd.DataFrame) -> str:
+    "Say how many pairs are of two masks that keep nothing, and so are equal."
+    n = int((pairs.get("empty", pd.Series(dtype=float)) > 0).sum())
+    return f" Of {n} of {len(pairs)} pairs both masks keep nothing, at distance 0." if n else ""
 
 # %% ../../nbs/look/04_agreement.ipynb #fd223c36
 @checked
@@ -61,6 +68,8 @@ def survival(
     "Draw how often each head and MLP (or each matrix of weights) is kept."
     data = masks.reset_index(drop=True) if isinstance(masks, pd.DataFrame) else survival_table(masks, over)
     check_names(["kind", "layer", "role", "unit", "mean", "std", "of"], data.columns, "column")
+    check_drawable(data["mean"], "survival")
+    check_drawable(data["std"], "deviations of survival", gaps=True)
     if len(data) > 4096:
         many = f"{len(data):,} units are too many to draw"
         raise SubnetError(f"{many}: use masks of heads, MLPs, layers or weights.")
@@ -138,6 +147,7 @@ def overlap(
     "Draw how many units the masks of two tasks share, with standard deviation and chance."
     check_names(["kind", "a", "b", "mean", "std", "chance"], table.columns, "column")
     check_names([kind], table.kind.unique(), "kind of unit")
+    check_drawable(table[["mean", "std", "chance"]], "shared units", gaps=True)
     data, units = table[table.kind == kind].reset_index(drop=True), UNIT_NAMES.get(kind, kind)
     names = list(dict.fromkeys([*data.a, *data.b]))
     title, size = title or f"{units[0].upper()}{units[1:]} that tasks share", max(3, len(names))
@@ -192,6 +202,7 @@ def consensus(
     needed = ["seeds", "kappa", "low", "high", "raw_agreement", "prevalence"]
     needed += ["mean_jaccard_distance", "jaccard_chance", "votes"]
     check_names(needed, table.columns, "column")
+    check_drawable(table[needed[1:-1]], "agreement", gaps=True)
     names, most = list(map(str, table.iloc[:, 0])), max(map(len, table.votes))
     fig = make_subplots(
         1, 5, column_widths=[2, 1.4, 1.4, 1.4, 0.35 * most], horizontal_spacing=0.025,
@@ -220,11 +231,12 @@ def _agreed(r: pd.Series, name: str, units: str) -> str:
     "Say what the seeds of one task agree on."
     raw = "undefined" if np.isnan(r.raw_agreement) else f"{r.raw_agreement:.2f}"
     counted = f"raw agreement {raw}, prevalence {r.prevalence:.2f}"
-    if np.isnan(r.kappa): return f"{name} κ undefined, {counted}"
+    empty = f", {r.empty_pairs} pairs of masks that keep nothing" if r.get("empty_pairs") else ""
+    if np.isnan(r.kappa): return f"{name} κ undefined, {counted}{empty}"
     return (
         f"{name} κ {r.kappa:.2f} ({r.low:.2f} to {r.high:.2f}), {counted}, "
         f"Jaccard distance {r.mean_jaccard_distance:.2f} (chance {r.jaccard_chance:.2f}), "
-        f"{r.votes[-1]} {units} in all {len(r.votes) - 1} seeds"
+        f"{r.votes[-1]} {units} in all {len(r.votes) - 1} seeds{empty}"
     )
 
 # %% ../../nbs/look/04_agreement.ipynb #a017f344

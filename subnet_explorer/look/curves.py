@@ -16,8 +16,9 @@ from plotly.subplots import make_subplots
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.intervals import interval, student_interval
-from .figure import Figure, set_layout
+from ..core.intervals import defined_interval, interval, left_out
+from .figure import Figure, check_drawable, set_layout
+from .paper import CannotDraw
 from .style import DASHES, PALETTE, safe_text, style
 
 # %% auto #0
@@ -36,6 +37,16 @@ def _whiskers(
     return dict(array=rows.high - middle, arrayminus=middle - rows.low, **look)
 
 
+def _check_scores(table: pd.DataFrame, columns: list[str]) -> None:
+    "Raise `CannotDraw` for infinite scores or ends of intervals; undefined ones are gaps."
+    for name in (*columns, *({"low", "high"} & set(table))): check_drawable(table[name], name, gaps=True)
+
+
+def _number(value: float, digits: str) -> str:
+    "Write a score, which may be undefined."
+    return "undefined" if pd.isna(value) else f"{value:{digits}}"
+
+
 def _ends(row: pd.Series, digits: str) -> str:
     "Say an interval in brackets, where it is known."
     if "low" not in row or pd.isna(row["low"]): return ""
@@ -52,6 +63,7 @@ def bars(
     "Draw one bar per condition; raise `SubnetError` when rows are not told apart."
     keys = ["condition", *([colour] if colour else [])]
     check_names(["condition", "value", *keys[1:]], table.columns, "column")
+    _check_scores(table, ["value"])
     if table.duplicated(keys).any():
         raise SubnetError(
             f"several rows have the same {' and '.join(keys)}: filter the table first, "
@@ -71,7 +83,7 @@ def bars(
     said = []
     for _, r in table.iterrows():
         names = ", ".join(str(r[k]) for k in keys)
-        said.append(f"{names} {r.value:.3f}{_ends(r, '.3f')}")
+        said.append(f"{names} {_number(r.value, '.3f')}{_ends(r, '.3f')}")
     alt = f"{title or label}. Bars: {'; '.join(said)}."
     return Figure(fig, table.reset_index(drop=True), alt)
 
@@ -101,7 +113,7 @@ def tickets(
     groups = table.groupby(["task", "kind", "stage"], sort=False)
     data = pd.DataFrame([_spread(keys, part, spread) for keys, part in groups])
     undefined = int(data.undefined.sum())
-    if undefined: title += f" ({undefined} undefined score{'s' * (undefined > 1)} left out)"
+    if undefined: title += f" ({left_out(undefined)})"
     seeds = table if dots else table[:0]
     fig = _ticket_panels(data, seeds, list(table.kind.unique()), title, label)
     what = "standard deviation" if spread == "std" else "95 % interval"
@@ -125,7 +137,7 @@ def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict
     "Summarize the scores of one task, kind and stage over seeds."
     scores = part.score.astype(float)
     found = scores[np.isfinite(scores)].to_numpy(float)
-    known = student_interval(found)
+    known = defined_interval(scores)
     mean, std = known["mean"], known["std"]
     low, high = np.nan, np.nan
     if spread == "std": low, high = mean - std, mean + std
@@ -133,7 +145,7 @@ def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict
     task, kind, stage = keys
     return dict(
         task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high,
-        n=len(found), undefined=len(part) - len(found),
+        n=len(found), undefined=known["undefined"],
     )
 
 # %% ../../nbs/look/05_curves.ipynb #97652598
@@ -228,6 +240,7 @@ def removal(
 ) -> Figure:
     "Draw perplexity relative to the full model by condition and data set, with intervals."
     check_names(["under", "data", "ratio"], table.columns, "column")
+    _check_scores(table, ["ratio"])
     if not (table.ratio > 0).all():
         raise SubnetError("perplexity ratios must be positive numbers: leave undefined ones out.")
     names, sets = list(dict.fromkeys(table.under)), list(dict.fromkeys(table.data))
@@ -288,8 +301,8 @@ def pareto(
     label: str = "score",            # of the vertical axis
 ) -> Figure:
     "Draw the score of probes against their complexity in bits."
-    needed = ["probe", "granularity", "lam", "rank", "score", "bits"]
-    check_names(needed, table.columns, "column")
+    check_names(["probe", "granularity", "lam", "rank", "score", "bits"], table.columns, "column")
+    _check_scores(table, ["score", "bits"])
     bounds = table.probe.isin(["linear", "finetune"])
     sized, fig = table[table.bits.gt(0) & ~bounds], go.Figure()
     if sized.empty: raise SubnetError("there is no probe with a complexity to draw.")
@@ -318,7 +331,7 @@ def pareto(
 
 def _probe_said(r: Any) -> str:
     "Say score and complexity of a probe, for the description."
-    return f"{r.probe} {_variant(r)} {r.score:.3f} at {r.bits:,.0f} bits".replace("  ", " ")
+    return f"{r.probe} {_variant(r)} {_number(r.score, '.3f')} at {r.bits:,.0f} bits".replace("  ", " ")
 
 
 def _variant(r: Any) -> str:
@@ -340,10 +353,12 @@ def scatter(
 ) -> Figure:
     "Draw one column against another."
     check_names([x, y, colour], table.columns, "column")
+    _check_scores(table, [x, y])
     points = table[table[colour] != level].dropna(subset=[x, y])
+    if log and (points[x] <= 0).any():
+        raise CannotDraw(f"cannot draw {x} on a logarithmic axis: some values are 0 or less. Give log=False.")
     base = table[table[colour] == level].dropna(subset=[y])
-    if points.empty:
-        raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
+    if points.empty: raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
     across, up = labels or (x, y)
     fig = go.Figure()
     for i, (name, rows) in enumerate(points.groupby(colour, sort=False)):
@@ -376,7 +391,7 @@ def curves(
     runs = metrics if isinstance(metrics, Mapping) else {"": metrics}
     for table in runs.values(): check_names(["step"], table.columns, "column")
     long = [t.melt("step", var_name="metric").assign(run=name) for name, t in runs.items()]
-    data = pd.concat(long).dropna(subset="value").reset_index(drop=True)
+    data = pd.concat(long).replace([np.inf, -np.inf], np.nan).dropna(subset="value").reset_index(drop=True)
     if data.empty: raise SubnetError("nothing was logged yet: there is no metric to draw.")
     panels, names = list(data.metric.unique()), list(runs)
     titles, spacing = list(map(safe_text, panels)), 0.25 / len(panels)
@@ -407,6 +422,7 @@ def tradeoff(
     given = ["seed", "step", "sparsity", "chosen"]
     check_names(given, curves.columns, "column")
     sets = [c for c in curves.columns if c not in (*given, "note")]
+    curves = curves.replace([np.inf, -np.inf], np.nan)
     if curves.empty or not sets:
         raise SubnetError(
             "there is no curve to draw: "

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count
 from . import models
 from .agreement import consensus as consensus_figure
 from .figure import Figure, View, set_layout
@@ -73,7 +75,8 @@ def heat_figure(e: State) -> Figure:
     return density_figure(shares, f"Survival in {n} masks", f"share of {n} masks that keep it")
 
 # %% ../../nbs/look/10_explorer.ipynb #927ecf81
-def nearby(table: pd.DataFrame, most: int = 40) -> Figure:      # table: of the tab overlap
+@checked
+def nearby(table: pd.DataFrame, most: Count = 40) -> Figure:    # table: of the tab overlap
     "Draw the distance of the mask in hand to its nearest neighbours, with the chance values."
     t = table.head(most)
     fig, y = go.Figure(), np.arange(len(t))

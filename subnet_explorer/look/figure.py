@@ -22,8 +22,8 @@ from .paper import CannotDraw, print_plotly
 from .style import plain_text, safe_text
 
 # %% auto #0
-__all__ = ['STYLE', 'POLICY', 'html_page', 'html_card', 'View', 'Figure', 'html_figure', 'print_figure', 'set_layout',
-           'color_axis', 'add_heat']
+__all__ = ['STYLE', 'POLICY', 'html_page', 'html_card', 'View', 'Figure', 'html_figure', 'print_figure', 'check_drawable',
+           'set_layout', 'color_axis', 'add_heat']
 
 # %% ../../nbs/look/02_figure.ipynb #ead391cf
 STYLE = (
@@ -139,6 +139,24 @@ def print_figure(
 ) -> bytes:
     "Draw a figure without a browser, with the description inside."
     return print_plotly(fig.plotly, fig.alt, kind)
+
+# %% ../../nbs/look/02_figure.ipynb #872890cf
+def check_drawable(
+    values: Any,             # an array, or columns of a table
+    what: str,               # what they are, for the message
+    gaps: bool = False,      # NaN says "undefined", and is left out
+) -> None:
+    "Raise `CannotDraw` for values that are no numbers, infinite or, where there are no gaps, NaN."
+    try: x = np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise CannotDraw(f"cannot draw {what}: these are no numbers.") from None
+    bad = int((np.isinf(x) if gaps else ~np.isfinite(x)).sum())
+    if not bad: return
+    kind = "infinite" if gaps else "NaN or infinite"
+    raise CannotDraw(
+        f"cannot draw {what}: {bad:,} of {x.size:,} values are {kind}. Leave them out, and say how many, or look where "
+        "they come from: a model that diverged, or its precision."
+    )
 
 # %% ../../nbs/look/02_figure.ipynb #11b87bb7
 @checked

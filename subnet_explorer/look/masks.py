@@ -18,7 +18,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
 from ..core.space import Group, same_space
-from .figure import Figure, add_heat, color_axis, set_layout
+from .figure import Figure, add_heat, check_drawable, color_axis, set_layout
 from .style import PALETTE, safe_text
 
 # %% auto #0
@@ -206,6 +206,7 @@ def placement(
 ) -> Figure:
     "Draw the share of kept weights by layer and matrix, and by attention head."
     check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")
+    check_drawable(table[["size", "kept"]], label)
     whole = _share(table, ["layer", "matrix"])
     grid = whole.unstack("matrix").rename(columns=_role)
     grid = grid.set_axis([f"layer {i}" if i else "embedding" for i in grid.index])

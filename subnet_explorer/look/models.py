@@ -21,7 +21,8 @@ from plotly.subplots import make_subplots
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..measure.attention import from_mask
-from .figure import Figure, View, add_heat, color_axis, set_layout
+from ..measure.maps import check_maps
+from .figure import Figure, View, add_heat, check_drawable, color_axis, set_layout
 from .paper import paper_color
 from .style import is_dark, safe_text, shades, style
 
@@ -37,6 +38,7 @@ def predictions(
     "Draw the most probable answers under each condition."
     check_names(["under", "rank", "token", "probability"], table.columns, "column")
     if table.empty: raise SubnetError("there is no prediction to draw.")
+    check_drawable(table.probability, "probabilities")
     names, data = list(dict.fromkeys(table.under)), table.reset_index(drop=True)
     grid = data.pivot(index="rank", columns="under", values="probability")[names]
     tokens = data.assign(token=data.token.map(safe_text))
@@ -69,6 +71,7 @@ def tsne(
 ) -> Figure:
     "Draw points as small multiples."
     check_names(["x", "y", colour, facet], points.columns, "column")
+    check_drawable(points[["x", "y"]], "points")
     panels, groups = list(points[facet].unique()), list(points[colour].unique())
     if not panels: raise SubnetError("there is no point to draw.")
     across = len(panels) if len(panels) <= 4 else ceil(sqrt(len(panels)))
@@ -93,8 +96,7 @@ def tsne(
     legend = dict(title_text=safe_text(colour), tracegroupgap=0)
     set_layout(fig, title, width, height, legend=legend)
     bare = dict(showticklabels=False, ticks="", mirror=True)
-    fig.update_xaxes(**bare).update_yaxes(**bare)
-    fig.update_layout(margin=dict(l=30, b=30))
+    fig.update_xaxes(**bare).update_yaxes(**bare).update_layout(margin=dict(l=30, b=30))
     alt = (
         f"{title}: {len(points)} points in {len(panels)} panels ({', '.join(map(str, panels))}), "
         f"coloured by {colour} ({', '.join(map(str, groups))}). {_neighbours(points, colour, facet)}"
@@ -192,13 +194,9 @@ def mask_attention(
     everywhere: bool = False,                              # from all positions, their mean
 ) -> Figure:
     "Draw what the position that predicts the answer attends to, or what all positions do."
-    if not maps:
-        raise SubnetError(
-            "there is no attention to draw: give maps and tokens by condition, "
-            'e.g. {"full model": represent.attention(model, tok, text)}.'
-        )
+    if not maps: raise SubnetError(_NO_ATTENTION)
     title = title or f"Attention from {'all tokens' if everywhere else '[MASK]'}"
-    grids = {name: _attended(*pair, everywhere) for name, pair in maps.items()}
+    grids = {name: _attended(check_maps(*pair, name), pair[1], everywhere) for name, pair in maps.items()}
     titles, spacing = list(map(safe_text, grids)), 0.3 / (1 + len(grids))
     fig = make_subplots(1, len(grids), subplot_titles=titles, horizontal_spacing=spacing)
     for i, grid in enumerate(grids.values(), 1):
@@ -213,6 +211,12 @@ def mask_attention(
     most = "; ".join(f"{name}: {_most_attended(grid)}" for name, grid in grids.items())
     alt = f"{title}: {sentence}. Most attended, mean over layers and heads: {most}."
     return Figure(fig, data, alt)
+
+
+_NO_ATTENTION = (
+    "there is no attention to draw: give maps and tokens by condition, "
+    'e.g. {"full model": represent.attention(model, tok, text)}.'
+)
 
 # %% ../../nbs/look/06_models.ipynb #ae70df28
 def _attended(
@@ -259,14 +263,14 @@ def attention_pair(
     layers: Sequence[int] | None = None,                   # one-based; None: all
 ) -> View:
     "Show the attention maps of several conditions side by side."
+    if not maps: raise SubnetError(_NO_ATTENTION)
     parts = []
     for i, (name, (values, tokens)) in enumerate(maps.items()):
-        shown = _head_view(values, tokens, layers, f"view-{i}")
+        shown = _head_view(check_maps(values, tokens, name), tokens, layers, f"view-{i}")
         parts.append(f"<section><b>{html.escape(name)}</b>{shown}</section>")
     page = "".join([_HEADER, _script("jquery.min.js"), _script("d3.min.js"), UNPACKED, _REQUIRE, *parts])
     sentences = "; ".join(f"{name}: {' '.join(tokens)}" for name, (_, tokens) in maps.items())
-    count = len(next(iter(maps.values()))[0])
-    alt = f"Attention of {count} layers, side by side: {sentences}."
+    alt = f"Attention of {len(next(iter(maps.values()))[0])} layers, side by side: {sentences}."
     height = 130 + 23 * max(len(tokens) for _, tokens in maps.values())
     inside = f'title="{html.escape(alt, quote=True)}" srcdoc="{html.escape(page, quote=True)}"'
     return View(f'<iframe {inside} style="width:100%;height:{height}px;border:0"></iframe>', alt)

@@ -26,11 +26,13 @@ __all__ = ['CannotDraw', 'paper_color', 'draw', 'print_plotly']
 
 # %% ../../nbs/look/01_paper.ipynb #6146c0d2
 class CannotDraw(SubnetError):
-    """The file type, or something in the figure, is unknown to the writer.
+    """A value has no place in a figure, or the file type or something in the figure no writer.
 
-    Cause: SVG, PNG and PDF are drawn without a browser, by a writer that knows the kinds of traces
-        the library makes; other file types have no writer.
-    Fix: Save as .html, which draws everything, or use .svg, .png or .pdf for the library's own figures.
+    Cause: NaN and infinities have no colour and no place. SVG, PNG and PDF are drawn without a
+        browser, by a writer that knows the kinds of traces the library makes; other file types have
+        no writer.
+    Fix: Leave out what is not finite, and say how much it was. Save as .html, which draws everything,
+        or use .svg, .png or .pdf for the library's own figures.
     """
 
 # %% ../../nbs/look/01_paper.ipynb #30e4e7a9

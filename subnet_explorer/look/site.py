@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import SubnetError
-from ..core.files import atomic_write
+from ..core.files import atomic_write, remove
 from .pages import STUDY_FILES, compare_page, index_page, run_page, study_name, study_page
 from .runs import MANIFEST, Collection, Entry, content_key, discover, slug
 
@@ -89,7 +89,7 @@ def _write(
             written += 1
             if written % NOTE_EVERY == 0: _note(to, found, done)
         for address in gone:
-            (to / address).unlink(missing_ok=True)
+            remove(to / address)
             done.pop(address, None)
     finally: _note(to, found, done)
     return written

@@ -20,6 +20,7 @@ from ..core.compare import against
 from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.mask import Mask
+from ..core.numbers import Count, Weight
 from ..core.scores import Scores
 from ..core.space import same_space
 from .curves import curves
@@ -243,7 +244,7 @@ def predictions(
     tok: Any,
     prompt: str,                   # with one [MASK]
     under: Under = None,           # a mask, or conditions by name
-    k: int = 5,                    # how many tokens
+    k: Count = 5,                  # how many tokens
 ) -> Piece:
     "Ask for the most probable tokens at the [MASK] of a prompt, under every condition."
     from subnet_explorer.measure.ask import predictions as ask
@@ -280,7 +281,7 @@ def attention(
 class Watch:
     "The metrics of a run while it goes on."
 
-    def __init__(self, run: Run | str | Path, every: float) -> None:      # every: seconds
+    def __init__(self, run: Run | str | Path, every: Weight) -> None:     # every: seconds
         self._run = None if isinstance(run, (str, Path)) else run
         self.folder = Path(run) if isinstance(run, (str, Path)) else run.folder
         self.every, self._over = every, threading.Event()
@@ -325,7 +326,7 @@ class Watch:
 
 # %% ../../nbs/look/12_views.ipynb #3ce1e482
 @checked
-def watch(run: Run | str | Path, every: float = 1.0) -> Watch:      # every: seconds
+def watch(run: Run | str | Path, every: Weight = 1.0) -> Watch:     # every: seconds
     "Follow loss, density and score of a search; `run` is a run or its folder, which need not exist yet."
     if not every > 0: raise SubnetError(f"every is a number of seconds above 0, got {every}.")
     return Watch(run, every)

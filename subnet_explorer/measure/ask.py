@@ -20,11 +20,12 @@ from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
-from ..model.limits import check_head
+from ..model.limits import check_head, longest
 from ..model.sequences import Prompts, Sequences
 from ..search.objectives import Context
 from .attention import token_ids
@@ -182,7 +183,7 @@ def predictions(
     tok: Any,
     prompt: str,                                                 # one [MASK]; for causal models it may be missing
     under: Mapping[str, Mask | Scores | None] | None = None,     # conditions by name; None: the full model only
-    k: int = 5,
+    k: Count = 5,
     check: bool = True,                  # compare the model's weights with the masks' fingerprints
 ) -> pd.DataFrame:                       # columns under, rank, token, probability
     "List the `k` most probable tokens at the [MASK] of a prompt under every condition."
@@ -258,9 +259,9 @@ _RANKS = ("rank", "filtered", "among")
 @checked
 def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
-    k: Sequence[int] = (1, 2, 3),
+    k: Sequence[Count] = (1, 2, 3),
     rank: str = "rank",                 # or "filtered", "among"
-    samples: int = 1000,                # of the bootstrap
+    samples: Count = 1000,              # of the bootstrap
 ) -> pd.DataFrame:                      # columns under, relation ("macro", "micro" or a name), k, value, low, high, n
     "Give P@K by condition and relation, with intervals over facts and repetitions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
@@ -296,7 +297,7 @@ def _hits(items: pd.DataFrame, rank: str, top: int) -> dict[str, np.ndarray]:   
 def mrr(
     items: pd.DataFrame,               # from `cloze` or `majority`
     rank: str = "rank",                # or "filtered", "among"
-    truncate: int | None = None,       # ranks beyond it count as zero
+    truncate: Count | None = None,     # ranks beyond it count as zero
 ) -> pd.Series:                        # by condition
     "Give the mean reciprocal rank of all questions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
@@ -306,6 +307,7 @@ def mrr(
 
 # %% ../../nbs/measure/00_ask.ipynb #9f4861b7
 def _masked_premise(
+    model: nn.Module,
     tok: Any,
     question: Mapping[str, Any],
     choice: str,                         # "choice1" or "choice2"
@@ -315,13 +317,19 @@ def _masked_premise(
     premise = question["premise"].strip().rstrip(".?! ")
     word = "so" if question["question"] == "effect" else "because"
     part = tok(premise, add_special_tokens=False).input_ids
-    ids = tok(f"{premise} {word} {question[choice]}").input_ids
+    ids = tok(f"{premise} {word} {question[choice]}", verbose=False).input_ids
     start = next((i for i in range(len(ids)) if ids[i:i + len(part)] == part), None)
     if not part or start is None:
         reason = "none: it is empty."
         if part: reason = "not those of the joined sentence: this tokenizer cannot be used here."
         raise SubnetError(
             f"question {number}: the tokens of the premise {question['premise']!r} are {reason}"
+        )
+    most = longest(model, tok)
+    if len(ids) > most:
+        raise SubnetError(
+            f"question {number}: premise and {choice} have {len(ids)} tokens, and the model reads at most {most}: "
+            "shorten it, or leave it out."
         )
     positions = range(start, start + len(part))
     return [([*ids[:p], tok.mask_token_id, *ids[p + 1:]], p, ids[p]) for p in positions]
@@ -349,7 +357,7 @@ def plausibility(
     for n, q in enumerate(questions):
         check_names([q["question"]], ["cause", "effect"], "kind of question")
         for choice in ("choice1", "choice2"):
-            premise = _masked_premise(tok, q, choice, n)
+            premise = _masked_premise(model, tok, q, choice, n)
             coded += premise
             owner += [(n, choice)] * len(premise)
     seqs, logprobs = Sequences(model, [ids for ids, _, _ in coded]), []
@@ -372,7 +380,7 @@ def plausibility(
 class Precision:
     "P@K on held-out facts, to be maximised."
     facts: Facts
-    k: int = 1
+    k: Count = 1
 
     def prepare(self, context: Context) -> Callable[[], float]:
         "Encode the facts; what comes back gives the score of the model as it is."

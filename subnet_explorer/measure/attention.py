@@ -15,6 +15,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, follow_path, is_causal, layout_of
 from ..core.mask import Mask
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import mask_token
@@ -185,13 +186,12 @@ def each_attention(
     texts: Sequence[Text],                        # causal models read pairs in a row
     under: Mask | Scores | None = None,
     normed: str | None = None,                    # None: probabilities; or one of `NORMS`
-    batch: int = 32,
+    batch: Count = 32,
     segments: bool = True,                        # say which sentence of a pair a token is in
 ) -> Iterator[tuple[list[int], np.ndarray, list[list[str]]]]:
     "Read positions in `texts`, maps (text, layer, head, from, to) and tokens in batches."
     import torch
     if normed is not None: check_names([normed], NORMS, "way to norm attention")
-    if batch < 1: raise SubnetError(f"batch={batch}: give at least 1.")
     if under is not None: check_model(under.space, model)
     if normed == "as_published" and isinstance(under, Scores): raise SubnetError(_SOFT_SCORES)
     coded = [token_ids(model, tok, t, i) for i, t in enumerate(texts)]
@@ -224,7 +224,7 @@ def attention_maps(
     texts: Sequence[Text],                        # may contain [MASK]
     under: Mask | Scores | None = None,
     normed: str | None = None,                    # None, "correct" or "as_published"
-    batch: int = 32,
+    batch: Count = 32,
     segments: bool = True,
 ) -> list[tuple[np.ndarray, list[str]]]:          # per text: maps (layer, head, from, to), tokens
     "Read the attention maps of many texts, in their order."

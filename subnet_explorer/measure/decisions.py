@@ -15,6 +15,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count
 from ..core.scores import Scores
 from .attention import Text, each_attention
 from .maps import ATTENTION_PATTERNS, BadMap
@@ -35,10 +36,10 @@ def decide(
     under: Mask | Scores | None = None,
     normed: str | None = None,            # None: raw maps; or one of `NORMS`: see `value_norms`
     cnn: PatternCNN | None = None,        # None: the one that comes with the library
-    least: int | None = None,             # fewest tokens; None: the smallest map in training
+    least: Count | None = None,           # fewest tokens; None: the smallest map in training
     drop_short: bool = False,             # leave shorter texts out; .attrs["dropped"] counts them
     segments: bool = True,                # tell the model which sentence of a pair a token is in
-    batch: int = 16,
+    batch: Count = 16,
     **labels: Any,                        # further columns, e.g. task="RTE", seed=1
 ) -> pd.DataFrame:      # columns [labels …,] text, tokens, layer, head, pattern, probability; counted from 1
     "Name the pattern of every head for every text."

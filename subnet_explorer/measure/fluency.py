@@ -21,6 +21,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Count, Seed
 from ..core.scores import Scores
 from ..data.facts import Facts, mask_token, with_start
 from ..data.graphs import triple
@@ -169,8 +170,8 @@ class HeldOut:
         model: nn.Module,
         tok: Any,
         goal: MLM | Hidden,
-        batch: int = 32,            # texts at a time; the loss does not depend on it
-        seed: int = 0,              # of masked tokens
+        batch: Count = 32,          # texts at a time; the loss does not depend on it
+        seed: Seed = 0,             # of masked tokens
     ) -> None:
         self.model, n = model, len(goal.texts)
         self.parts = np.array_split(np.arange(n), range(batch, n, batch))

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Count, Positive, Seed, Share
 from ..data.pocket import pocket_path
 
 # %% auto #0
-__all__ = ['ATTENTION_PATTERNS', 'pattern_from_name', 'BadMap', 'BadLabels', 'check_map', 'LabelledMaps', 'read_labels',
-           'read_maps', 'picture', 'generate', 'hand_labelled']
+__all__ = ['ATTENTION_PATTERNS', 'pattern_from_name', 'BadMap', 'BadLabels', 'check_map', 'check_maps', 'LabelledMaps',
+           'read_labels', 'read_maps', 'picture', 'generate', 'hand_labelled']
 
 # %% ../../nbs/measure/06_maps.ipynb #38b73eaa
 ATTENTION_PATTERNS = ("heterogeneous", "block", "diagonal", "vertical", "vertical+diagonal")
@@ -65,12 +67,27 @@ def check_map(
     "Give a map as an array; raise `BadMap` saying what is wrong with it."
     a = np.asarray(a)
     where = f"attention map {name!r}" if name != "" else "an attention map"
-    if a.dtype.kind not in "fiu": raise BadMap(f"{where} holds {a.dtype}, expected numbers.")
-    if a.ndim != 2 or a.shape[0] != a.shape[1]:
+    if a.dtype.kind in "fiu" and (a.ndim != 2 or a.shape[0] != a.shape[1]):
         raise BadMap(
             f"{where} has shape {a.shape}, expected (tokens, tokens): "
             "give one head of one text, e.g. maps[layer, head] of represent.attention."
         )
+    a = _attention_values(a, where)
+    if len(a) < least:
+        raise BadMap(
+            f"{where} has {len(a)} tokens, at least {least} are needed to see a pattern: "
+            "take longer texts, or leave this one out."
+        )
+    if not a.any():
+        raise BadMap(
+            f"{where} holds only zeros: a head that was removed has no pattern; leave it out."
+        )
+    return a
+
+
+def _attention_values(a: np.ndarray, where: str) -> np.ndarray:      # float32
+    "Numbers that can be attention; raise `BadMap` for others."
+    if a.dtype.kind not in "fiu": raise BadMap(f"{where} holds {a.dtype}, expected numbers.")
     a = a.astype(np.float32)
     bad = int((~np.isfinite(a)).sum())
     if bad:
@@ -78,19 +95,26 @@ def check_map(
             f"{where} has {bad} values that are not finite: the model computes nan or overflows for this text; "
             "look for padding without attention mask, or load it in float32."
         )
-    if len(a) < least:
-        raise BadMap(
-            f"{where} has {len(a)} tokens, at least {least} are needed to see a pattern: "
-            "take longer texts, or leave this one out."
-        )
-    if a.min() < 0:
+    if a.size and a.min() < 0:
         expected = "expected probabilities or norms: give the maps after the softmax."
         raise BadMap(f"{where} has negative values (down to {a.min():.3g}), {expected}")
-    if not a.any():
-        raise BadMap(
-            f"{where} holds only zeros: a head that was removed has no pattern; leave it out."
-        )
     return a
+
+# %% ../../nbs/measure/06_maps.ipynb #60ab6410
+def check_maps(
+    maps: Any,                 # what should be the maps of a text
+    tokens: Sequence[str],
+    name: str = "",            # the condition, for the message
+) -> np.ndarray:               # (layer, head, from, to), float32
+    "Give the maps of a text as an array; raise `BadMap` saying what is wrong with them."
+    a, n = np.asarray(maps), len(tokens)
+    where = f"the attention of {name!r}" if name else "the attention"
+    if a.ndim != 4 or a.shape[2:] != (n, n) or not a.size:
+        raise BadMap(
+            f"{where} has shape {a.shape}, expected (layers, heads, {n}, {n}) for {n} tokens: give maps and tokens as "
+            "represent.attention returns them."
+        )
+    return _attention_values(a, where)
 
 # %% ../../nbs/measure/06_maps.ipynb #5ab089b6
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,12 +252,13 @@ def read_maps(
     return LabelledMaps(arrays, pd.DataFrame([dict(id=name, label=label) for name, label, _ in rows]))
 
 # %% ../../nbs/measure/06_maps.ipynb #5667d78f
+@checked
 def picture(
     maps: Sequence[np.ndarray],                          # (from, to) each
     titles: Sequence[str] | None = None,
     tokens: Sequence[Sequence[str]] | None = None,       # of each map; None: positions only
-    columns: int = 6,
-    inches: float = 2.1,                                 # width of a map
+    columns: Count = 6,
+    inches: Positive = 2.1,                              # width of a map
 ) -> bytes:                                              # PNG
     "Draw maps side by side."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -357,12 +382,13 @@ def _cuts(rng: np.random.Generator, label: str, n: int) -> list[int]:
     return sorted(cuts)
 
 # %% ../../nbs/measure/06_maps.ipynb #44912c12
+@checked
 def generate(
-    n: int,                                     # how many
-    seed: int,
-    sizes: tuple[int, int] = (10, 64),          # fewest and most tokens
-    causal: float = 0.08,                       # share of causal maps
-    normed: float = 0.2,                        # share of normed maps
+    n: Count,                                   # how many
+    seed: Seed,
+    sizes: tuple[Count, Count] = (10, 64),      # fewest and most tokens
+    causal: Share = 0.08,                       # share of causal maps
+    normed: Share = 0.2,                        # share of normed maps
     patterns: Sequence[str] = ATTENTION_PATTERNS,         # drawn in equal numbers
 ) -> LabelledMaps:
     "Draw labelled maps."

@@ -19,6 +19,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..data.parts import TaskData
 from ..data.questions import answer_scores, normalised_answer
@@ -40,7 +41,7 @@ def predict(
     head: Any,                   # a task head
     coded: Sequence[Any],        # examples as `head` encodes them
     path: str = "auto",          # see `Sequences`
-    batch: int = 128,            # examples at a time, fewer if they are long
+    batch: Count = 128,          # examples at a time, fewer if they are long
 ) -> np.ndarray:                 # (row, label)
     "Give what `head` says about encoded examples."
     head.to(next(model.parameters()).device)

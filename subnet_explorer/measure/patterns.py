@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
+from ..core.numbers import Count, Positive, Seed
 from ..data.pocket import pocket_path
 from .maps import ATTENTION_PATTERNS, BadLabels, BadMap, LabelledMaps, check_map
 
@@ -33,7 +34,7 @@ SMALLEST = 32
 
 
 @checked
-def network(seed: int) -> nn.Module:      # (map, 1, size, size) → (map, 5), logits
+def network(seed: Seed) -> nn.Module:      # (map, 1, size, size) → (map, 5), logits
     "Make the untrained network, 73 thousand weights."
     import torch
     from torch import nn
@@ -222,8 +223,8 @@ class PatternReport:
 def pattern_report(
     answers: Sequence[str],
     labels: Sequence[str],
-    samples: int = 1000,       # of the bootstrap
-    seed: int = 0,
+    samples: Count = 1000,     # of the bootstrap
+    seed: Seed = 0,
 ) -> PatternReport:
     "Compare answers with labels."
     if len(answers) != len(labels) or not len(labels):
@@ -348,10 +349,10 @@ def train_network(
     data: LabelledMaps | Callable[[int], LabelledMaps],      # maps, or new ones for each epoch
     *,
     held: LabelledMaps | float = 0.2,                        # held-out maps, or their share
-    epochs: int = 200,
-    lr: float = 1e-3,
-    batch: int = 64,
-    seed: int = 13,
+    epochs: Count = 200,
+    lr: Positive = 1e-3,
+    batch: Count = 64,
+    seed: Seed = 13,
     published: bool = False,
     decay: bool = False,                                     # the rate falls to zero (cosine)
     keep: str = "best",                                      # the state best on held-out maps, or "last"

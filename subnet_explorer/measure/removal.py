@@ -18,6 +18,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import resampled
+from ..core.numbers import Count, Seed
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
@@ -153,9 +154,9 @@ def _side_by_side(part: pd.DataFrame, full: pd.DataFrame, column: str) -> list[n
 def removal_table(
     items: pd.DataFrame,              # from `removal`
     reference: str = "full",          # condition to compare with; of several draws of it the mean counts
-    top: Sequence[int] = (1, 5, 10),
-    samples: int = 1000,              # of the bootstrap
-    seed: int = 0,
+    top: Sequence[Count] = (1, 5, 10),
+    samples: Count = 1000,            # of the bootstrap
+    seed: Seed = 0,
     level: float = 0.95,
 ) -> pd.DataFrame:                    # columns under, data, measure, value, low, high, median, min, max, n, draws
     "Summarise what is lost: every measure, and its difference to the full model."

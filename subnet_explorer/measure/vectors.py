@@ -16,6 +16,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
+from ..core.numbers import Positive, Seed
 from ..core.scores import Scores
 from ..data.facts import Facts
 
@@ -34,6 +35,12 @@ class Vectors:
     "Hidden states with what they belong to."
     table: pd.DataFrame      # columns relation, sub, obj, under, at
     array: np.ndarray        # (row, hidden)
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.array)
+        if len(shape) == 2 and shape[0] == len(self.table) and shape[1]: return
+        raise SubnetError(f"vectors need an array of shape ({len(self.table)}, hidden), a row for each of the table, "
+                          f"found {shape}.")
 
     def __len__(self) -> int: return len(self.table)
 
@@ -110,14 +117,18 @@ def _states(prompts: Prompts, position: np.ndarray, size: int = 256) -> list[np.
 @checked
 def tsne(
     vectors: Vectors,
-    seed: int = 0,
-    perplexity: float | None = None,      # None: 30; always capped at a third of the points
+    seed: Seed = 0,
+    perplexity: Positive | None = None,   # None: 30; always capped at a third of the points
 ) -> pd.DataFrame:                        # the table of `vectors` with x, y and the perplexity used
     "Lay out the vectors of every condition in the plane."
     from sklearn.manifold import TSNE
+    wanted = _perplexity(perplexity)
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise SubnetError(f"the seed of t-SNE is a whole number from 0 to 2**32 - 1, got {seed!r}.")
     parts = []
-    for name, rows in vectors.table.groupby("under", sort=False):
-        array = vectors.array[rows.index]
+    for name in vectors.table.under.unique():
+        here = (vectors.table.under == name).to_numpy()
+        rows, array = vectors.table[here], vectors.array[here]
         if len(rows) < 4:
             raise SubnetError(
                 f"t-SNE needs at least 4 points; {name!r} has {len(rows)}."
@@ -127,7 +138,23 @@ def tsne(
                 f"the vectors under {name!r} are all equal or not finite, so there is nothing to lay out: "
                 "the subnetwork has lost every difference between its inputs at this position."
             )
-        used = min(perplexity or 30.0, (len(rows) - 1) / 3)
-        xy = TSNE(perplexity=used, init="pca", random_state=seed).fit_transform(array)
+        used = min(wanted, (len(rows) - 1) / 3)
+        xy = TSNE(perplexity=used, init="pca", random_state=int(seed)).fit_transform(_of_usual_size(array))
         parts.append(rows.assign(x=xy[:, 0], y=xy[:, 1], perplexity=used))
     return pd.concat(parts)
+
+# %% ../../nbs/measure/04_vectors.ipynb #d0b9d827
+def _perplexity(asked: Any) -> float:
+    "The perplexity to begin with; raise `SubnetError` for what is no positive number."
+    if asked is None: return 30.0
+    number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
+    if number and np.isfinite(asked) and asked > 0: return float(asked)
+    raise SubnetError(f"perplexity is about how many neighbours count, a positive number, e.g. 30; got {asked!r}.")
+
+
+def _of_usual_size(array: np.ndarray) -> np.ndarray:      # (row, hidden)
+    "Vectors as they are, or centred and times a power of two where their spread is far from 1."
+    x = np.asarray(array, np.float64)
+    x = x - x.mean(0)
+    exponent = int(np.frexp(np.abs(x).max())[1])
+    return np.ldexp(x, -exponent).astype(np.float32) if abs(exponent) > 8 else array

@@ -22,9 +22,10 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.files import MaskFileError, atomic_write
+from ..core.files import MaskFileError, atomic_write, remove
 from ..core.layout import layout_of
 from ..core.mask import Mask
+from ..core.numbers import Count
 from ..core.space import ModelId, check_model
 from ..data.pocket import pocket_path
 from .apply import masked, parameter, parameter_like
@@ -233,11 +234,12 @@ def _report_row(model: nn.Module, seconds: float, difference: float) -> dict[str
     )
 
 # %% ../../nbs/model/06_compact.ipynb #09a810ba
+@checked
 def compared(
     small: Compact,
     model: PreTrainedModel | None = None,            # the full model, if `small` was loaded
     batch: dict[str, torch.Tensor] | None = None,    # random sequences if not given
-    rounds: int = 7,
+    rounds: Count = 7,
 ) -> pd.DataFrame:      # dense, masked, compact × parameters, bytes, milliseconds, difference
     "Compare the full, the masked and the compact model."
     dense = model or small.dense
@@ -294,7 +296,7 @@ def save_compact(
     if weights:
         tensors = {n: t.detach().cpu().contiguous() for n, t in tensors_of(small.model).items()}
         atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
-    else: (folder / "model.safetensors").unlink(missing_ok=True)
+    else: remove(folder / "model.safetensors")
     small.mask.save(folder / "mask.safetensors")
     text = json.dumps(_described(small, now), indent=1, default=str)
     atomic_write(folder / "compact.json", text)

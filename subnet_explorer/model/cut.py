@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import Layout, follow_path, is_causal
 from ..core.mask import Mask
+from ..core.numbers import Count, Seed
 from .apply import blocks_of, evaluating, parameter_like
 from .packed import ANATOMY
 
@@ -256,8 +258,9 @@ class CutModel:
         return list(self.model.base_model.compacted)
 
 
+@checked
 def random_batch(
-    model: PreTrainedModel, batch: int = 8, length: int = 64, seed: int = 0
+    model: PreTrainedModel, batch: Count = 8, length: Count = 64, seed: Seed = 0
 ) -> dict[str, torch.Tensor]:           # input_ids, attention_mask
     "Draw random token ids, every fourth sequence with padding."
     most = getattr(model.config, "max_position_embeddings", None) or length + 4

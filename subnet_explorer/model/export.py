@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.errors import SubnetError
+from ..core.files import writing
 from ..core.layout import Layout, follow_path
 from .apply import blocks_of, parameter_like
 from .cut import CutModel, cuts, first_output, is_turned, largest_difference, random_batch, remains
@@ -172,6 +173,9 @@ def export(
     tok: Any = None,                 # tokenizer to save along
 ) -> Path:
     "Write a model in plain Hugging Face format; raise `NotExpressible` where that cannot be."
-    (filled(small) if zero_filled else plain(small)).save_pretrained(folder)
-    if tok is not None: tok.save_pretrained(folder)
-    return Path(folder)
+    made, folder = filled(small) if zero_filled else plain(small), Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        made.save_pretrained(folder)
+        if tok is not None: tok.save_pretrained(folder)
+    return folder

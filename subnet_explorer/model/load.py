@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.files import writing
 from ..core.layout import FAMILIES
+from ..core.numbers import Count, Positive, Seed
 from ..data.grammar import corpus, vocabulary
 from ..data.pocket import pocket_path
 
@@ -227,13 +229,14 @@ def _train(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+@checked
 def write_models(
     folder: str | Path,                # where folders "bert" and "gpt2" go
     names: tuple[str, ...] = ("bert", "gpt2"),
-    epochs: int = 30,
-    batch: int = 256,                  # sentences
-    lr: float = 2e-3,                  # peak; linear warm-up over 5 %, then cosine to zero
-    seed: int = 0,                     # of the first weights
+    epochs: Count = 30,
+    batch: Count = 256,                # sentences
+    lr: Positive = 2e-3,               # peak; linear warm-up over 5 %, then cosine to zero
+    seed: Seed = 0,                    # of the first weights
 ) -> None:
     "Train the pocket models on the CPU and save them in Hugging Face format."
     for name in check_names(names, ["bert", "gpt2"], "pocket model"):
@@ -241,8 +244,9 @@ def write_models(
         tok = _gpt2_tokenizer() if causal else _bert_tokenizer()
         model = _new_model(causal, tok, seed).train()
         _train(model, tok, causal, epochs, batch, lr)
-        model.eval().save_pretrained(Path(folder) / name)
-        tok.save_pretrained(Path(folder) / name)
+        with writing(Path(folder) / name):
+            model.eval().save_pretrained(Path(folder) / name)
+            tok.save_pretrained(Path(folder) / name)
 
 # %% ../../nbs/model/00_load.ipynb #44e43d03
 def _tiny_model(family: str) -> PreTrainedModel:
@@ -267,9 +271,10 @@ def _tiny_model(family: str) -> PreTrainedModel:
     return getattr(tf, f"{name}ForMaskedLM")(config)
 
 
+@checked
 def tiny(
     family: str,      # one of `FAMILIES`
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> PreTrainedModel:
     "Build a random two-layer language model (hidden size 16, 4 heads, vocabulary 40)."
     import torch

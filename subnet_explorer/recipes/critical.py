@@ -16,10 +16,12 @@ import pandas as pd
 from torch import nn
 
 from ..core.compare import jaccard, placement as placed
-from ..core.errors import SubnetError, check_names, check_seeds, check_settings
+from ..core.doors import checked
+from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal, layer_text
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight
 from ..core.space import GRANULARITIES, Space, digest, granular
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable
@@ -78,6 +80,7 @@ class Material:
 def _sizes(parts: Sequence[Any]) -> str: return " + ".join(f"{len(part):,}" for part in parts)
 
 # %% ../../nbs/recipes/08_critical.ipynb #8efeb814
+@checked
 def material(
     model: nn.Module,
     tok: Any,
@@ -85,7 +88,7 @@ def material(
     control: Facts,                       # likewise
     text: Sequence[str] | Blocks,
     *,
-    seed: int = 0,                        # of the split
+    seed: Seed = 0,                       # of the split
     filtered: bool = True,                # False: control facts that the target states too stay, for comparison
 ) -> Material:
     "Choose wordings, take the target out of the control, and split what must be kept."
@@ -175,6 +178,7 @@ class Critical(Study):
         return f"<b>{len(self.masks)} seeds, {escape(repr(self.material))}</b>{self.summary().to_html()}"
 
 # %% ../../nbs/recipes/08_critical.ipynb #008899e1
+@checked
 def read_material(
     model: nn.Module,
     tok: Any,
@@ -184,8 +188,8 @@ def read_material(
     control: str,                # facts to be kept: likewise
     text: Sequence[str],         # text to be kept: files, a folder of .txt files, "pocket", or datasets:NAME
     about: str | None = None,    # only the neighbourhood of this word in the target
-    size: int = 15,              # triples of that neighbourhood
-    block: int | None = None,    # join the text and cut it into blocks of so many tokens; 0: every line by itself;
+    size: Count = 15,            # triples of that neighbourhood
+    block: Natural | None = None,  # join the text and cut it into blocks of so many tokens; 0: every line by itself;
                                  # if nothing is said 512, or what the model reads, and every line by itself for
                                  # pocket and masked models
 ) -> dict[str, Any]:
@@ -213,24 +217,24 @@ def critical(
     *,
     layers: str | Sequence[int] = "top-half",        # one-based and inclusive, e.g. 7-12
     granularity: str = "weight",                     # weight, or neuron: all weights from one feature of a matrix
-    steps: int = 2000,                               # of the search; published: 40,000
-    lr: float = 0.2,                                 # of the mask logits
-    weights: Mapping[str, float] | None = None,      # of the terms suppress, control, text, express; else 1.5,1,1,0
-    density_weights: tuple[float, float] = (2.0, 3.0),    # weight of the density in the first half, and at the end
-    batches: tuple[int, int] = (250, 10),            # control facts and texts per step; the target is in every step
+    steps: Count = 2000,                             # of the search; published: 40,000
+    lr: Positive = 0.2,                              # of the mask logits
+    weights: Mapping[str, Weight] | None = None,     # of the terms suppress, control, text, express; else 1.5,1,1,0
+    density_weights: tuple[Weight, Weight] = (2.0, 3.0),  # weight of the density in the first half, and at the end
+    batches: tuple[Count, Count] = (250, 10),        # control facts and texts per step; the target is in every step
     position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as in the
                                                      # released code
     noise: str = "shared",                           # one draw of the mask for all terms of a step, or independent
                                                      # ones as in the released code
-    sparsity: float = 0.95,                          # the rule for checkpoints: at least this share of the weights
+    sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share of the weights
                                                      # is not critical
-    tolerance: float = 0.05,                         # the rule: perplexity of control and text changes by no more
+    tolerance: Weight = 0.05,                        # the rule: perplexity of control and text changes by no more
                                                      # than this share
-    checks: int = 20,                                # checkpoints that the rule chooses among
-    seeds: Sequence[int] = (0, 1, 2),                # of the gate's noise and the order of the data
-    split_seed: int = 0,                             # of the 8:1:1 split of control and text
+    checks: Count = 20,                              # checkpoints that the rule chooses among
+    seeds: Seeds = (0, 1, 2),                # of the gate's noise and the order of the data
+    split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
     filtered: bool = True,                           # take facts of the target out of the control
-    random: int = 5,                                 # random removals of the same size, per seed
+    random: Natural = 5,                             # random removals of the same size, per seed
     to: str | Path | None = None,                    # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Critical:
@@ -246,9 +250,7 @@ def critical(
 # %% ../../nbs/recipes/08_critical.ipynb #63abbfbe
 def check_study(settings: Mapping[str, Any]) -> None:
     "Raise `SubnetError` for settings that would otherwise be met late."
-    check_settings(settings["steps"], settings["lr"], min(settings["batches"]))
     check_names([settings["granularity"]], GRANULARITIES[:2], "granularity")
-    check_seeds(settings["seeds"])
 
 
 SAME = ("granularity", "steps", "lr", "weights", "position", "noise", "sparsity", "tolerance", "checks", "split_seed",

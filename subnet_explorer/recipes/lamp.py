@@ -17,10 +17,11 @@ import pandas as pd
 from torch import nn
 
 from ..core.compare import jaccard
-from ..core.errors import SubnetError, check_names, check_seeds, check_settings
+from ..core.errors import SubnetError, check_names
 from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
@@ -172,16 +173,16 @@ def lamp(
     *,
     layers: str | Sequence[int] = "top-half",     # one-based and inclusive, e.g. 4-6
     method: str = "deterministic",                # kind of pruning: deterministic or stochastic
-    sparsity: float = 0.5,                        # share of weights removed at first, and roughly at the end
-    steps: int = 400,                             # of the optimizer, per relation and seed
-    lr: float = 0.01,                             # peak learning rate of the mask logits
-    batch: int = 32,                              # prompts per step
-    clip: float | None = None,                    # largest norm of the gradient
-    seeds: Sequence[int] = (0,),                  # of initialisation and data order
-    split_seed: int = 0,                          # of the 7:2:1 split
+    sparsity: PartShare = 0.5,                    # share of weights removed at first, and roughly at the end
+    steps: Count = 400,                           # of the optimizer, per relation and seed
+    lr: Positive = 0.01,                          # peak learning rate of the mask logits
+    batch: Count = 32,                            # prompts per step
+    clip: Positive | None = None,                 # largest norm of the gradient
+    seeds: Seeds = (0,),                  # of initialisation and data order
+    split_seed: Seed = 0,                         # of the 7:2:1 split
     shared_init: bool = True,                     # one initialisation for all relations; if not, one each, as
                                                   # published
-    random: int = 5,                              # random masks of the same size, per relation
+    random: Natural = 5,                          # random masks of the same size, per relation
     mismatched: bool = True,                      # every relation also under the masks of all others
     fine_tuned: bool = False,                     # also fine-tune the whole model per relation: 100 steps, lr 3e-4
     to: str | Path | None = None,                 # folder for runs and tables
@@ -190,8 +191,6 @@ def lamp(
     "Find and measure relation-specific subnetworks (LAMP)."
     settings = settings_of(lamp, locals())
     check_names([method], ["deterministic", "stochastic"], "method")
-    check_settings(steps, lr, batch)
-    check_seeds(list(seeds))
     usable = answerable(facts, tok)
     data, space = split(usable, split_seed), Space.of(model, "weight", layers=layers)
     start = Start(space, method, sparsity, shared_init, usable.relations)

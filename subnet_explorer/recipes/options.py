@@ -5,7 +5,6 @@
 # %% ../../nbs/recipes/02_options.ipynb #d3728208
 from __future__ import annotations
 
-import builtins
 import functools
 import inspect
 import json
@@ -23,6 +22,8 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..core.errors import SubnetError, check_names
+from ..core.files import reading
+from ..core.numbers import check_number, has_bounds, types_of
 
 # %% auto #0
 __all__ = ['REQUIRED', 'EXPECTED', 'Option', 'options_of', 'comments_of', 'shell_type', 'BadSetting', 'expected', 'parser_of',
@@ -42,6 +43,7 @@ class Option:
     help: str
     group: str                 # under which heading it stands in the help
     place: bool = False        # it is known by its place, not by a flag
+    bounds: Any = None         # as annotated, where that says which numbers are allowed
 
     @property
     def flag(self) -> str:
@@ -77,12 +79,14 @@ def options_of(
     places: Iterable[str] = (),                # parameters that are known by their place
 ) -> list[Option]:
     "Read the options of a function from its signature; parameters whose type no shell can give are left out."
-    said, kinds, found = comments_of(function), _types(function), []
+    said, kinds, found = comments_of(function), types_of(function), []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = shell_type(kinds.get(name, object))
+        annotated = kinds.get(name, object)
+        kind = shell_type(annotated)
         if name in skip or kind is None or parameter.kind in _REST: continue
         words = said.get(name, name.replace("_", " "))
-        found.append(Option(name, kind, parameter.default, words, group, name in places))
+        bounds = annotated if has_bounds(annotated) else None
+        found.append(Option(name, kind, parameter.default, words, group, name in places, bounds))
     return found
 
 
@@ -109,7 +113,7 @@ def shell_type(annotation: Any) -> Any:
     "The type that a shell or file can give for an annotation; None where there is none."
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in (int, float, str, bool, type(None), Any): return annotation
-    if annotation is Path: return str
+    if origin is typing.Annotated or annotation is Path: return shell_type(inside[0]) if inside else str
     if origin is typing.Literal: return annotation
     if origin in (typing.Union, types.UnionType): return _either(inside)
     kinds = tuple(shell_type(t) for t in inside if t is not Ellipsis)
@@ -123,25 +127,6 @@ def shell_type(annotation: Any) -> Any:
 def _either(inside: tuple[Any, ...]) -> Any:
     kinds = [k for k in map(shell_type, inside) if k is not None]
     return None if set(kinds) <= {type(None)} else functools.reduce(operator.or_, kinds)
-
-
-class _Unknown(type):
-    "Stands for a name that is there for type checkers only."
-    def __getattr__(cls, name: str) -> _Unknown: return cls
-
-
-class _Names(dict[str, Any]):
-    "The names that annotations of a function may use."
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__({**vars(builtins), **vars(typing), **function.__globals__})
-
-    def __missing__(self, name: str) -> Any: return _Unknown(name, (), {})
-
-
-def _types(function: Callable[..., Any]) -> dict[str, Any]:
-    "Types of the parameters by name."
-    return typing.get_type_hints(function, localns=_Names(function))
 
 # %% ../../nbs/recipes/02_options.ipynb #f6da1805
 class BadSetting(SubnetError):
@@ -283,8 +268,13 @@ def _checked(
     try: given = read().as_dict()
     except ArgumentError as error: raise BadSetting(_sentence(options, str(error), words)) from None
     said = {option.name: given[option.name] for option in options if option.name in given}
+    for option in options: _check_bounds(option, said.get(option.name), option.flag if words else option.name)
     needed = {option.name for option in options if option.place or option.default is REQUIRED}
     return {name: value for name, value in said.items() if value is not None or name not in needed}
+
+
+def _check_bounds(option: Option, value: Any, name: str) -> None:
+    if value is not None and option.bounds is not None: check_number(option.bounds, value, name, BadSetting)
 
 
 def _sentence(options: Sequence[Option], said: str, words: Sequence[str]) -> str:
@@ -314,9 +304,9 @@ def completed(
 # %% ../../nbs/recipes/02_options.ipynb #a9990688
 def read_yaml(path: str | Path) -> dict[str, Any]:
     "Keys and values of a file; raise `BadSetting` where it cannot be read."
-    try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error: raise BadSetting(f"cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    with reading(path, BadSetting, "a YAML file"): text = Path(path).read_text(encoding="utf-8")
+    try: values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is no YAML file: {' '.join(str(error).split())[:200]}.") from None
     if not isinstance(values, dict):
         raise BadSetting(f"{path} holds no keys and values: --print-config writes such a file.")

@@ -30,11 +30,13 @@ from subnet_explorer.recipes.probes import (
 )
 
 from ..core.compare import placement
-from ..core.errors import SubnetError, check_names, check_seeds, check_settings
-from ..core.files import atomic_write
+from ..core.doors import checked
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, read_json
 from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
+from ..core.numbers import Count, Positive, Seeds, Weight
 from ..core.space import granular, grid, model_id
 from ..core.store import Run
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
@@ -107,6 +109,7 @@ POCKET: dict[str, Any] = {
 "Settings that suit the pocket models."
 
 
+@checked
 def read_sentences(
     model: nn.Module,
     tok: Any,
@@ -115,9 +118,9 @@ def read_sentences(
     train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
                                       # "pocket", "pocket-gaps", or datasets:NAME
     dev: str,                         # sentences to report on: likewise
-    limit_train: int | None = None,   # at most so many sentences to learn from
-    limit_dev: int | None = None,     # at most so many sentences to report on
-    longest: int = 128,               # longer sentences, in words, are left out and counted
+    limit_train: Count | None = None,  # at most so many sentences to learn from
+    limit_dev: Count | None = None,   # at most so many sentences to report on
+    longest: Count = 128,             # longer sentences, in words, are left out and counted
 ) -> dict[str, Any]:
     "Read the sentences of a study as a shell names them."
     check_names([task], TASKS, "task")
@@ -138,21 +141,21 @@ def probe(
     *,
     granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, blocks such as 768x24 or
                                                       # 768x24-strided, grid for all published; the main one first
-    lambdas: Sequence[float] = (1.0,),                # weights of the density; the first is the main one
-    ranks: Sequence[int] = (768,),                    # of MLP probes; the first is the main one
+    lambdas: Sequence[Weight] = (1.0,),               # weights of the density; the first is the main one
+    ranks: Sequence[Count] = (768,),                  # of MLP probes; the first is the main one
     baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
                                                       # many bits tell the labels (pos, ner)
-    steps: int = 2000,                                # of every probe
-    lr: float = 0.2,                                  # of the mask logits
-    head_lr: float = 5e-5,                            # of heads and MLP probes
-    tune_lr: float = 5e-5,                            # of the encoder in fine-tuning
-    batch: int = 32,                                  # sentences per step
+    steps: Count = 2000,                              # of every probe
+    lr: Positive = 0.2,                               # of the mask logits
+    head_lr: Positive = 5e-5,                         # of heads and MLP probes
+    tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
+    batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
     init: str | None = None,                          # rule by which weights are drawn anew: architecture, or
                                                       # framework as published
     published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
                                                       # constant learning rates, framework resets
-    seeds: Sequence[int] = (0,),                      # of heads, masks and resets
+    seeds: Seeds = (0,),                      # of heads, masks and resets
     left_out: Mapping[str, int] | None = None,        # sentences that reading left out, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
     progress: bool = True,
@@ -160,7 +163,7 @@ def probe(
     "Probe a model by subnetworks, with baselines and controls (Cao, Sanh & Rush 2021)."
     init, seeds, parser = init or RESET_RULES[published], list(seeds), dict(parser or {})
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
-    check_study(task, train, dev, granularity, lambdas, ranks, baselines, init, seeds, training)
+    check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = named(model, granularity, published)
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
@@ -171,14 +174,12 @@ def probe(
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
 def check_study(
     task: str, train: Sequence[Any], dev: Sequence[Any], granularity: Sequence[str], lambdas: Sequence[float],
-    ranks: Sequence[int], baselines: Sequence[str], init: str, seeds: list[int], training: Mapping[str, Any],
+    ranks: Sequence[int], baselines: Sequence[str], init: str,
 ) -> None:
     "Raise `SubnetError` for settings that would otherwise be met late."
     check_names([task], TASKS, "task")
     check_names(baselines, (*BASELINES, *EXTRAS), "baseline")
     check_names([init], RESET_RULES, "initialisation")
-    check_settings(training["steps"], training["lr"], training["batch"])
-    check_seeds(seeds)
     if "control" in baselines and task != "pos":
         raise SubnetError("the control task gives words random parts of speech, and goes with the task pos only, not "
                           f'with {task}: leave "control" out of the baselines.')
@@ -187,7 +188,6 @@ def check_study(
         raise SubnetError("give at least one granularity, one lambda and one rank.")
     if not len(train): raise SubnetError("there is nothing to learn from: no sentence was given.")
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
-    if min(ranks) < 1: raise SubnetError(f"the rank of an MLP probe is at least 1, got {min(ranks)}.")
 
 
 def identity_of(s: ProbeSetting) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def kept_cell(bench: Bench, s: ProbeSetting, cell: Cell) -> dict[str, Any]:
     if bench.folder is None: return run_cell(s, cell, None, bench.line)
     file = bench.folder / "cells" / f"{cell.name}.json"
     if file.exists():
-        out = json.loads(file.read_text())
+        out = read_json(file)
         return {**out, "mask": str(bench.folder / out["mask"])} if "mask" in out else out
     out = run_cell(s, cell, bench.store, bench.line)
     kept = {name: value for name, value in out.items() if name != "_mask"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +22,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write
+from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
 from ..core.store import Run, Store, cached_table, open_study
@@ -212,8 +211,9 @@ def recipe(
     read: Callable[..., Mapping[str, Any]] | None = None,            # (model, tok, *, options) -> data; None: no data
     pocket: Mapping[str, Any] | None = None,                         # settings that suit the pocket models
 ) -> Callable[[F], F]:
-    "Register a function under its own name; raise `TwoRecipes` if another has it, but for what you define as you go."
+    "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
+        run = checked(run)
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
@@ -305,7 +305,7 @@ class Bench:
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
-    return tempfile.TemporaryDirectory() if to is None else nullcontext(to)
+    return scratch() if to is None else nullcontext(to)
 
 # %% ../../nbs/recipes/01_study.ipynb #4a22eb29
 def settings_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from subnet_explorer.recipes.textmasks import (
 )
 
 from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
-from ..core.errors import SubnetError, check_names, check_seeds, check_settings
+from ..core.errors import SubnetError, check_names
 from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
+from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
@@ -116,29 +117,29 @@ def tamt(
     text: Sequence[str] | Blocks,                # pre-training text: sentences, or `texts.read_blocks`
     dev: Sequence[str] | Blocks,                 # held-out text
     *,
-    densities: Sequence[float] = (0.5, 0.3),     # shares of weights kept
+    densities: Sequence[SomeShare] = (0.5, 0.3),  # shares of weights kept
     methods: Sequence[str] = METHODS,            # ways to find a mask
-    steps: int = 20_000,                         # of mask training; published: 27,920
-    lr: float = 5e-5,                            # of the mask scores
-    batch: int = 16,                             # texts per step
-    clip: float | None = 1.0,                    # largest norm of the gradient
+    steps: Count = 20_000,                       # of mask training; published: 27,920
+    lr: Positive = 5e-5,                         # of the mask scores
+    batch: Count = 16,                           # texts per step
+    clip: Positive | None = 1.0,                 # largest norm of the gradient
     init: str = "magnitude",                     # mask to start from: magnitude or random
-    every: int = 1,                              # steps between two choices of the weights to keep
+    every: Count = 1,                            # steps between two choices of the weights to keep
     scope: str = "tensor",                       # keep the share of every tensor, or global
     embeddings: bool = True,                     # mask the word embedding too
     head: bool = True,                           # train the language-modelling head along
     padding: bool = False,                       # kd as published: over padding too
     teacher: nn.Module | None = None,            # None: the full model
-    interval: int | None = None,                 # steps between two prunes of imp; else a tenth of the steps
-    drop: float = 0.1,                           # share of all weights that imp removes in one prune
+    interval: Count | None = None,               # steps between two prunes of imp; else a tenth of the steps
+    drop: PartShare = 0.1,                       # share of all weights that imp removes in one prune
     rewind: bool = True,                         # imp: go back to the pretrained weights after every prune
     matched: bool = False,                       # as published: masks after as many steps as imp takes to the density
-    snapshots: Sequence[int] | int = 5,          # masks on the way: at these steps, or so many, evenly
+    snapshots: Sequence[Natural] | Natural = 5,  # masks on the way: at these steps, or so many, evenly
     along: bool = False,                         # fine-tune masks on the way, too
-    seeds: Sequence[int] = (0,),                 # of masks
+    seeds: Seeds = (0,),                 # of masks
     tasks: Mapping[str, TaskData] | None = None, # to fine-tune on
     tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; the rest as published
-    tuning_seeds: Sequence[int] = (0, 1, 2),     # of fine-tuning
+    tuning_seeds: Seeds = (0, 1, 2),     # of fine-tuning
     to: str | Path | None = None,                # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Tamt:
@@ -169,8 +170,6 @@ def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
         if odd := [t for t in snapshots if not 0 <= t <= steps]:
             raise SubnetError(f"there is no step {odd[0]} to keep the mask of: the search has {steps}.")
         return sorted(set(snapshots))
-    if snapshots < 0:
-        raise SubnetError(f"snapshots is the number of masks on the way, 0 or more, or their steps, got {snapshots}.")
     return sorted({round(i * steps / snapshots) for i in range(snapshots + 1)}) if snapshots else []
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
@@ -184,9 +183,6 @@ def check_study(
         if not len(some): raise BadTexts(f"{name} is empty: give a list of texts, or blocks.")
     check_names(asked["methods"], METHODS, "method")
     check_names([asked["init"]], FIRST_MASKS, "start")
-    check_settings(asked["steps"], asked["lr"], asked["batch"], asked["every"])
-    check_seeds(asked["seeds"])
-    check_seeds(asked["tuning_seeds"], "tuning_seeds")
     if not asked["methods"] or not asked["densities"]: raise SubnetError("give at least one method and one density.")
     for name, task in asked["tasks"].items():
         if not isinstance(task, TaskData):
@@ -199,9 +195,6 @@ def check_study(
 def check_ladder(asked: Mapping[str, Any]) -> None:
     "Whether iterative pruning can be done, and matched in time."
     interval, rungs = asked["interval"], ladder(asked["densities"], asked["drop"])
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise SubnetError("interval is the number of steps between two prunes, a whole number of at least 1, got "
-                          f"{interval}.")
     last = interval * (len(rungs) - 1)
     if asked["matched"] and set(asked["methods"]) & set(TRAINED) and last > asked["steps"]:
         raise SubnetError(f"imp takes {last} steps to a density of {rungs[-1]:g}, at {interval} between two prunes, "

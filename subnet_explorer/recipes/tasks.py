@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.numbers import Count, Natural, Share
 from ..data.files import BadTexts
 from ..data.parts import TaskData, task_data
 from ..data.texts import read_blocks, read_texts
@@ -19,6 +21,7 @@ from ..model.sequences import longest
 __all__ = ['read_tasks', 'tasks_by_name', 'name_and_source', 'read_running_text']
 
 # %% ../../nbs/recipes/04_tasks.ipynb #6fa4782e
+@checked
 def read_tasks(
     model: Any,
     tok: Any,
@@ -26,10 +29,10 @@ def read_tasks(
     tasks: Sequence[str],               # [NAME=]SOURCE: pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv
                                         # file, or datasets:NAME/CONFIG; questions about texts:
                                         # squad:TRAIN.json[,DEV.json], a folder with both, or datasets:squad
-    search: float = 0.2,                # share of the training sentences that is set aside for the search
+    search: Share = 0.2,                # share of the training sentences that is set aside for the search
     on_dev: bool = False,               # search on the sentences that are reported on, as published
-    limit_train: int | None = None,     # at most so many sentences to train on
-    limit_test: int | None = None,      # at most so many sentences to report on
+    limit_train: Count | None = None,   # at most so many sentences to train on
+    limit_test: Count | None = None,    # at most so many sentences to report on
     lenient: bool = False,              # leave out, and count, broken lines
 ) -> dict[str, Any]:
     "Read the tasks of a study as a shell names them."
@@ -57,6 +60,7 @@ def name_and_source(text: str) -> tuple[str, str]:
     return last.removesuffix(".gz").removesuffix(".tsv").removesuffix(".json"), text
 
 # %% ../../nbs/recipes/04_tasks.ipynb #bb72607e
+@checked
 def read_running_text(
     model: Any,
     tok: Any,
@@ -65,13 +69,13 @@ def read_running_text(
                                           # datasets:NAME
     dev: str | None = None,               # held-out text; a tenth of the text if nothing is said (of datasets:NAME
                                           # the part validation is read)
-    block: int | None = None,             # tokens of a block of text; 0: every line by itself; if nothing is said
+    block: Natural | None = None,         # tokens of a block of text; 0: every line by itself; if nothing is said
                                           # 512, or what the model reads, and every line by itself for pocket models
     cache: str | None = None,             # folder for tokenised text; ~/.cache/subnet_explorer if nothing is said
     tasks: Sequence[str] = (),            # tasks to fine-tune on: [NAME=]SOURCE, as in tickets: pocket:TASK, a
                                           # folder, a .tsv file, datasets:NAME/CONFIG, squad:TRAIN.json[,DEV.json]
-    limit_train: int | None = None,       # at most so many sentences to fine-tune on
-    limit_test: int | None = None,        # at most so many sentences to report on
+    limit_train: Count | None = None,     # at most so many sentences to fine-tune on
+    limit_test: Count | None = None,      # at most so many sentences to report on
     lenient: bool = False,                # leave out, and count, broken lines
     teacher: str | None = None,           # a model by name whose hidden states KD follows; the full model if
                                           # nothing is said

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import SubnetError, check_names, check_settings
-from ..core.files import atomic_write
+from ..core.doors import checked
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, read_json, remove
 from ..core.mask import Mask
+from ..core.numbers import Count, PartShare, Positive, Seed
 from ..core.scores import Scores
 from ..core.space import Space, digest
 from ..core.store import Run, Store, load_state, save_state
@@ -114,6 +115,7 @@ def pruned(model: nn.Module, mask: Mask, density: float, scope: str = "tensor") 
     return Scores(mask.space, sizes).top(density, scope=scope)
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #47bbba93
+@checked
 def imp(
     model: nn.Module,
     tok: Any,
@@ -121,22 +123,21 @@ def imp(
     space: Space,
     densities: Sequence[float],
     *,
-    interval: int,                      # steps between two prunes
-    horizon: int | None = None,         # steps after which the learning rate would be zero; None: one interval for
+    interval: Count,                    # steps between two prunes
+    horizon: Count | None = None,       # steps after which the learning rate would be zero; None: one interval for
                                         # every prune
-    drop: float = 0.1,                  # share of all weights that goes in one prune
+    drop: PartShare = 0.1,              # share of all weights that goes in one prune
     rewind: bool = True,                # go back to the pretrained weights after every prune; if not, train on
     head: bool = True,                  # train the language-modelling head along
     scope: str = "tensor",              # the share is kept of every tensor, or with "global" of all together
-    lr: float = 5e-5,
-    batch: int = 16,
-    clip: float | None = 1.0,
-    seed: int = 0,
+    lr: Positive = 5e-5,
+    batch: Count = 16,
+    clip: Positive | None = 1.0,
+    seed: Seed = 0,
     to: str | Path | None = None,       # folder: the ladder can be stopped and goes on
     progress: Any = False,
 ) -> Run:                               # snapshots: the mask of every prune, by steps
     "Prune in small steps, training between them (Frankle & Carbin 2019; of pretrained models Chen et al. 2020)."
-    check_settings(interval, lr, batch)
     rungs, goal = ladder(densities, drop), MLM(text, head=LanguageHead(model, head))
     training = {"steps": interval, "lr": lr, "head_lr": lr, "warmup": 0.0, "clip": clip, "batch": batch,
                 "horizon": horizon or interval * len(rungs)}
@@ -183,7 +184,7 @@ class Ladder:
         self.run.snapshot(step, self.mask)
         self.run.log(step=step, density=self.mask.density, seconds=taken["seconds"], **row)
         save_state(self.run, {f"{k:05d}": p for k, p in enumerate(self.parameters())}, step, rung=i)
-        if cycle: shutil.rmtree(cycle, ignore_errors=True)
+        if cycle: remove(cycle)
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #e9712304
 def resumed(way: Ladder) -> int:
@@ -218,7 +219,7 @@ def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tens
 @contextmanager
 def timed(file: Path | None) -> Iterator[dict[str, float]]:
     "Seconds that a block took, with those of earlier attempts."
-    before = json.loads(file.read_text())["seconds"] if file and file.exists() else 0.0
+    before = read_json(file)["seconds"] if file and file.exists() else 0.0
     out, began = {"seconds": before}, time.monotonic()
     try: yield out
     finally:
@@ -347,6 +348,6 @@ def _seconds_file(s: TamtSetting, run: Run) -> Path:
 
 def _seconds(s: TamtSetting, method: str, density: float, seed: int, run: Run) -> float:
     "What finding a mask took; of a ladder, what it took so far down."
-    if method != "imp": return json.loads(_seconds_file(s, run).read_text())["seconds"]
+    if method != "imp": return read_json(_seconds_file(s, run))["seconds"]
     t = Run.open(s.folder / "ladders" / _ladder_name(s, seed)).metrics
     return float(t[t.step <= s.cost(density)].seconds.sum())

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,11 +20,12 @@ from torch import nn
 
 from ..core.agreement import consensus
 from ..core.compare import overlap as shared_units
-from ..core.errors import SubnetError, check_names, check_seeds, check_settings
-from ..core.files import atomic_write
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, read_json, remove
 from ..core.intervals import student_interval
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run, Store
@@ -120,7 +120,7 @@ def _retrained(plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: 
     model = _untrained(plan.model, seed) if fresh else plan.model
     def train() -> TaskHead: return plan.fit(model, task, seed, name, epochs)
     out = score_after_training(model, plan.tok, plan.tasks[task], mask, train, check=not fresh)
-    shutil.rmtree(plan.model_folder(task, seed, name))      # scored, and large
+    remove(plan.model_folder(task, seed, name))      # scored, and large
     return out
 
 
@@ -210,7 +210,7 @@ def write_note(plan: Plan, task: str, seed: int, **what: Any) -> None:
 def read_note(plan: Plan, task: str, seed: int) -> dict[str, Any]:
     "What the search of a cell saw; nothing if it was not searched yet."
     file = _note_file(plan, task, seed)
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #7451049c
 SUPER = ("super-good", "super-random", "super-bad")
@@ -246,27 +246,27 @@ def tickets(
     tasks: Mapping[str, TaskData],
     *,
     kind: str = "head+mlp",                  # units: head+mlp, head, mlp, or weight for magnitude pruning
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),  # of heads, order of sentences and dropout
-    epochs: float = 3.0,                     # of fine-tuning
-    lr: float = 2e-5,                        # peak learning rate of fine-tuning
-    batch: int = 32,                         # sentences per step
-    length: int | None = None,               # tokens that are read at most; 128, of questions with their texts 384,
+    seeds: Seeds = (0, 1, 2, 3, 4),  # of heads, order of sentences and dropout
+    epochs: Positive = 3.0,                  # of fine-tuning
+    lr: Positive = 2e-5,                     # peak learning rate of fine-tuning
+    batch: Count = 32,                       # sentences per step
+    length: Count | None = None,             # tokens that are read at most; 128, of questions with their texts 384,
                                              # if nothing is said
-    limit_per_seed: int | None = None,       # at most so many training sentences, others for every seed
-    drop: float = 0.1,                       # share of units removed in one step
-    floor: float = 0.9,                      # share of the full model's score that must be kept
+    limit_per_seed: Count | None = None,     # at most so many training sentences, others for every seed
+    drop: PartShare = 0.1,                   # share of units removed in one step
+    floor: SomeShare = 0.9,                  # share of the full model's score that must be kept
     mode: str = "example",                   # of importance: example, batch or cumulative
     normalise: str | None = "layer",         # of importance: layer, published, or nothing
     supers: bool = True,                     # also what the masks of all seeds have in common
-    longer: Sequence[float] = (),            # other numbers of epochs for which bad masks are also retrained
+    longer: Sequence[Positive] = (),         # other numbers of epochs for which bad masks are also retrained
     random_init: bool = False,               # also a model that was never pretrained
     published: bool = False,                 # sizes of random masks drawn, stale scores between phases
-    processes: int = 1,                      # cells (task, seed) at once
+    processes: Count = 1,                    # cells (task, seed) at once
     to: str | Path | None = None,            # folder: the study can be stopped and goes on, and its models are kept
     progress: bool = True,
 ) -> Tickets:
     "Fine-tune, prune, retrain and compare lottery tickets on tasks × seeds."
-    check_study(tasks, kind, list(seeds), epochs, lr, batch, longer, processes)
+    check_study(tasks, kind, epochs, longer)
     space = Space.of(model, kind)
     training = training_of(epochs, lr, batch, length, limit_per_seed)
     pruning = {"drop": drop, "floor": floor} | ({} if kind == "weight" else {"mode": mode, "normalise": normalise})
@@ -281,17 +281,13 @@ def tickets(
 
 # %% ../../nbs/recipes/07_tickets.ipynb #10bd394c
 def check_study(
-    tasks: Mapping[str, TaskData], kind: str, seeds: list[int], epochs: float, lr: float, batch: int,
-    longer: Sequence[float], processes: int,
+    tasks: Mapping[str, TaskData], kind: str, epochs: float, longer: Sequence[float],
 ) -> None:
     "Raise `SubnetError` for settings that would otherwise be met late."
     check_names([kind], ["head+mlp", "head", "mlp", "weight"], "kind of unit")
-    check_settings(1, lr, batch)
-    check_seeds(seeds)
     if not tasks: raise SubnetError('there is no task: give at least one, e.g. {"RTE": task_data("RTE")}.')
     if epochs in longer:
         raise SubnetError(f"bad masks are retrained for {epochs:g} epochs anyway: give other numbers for longer.")
-    if processes < 1: raise SubnetError(f"processes counts from 1, got {processes}.")
 
 
 def training_of(epochs: float, lr: float, batch: int, length: int | None, limit: int | None) -> dict[str, Any]:

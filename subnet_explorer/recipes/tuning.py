@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..core.errors import SubnetError, check_names, check_settings
+from ..core.errors import check_names
 from ..core.mask import Mask
+from ..core.numbers import check_values
 from ..core.space import digest
 from ..data.parts import TaskData
 from ..data.tables import Labelled
@@ -68,9 +69,7 @@ def tuned_by(data: TaskData, tuning: Mapping[str, Any]) -> dict[str, Any]:
 def check_tuning(tuning: Mapping[str, Any]) -> None:
     "Whether fine-tuning can be done."
     check_names(tuning, TUNABLE, "setting of fine-tuning")
-    if not tuning["epochs"] > 0: raise SubnetError(f"epochs of fine-tuning must be above 0, got {tuning['epochs']}.")
-    try: check_settings(1, tuning["lr"], tuning["batch"])
-    except SubnetError as error: raise SubnetError(f"fine-tuning: {error}") from None
+    check_values(fit, tuning, "of fine-tuning, ")
 
 # %% ../../nbs/recipes/05_tuning.ipynb #646e4c64
 def tuned_score(

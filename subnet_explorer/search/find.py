@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_names, check_settings
-from ..core.files import atomic_write
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, reading
 from ..core.mask import Mask
+from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
 from ..core.space import check_model
 from ..core.store import Run, Store
 from ..model.apply import masked, parameter_like
@@ -46,27 +47,27 @@ def find(
     gate: Gate,                          # what is trained
     goal: Objective,                     # what the subnetwork should do
     *,
-    steps: int = 1000,
-    lr: float = 0.01,                    # peak learning rate of the logits
+    steps: Count = 1000,
+    lr: Positive = 0.01,                 # peak learning rate of the logits
     schedule: str = "linear",
-    warmup: float = 0.1,                 # share of steps
+    warmup: Share = 0.1,                 # share of steps
     optimizer: str = "adam",             # "adam" or "adamw"
-    clip: float | None = None,           # largest L2 norm of the gradient over all logits
-    head_lr: float = 1e-3,               # learning rate of heads that the objective trains along
+    clip: Positive | None = None,        # largest L2 norm of the gradient over all logits
+    head_lr: Positive = 1e-3,            # learning rate of heads that the objective trains along
     along: Weights | None = None,        # weights of the model that are trained along, in this object
-    batch: int = 32,                     # examples per step and objective
-    seed: int = 0,                       # data order, dynamic masking (the gate has its own)
+    batch: Count = 32,                   # examples per step and objective
+    seed: Seed = 0,                      # data order, dynamic masking (the gate has its own)
     complement: bool = False,            # train the model *without* the gate's coordinates
     noise: str = "shared",               # "independent": every term has a pass and a draw of its own
     monitor: Monitor | None = None,      # keep the logits with the best score on held-out data
-    every: int = 100,                    # steps between log entries and monitor calls
-    snapshots: Sequence[int] = (),       # steps whose masks are kept; 0: before the first
-    checkpoint: float = 30.0,            # least seconds between saved states
+    every: Count = 100,                  # steps between log entries and monitor calls
+    snapshots: Sequence[Natural] = (),   # steps whose masks are kept; 0: before the first
+    checkpoint: Weight = 30.0,           # least seconds between saved states
     precision: str = "float32",          # or "bfloat16", in matrix products; logits stay float32
     engine: str = "auto",                # or one of the other ENGINES
-    accumulate: int = 1,                 # batches per step of the optimizer
+    accumulate: Count = 1,               # batches per step of the optimizer
     recompute: bool | None = None,       # compute blocks again in backward; None: where they are large
-    processes: int | None = None,        # how many share every batch; an error if there are others
+    processes: Count | None = None,      # how many share every batch; an error if there are others
     to: str | Path | Store | None = None,      # folder or store; None keeps the run in memory
     labels: Mapping[str, Any] | None = None,   # e.g. {"task": "IsA", "seed": 0}
     cache: dict[Any, Any] | None = None,       # one for several searches with one model: read once
@@ -161,7 +162,7 @@ _PLAIN_ALONG = 'weights train along by autograd: leave engine="auto", or say eng
 def check_search(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings) -> None:
     "Raise `SubnetError` for settings with which nothing can be found."
     for name, known in _KNOWN.items(): check_names([s[name]], known, name)
-    check_settings(s["steps"], s["lr"], s["batch"], s["every"], s["accumulate"])
+    check_values(find, s)
     check_model(gate.space, model)
     check_goal(goal, model)
     if s["along"] is not None and s["engine"] not in ("auto", "plain"):
@@ -361,7 +362,8 @@ def _load_trained(run: Run, goal: Objective, along: Weights | None) -> None:
     modules = _trained(goal, along)
     if not (run.folder and modules and (run.folder / "heads.safetensors").exists()): return
     from safetensors.torch import load_file
-    saved = load_file(run.folder / "heads.safetensors")
+    file = run.folder / "heads.safetensors"
+    with reading(file, expected="trained heads"): saved = load_file(file)
     for name, m in modules.items():
         own = {k: v for k, v in saved.items() if k.startswith(f"{name}.")}
         m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})

@@ -21,9 +21,10 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write
+from ..core.files import atomic_write, reading
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count, PartShare, Seed
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
@@ -104,14 +105,6 @@ def _schedule(space: Space, asked: str | None) -> str:
 def _weights_only(space: Space) -> bool:
     "Whether a space has nothing but weights, which are pruned by magnitude."
     return all(g.kind in WEIGHTS for g in space.groups)
-
-
-def _check_steps(drop: float, limit: int | None) -> None:
-    "Raise `SubnetError` for steps that remove nothing, or everything."
-    if limit is not None and limit < 1:
-        raise SubnetError("limit is the largest number of steps in a phase, at least 1, "
-                          f"got {limit}.")
-    if not 0 < drop < 1: raise SubnetError(f"drop is a share between 0 and 1, got {drop}.")
 
 # %% ../../nbs/search/13_prune.ipynb #7cceb179
 class NoFloor(SubnetError):
@@ -276,7 +269,7 @@ def _stored(memory: _Memory, mask: Mask) -> Scores:
     if memory.run.folder is None: return memory.compute(mask)
     file = memory.run.folder / "scores" / f"{mask.id}.npz"
     if file.exists():
-        with np.load(file, allow_pickle=False) as f:
+        with reading(file, expected="scores"), np.load(file, allow_pickle=False) as f:
             values = {name: f[name] for name in f.files}
         return Scores(mask.space, values, {"method": "importance", "under": mask.id})
     scores = memory.compute(mask)
@@ -317,15 +310,15 @@ def iterate(
     *,
     scores: Scores | None = None,          # rank by these throughout
     schedule: str | None = None,           # one of `PHASES`; None: what suits the space
-    drop: float = 0.1,                     # share removed in one step
+    drop: PartShare = 0.1,                 # share removed in one step
     floor: float = 0.9,                    # share of the full model's score
     least: float | None = None,            # the floor itself, instead of a share
-    limit: int | None = None,              # steps in a phase; None: 9 for weights
+    limit: Count | None = None,            # steps in a phase; None: 9 for weights
     mode: str = "example",                 # of importance
     normalise: str | None = "layer",       # likewise
-    batches: int | None = None,            # None: all examples
-    batch: int = 64,
-    seed: int = 0,
+    batches: Count | None = None,          # None: all examples
+    batch: Count = 64,
+    seed: Seed = 0,
     published: bool = False,               # with the published departures, see above
     to: str | Path | Store | None = None,  # folder or store: remembers every step
     labels: Mapping[str, Any] | None = None,
@@ -334,7 +327,6 @@ def iterate(
     "Remove the least important coordinates step by step until the score falls below a floor."
     check_model(space, model)
     schedule = _schedule(space, schedule)
-    _check_steps(drop, limit)
     if scores is None and _weights_only(space): scores = magnitude(model, space)
     measured = dict(mode=mode, normalise=normalise, batches=batches, batch=batch, seed=seed)
     said = dict(schedule=schedule, drop=drop, floor=floor, least=least, limit=limit)
@@ -381,7 +373,7 @@ def _ranking(
 def random_matched(
     like: Mask,
     pools: Sequence[Mask],      # where to draw from, the first pool first; then come all
-    seed: int,
+    seed: Seed,
     **meta: Any,                # provenance of the new mask
 ) -> Mask:
     "Draw as many coordinates of each kind as `like` keeps, and count those both keep (`shared`)."
@@ -410,7 +402,7 @@ def _flat(mask: Mask, kind: str) -> np.ndarray:      # (coordinate,) bool
 @checked
 def matched_controls(
     good: Mask,
-    seed: int,
+    seed: Seed,
     published: bool = False,      # draw the size of the random mask, too
 ) -> dict[str, Mask]:             # good, random, bad
     "Put a random and a bad mask of its size beside a good one."
@@ -420,7 +412,7 @@ def matched_controls(
 
 
 @checked
-def super_survivors(masks: Masks, seed: int = 1337) -> dict[str, Mask]:      # good, random, bad
+def super_survivors(masks: Masks, seed: Seed = 1337) -> dict[str, Mask]:      # good, random, bad
     "Find what all masks keep, with its random and bad counterparts."
     if len(masks) < 2:
         given = "1 mask" if len(masks) == 1 else f"{len(masks)} masks"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Count, Seed
 from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, same_space
 from ..model.apply import applied, parameter, parameter_like
@@ -59,7 +60,7 @@ def _pooled(group: Group, values: np.ndarray) -> np.ndarray:      # of a matrix,
 
 # %% ../../nbs/search/12_score.ipynb #3404008f
 @checked
-def random(space: Space, seed: int) -> Scores:
+def random(space: Space, seed: Seed) -> Scores:
     "Draw uniform random scores."
     rng = np.random.default_rng(seed)
     values = {g.name: rng.random(g.shape) for g in space.groups}
@@ -238,16 +239,15 @@ class GateImportance:
         tok: Any,
         goal: Objective,               # its loss is a mean over the examples of a batch
         space: Space,                  # heads, MLPs, neurons or layers
-        batches: int | None = 8,       # None: all examples of the goal once
-        batch: int = 32,
-        seed: int = 0,
+        batches: Count | None = 8,     # None: all examples of the goal once
+        batch: Count = 32,
+        seed: Seed = 0,
         mode: str = "example",         # "example", "batch" or "cumulative"
         normalise: str | None = None,  # None, "layer" or "published": see `normalised`
     ) -> None:
         check_model(space, model)
         check_names([mode], MODES, "mode of importance")
         _check_goal(goal, space)
-        _check_batches("importance", batches, batch)
         self.model, self.space = model, space
         self.mode, self.normalise, self.seed = mode, normalise, seed
         self.steps = batches or -(-_example_count(goal, tok) // batch)
@@ -282,13 +282,6 @@ def _check_goal(goal: Objective, space: Space) -> None:
                           "sequences: rank on another objective, e.g. Cloze.")
 
 
-def _check_batches(what: str, batches: int | None, batch: int) -> None:
-    "Raise `SubnetError` unless there is something to measure on."
-    if batch < 1 or (batches is not None and batches < 1):
-        raise SubnetError(f"{what} needs at least one batch of at least one example, "
-                          f"got batches={batches}, batch={batch}.")
-
-
 def _example_count(goal: Objective, tok: Any) -> int:
     "How many examples an objective has; windows of texts count each."
     examples = getattr(goal, "examples", getattr(goal, "facts", None))
@@ -305,9 +298,9 @@ def importance(
     tok: Any,
     goal: Objective,                   # its loss is a mean over the examples of a batch
     space: Space,                      # heads, MLPs, neurons or layers
-    batches: int | None = 8,           # None: all examples of the goal once
-    batch: int = 32,
-    seed: int = 0,
+    batches: Count | None = 8,         # None: all examples of the goal once
+    batch: Count = 32,
+    seed: Seed = 0,
     mode: str = "example",             # "example", "batch" or "cumulative"
     normalise: str | None = None,      # None, "layer" or "published": see `normalised`
     under: Mask | None = None,         # importance within this subnetwork
@@ -324,9 +317,9 @@ def attribution(
     tok: Any,
     goal: Objective,               # its loss is a mean over the examples of a batch
     space: Space,                  # weights, biases or blocks; a block has the mean of its weights
-    batches: int | None = None,    # None: all examples of the goal once
-    batch: int = 32,               # in mode "batch"
-    seed: int = 0,
+    batches: Count | None = None,  # None: all examples of the goal once
+    batch: Count = 32,             # in mode "batch"
+    seed: Seed = 0,
     mode: str = "example",         # "example" or "batch": where the absolute value is taken
 ) -> Scores:
     "Score weights by |weight · gradient|, the mean; raise `SubnetError` if not finite."
@@ -336,7 +329,6 @@ def attribution(
         if g.kind not in WEIGHTS:
             raise SubnetError("attribution is defined for weights, biases and blocks, "
                               f"not for {g.kind!r}: use importance.")
-    _check_batches("attribution", batches, batch)
     size = 1 if mode == "example" else batch
     steps = batches or -(-_example_count(goal, tok) // size)
     weights = {g.name: parameter(model, g) for g in space.groups}

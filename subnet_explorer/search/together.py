@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.numbers import Positive, Weight
 from ..model.apply import swapped
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Weights(nn.Module):
         model: PreTrainedModel,
         which: str | Sequence[str] = "all",      # or names, with wildcards: "encoder.layer.3.*"
         *,
-        lr: float = 3e-5,                        # peak learning rate; its schedule is that of the logits
-        decay: float = 0.0,                      # decoupled weight decay, with optimizer="adamw"
+        lr: Positive = 3e-5,                     # peak learning rate; its schedule is that of the logits
+        decay: Weight = 0.0,                     # decoupled weight decay, with optimizer="adamw"
     ) -> None:
         super().__init__()
         if not (math.isfinite(lr) and lr > 0):

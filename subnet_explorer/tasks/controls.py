@@ -18,6 +18,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Seed
 from ..core.scores import Scores
 from ..measure.metrics import accuracy
 from ..model.apply import masked, parameter_like
@@ -65,7 +66,7 @@ def reset(
     model: PreTrainedModel,
     what: str = "encoder",              # one of `RESETS`
     init: str = "architecture",         # one of `RESET_RULES`
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Iterator[PreTrainedModel]:
     "Give `model` random weights, in place; restore all on leaving. Masks found meanwhile fit these weights."
     check_names([what], RESETS, "part to reset")
@@ -89,7 +90,7 @@ def _between_0_and_1(word: str, seed: int) -> float:
 @checked
 def control_labels(
     sentences: Sequence[Any],                 # pairs (words, tags), or sentences with `.words` and tags
-    seed: int = 0,
+    seed: Seed = 0,
     like: Sequence[Any] | None = None,        # sentences whose tags are drawn; None: these
     of: str = "upos",                         # name of the tags of sentences that are no pairs
 ) -> list[tuple[list[str], list[Any]]]:       # pairs for `Tagger`

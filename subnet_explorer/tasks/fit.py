@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_names, check_settings
-from ..core.files import atomic_write
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, reading, remove
 from ..core.layout import follow_path, layout_of
+from ..core.numbers import Count, Positive, Seed, Share, Weight
 from ..core.space import model_id
 from ..core.store import Run, load_state
 from ..data.tables import Labelled
@@ -43,8 +44,8 @@ __all__ = ['head_for', 'preserved', 'Lora', 'adapted', 'Fitted', 'fit', 'config_
 def head_for(
     model: PreTrainedModel,
     data: Labelled,
-    seed: int = 0,
-    length: int | None = None,      # tokens at most that are read of an example
+    seed: Seed = 0,
+    length: Count | None = None,    # tokens at most that are read of an example
 ) -> TaskHead:
     "A new head for labelled sentences: a classifier, or what numbers or questions need."
     if data.task.spans:
@@ -145,28 +146,28 @@ def fit(
     tok: Any,
     goal: Objective | Labelled,
     *,
-    steps: int = 300,
-    epochs: float | None = None,       # instead of steps, for labelled sentences
-    lr: float = 3e-4,                  # peak; warm-up, then linear to zero
-    head_lr: float = 1e-3,
+    steps: Count = 300,
+    epochs: Positive | None = None,    # instead of steps, for labelled sentences
+    lr: Positive = 3e-4,               # peak; warm-up, then linear to zero
+    head_lr: Positive = 1e-3,
     schedule: str = "linear",          # after the warm-up: "linear" to zero, "constant" …
-    warmup: float = 0.1,               # share of steps
-    horizon: int | None = None,        # steps until the learning rate would be zero; None: `steps`
-    weight_decay: float = 0.0,
-    clip: float | None = None,         # largest L2 norm of the gradient
+    warmup: Share = 0.1,               # share of steps
+    horizon: Count | None = None,      # steps until the learning rate would be zero; None: `steps`
+    weight_decay: Weight = 0.0,
+    clip: Positive | None = None,      # largest L2 norm of the gradient
     dropout: bool = False,             # in the model, as configured (heads have their own)
-    batch: int = 32,
-    seed: int = 0,
-    length: int | None = None,         # tokens at most, for labelled sentences
-    limit: int | None = None,          # at most so many sentences, others for every seed
+    batch: Count = 32,
+    seed: Seed = 0,
+    length: Count | None = None,       # tokens at most, for labelled sentences
+    limit: Count | None = None,        # at most so many sentences, others for every seed
     dev: Labelled | None = None,       # held-out sentences to watch, instead of a monitor
     monitor: Monitor | None = None,    # what to watch on held-out data
-    every: int = 50,
+    every: Count = 50,
     keep: str = "best",                # "best" state by the monitor, or "last"
-    patience: int | None = None,       # stop after so many looks without improvement
+    patience: Count | None = None,     # stop after so many looks without improvement
     train: str | Lora = "all",         # "all" weights, the "head" alone, or updates: "lora", Lora(…)
     to: str | Path | None = None,      # folder: the run can be continued, its weights are kept
-    checkpoint: float = 30.0,          # least seconds between saved states
+    checkpoint: Weight = 30.0,         # least seconds between saved states
     progress: Any = False,             # whether to show it, or what shows it
 ) -> pd.DataFrame | Fitted:            # log; with the head for labelled sentences
     "Fine-tune `model` with AdamW; raise `Diverged` when the loss is not finite."
@@ -257,7 +258,6 @@ def _way(train: str | Lora) -> str | Lora:
 
 def _check(goal: Objective, s: _Settings) -> None:
     "Raise `SubnetError` for settings with which nothing can be trained."
-    check_settings(s["steps"], s["lr"], s["batch"], s["every"])
     check_names([s["keep"]], ["best", "last"], "state to keep")
     if s["patience"] is not None and s["monitor"] is None:
         raise SubnetError("patience needs something to watch: give dev or monitor.")
@@ -279,7 +279,7 @@ def _fit(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, extra:
         file = run.folder / "weights.safetensors" if run.folder else None
         if file and file.exists():
             from safetensors.torch import load_file
-            copy_into(params, load_file(file), "weight")
+            with reading(file, expected="trained weights"): copy_into(params, load_file(file), "weight")
             return run.metrics
         training(run, model, tok, goal, s, body, heads).go()
         if file: _keep(file, params)
@@ -304,7 +304,7 @@ def _keep(file: Path, params: Sequence[torch.Tensor]) -> None:
     from safetensors.torch import save
     tensors = {f"weight.{i}": p.detach().cpu().clone() for i, p in enumerate(params)}
     atomic_write(file, save(tensors))
-    (file.parent / "state.safetensors").unlink(missing_ok=True)
+    remove(file.parent / "state.safetensors")
 
 # %% ../../nbs/tasks/03_fit.ipynb #b09266e9
 def training(

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,11 +19,12 @@ import pandas as pd
 import torch
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_names, check_settings
-from ..core.files import atomic_write
+from ..core.errors import SubnetError, check_names
+from ..core.files import atomic_write, read_json, remove, scratch
 from ..core.intervals import interval
 from ..core.layout import layout_of
 from ..core.mask import Mask
+from ..core.numbers import Count, Positive, Seed, Seeds
 from ..core.progress import watched
 from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
@@ -63,12 +62,12 @@ def relearning(
     facts: Facts,                          # to be learned again
     under: Mapping[str, Condition],        # by name, e.g. {"full": None, "without critical": ~mask}
     *,
-    steps: int = 100,
-    every: int = 10,                       # steps between two looks
-    lr: float = 3e-4,                      # at the first step
-    batch: int | None = None,              # facts in a step; None: all
+    steps: Count = 100,
+    every: Count = 10,                     # steps between two looks
+    lr: Positive = 3e-4,                   # at the first step
+    batch: Count | None = None,            # facts in a step; None: all
     hold: bool = True,                     # removed weights stay at zero
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:                         # columns under, draw, step, logprob, top1
     "Fine-tune under each condition on `facts`; raise `Diverged` when the loss is not finite."
     if not under or not len(facts):
@@ -179,8 +178,7 @@ def _cells(
             f"there is nothing to learn: {len(draws)} conditions, {len(ways)} ways of tuning, "
             f"{questions} questions, seeds {list(seeds)} (which must differ)."
         )
-    for name, way in ways.items():
-        check_settings(1, rates[name], batch)
+    for way in ways.values():
         if not isinstance(way, Lora): check_names([way], ["all", "head", "lora"], "way to train")
     order = product(seeds, ways.items(), draws)
     return [_Cell(n, d, m, t, way, rates[t], s) for s, (t, way), (n, d, m) in order]
@@ -213,7 +211,7 @@ def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
     name = f"{mask_id}-{cell.tuning}-{cell.seed}-{digest(how, 8)}".replace("/", "_")
     weights = folder / "cells" / name
     file = weights.with_name(name + ".json")
-    if file.exists(): return json.loads(file.read_text())["choices"]
+    if file.exists(): return read_json(file)["choices"]
     model, head = setup.model, Chooser(setup.model, setup.train, cell.seed, setup.length)
     more: dict[str, Any] = dict(train=cell.way, lr=cell.lr, head_lr=cell.lr, seed=cell.seed)
     more["progress"] = setup.progress
@@ -222,7 +220,7 @@ def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
         fit(model, setup.tok, goal, **setup.settings, **more, to=weights)
         with evaluating(model): chosen = predict(model, head, setup.coded).argmax(-1).tolist()
     atomic_write(file, json.dumps({**how, "mask": mask_id, "choices": chosen}))
-    shutil.rmtree(weights)
+    remove(weights)
     return chosen
 
 # %% ../../nbs/tasks/04_relearn.ipynb #ea888041
@@ -265,12 +263,12 @@ def answers(
     related: str | Callable[[Question], bool] = "related",      # a column, or a rule
     *,
     tuning: Sequence[str] | Mapping[str, str | Lora] = ("head", "lora", "all"),
-    seeds: Sequence[int] = (0, 1, 2),
-    epochs: float = 3.0,
-    lr: float | Mapping[str, float] = LR,               # peak, by tuning or for all
-    batch: int = 16,                                    # questions
-    length: int | None = None,                          # tokens at most, with a choice
-    clip: float | None = 1.0,                           # largest norm of the gradient
+    seeds: Seeds = (0, 1, 2),
+    epochs: Positive = 3.0,
+    lr: Positive | Mapping[str, Positive] = LR,         # peak, by tuning or for all
+    batch: Count = 16,                                  # questions
+    length: Count | None = None,                        # tokens at most, with a choice
+    clip: Positive | None = 1.0,                        # largest norm of the gradient
     dropout: bool = False,
     to: str | Path | None = None,
     progress: bool = True,
@@ -286,7 +284,7 @@ def answers(
     settings = dict(steps=max(1, math.ceil(steps)), batch=batch, clip=clip, dropout=dropout, keep="last")
     setup = _Setup(model, tok, train, coded, length, settings, progress)
     front, parts = _questions_table(test, marks), []
-    with nullcontext(str(to)) if to else tempfile.TemporaryDirectory() as folder:
+    with nullcontext(str(to)) if to else scratch() as folder:
         open_study(to, _identity(setup, test))
         for c in watched(cells, "transfer", progress, _labels):
             cell = dict(under=c.under, draw=c.draw, tuning=c.tuning, seed=c.seed)
@@ -362,8 +360,8 @@ def _gap_row(
 def gaps(
     items: pd.DataFrame,                          # from `answers`
     against: Sequence[str] | None = None,         # conditions to compare with; None: all others
-    samples: int = 1000,                          # of the bootstrap
-    seed: int = 0,
+    samples: Count = 1000,                        # of the bootstrap
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     "Compare accuracy on related questions and others by condition, and between conditions."
     names, rows = list(items.under.unique()), []

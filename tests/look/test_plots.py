@@ -16,6 +16,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import unit_space
+from subnet_explorer.measure.maps import BadMap
 
 UNITS = unit_space(3, 4, mlps=True)
 NASTY = "<b>Co$L$A</b> & </script><script>alert(1)</script>"
@@ -75,6 +76,9 @@ MAPS = {n: (np.random.default_rng(i).dirichlet(np.ones(5), (3, 4, 5)), TOKENS) f
 PLACES = np.random.default_rng(0).normal(size=(40, 2))
 POINTS = pd.DataFrame(PLACES, columns=["x", "y"])
 POINTS = POINTS.assign(relation=[NASTY, "IsA"] * 20, under=["full"] * 20 + ["<u>"] * 20)
+DISTANCES = compare.jaccard(MANY.sel(task="RTE"), by="seed")
+WORDS = ["[CLS]", "[MASK]", "."]
+MAP = np.full((2, 4, 3, 3), 1 / 3)
 WEIGHTS = pd.DataFrame(
     [(1, "q", h, 10, h) for h in (1, 2)] + [(1, NASTY, 0, 40, 9)],
     columns=["layer", "matrix", "head", "size", "kept"],
@@ -317,6 +321,11 @@ OTHER = Mask.full(unit_space(3, 5, mlps=True))
     (lambda: plots.patterns(SHARES.assign(share=SHARES.share * 100), "task"), SubnetError, r"are they in percent\?$"),
     (lambda: plots.patterns(SHARES.assign(share=SHARES.share * 1.5), "task"), SubnetError, "sums up to 1.5"),
     (lambda: plots.patterns(SHARES.assign(share=np.nan), "task"), SubnetError, "0…1"),
+    (lambda: plots.scatter(LOSSES.assign(loss=0.), "loss", "score", "method", log=True), plots.CannotDraw, "log=False"),
+    (lambda: plots.attention(MAP, WORDS[:-1]), BadMap, "for 2 tokens: give maps and tokens"),
+    (lambda: plots.attention(-MAP, WORDS), BadMap, "negative values"),
+    (lambda: plots.attention(MAP[0], WORDS), BadMap, "has shape"),
+    (lambda: plots.attention_pair({}), SubnetError, "no attention to draw"),
     (lambda: plots.draw(LYING), plots.CannotDraw, "horizontal"),
     (lambda: plots.draw(RELATIVE), plots.CannotDraw, "relative"),
     (lambda: plots.draw(WORDED), plots.CannotDraw, "text alone"),
@@ -324,3 +333,66 @@ OTHER = Mask.full(unit_space(3, 5, mlps=True))
 ])
 def test_refusals(wrong, error, says):
     with pytest.raises(error, match=says): wrong()
+
+
+BROKEN = {      # figures of values, and the column or array that holds them
+    "jaccard": lambda v: plots.jaccard(DISTANCES.assign(distance=v)),
+    "survival": lambda v: plots.survival(compare.survival_table(MANY).assign(mean=v)),
+    "placement": lambda v: plots.placement(WEIGHTS.assign(kept=v)),
+    "predictions": lambda v: plots.predictions(ANSWERS.assign(probability=v)),
+    "tsne": lambda v: plots.tsne(POINTS.assign(x=v)),
+    "mask_attention": lambda v: plots.mask_attention({"full": (broken_map(v), WORDS)}),
+    "attention": lambda v: plots.attention(broken_map(v), WORDS),
+    "attention_pair": lambda v: plots.attention_pair({"a": (MAP, WORDS), "b": (broken_map(v), WORDS)}),
+}
+UNBOUNDED = {      # figures in which NaN says "undefined"
+    "overlap": lambda v: plots.overlap(compare.overlap(MANY, by="task").assign(mean=v)),
+    "consensus": lambda v: plots.consensus(compare.consensus(MANY, samples=50).assign(kappa=v)),
+    "bars": lambda v: plots.bars(PRECISION.assign(value=v)),
+    "bars, ends": lambda v: plots.bars(PRECISION.assign(high=v)),
+    "removal": lambda v: plots.removal(RATIOS.assign(ratio=v)),
+    "pareto": lambda v: plots.pareto(PROBES.assign(score=v)),
+    "scatter": lambda v: plots.scatter(LOSSES.assign(score=v), "loss", "score", "method"),
+}
+
+
+def broken_map(value: float) -> np.ndarray:
+    "Attention with one entry that is no number."
+    out = MAP.copy()
+    out[1, 2, 0, 1] = value
+    return out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [*BROKEN, *UNBOUNDED])
+def test_what_is_not_finite_is_refused_by_name(name, value):
+    make = (BROKEN | UNBOUNDED)[name]
+    if name in UNBOUNDED and np.isnan(value): return
+    with pytest.raises(SubnetError, match=r"not finite|infinite"): make(value)
+
+
+def test_undefined_bars_are_said():
+    f = plots.bars(PRECISION.assign(value=[.4, np.nan]))
+    assert "undefined" in f.alt and "nan" not in f.alt
+
+
+def test_curves_leave_out_what_is_infinite():
+    log = pd.DataFrame(dict(step=[1, 2, 3], loss=[2., np.inf, 1.]))
+    assert plots.curves(log).data.value.tolist() == [2, 1]
+    assert np.isfinite(plots.tradeoff(COURSE.assign(target=[np.inf, *STEPS[1:]])).plotly.data[0].y.astype(float)).all()
+
+
+def test_pairs_of_empty_masks_are_counted():
+    "As the MLPs of a task of which some seeds keep none: near each other by distance, and no agreement by kappa."
+    none = Mask.full(UNITS, False)
+    some = [({"task": "WNLI", "seed": s}, none if s < 3 else mask(BITS[0, 0])) for s in range(5)]
+    t = compare.consensus(Masks(some), samples=50)
+    assert t.empty_pairs.item() == 3
+    assert compare.said_of_empty_pairs(t) == [
+        "WNLI: of 3 of 10 pairs both masks keep nothing; they count as equal (Jaccard distance 0)."
+    ]
+    assert "3 pairs of masks that keep nothing" in plots.consensus(t).alt
+    pairs = compare.jaccard(Masks(some), by="seed")
+    assert pairs[pairs["empty"] > 0][["a", "b"]].to_numpy().max() == 2
+    assert "both masks keep nothing" in plots.jaccard(pairs).alt
+    assert (compare.consensus(MANY, samples=50).empty_pairs == 0).all()

@@ -504,7 +504,7 @@ def test_attribution_refuses(gpt2, pocket_bert, space):
         attribution(model, tok, Cloze(TARGET), Space.of(model, "head"))
     with pytest.raises(UnknownName, match="Known: example, batch"):
         attribution(model, tok, Cloze(TARGET), space, mode="cumulative")
-    with pytest.raises(SubnetError, match="at least one batch"):
+    with pytest.raises(SubnetError, match="batches must be a whole number of at least 1, got 0"):
         attribution(model, tok, Cloze(TARGET), space, batches=0)
     with pytest.raises(SpaceMismatch): attribution(*pocket_bert, Cloze(TARGET), space)
     with pytest.raises(SubnetError, match="how many examples"):

@@ -449,7 +449,7 @@ def test_settings_are_checked_at_the_door(small, entails, tmp_path):
         (dict(kind="neuron"), UnknownName, "kind of unit"),
         (dict(seeds=(1, 1)), SubnetError, "different numbers"),
         (dict(seeds=()), SubnetError, "at least one"),
-        (dict(processes=0), SubnetError, "counts from 1"),
+        (dict(processes=0), SubnetError, "processes must be a whole number of at least 1"),
         (dict(lr=-1), SubnetError, "lr"),
     ):
         with pytest.raises(error, match=message):

@@ -158,7 +158,7 @@ def test_examples_are_encoded_once_for_all_masks(bert, facts):
 
 @pytest.mark.parametrize("settings", [dict(batches=0), dict(batch=0), dict(batches=-3)])
 def test_importance_of_nothing_is_refused(bert, facts, settings):
-    with pytest.raises(SubnetError, match="at least one batch"):
+    with pytest.raises(SubnetError, match=r"batch(es)? must be a whole number of at least 1"):
         importance(*bert, Cloze(facts), Space.of(bert[0], "head"), **settings)
 
 
@@ -429,7 +429,7 @@ def test_iterate_refuses_odd_scores(bert, facts):
     refused("no floor", 0.0)
     refused("no floor", -.2)
     refused("below the floor", .5, least=.6)
-    refused("drop is a share", drop=10)
+    refused("drop must be a number above 0 and below 1", drop=10)
     with pytest.raises(SubnetError, match="needs an objective"):
         iterate(model, tok, None, Fixed(1.), space, progress=False)
     with pytest.raises(UnknownName):
