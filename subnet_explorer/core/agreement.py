@@ -290,6 +290,7 @@ def _empty_pairs(kept: np.ndarray) -> int:
     return empty * (empty - 1) // 2
 
 
+@checked
 def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:      # `table` as `consensus` gives it
     "Say of which tasks some pairs of masks keep nothing, a sentence each."
     rows = zip(table.iloc[:, 0], table.seeds.map(len), table.empty_pairs, strict=True)

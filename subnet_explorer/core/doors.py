@@ -316,7 +316,8 @@ def _check_method(kind: type, name: str) -> None:
     static = isinstance(member, (classmethod, staticmethod))
     function = member.__func__ if static else member
     ours = inspect.isfunction(function) and function.__module__.startswith(__name__.split(".")[0])
-    if not ours or hasattr(function, "is_door"): return
+    if not ours: return
+    if hasattr(function, "is_door"): function = function.__wrapped__      # of a base: named anew
     method = checked(function)
     method.__qualname__ = f"{kind.__qualname__}.{name}"      # also of what it inherits
     setattr(kind, name, type(member)(method) if static else method)

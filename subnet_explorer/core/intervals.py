@@ -102,6 +102,7 @@ def student_interval(
     return dict(n=n, mean=mean, std=std, low=float(mean - half), high=float(mean + half))
 
 # %% ../../nbs/core/12_intervals.ipynb #c6734bf9
+@checked
 def defined_interval(
     values: Sequence[float],      # NaN and infinities are undefined
     level: float = 0.95,
@@ -112,6 +113,7 @@ def defined_interval(
     return {**student_interval(x[known], level), "undefined": int((~known).sum())}
 
 
+@checked
 def left_out(undefined: int, what: str = "score") -> str:
     "Say how many undefined values were left out; nothing if there are none."
     return f"{undefined} undefined {what}{'s' * (undefined > 1)} left out" if undefined else ""

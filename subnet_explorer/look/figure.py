@@ -141,6 +141,7 @@ def print_figure(
     return print_plotly(fig.plotly, fig.alt, kind)
 
 # %% ../../nbs/look/02_figure.ipynb #872890cf
+@checked
 def check_drawable(
     values: Any,             # an array, or columns of a table
     what: str,               # what they are, for the message

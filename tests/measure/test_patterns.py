@@ -195,7 +195,7 @@ def test_attention_refuses_what_it_cannot_read(model):
     }
     for message, texts in refused.items():
         with pytest.raises(SubnetError, match=message): attention_maps(model, TOK, texts)
-    with pytest.raises(SubnetError, match="batch is a whole"): attention_maps(model, TOK, TEXTS, batch=0)
+    with pytest.raises(SubnetError, match="batch must be a whole"): attention_maps(model, TOK, TEXTS, batch=0)
     with pytest.raises(SubnetError, match="did you mean correct"): attention_maps(model, TOK, TEXTS, normed="corect")
     other = tiny("bert", seed=5)
     with pytest.raises(SpaceMismatch):
