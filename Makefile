@@ -2,13 +2,14 @@
 # make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
 # make lint   ruff and mypy over library, tests and benchmarks
 # make test-slow   what takes minutes and is left out of make test
+# make test-real-size   models as large as BERT-base on both sides of every rule about size, with all layers (make test: two layers)
 # make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-browser docs pages readme clean export python bench bench-quick
+.PHONY: demo test lint test-slow test-real-size test-browser docs pages readme clean export python bench bench-quick
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
@@ -23,6 +24,9 @@ test: lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --slow -m slow
+
+test-real-size: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --slow -m real_size --durations=10
 
 # screenshots are kept in build/screenshots
 test-browser: $(STAMP)

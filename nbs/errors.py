@@ -45,6 +45,13 @@ config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                    intermediate_size=8, image_size=16, patch_size=8)
 Space.of(ViTModel(config), 'head')
 """,
+    "HiddenWeights": """
+from torch.nn.utils import prune
+from subnet_explorer import Space, load
+model, tok = load('pocket-bert')
+prune.random_unstructured(model.bert.encoder.layer[0].output.dense, 'weight', 0.5)
+Space.of(model, 'weight')
+""",
     "UnknownName": """
 from subnet_explorer import Space, load
 model, tok = load('pocket-bert')

@@ -45,17 +45,18 @@ def show(
     path: str,      # a mask file, a run, a store of runs, or a study
 ) -> Answer:
     "Say what a mask file, run or store holds."
-    from subnet_explorer.core.store import Run, Store
+    from subnet_explorer.core.store import kept_masks, kept_runs
     here = Path(path)
     if here.is_file(): return _shown_mask(here)
-    if (here / "config.json").exists(): return _shown_run(Run.open(here))
-    store = Store(here / "runs" if (here / "runs").is_dir() else here)
-    if not (runs := list(store)):
-        raise SubnetError(f"nothing to show at {path}: expected a mask file (*.safetensors), a run folder, or a folder "
-                          "of runs.")
+    runs = kept_runs(here)
+    if len(runs) == 1 and runs[0].folder == here: return _shown_run(runs[0])
+    if not runs:
+        table = kept_masks(here).table()
+        return Answer({"kind": "masks", "masks": table.to_dict("records")}, table.to_string(index=False))
     import pandas as pd
     rows = [_row(run) for run in runs]
-    return Answer({"kind": "store", "runs": rows}, f"{store}\n{pd.DataFrame(rows).to_string(index=False)}")
+    text = f"{len(runs)} runs in {path}\n{pd.DataFrame(rows).to_string(index=False)}"
+    return Answer({"kind": "store", "runs": rows}, text)
 
 
 def _shown_mask(path: Path) -> Answer:
@@ -155,10 +156,9 @@ def _gaps(tasks: Any, shared: Any) -> list[str]:
 def _labelled_masks(folder: Path, where: list[str]) -> tuple[Masks, list[str]]:
     "Masks with the labels task and seed, on one space, and what to say about them."
     from subnet_explorer.core.formats import read_masks
-    from subnet_explorer.core.store import Store
-    store = Store(folder / "runs" if (folder / "runs").is_dir() else folder)
-    runs, notes = list(store), []
-    masks = store.masks() if runs else read_masks(folder)
+    from subnet_explorer.core.store import kept_masks, kept_runs
+    runs, notes = kept_runs(folder), []
+    masks = kept_masks(folder) if runs else read_masks(folder)
     if waiting := sum(not r.done for r in runs):
         notes.append(f"{waiting} of {len(runs)} runs are not finished and left out.")
     kinds = set(masks.index.kind) if "kind" in masks.index else set()
@@ -323,8 +323,9 @@ def ordered(command: str, words: Sequence[str]) -> Order:
 
 def answered(study: Study, order: Order) -> Answer:
     "What a finished study says."
+    from subnet_explorer.recipes.study import printed
     out = order.values["out"]
-    lines = [study.shown(), "", f"{study.seconds:.0f} s. Masks and tables are in {out}."]
+    lines = [printed(study), "", f"{study.seconds:.0f} s. Masks and tables are in {out}."]
     if order.values["report"]: lines.append(f"Open {Path(out, 'report.html')}.")
     return Answer(study.to_json(), "\n".join(lines))
 

@@ -378,8 +378,8 @@ def test_show_refuses(call, tmp_path, straight):
         ("cut.safetensors", "truncated"),
         ("text.safetensors", "not a mask file"),
         ("damaged.safetensors", "damaged"),
-        ("folder", "nothing to show"),
-        ("nowhere", "nothing to show"),
+        ("folder", "no mask in folder"),
+        ("nowhere", "no folder nowhere"),
         ("run", "not a run"),
     ):
         status, out, err = call("show", path)

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 # %% auto #0
-__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'UnknownName', 'LayerRange', 'check_names', 'check_fraction']
+__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'HiddenWeights', 'UnknownName', 'LayerRange', 'check_names',
+           'check_fraction']
 
 # %% ../../nbs/core/00_errors.ipynb #7bc52c27
 class SubnetError(ValueError):
@@ -37,6 +38,16 @@ class UnknownFamily(SubnetError):
         or it is no model of transformers.
     Fix: Add a family to FAMILIES: the path of the blocks and of the matrices in one block, about ten
         lines. Load a name first: model, tok = load(name).
+    """
+
+class HiddenWeights(SubnetError):
+    """The weights that a model computes with cannot be read or masked where they should be.
+
+    Cause: They are not in memory (the meta device, offloading), are quantised, are made anew from
+        other tensors (pruning, weight norm, parametrizations, adapters), or a wrapper adds to what
+        the model computes (prompt tuning).
+    Fix: Load the whole model in plain floating point, and make its matrices plain before: merge
+        adapters, remove pruning, weight norm and parametrizations; the message says how.
     """
 
 class UnknownName(SubnetError):
@@ -70,7 +81,7 @@ def check_names(
 
 def _meant(name: str, known: list[str]) -> str:
     "What somebody may have meant, and the first twenty names that exist."
-    folded = {str(k).lower(): k for k in known}
+    folded = {str(k).lower(): k for k in known if str(k) != str(name)}
     low = str(name).lower()
     near = [low] if low in folded else difflib.get_close_matches(low, list(folded), 3, 0.5)
     question = f"did you mean {' or '.join(str(folded[n]) for n in near)}? " if near else ""

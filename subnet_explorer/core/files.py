@@ -96,7 +96,7 @@ def reading(
     try: yield
     except SubnetError: raise
     except Exception as why:
-        if not Path(path).exists(): raise error(no_such(path)) from why
+        if not Path(path).exists(): raise error(f"cannot read {path}: {no_such(path)}") from why
         wanted = f", expected {expected}" if expected else ""
         raise error(f"cannot read {path}: {reason(why)}{wanted}.") from why
 
@@ -253,11 +253,7 @@ def read_mask_file(path: str | Path) -> Bits:
         bits, recorded = Bits(space, packed, head["meta"]), head["id"]
     except MaskFileError: raise
     except Exception as e:
-        why = f"it is truncated or not a mask file ({type(e).__name__}: {e})"
-        if not Path(path).exists(): why = "there is no such file"
-        raise MaskFileError(
-            f"cannot read a mask from {path}: {why}. A mask file is written by "
-            "mask.save(path).") from e
+        raise MaskFileError(f"cannot read a mask from {path}: {_no_mask(Path(path), e)}") from e
     if bits.id != recorded:
         raise MaskFileError(_DAMAGED.format(path=path, recorded=recorded, found=bits.id))
     return bits
@@ -268,6 +264,20 @@ def _packed(data: np.ndarray, size: int, rare: int | None) -> bytes:
     return data.tobytes() if rare is None else expand_gaps(data, size, rare)
 
 
+def _no_mask(path: Path, error: Exception) -> str:
+    "What is at a path instead of a mask file, and what reads it."
+    if not path.exists(): return no_such(path)
+    if path.is_dir(): return "it is a folder: explore(folder) and Run.open(folder) read folders."
+    with reading(path, MaskFileError): begin = path.open("rb").read(8)
+    if begin.startswith(b"\x93NUMPY"): return _ARRAY
+    if begin.startswith((b"PK", b"\x80")): return _PICKLE
+    if path.suffix == ".safetensors": return f"it is truncated or not a mask file ({type(error).__name__}: {error})."
+    return f"it is no mask file ({type(error).__name__}: {error}). A mask file is written by mask.save(path)."
+
+
+_ARRAY = ("this is a format of others: use Store.read(folder) on the folder with "
+          "<task>/seed_<number>/head_mask.npy.")
+_PICKLE = 'this is a format of others: use core.formats.read_mask_state(path, Space.of(model, "weight")).'
 _NEWER = "{path} has format {format!r}: a newer subnet_explorer is needed to read it."
 _DAMAGED = "{path} is damaged: its bits do not give the recorded id {recorded} but {found}."
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +19,10 @@ from .errors import SpaceMismatch, SubnetError, check_names
 from .files import atomic_write
 from .mask import Mask
 from .masks import Masks
-from .space import unit_space
+from .space import Space, unit_space
 
 # %% auto #0
-__all__ = ['BadMasks', 'Published', 'read_masks', 'write_masks']
+__all__ = ['BadMasks', 'Published', 'read_masks', 'read_mask_state', 'write_masks']
 
 # %% ../../nbs/core/09_formats.ipynb #3138b002
 class BadMasks(SubnetError):
@@ -135,6 +137,48 @@ def _check_together(found: list[Published], folder: Path) -> None:
     empty = [task.name for task in _inside(folder) if task.name not in tasks]
     if empty:
         raise BadMasks(f"{folder / empty[0]} holds no folder of a seed (seed_ and a whole number).")
+
+# %% ../../nbs/core/09_formats.ipynb #edc3a417
+def read_mask_state(
+    file: str | Path,      # mask.pt of TAMT, or a state dict of a model under torch.nn.utils.prune
+    space: Space,          # of weights of the model that the masks are of
+) -> Mask:
+    "Read a mask of weights that was saved with torch; raise `BadMasks` where it does not fit the space."
+    state = {name: value for name, value in _state(Path(file)).items() if name.endswith("_mask")}
+    state = state or {name: value for name, value in _state(Path(file)).items() if str(value.dtype) == "torch.bool"}
+    named = {name.removesuffix("_mask"): value for name, value in state.items()}
+    bits, used = {}, set()
+    for g in space.groups:
+        found = [name for name in named if name == g.name or name.endswith(f".{g.name}")]
+        if len(found) != 1:
+            there = ", ".join(list(named)[:3]) or "no mask"
+            raise BadMasks(f"{file} has {len(found)} masks for {g.name}: found {there} …. Is it of another model?")
+        bits[g.name] = _zeros_and_ones(named[found[0]].numpy(), g.shape, f"{file}: {found[0]}")
+        used.add(found[0])
+    outside = {name: float(v.float().mean()) for name, v in named.items() if name not in used and not v.bool().all()}
+    if outside:
+        kept = ", ".join(f"{name} ({share:.0%} kept)" for name, share in outside.items())
+        warnings.warn(f"{file} also masks weights outside of the space, which are left whole: {kept}.", stacklevel=2)
+    return Mask.of(space, bits, source=Path(file).name, outside=outside)
+
+
+def _zeros_and_ones(a: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:      # bool
+    if a.shape != tuple(shape): raise BadMasks(f"{what} has shape {a.shape}, expected {tuple(shape)}.")
+    odd = a[~np.isin(a, (0, 1))]
+    if odd.size: raise BadMasks(f"{what} is not a mask: {odd.size} values are neither 0 nor 1, e.g. {odd.flat[0]:g}.")
+    return a.astype(bool)
+
+# %% ../../nbs/core/09_formats.ipynb #0383eda2
+def _state(file: Path) -> dict[str, Any]:
+    "Tensors by name, of a file that torch saved."
+    import torch
+    if not file.is_file(): raise BadMasks(f"there is no file {file}.")
+    try: found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}"
+        raise BadMasks(f"{file} cannot be read as tensors that torch saved ({why}).") from None
+    if not isinstance(found, dict): raise BadMasks(f"{file} holds a {type(found).__name__}, no masks by name.")
+    return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 # %% ../../nbs/core/09_formats.ipynb #e139c9fc
 def write_masks(masks: Masks, folder: str | Path, format: str = "npy") -> Path:

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LayerRange, SubnetError, UnknownFamily
+from .errors import HiddenWeights, LayerRange, SubnetError, UnknownFamily
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'family_of', 'is_causal', 'no_model', 'layer_indices', 'layer_text', 'Layout',
-           'layout_of', 'family_table']
+__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'unwrap', 'body_of', 'named_tensors', 'family_of', 'is_causal', 'no_model',
+           'layer_indices', 'layer_text', 'Layout', 'layout_of', 'plain_module', 'family_table']
 
 # %% ../../nbs/core/01_layout.ipynb #81f42119
 _BERT = dict(
@@ -58,13 +58,59 @@ def follow_path(module: Any, path: str) -> Any:
         elif int(part) < len(module): module = module[int(part)]
         else: return None
         if module is None: return None
+        module = getattr(module, "_orig_mod", module)      # a part that was compiled alone
     return module
+
+# %% ../../nbs/core/01_layout.ipynb #34bdbd3d
+_AROUND = ("_orig_mod", "module", "pretrained_model")      # compiled; data parallel; a head for values
+
+
+def unwrap(model: Any) -> Any:
+    "The transformers model inside of what is around it; raise `HiddenWeights` if that adds to it."
+    while not hasattr(type(model), "base_model_prefix"):
+        inner = _inside(model)
+        if inner is None: return model
+        model = inner
+    return model
+
+
+def _inside(found: Any) -> Any:
+    "What a wrapper holds; None if it is no wrapper."
+    for name in _AROUND:
+        inner = getattr(found, name, None)
+        if hasattr(inner, "parameters"): return inner
+    if not hasattr(found, "peft_config"): return None
+    for how in found.peft_config.values():
+        if getattr(how, "is_prompt_learning", False): raise HiddenWeights(_PROMPT.format(type(how).__name__))
+    return found.get_base_model() if hasattr(found, "get_base_model") else found.model
+
+
+_PROMPT = (
+    "{} puts tokens of its own before every text, which belong to no weight of the model: masks "
+    "would be made without them. Give the model alone, .get_base_model()."
+)
+
+
+def body_of(model: Any) -> Any:
+    "The encoder or decoder inside a model with a head; raise `UnknownFamily` if this is no model."
+    base = getattr(unwrap(model), "base_model", None)
+    if base is None: raise UnknownFamily(no_model(model))
+    return unwrap(base)
+
+
+def named_tensors(module: Any) -> Iterator[tuple[str, Any]]:
+    "Parameters and saved buffers by the names they have where nothing was compiled."
+    saved = module.state_dict(keep_vars=True).keys()
+    for found in (module.named_parameters, module.named_buffers):
+        for name, tensor in found(remove_duplicate=False):
+            if name in saved: yield name.replace("_orig_mod.", ""), tensor
 
 # %% ../../nbs/core/01_layout.ipynb #7ff96697
 def family_of(model: Any) -> str:
     "Name the family of a model, by type or by structure; raise `UnknownFamily` if there is none."
-    base, config = getattr(model, "base_model", None), getattr(model, "config", None)
-    if base is None or config is None: raise UnknownFamily(no_model(model))
+    model = unwrap(model)
+    base, config = body_of(model), getattr(model, "config", None)
+    if config is None: raise UnknownFamily(no_model(model))
     kind = getattr(config, "model_type", "?")
     missing = {}
     for name in [kind] if kind in FAMILIES else FAMILIES:
@@ -88,7 +134,7 @@ def _missing(base: Any, paths: Mapping[str, str]) -> list[str]:
 
 def is_causal(model: Any) -> bool:
     "Whether `model` predicts the next token (GPT-2, Llama) instead of a masked one."
-    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+    return any(word in type(unwrap(model)).__name__ for word in ("CausalLM", "LMHead"))
 
 # %% ../../nbs/core/01_layout.ipynb #87ceb40a
 def no_model(found: Any) -> str:
@@ -109,9 +155,8 @@ def _advice(found: Any) -> tuple[str, str]:
     if isinstance(found, type):
         name = found.__name__
         return f"the class {name}", f"make a model of it: {name}.from_pretrained(…)"
-    for part in ("model", "module"):  # of a pipeline; of DataParallel
-        if hasattr(getattr(found, part, None), "base_model"):
-            return f"a {kind}", f"the model is inside of it: give .{part}"
+    if hasattr(getattr(found, "model", None), "base_model"):      # a pipeline
+        return f"a {kind}", "the model is inside of it: give .model"
     return f"a {kind}", "load one by the name of a folder or of the hub: model, tok = load(…)"
 
 # %% ../../nbs/core/01_layout.ipynb #ede97244
@@ -220,40 +265,123 @@ def layout_of(
     model: Any,
     whole: bool = True,      # False: also of a compact model, as before it was cut
 ) -> Layout:
-    "Read the `Layout` of a model; raise `UnknownFamily` if its parameters have other shapes."
-    family, base, config = family_of(model), model.base_model, model.config
+    "Read the `Layout` of a model; raise `UnknownFamily` or `HiddenWeights` where it has none."
+    family, base, config = family_of(model), body_of(model), unwrap(model).config
     if whole and hasattr(base, "compacted"):
-        raise SubnetError(_COMPACT.format(kind=type(model).__name__))
-    paths = FAMILIES[family]
-    blocks = follow_path(base, paths["blocks"])
-    matrices = {role: follow_path(blocks[0], paths[role]) for role in ROLES if role in paths}
-    down = matrices["down"]
+        raise SubnetError(_COMPACT.format(kind=type(unwrap(model)).__name__))
+    matrices = _matrices(base, FAMILIES[family])
+    down = matrices[0]["down"]
     linear = type(getattr(down, "base_layer", down))                   # an adapter may be around it
-    transposed = linear.__name__ == "Conv1D"
+    transposed = linear.__name__.endswith("Conv1D")
     hidden, inner = down.weight.shape[::-1] if transposed else down.weight.shape
-    heads = config.num_attention_heads
+    heads = _number(config, "num_attention_heads")
     embedding = base.get_input_embeddings().weight
     layout = Layout(
-        family, len(blocks), heads,
-        n_kv=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        family, len(matrices), heads,
+        n_kv=_number(config, "num_key_value_heads") or heads,
+        head_dim=_number(config, "head_dim") or hidden // heads,
         hidden=hidden, inner=inner, transposed=transposed,
-        biases=tuple(r for r, matrix in matrices.items() if getattr(matrix, "bias", None) is not None),
-        embedding=next(name for name, p in base.named_parameters() if p is embedding),
+        biases=tuple(role for role, matrix in matrices[0].items() if _has_bias(matrix)),
+        embedding=next(name for name, p in named_tensors(base) if p is embedding),
         vocab=embedding.shape[0],
     )
-    for role, matrix in matrices.items():
-        found, expected = tuple(matrix.weight.shape), layout.shape(role)
-        if whole and found != expected:
-            raise UnknownFamily(
-                f"{type(model).__name__} looks like family {family!r}, but its {role!r} matrix has "
-                f"shape {found} where {expected} was expected.")
+    if whole: _check_blocks(type(unwrap(model)).__name__, layout, matrices)
     return layout
+
+
+def _has_bias(matrix: Any) -> bool: return getattr(matrix, "bias", None) is not None
 
 
 _COMPACT = (
     "this {kind} is already compact: its blocks have shapes of their own, on which no mask can be "
     "made. Make masks on the full model, combine them there, and compact it once."
+)
+
+# %% ../../nbs/core/01_layout.ipynb #7af07346
+_Matrices = list[dict[str, Any]]      # by block and role
+
+
+def _matrices(base: Any, paths: Mapping[str, str]) -> _Matrices:
+    "The modules of all blocks; raise `HiddenWeights` where they hold no plain numbers."
+    if any(p.is_meta for p in base.parameters()): raise HiddenWeights(_AWAY)
+    blocks = follow_path(base, paths["blocks"])
+    inside = {role: paths[role] for role in ROLES if role in paths}
+    found = [{role: follow_path(block, path) for role, path in inside.items()} for block in blocks]
+    for number, block in enumerate(found, 1):
+        for role, matrix in block.items():
+            if matrix is None: raise UnknownFamily(_DIFFERENT.format(f"block {number}", f"no {inside[role]!r}"))
+            kind = type(getattr(matrix, "weight", None)).__name__
+            if kind in ("Parameter", "Tensor"): continue
+            raise HiddenWeights(_PACKED.format(role, number, type(matrix).__name__))
+    return found
+
+
+def _number(config: Any, name: str) -> Any:
+    "A setting that all layers share; None where there is none."
+    try: return getattr(config, name, None)
+    except RuntimeError as e: raise UnknownFamily(_DIFFERENT.format("each", f"a {name} of its own")) from e
+
+
+def _check_blocks(kind: str, layout: Layout, matrices: _Matrices) -> None:
+    "Raise `UnknownFamily` unless the matrices of all blocks are shaped as the layout says."
+    for number, block in enumerate(matrices, 1):
+        for role, matrix in block.items():
+            shape, expected = tuple(matrix.weight.shape), layout.shape(role)
+            if shape != expected:
+                raise UnknownFamily(_SHAPE.format(kind, layout.family, role, number, shape, expected))
+            if _has_bias(matrix) == (role in layout.biases): continue
+            raise UnknownFamily(_DIFFERENT.format(f"block {number}", f"another bias in its {role!r} matrix"))
+
+
+_AWAY = (
+    "weights of this model are not in memory: they are on the meta device, or offloaded. Load the "
+    "whole model, without device_map or with one that fits, e.g. model, tok = load(name)."
+)
+_PACKED = (
+    "the {!r} matrix of block {} is a {}, whose weight is no plain tensor: it is quantised, or "
+    "spread over devices. Load the model in floating point, e.g. model, tok = load(name)."
+)
+_DIFFERENT = (
+    "the blocks of this model differ: {} has {}. A mask needs blocks with the same matrices, "
+    "so models that mix experts with dense layers, or kinds of attention, have no layout."
+)
+_SHAPE = (
+    "{} looks like family {!r}, but its {!r} matrix in block {} has shape {} where {} was expected."
+)
+
+# %% ../../nbs/core/01_layout.ipynb #73b7fe64
+def plain_module(base: Any, name: str) -> Any:
+    "The module that holds the parameter `name`; raise `HiddenWeights` if it is made from others."
+    path, _, attr = name.rpartition(".")
+    module = follow_path(base, path)
+    if attr in module._parameters: return module
+    found = (row[1:] for row in _PLAINLY if _has_part(module, row[0]))
+    why, how = next(found, (f"a {type(module).__name__} makes it in every pass", "load the model without that"))
+    raise HiddenWeights(_MADE.format(name=name, why=why, how=how))
+
+
+def _has_part(module: Any, part: str) -> bool:
+    "Whether a module has a parameter, a submodule or an attribute of this name."
+    return part in module._parameters or part in module._modules or hasattr(module, part)
+
+
+_PRUNING, _NORM = "torch.nn.utils.prune multiplies it", "a norm makes it in every pass"
+_PLAINLY = (
+    ("base_layer", "an adapter is added to it", "merge it first, model = model.merge_and_unload()"),
+    ("weight_u", _NORM, "take it off, torch.nn.utils.remove_spectral_norm(module)"),
+    ("weight_g", _NORM, "take it off, torch.nn.utils.remove_weight_norm(module)"),
+    ("weight_mask", _PRUNING, "make that permanent, torch.nn.utils.prune.remove(module, 'weight')"),
+    ("bias_mask", _PRUNING, "make that permanent, torch.nn.utils.prune.remove(module, 'bias')"),
+    (
+        "parametrizations", "a parametrization makes it in every pass",
+        "take it off, torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+    ),
+)  # fmt: skip
+"Parts that a module has where a parameter is made from others, why, and how to make it plain."
+
+_MADE = (
+    "{name} is no parameter of its own here: {why}, so no mask over weights can take its place. "
+    "Either {how}; or use a mask over heads, neurons, MLPs or layers."
 )
 
 # %% ../../nbs/core/01_layout.ipynb #ba98108b

@@ -259,6 +259,7 @@ def to(
     if "block" in kind: raise SubnetError(_TO_BLOCKS)
     meta = {**mask.meta, "parents": [mask.id], "operation": f"to({kind})"}
     if kind == "weight":
+        if how == "full" and not of_weights: meta["map"] = how
         bits = blocks_to_weights(mask) if of_weights else units_to_weights(mask, how)
         return Mask.of(space_to(mask.space, kind, how), bits, **meta)
     if keep is None: raise SubnetError(_NO_RULE.format(source=mask.space.kind, target=kind))

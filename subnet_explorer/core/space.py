@@ -16,9 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from subnet_explorer.core.layout import (
+    FAMILIES,
+    Layout,
+    body_of,
+    layer_indices,
+    layer_text,
+    layout_of,
+    named_tensors,
+    plain_module,
+    unwrap,
+)
+
 from .doors import checked
-from .errors import SpaceMismatch, SubnetError, check_names
-from .layout import FAMILIES, Layout, layer_indices, layer_text, layout_of
+from .errors import HiddenWeights, SpaceMismatch, SubnetError, check_names
 
 # %% auto #0
 __all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space',
@@ -48,6 +59,7 @@ class ModelId:
 def model_id(model: Any, layout: Layout) -> ModelId:
     "Identity of `model`."
     passing = ("transformers_version", "dtype", "architectures")
+    model = unwrap(model)
     settings = model.config.to_dict()
     config = {k: v for k, v in settings.items() if not k.startswith("_") and k not in passing}
     name = model.config._name_or_path or type(model).__name__
@@ -56,16 +68,25 @@ def model_id(model: Any, layout: Layout) -> ModelId:
 
 
 def fingerprint(model: Any, layout: Layout) -> str:
-    "Hash every block parameter and the word embedding of `model` (16 hex digits)."
+    "Hash all that the blocks of `model` hold, and its word embedding (16 hex digits)."
     found, blocks = hashlib.sha256(), FAMILIES[layout.family]["blocks"] + "."
-    for name, p in model.base_model.named_parameters():
+    covered = set()                          # blocks, by number
+    for name, p in named_tensors(body_of(model)):
         if not name.startswith(blocks) and name != layout.embedding: continue
         values = getattr(p, "stands_for", p).detach().cpu()
         if values.dtype.itemsize < 4:
             values = values.float()          # bfloat16 has no numpy type; widening is exact
         found.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
         found.update(np.ascontiguousarray(values.numpy()).data)
+        covered.add(name.removeprefix(blocks).split(".")[0])
+    if sum(number.isdigit() for number in covered) < layout.n_layers: raise HiddenWeights(_NOTHING)
     return found.hexdigest()[:16]
+
+
+_NOTHING = (
+    "some blocks of this model hold no weight of their own, so nothing would tell it from another "
+    "model: give the transformers model itself, with its weights loaded."
+)
 
 # %% ../../nbs/core/02_space.ipynb #3bbc3303
 KINDS = ("weight", "block", "bias", "neuron", "head", "mlp", "layer")
@@ -136,6 +157,8 @@ class Space(Groups):
         layout = layout_of(model)
         groups = _chosen(layout, kind, layers, only, block, strided)
         if embeddings: groups.insert(0, _embedding(layout, model))
+        for g in groups:
+            if g.kind in ("weight", "block", "bias"): plain_module(body_of(model), g.name)
         return cls(tuple(groups), layout, model_id(model, layout))
 
     @cached_property
@@ -176,7 +199,7 @@ def _chosen(
 
 def _embedding(layout: Layout, model: Any) -> Group:
     "The word embedding as a group of weights."
-    width = model.base_model.get_input_embeddings().weight.shape[1]
+    width = body_of(model).get_input_embeddings().weight.shape[1]
     return Group(layout.embedding, "weight", -1, "embedding", (layout.vocab, width))
 
 # %% ../../nbs/core/02_space.ipynb #165bbcf0

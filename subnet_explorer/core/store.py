@@ -5,13 +5,14 @@
 # %% ../../nbs/core/14_store.ipynb #f8298239
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,8 @@ from .scores import Scores
 from .space import digest
 
 # %% auto #0
-__all__ = ['State', 'OtherRun', 'environment', 'Record', 'check_empty', 'read_metrics', 'Run', 'save_state', 'read_state',
-           'load_state', 'Store', 'open_study', 'cached_table']
+__all__ = ['State', 'CLAIMS', 'F', 'OtherRun', 'environment', 'Record', 'check_empty', 'read_metrics', 'Run', 'save_state',
+           'read_state', 'load_state', 'Store', 'open_study', 'given_back', 'cached_table', 'kept_runs', 'kept_masks']
 
 # %% ../../nbs/core/14_store.ipynb #b2202a27
 class OtherRun(SubnetError):
@@ -132,7 +133,8 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def check_empty(folder: Path, what: str) -> None:      # what: "run", "study"
-    "Raise `OtherRun` if there is anything in a folder but hidden files."
+    "Raise `OtherRun` if there is anything in a folder but hidden files, or it is a file."
+    if folder.is_file(): raise OtherRun(f"{folder} is a file: give a folder.")
     if folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir()):
         raise OtherRun(f"{folder} is not empty and holds no {what}. Choose an empty or new folder.")
 
@@ -324,7 +326,6 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
     "The store of the study in folder `to`, new or continued; raise `OtherRun` if it holds anything else."
     if to is None: return None
     folder, wanted = Path(to), json.loads(json.dumps(dict(config)))
-    if folder.is_file(): raise OtherRun(f"{to} is a file: give a folder.")
     if (folder / "study.json").exists():
         found = read_json(folder / "study.json", OtherRun)["config"]
         if found != wanted:
@@ -337,6 +338,37 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
         atomic_write(folder / "study.json", json.dumps(study, indent=1))
     return Store(folder / "runs")
 
+# %% ../../nbs/core/14_store.ipynb #8ef50e0e
+CLAIMS = ("study.json", "config.json", "env.json")
+"Files that say who has taken a folder, and nothing else."
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def given_back(function: F) -> F:
+    "Let a function give the folder `to` back if it refuses before anything was found."
+    @functools.wraps(function)
+    def run(*given: Any, **named: Any) -> Any:
+        to = named.get("to")
+        folder = Path(to) if isinstance(to, (str, Path)) else None
+        free = folder is not None and not _is_taken(folder)
+        existed = folder is not None and folder.exists()
+        try: return function(*given, **named)
+        except SubnetError:
+            if folder is not None and free and _is_taken(folder): _unclaim(folder, existed)
+            raise
+
+    return cast(F, run)
+
+
+def _is_taken(folder: Path) -> bool: return any((folder / name).exists() for name in CLAIMS[:2])
+
+
+def _unclaim(folder: Path, existed: bool) -> None:
+    "Remove a claim, unless there is more in the folder."
+    if any(file.is_file() and file.name not in CLAIMS for file in folder.rglob("*")): return
+    for inside in folder.iterdir(): remove(inside)
+    if not existed: folder.rmdir()
+
 # %% ../../nbs/core/14_store.ipynb #5fc999d3
 def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     "A table that is computed once per folder."
@@ -346,3 +378,54 @@ def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFra
     table = make()
     atomic_write(file, json.dumps(table.to_dict("records")))
     return table
+
+# %% ../../nbs/core/14_store.ipynb #0fc1b777
+def kept_runs(folder: str | Path) -> list[Run]:
+    "The runs that a run, a store, a study or a folder above them holds; raise `SubnetError` if there is no folder."
+    folder = Path(folder)
+    if not folder.is_dir(): raise SubnetError(no_such(folder, "folder"))
+    return [Run.open(place) for place in _run_folders(folder)]
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    "Folders of runs, in the order of their names."
+    if (folder / "study.json").exists(): folder = folder / "runs"
+    if _is_run(folder):
+        yield folder
+        return
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    for place in inside:
+        if place.is_dir() and not place.name.startswith("."): yield from _run_folders(place)
+
+
+def _is_run(folder: Path) -> bool:
+    "Whether the config.json of a folder is that of a run, or cannot be read."
+    if not (folder / "config.json").is_file(): return False
+    try: found = read_json(folder / "config.json")
+    except SubnetError: return True
+    return isinstance(found, dict) and "config" in found
+
+# %% ../../nbs/core/14_store.ipynb #ce99c248
+def kept_masks(path: str | Path) -> Masks:
+    "The masks of a file or folder, labelled; raise `SubnetError` where there are none."
+    path = Path(path)
+    if path.is_file(): return Masks([({"name": _stem(path)}, Mask.load(path))])
+    runs = kept_runs(path)
+    if done := [run for run in runs if run.done]: return Masks(_labelled(path, done))
+    if files := sorted(path.glob("*.safetensors")): return Masks([({"name": _stem(file)}, file) for file in files])
+    if any(path.glob("*/seed_*")): return read_masks(path)
+    if runs: raise SubnetError(f"none of the {len(runs)} runs in {path} is finished.")
+    raise SubnetError(f"there is no mask in {path}: expected mask files (*.safetensors), runs, studies, or a folder "
+                      "above them.")
+
+
+def _labelled(path: Path, runs: list[Run]) -> list[tuple[dict[str, Any], Path]]:
+    "Labels and mask files of runs; with the folder of the study where there are several."
+    found = [(run.labels, run.folder) for run in runs if run.folder]
+    places = {folder: folder.parent.relative_to(path).as_posix() for _, folder in found if folder != path}
+    several = len(set(places.values())) > 1
+    return [({**({"folder": places[folder]} if several else {}), **labels}, folder / "mask.safetensors")
+            for labels, folder in found]
+
+
+def _stem(file: Path) -> str: return file.name.removesuffix(".safetensors").removesuffix(".mask")

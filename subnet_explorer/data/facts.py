@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 import warnings
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +21,13 @@ import pandas as pd
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.numbers import Count, Natural, Seed
-from .files import BadFacts, numbered_lines, numbered_sources
+from .files import BadFacts, numbered_sources, parse_json, source_path
+from .templates import DETERMINER, TEMPLATES, article, filled, read_templates
+from .triples import cells, check_order, header, is_true
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'BadPrompt', 'Fact', 'Facts', 'with_subject_and_object', 'read_facts', 'Split', 'split', 'two_hop',
-           'object_id', 'too_long', 'answerable', 'with_start', 'mask_token', 'encode']
+__all__ = ['BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'at_least', 'two_hop', 'object_id', 'too_long',
+           'answerable', 'with_start', 'mask_token', 'encode']
 
 # %% ../../nbs/data/01_facts.ipynb #9ee87288
 class BadPrompt(BadFacts):
@@ -90,7 +90,10 @@ class Facts:
 
     def __getitem__(self, relation: str | Iterable[str]) -> Facts:
         "Take the facts of one relation, or of several."
-        names = check_names([relation] if isinstance(relation, str) else relation, self.relations, "relation")
+        asked = [relation] if isinstance(relation, str) else list(relation)
+        gone = [name for name in asked if name in self.skipped and name not in self.relations]
+        if gone: raise BadFacts(f"no fact of {gone[0]} is left{_left_out_text({gone[0]: self.skipped[gone[0]]})}.")
+        names = check_names(asked, self.relations, "relation")
         items = tuple(f for f in self.items if f.relation in names)
         skipped = {r: reasons for r, reasons in self.skipped.items() if r in names}
         return replace(self, items=items, skipped=skipped)
@@ -105,65 +108,22 @@ class Facts:
         columns = ["relation", "sub", "obj", "prompt", "uuid"]
         return pd.DataFrame([(f.relation, f.subject, f.object, f.prompt, f.uuid) for f in self.items], columns=columns)
 
-    def _repr_html_(self) -> str:
-        name = escape(str(self.name))
-        if not self.items: return f"<b>0 facts</b> from {name}"
-        shown = dict(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
-        rows = self.table().groupby("relation", sort=False).agg(**shown)
-        return f"<b>{len(self):,} facts</b> from {name}" + rows.to_html()
+    def _repr_html_(self) -> str: return _facts_html(self)
 
     def __repr__(self) -> str:
-        return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations)"
+        lost = f"; {self.left_out():,} left out" if self.skipped else ""
+        return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations{lost})"
 
-# %% ../../nbs/data/01_facts.ipynb #367e1cd5
-TEMPLATES: dict[str, str] = {
-    "AtLocation": "a place for {subject} is the {object} .",
-    "CapableOf": "{subject} is able to {object} .",
-    "Causes": "the result of {subject} is {object} .",
-    "CausesDesire": "because of {subject} you want to {object} .",
-    "Desires": "what {subject} wants is {object} .",
-    "HasA": "{subject} has a {object} .",
-    "HasPrerequisite": "before {subject} there must be {object} .",
-    "HasProperty": "{subject} is very {object} .",
-    "HasSubevent": "during {subject} you {object} .",
-    "IsA": "{subject} is a kind of {object} .",
-    "MadeOf": "{subject} is made of {object} .",
-    "MotivatedByGoal": "the goal of {subject} is to {object} .",
-    "NotDesires": "{subject} does not want {object} .",
-    "PartOf": "{subject} is a part of the {object} .",
-    "ReceivesAction": "{subject} can be {object} .",
-    "UsedFor": "{subject} is used for {object} .",
-}
-"Our prompt templates for ConceptNet relations; `{object}` is masked."
-
-# %% ../../nbs/data/01_facts.ipynb #d81e50b7
-def with_subject_and_object(form: str) -> str:
-    "Spell a template that has {head} and {tail}, as files of triples do, with {subject} and {object}."
-    return form.replace("{head}", "{subject}").replace("{tail}", "{object}")
-
-
-def _templates(source: Mapping[str, str] | str | Path | None) -> dict[str, str]:
-    "Read templates by relation; a LAMA relations file is translated from [X] and [Y]."
-    if source is None: return {}
-    given = dict(source) if isinstance(source, Mapping) else _lama_templates(Path(source))
-    found = {relation: with_subject_and_object(form) for relation, form in given.items()}
-    for relation, form in found.items():
-        if form.count("{subject}") != 1 or form.count("{object}") != 1:
-            wanted = f"must contain {{subject}} and {{object}} once each: {given[relation]!r}."
-            raise BadFacts(f"the template of {relation} {wanted}")
-    return found
-
-
-def _lama_templates(path: Path) -> dict[str, str]:
-    found = {}
-    for n, line in numbered_lines(path):
-        try:
-            row = json.loads(line)
-            found[row["relation"]] = row["template"].replace("[X]", "{subject}").replace("[Y]", "{object}")
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            said = f"not a JSON object with relation and template ({type(e).__name__}: {e})."
-            raise BadFacts(f"{path}, line {n}: {said}") from None
-    return found
+# %% ../../nbs/data/01_facts.ipynb #e65764c8
+def _facts_html(facts: Facts) -> str:
+    "Make a table with one row per relation."
+    name = escape(str(facts.name))
+    if not facts.items: return f"<b>0 facts</b> from {name}"
+    lost = f", {facts.left_out():,} left out" if facts.skipped else ""
+    shown = dict(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
+    rows = facts.table().groupby("relation", sort=False).agg(**shown)
+    if facts.skipped: rows["left out"] = [sum(facts.skipped.get(r, {}).values()) for r in rows.index]
+    return f"<b>{len(facts):,} facts</b> from {name}{lost}" + rows.to_html()
 
 # %% ../../nbs/data/01_facts.ipynb #29ad81b8
 @checked
@@ -176,11 +136,11 @@ def read_facts(
     prompt: Natural = 0,    # which masked sentence; in pocket facts the unseen probe is the first
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
-    place, name = source, Path(source).name
+    place, name = source, source_path(source, BadFacts).name
     if str(source) == "pocket":
         from subnet_explorer.data.pocket import pocket_path
         place, name = pocket_path("facts.jsonl"), "pocket"
-    own_templates = _templates(templates)
+    own_templates = read_templates(templates)
     told: list[_Told] = []
     skipped: dict[str, dict[str, int]] = {}
     for path, rows in numbered_sources(place):
@@ -190,7 +150,7 @@ def read_facts(
     kept = _first_of_equals(told)
     repeated = Counter(t.fact.relation for t in told) - Counter(f.relation for f in kept)
     for relation, n in repeated.items(): _count(skipped, relation, "repeated fact", n)
-    if not kept: raise BadFacts(f"no facts in {place}" + (f"; left out: {skipped}." if skipped else "."))
+    if not kept: raise BadFacts(f"no facts in {place}{_left_out_text(skipped)}.")
     facts = Facts(kept, name, skipped)
     if relations is None: return facts
     if isinstance(relations, str): relations = [r.strip() for r in relations.split(",")]
@@ -200,6 +160,15 @@ def read_facts(
 def _count(skipped: dict[str, dict[str, int]], relation: str, why: str, n: int = 1) -> None:
     reasons = skipped.setdefault(relation, {})
     reasons[why] = reasons.get(why, 0) + n
+
+
+def _left_out_text(skipped: Mapping[str, Mapping[str, int]]) -> str:
+    "Say by reason what was left out, with some of the relations: `; left out: 212 object is not one token (P463)`."
+    reasons: dict[str, dict[str, int]] = {}
+    for relation, counts in skipped.items():
+        for why, n in counts.items(): reasons.setdefault(why, {})[relation] = n
+    texts = [f"{sum(of.values()):,} {why} ({_listed(of, 5)})" for why, of in reasons.items()]
+    return f"; left out: {', '.join(texts)}" if texts else ""
 
 # %% ../../nbs/data/01_facts.ipynb #cb6e505b
 class _Told(NamedTuple):
@@ -215,33 +184,37 @@ class _LeftOut(NamedTuple):
 
 
 _NO_OBJECT = "JSON object in LAMA format, nor one with relation, head and tail"
+_LENIENT = "Use strict=False (in a shell --lenient) to leave such lines out and count them."
 
 
 def _read_lines(
     path: Path,
-    rows: Iterator[tuple[int, str]],
+    rows: Iterable[tuple[int, str]],
     templates: Mapping[str, str],
     which: int,
     strict: bool,
 ) -> Iterator[_Told | _LeftOut]:
     "Read the facts of one file, line by line."
     is_table = ".tsv" in path.suffixes
-    columns, rows = _header(path, rows) if is_table else ((), rows)
+    columns: tuple[str, ...] = ()
+    if is_table:
+        columns, rows = header(path, list(rows))
+        if not columns: check_order(path, rows, templates or TEMPLATES)
     wanted = "tab-separated triple" if is_table else _NO_OBJECT
     for n, line in rows:
         where = f"{path}, line {n}"
         try:
-            row = _cells(line, columns) if is_table else json.loads(line)
+            row = cells(line, columns) if is_table else parse_json(line)
             found = _read_line(row, templates, which)
         except BadPrompt as e:
             found = _LeftOut(e.relation, "not exactly one [MASK]")
-            if strict: raise BadFacts(f"{where}: {e} Use strict=False to leave such lines out.") from None
+            if strict: raise BadFacts(f"{where}: {e} {_LENIENT}") from None
         except SubnetError as e: raise BadFacts(f"{where}: {e}") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
             raise BadFacts(f"{where}: not a {wanted} ({type(e).__name__}: {e}).") from None
         yield found
 
-
+# %% ../../nbs/data/01_facts.ipynb #19337c36
 def _first_of_equals(told: Sequence[_Told]) -> tuple[Fact, ...]:
     "Keep the first of the lines that state the same, if it is also the first that asks the same."
     stated = [(t.fact.relation, t.fact.subject, t.fact.object, t.wording) for t in told]
@@ -256,20 +229,21 @@ def _first_places(keys: Sequence[Hashable]) -> dict[Hashable, int]:
 # %% ../../nbs/data/01_facts.ipynb #2deb8102
 def _read_line(row: Any, templates: Mapping[str, str], which: int) -> _Told | _LeftOut:
     "Read one line."
-    is_triple = isinstance(row, dict) and bool({"head", "tail"} & row.keys())
+    if not isinstance(row, dict): raise TypeError(f"{type(row).__name__} found")
+    is_triple = bool({"head", "tail"} & row.keys())
     fact = _triple(row, templates) if is_triple else _lama(row, templates, which)
     if isinstance(fact, _LeftOut): return fact
     own_wording = is_triple and row.get("text") and not templates
     return _Told(fact, fact.prompt if own_wording else "")
 
 
-def _fact(relation: str, subject: str, object: str, prompt: str, uuid: str | None) -> Fact:
+def _fact(relation: Any, subject: Any, object: Any, prompt: Any, uuid: Any) -> Fact:
     "Make a fact of which everything is there."
     texts = dict(relation=relation, subject=subject, object=object, masked_sentences=prompt)
     for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise BadFacts(f"{name} is {value!r} where some text was expected.")
-    uuid = uuid or hashlib.sha256(f"{relation}|{subject}|{object}".encode()).hexdigest()[:16]
+    uuid = str(uuid or "") or hashlib.sha256(f"{relation}|{subject}|{object}".encode()).hexdigest()[:16]
     return Fact(relation, subject, object, _check_prompt(prompt, relation), uuid)
 
 
@@ -284,33 +258,44 @@ def _check_prompt(prompt: str, relation: str = "") -> str:
 # %% ../../nbs/data/01_facts.ipynb #b6efa26d
 def _lama(row: dict[str, Any], templates: Mapping[str, str], which: int) -> Fact | _LeftOut:
     "Read one LAMA object: ConceptNet, Google-RE and T-REx spellings."
+    if _of_squad(row): row = {**row, "pred": row["sub_label"], "sub_label": row["id"], "uuid": row["id"]}
     relation = row.get("pred") or row["predicate_id"]
     subject, object = row.get("sub_label") or row["sub"], row.get("obj_label") or row["obj"]
     if templates:
         if relation not in templates: return _LeftOut(relation, "no template for the relation")
-        prompt = templates[relation].format(subject=subject, object="[MASK]")
+        prompt = filled(templates[relation], str(subject))
     elif "evidences" in row and "masked_sentences" not in row:
         usable = [text for e in row["evidences"] if (text := e["masked_sentence"]).count("[MASK]") == 1]
         if not usable: return _LeftOut(relation, "no evidence with exactly one [MASK]")
         prompt = usable[0]
     elif isinstance(row.get("masked_sentences"), str):
         raise BadFacts("masked_sentences is a text where a list of texts was expected.")
-    elif "masked_sentences" in row: prompt = row["masked_sentences"][which]
+    elif "masked_sentences" in row: prompt = _sentence(row["masked_sentences"], which)
     else: prompt = row["masked_sentence"]
     return _fact(relation, subject, object, prompt, row.get("uuid"))
+
+
+def _of_squad(row: Mapping[str, Any]) -> bool:
+    "Tell whether a line is of LAMA's SQuAD part, whose questions have no relation and one subject for all."
+    return row.get("sub_label") == "Squad" and "id" in row and not {"pred", "predicate_id"} & row.keys()
+
+
+def _sentence(sentences: Sequence[Any], which: int) -> Any:
+    if not sentences or -len(sentences) <= which < len(sentences): return sentences[which]
+    raise BadFacts(f"there are {len(sentences)} masked_sentences, counted from 0, and prompt={which} was asked for.")
 
 # %% ../../nbs/data/01_facts.ipynb #e91b7f46
 def _triple(row: Mapping[str, Any], templates: Mapping[str, str]) -> Fact | _LeftOut:
     "Read one triple: relation, head, tail[, text][, label][, uuid]."
     relation, subject, object, text = row["relation"], row["head"], row["tail"], row.get("text")
-    if "label" in row and float(row["label"]) == 0: return _LeftOut(relation, "false triple")
+    if "label" in row and not is_true(row["label"]): return _LeftOut(relation, "false triple")
     if text and not templates:
         fact = _fact(relation, subject, object, _mask_last(text, object, relation), row.get("uuid"))
         of_wording = hashlib.sha256(fact.prompt.encode()).hexdigest()[:6]
         return replace(fact, uuid=f"{fact.uuid}/{of_wording}")      # the triple and its wording
     known = templates or TEMPLATES
     if relation not in known: return _LeftOut(relation, "no template for the relation")
-    prompt = known[relation].format(subject=subject, object="[MASK]")
+    prompt = filled(known[relation], str(subject))
     return _fact(relation, subject, object, prompt, row.get("uuid"))
 
 
@@ -325,38 +310,6 @@ def _mask_last(text: str, object: str, relation: str) -> str:
     error = BadPrompt(f"{missing}: one of them is needed.")
     error.relation = relation
     raise error
-
-# %% ../../nbs/data/01_facts.ipynb #eeee62ca
-_COLUMNS = ("relation", "head", "tail")
-_Rows = Iterator[tuple[int, str]]
-
-
-def _header(path: Path, rows: _Rows) -> tuple[tuple[str, ...], _Rows]:
-    "Read the column names of a table of triples, none without a header, and its other rows."
-    first = next(rows, None)
-    if first is None: return (), rows
-    n, line = first
-    names = tuple(c.strip().lower() for c in line.removeprefix("\ufeff").split("\t"))
-    missing = [c for c in _COLUMNS if c not in names]
-    if len(missing) > 1: return (), chain([first], rows)
-    if missing:
-        found = ", ".join(names)
-        raise BadFacts(f"{path}, line {n}: the header has no column {missing[0]}: found {found}.")
-    twice = [c for c, k in Counter(names).items() if k > 1 and c in (*_COLUMNS, "text", "label")]
-    if twice: raise BadFacts(f"{path}, line {n}: the header names {twice[0]} twice.")
-    return names, rows
-
-
-def _cells(line: str, columns: tuple[str, ...]) -> dict[str, str]:
-    "Read a row of a table of triples by column."
-    cells = [c.strip() for c in line.split("\t")]
-    if columns and len(cells) != len(columns):
-        raise BadFacts(f"{len(cells)} columns where the header names {len(columns)}: {line[:80]!r}.")
-    if not columns and len(cells) not in (3, 4):
-        wanted = "relation, head, tail[, label]"
-        raise BadFacts(f"{len(cells)} columns where {wanted} were expected: {line[:80]!r}.")
-    named = zip(columns or (*_COLUMNS, "label"), cells, strict=False)      # the label may be missing
-    return {c: value for c, value in named if c in (*_COLUMNS, "text", "label")}
 
 # %% ../../nbs/data/01_facts.ipynb #39f1048a
 @dataclass(frozen=True)
@@ -406,6 +359,8 @@ def split(
     shares: tuple[Count, Count, Count] = (7, 2, 1),      # train : development : test
 ) -> Split:
     "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."
+    if len(shares) != 3 or not all(isinstance(n, int) and n > 0 for n in shares):
+        raise BadFacts(f"shares are three whole numbers, train : development : test, e.g. 7, 2, 1; got {shares}.")
     parts: tuple[set[tuple[str, str, str]], ...] = (set(), set(), set())
     for relation in facts.relations:
         triples = list(dict.fromkeys(map(_stated, facts[relation])))
@@ -414,9 +369,7 @@ def split(
         first, second = n * shares[0] // total, n * (shares[0] + shares[1]) // total
         pieces = triples[:first], triples[first:second], triples[second:]
         if not all(pieces):
-            ratio = ":".join(map(str, shares))
-            few = f"relation {relation} has {n} facts, too few to split {ratio}"
-            raise BadFacts(f"{few}: at least {total} are safe. Leave it out, or add facts.")
+            raise BadFacts(_too_few(facts, relation, n, shares))
         for part, piece in zip(parts, pieces, strict=True): part.update(piece)
     train, dev, test = (tuple(f for f in facts if _stated(f) in part) for part in parts)
     return Split(replace(facts, items=train, name=f"{facts.name}/train"),
@@ -425,6 +378,33 @@ def split(
 
 
 def _stated(fact: Fact) -> tuple[str, str, str]: return fact.relation, fact.subject, fact.object
+
+
+def _too_few(facts: Facts, relation: str, n: int, shares: tuple[int, int, int]) -> str:
+    "Say that a relation is too small, and whether it was before something was left out."
+    total, ratio = sum(shares), ":".join(map(str, shares))
+    reasons = facts.skipped.get(relation, {})
+    lost = sum(reasons.values())
+    why = ", ".join(f"{k:,} {reason}" for reason, k in reasons.items())
+    gone = f" ({lost:,} of {n + lost:,} were left out: {why})" if lost else ""
+    remedy = f"Leave such relations out with at_least(facts, {total}), in a shell --at-least {total}, or add facts."
+    return f"relation {relation} has {n} facts{gone}, too few to split {ratio}: at least {total} are safe. {remedy}"
+
+# %% ../../nbs/data/01_facts.ipynb #b42482d4
+def at_least(
+    facts: Facts,
+    n: int = 10,      # triples
+) -> Facts:           # the others are counted in `.skipped`
+    "Keep the relations with enough triples; raise `BadFacts` if there is none."
+    counts = Counter(relation for relation, _, _ in dict.fromkeys(map(_stated, facts)))
+    rare = {relation for relation, k in counts.items() if k < n}
+    if len(rare) == len(counts):
+        most = max(counts.values(), default=0)
+        raise BadFacts(f"no relation of {facts.name} has {n} facts: {most:,} at most{_left_out_text(facts.skipped)}.")
+    skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
+    for fact in facts:
+        if fact.relation in rare: _count(skipped, fact.relation, f"relation with fewer than {n} facts")
+    return replace(facts, items=tuple(f for f in facts if f.relation not in rare), skipped=skipped)
 
 # %% ../../nbs/data/01_facts.ipynb #841ed1e8
 def two_hop(
@@ -437,11 +417,11 @@ def two_hop(
     about: dict[str, list[Fact]] = {}      # facts of the second relation by subject
     for fact in facts[second]: about.setdefault(fact.subject, []).append(fact)
     found: dict[tuple[str, str, str], Fact] = {}
-    lost = 0
+    lost, with_articles = 0, any(_own_article(f) for f in facts[first])
     for one, two in ((f, g) for f in facts[first] for g in about.get(f.object, [])):
         joined = (second, one.subject, two.object)
         if joined in known or joined in found: continue
-        prompt = _with_subject(two, one.subject)
+        prompt = _with_subject(two, one, with_articles)
         if one.subject in prompt: found[joined] = _fact(*joined, prompt, None)
         else: lost += 1
     if not found:
@@ -450,10 +430,29 @@ def two_hop(
     skipped = {second: {"subject not found in the prompt": lost}} if lost else {}
     return Facts(tuple(found.values()), f"{facts.name}/two-hop", skipped)
 
+# %% ../../nbs/data/01_facts.ipynb #b9cec0c3
+def _own_article(fact: Fact) -> str:
+    "Take the article that stands before the subject in a prompt, if there is one."
+    found = re.search(rf"(?i)\b(an?) {re.escape(fact.subject)}\b", fact.prompt)
+    return found[1] if found else ""
 
-def _with_subject(fact: Fact, subject: str) -> str:
-    "Put another subject into the prompt of a fact."
-    return re.sub(rf"\b{re.escape(fact.subject)}\b", lambda _: subject, fact.prompt, count=1)
+
+def _with_subject(
+    fact: Fact,
+    other: Fact,                # of the new subject
+    with_articles: bool,        # whether a subject that is bare in its own prompt has no article on purpose
+) -> str:
+    "Put another subject into the prompt of a fact, with the article that goes with it."
+    subject, own = other.subject, _own_article(other)
+    def put(m: re.Match[str]) -> str:
+        before, words = m[1] or "", m[1].split() if m[1] else []
+        if words and words[-1].lower() in ("a", "an"):
+            if with_articles and not own: return before[: -len(words[-1]) - 1] + subject
+            return f"{before[:-len(words[-1]) - 1]}{article(subject, words[-1])} {subject}"
+        bare = not own or any(map(DETERMINER.fullmatch, words))
+        return before + (subject if bare else f"{article(subject)} {subject}")
+    place = rf"(\b(?:[\w']+ ){{1,2}})?\b{re.escape(fact.subject)}\b"
+    return re.sub(place, put, fact.prompt, count=1)
 
 # %% ../../nbs/data/01_facts.ipynb #67928d23
 def object_id(
@@ -490,23 +489,26 @@ def answerable(
     return replace(facts, items=tuple(kept), skipped=skipped)
 
 
+_LEAVE_OUT = "leave them out and count them: answerable(facts, tok), in a shell --lenient."
+
+
 def _check_answerable(facts: Facts, tok: Any) -> None:
     "Raise `BadFacts` with the objects and prompts that cannot be used."
     several = [f.object for f in facts if object_id(tok, f) is None]
     if several:
         found = f"objects of {facts.name} that are not one token of this tokenizer: {_listed(several)}."
-        raise BadFacts(f"{found} Replace these facts, or use strict=False to leave them out.")
+        raise BadFacts(f"{found} Replace these facts, or {_LEAVE_OUT}")
     long = [f.prompt[:60] for f in facts if too_long(tok, f)]
     if long:
         found = f"prompts of {facts.name} with more than {tok.model_max_length} tokens: {_listed(long)}."
-        raise BadFacts(f"{found} Shorten them, or use strict=False to leave them out.")
+        raise BadFacts(f"{found} Shorten them, or {_LEAVE_OUT}")
 
 
-def _listed(texts: Iterable[str]) -> str:
-    "List different texts, twenty at most."
+def _listed(texts: Iterable[str], most: int = 20) -> str:
+    "List different texts, not too many."
     found = list(dict.fromkeys(texts))
-    more = f" and {len(found) - 20} more" if len(found) > 20 else ""
-    return ", ".join(map(repr, found[:20])) + more
+    more = f" and {len(found) - most:,} more" if len(found) > most else ""
+    return ", ".join(map(repr, found[:most])) + more
 
 # %% ../../nbs/data/01_facts.ipynb #8a72e2e4
 def with_start(tok: Any, ids: list[int]) -> list[int]:

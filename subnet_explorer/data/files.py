@@ -5,18 +5,20 @@
 # %% ../../nbs/data/00_files.ipynb #2f71a0e1
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TypeVar
 
 from ..core.errors import SubnetError
 
 # %% auto #0
-__all__ = ['BadFacts', 'BadTexts', 'opened', 'text_format', 'numbered_lines', 'numbered_sources', 'dataset_parts', 'open_text',
-           'file_text', 'check_text']
+__all__ = ['T', 'BadFacts', 'BadTexts', 'numbered_pieces', 'numbered_lines', 'file_text', 'text_lines', 'numbered_sources',
+           'source_path', 'dataset_parts', 'parse_json', 'Reading']
 
 # %% ../../nbs/data/00_files.ipynb #a4a8a7dd
 class BadFacts(SubnetError):
@@ -37,28 +39,80 @@ class BadTexts(SubnetError):
     """
 
 # %% ../../nbs/data/00_files.ipynb #8f20ac36
-def opened(path: Path, encoding: str = "utf-8") -> TextIO:
-    "Open a text file, compressed or not."
-    if path.suffix == ".gz": return gzip.open(path, "rt", encoding=encoding)
-    return open(path, encoding=encoding)
+def numbered_pieces(
+    path: Path,
+    error: type[SubnetError] = BadTexts,      # what is raised if it cannot be read
+    size: int = 1 << 20,                      # bytes of a line that are read at a time
+) -> Iterator[tuple[int, str]]:               # number from 1, line with its end; a very long one in several pieces
+    "Read a text file, compressed or not."
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    n, first = 1, True
+    with _opened(path, error) as f:
+        while raw := f.readline(size):
+            if first: raw = _without_mark(raw, path, error)
+            if b"\0" in raw: raise error(f"{path} is a binary file: it holds a zero byte in line {n}. {_WANTED}")
+            try: piece = decoder.decode(raw)
+            except UnicodeDecodeError as e: raise error(_broken(path, n, e)) from None
+            if piece: yield n, piece
+            n, first = n + raw.endswith(b"\n"), False
+        try: decoder.decode(b"", final=True)
+        except UnicodeDecodeError as e: raise error(_broken(path, n, e)) from None
 
 
-def text_format(path: Path) -> str:
-    "Say which kind of text a file of this name should hold, for messages."
-    return "gzip-compressed UTF-8 text" if path.suffix == ".gz" else "UTF-8 text"
+@contextmanager
+def _opened(path: Path, error: type[SubnetError]) -> Iterator[BinaryIO | gzip.GzipFile]:
+    "Open a file, compressed or not; what cannot be read is an error that names it."
+    format = "gzip-compressed UTF-8 text" if path.suffix == ".gz" else "UTF-8 text"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f: yield f
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        if isinstance(e, SubnetError): raise
+        raise error(f"cannot read {path}: it is missing, cut short, or not {format} ({e}).") from e
+
+# %% ../../nbs/data/00_files.ipynb #b8f297f2
+_WANTED = "Plain text in UTF-8 was expected."
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
+def _without_mark(raw: bytes, path: Path, error: type[SubnetError]) -> bytes:
+    "Take the byte order mark from the beginning of a file; raise for one of another encoding."
+    if raw.startswith(_UTF_16): raise error(f"{path} is text in UTF-16 or UTF-32: save it as UTF-8.")
+    if raw.startswith(b"\x1f\x8b"): raise error(f"{path} is compressed with gzip: its name has to end in .gz.")
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def _broken(path: Path, n: int, e: UnicodeDecodeError) -> str:
+    found = f"byte {e.start + 1} of line {n} is 0x{e.object[e.start]:02x}"
+    return f"cannot read {path}, line {n}: it is not UTF-8 text ({found}: {e.reason}). Save the file as UTF-8."
+
+# %% ../../nbs/data/00_files.ipynb #bc1d250c
 def numbered_lines(
     path: Path,
     error: type[SubnetError] = BadFacts,      # what is raised if it cannot be read
 ) -> Iterator[tuple[int, str]]:               # number from 1, line without its end
     "Read the non-empty lines of a text file, compressed or not."
-    try:
-        with opened(path) as f:
-            for n, line in enumerate(f, 1):
-                if line.strip(): yield n, line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise error(f"cannot read {path}: it is missing, cut short, or not {text_format(path)} ({e}).") from e
+    begun = ""
+    for n, piece in numbered_pieces(path, error):
+        begun += piece
+        if not piece.endswith("\n"): continue
+        if begun.strip(): yield n, _without_end(begun)
+        begun = ""
+    if begun.strip(): yield n, _without_end(begun)
+
+
+def file_text(path: Path, error: type[SubnetError] = BadTexts) -> str:
+    "Read a text file, compressed or not, as a whole; raise `error` if it holds nothing but white space."
+    text = "".join(piece for _, piece in numbered_pieces(path, error))
+    if not text.strip(): raise error(f"{path} is empty.")
+    return text
+
+
+def text_lines(text: str) -> list[str]:
+    "Split a text at its line feeds."
+    return [_without_end(line) for line in text.split("\n")]
+
+
+def _without_end(line: str) -> str: return line.removesuffix("\n").removesuffix("\r")
 
 # %% ../../nbs/data/00_files.ipynb #d5367266
 def numbered_sources(
@@ -67,9 +121,20 @@ def numbered_sources(
 ) -> list[tuple[Path, Iterator[tuple[int, str]]]]:
     "Find the files of a source with their numbered lines; rows of a data set count as lines."
     if not str(source).startswith("datasets:"):
-        return [(path, numbered_lines(path, error)) for path in _files(Path(source))]
+        return [(path, numbered_lines(path, error)) for path in _files(source_path(source, error))]
     parts = dataset_parts(str(source).removeprefix("datasets:"), error)
     return [(Path(part), _json_lines(rows)) for part, rows in parts.items()]
+
+
+def source_path(source: Any, error: type[SubnetError]) -> Path:
+    "Take a source for the path that it names; raise `error` for what can be the name of no file."
+    try:
+        if not isinstance(source, (str, Path)): raise TypeError(f"it is a {type(source).__name__}")
+        Path(source).exists()
+    except (TypeError, ValueError, OSError) as e:
+        shown = repr(source)[:60]
+        raise error(f"{shown} can be the name of no file or data set ({e}): give a path or a name.") from None
+    return Path(source)
 
 
 def _json_lines(rows: Any) -> Iterator[tuple[int, str]]:
@@ -100,25 +165,29 @@ def _files(path: Path) -> list[Path]:
         raise BadFacts(f"cannot tell the format of {path.name}: expected .jsonl or .tsv, possibly with .gz.")
     return [path]
 
-# %% ../../nbs/data/00_files.ipynb #e8d5c164
-@contextmanager
-def open_text(path: Path, error: type[SubnetError] = BadTexts) -> Iterator[TextIO]:
-    "Open a text file, compressed or not; what cannot be read is an error that names it."
+# %% ../../nbs/data/00_files.ipynb #c056a02f
+def parse_json(text: str) -> Any:
+    "Read a JSON value; raise `ValueError` for what is none, and for text that cannot be written again."
     try:
-        with opened(path, "utf-8-sig") as f: yield f
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        expected = text_format(path)
-        raise error(f"cannot read {path}: it cannot be opened, is cut short, or is not {expected} ({e}).") from e
+        value = json.loads(text)
+        if "\\ud" in text.lower(): json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError: raise ValueError("lists and objects are nested too deeply") from None
+    return value
+
+# %% ../../nbs/data/00_files.ipynb #bc4d009b
+T = TypeVar("T")
 
 
-def file_text(path: Path, error: type[SubnetError] = BadTexts) -> str:
-    "Read a text file, compressed or not."
-    with open_text(path, error) as f: text = f.read()
-    check_text(path, "\0" in text, not text.strip(), error)
-    return text
+class Reading(list[T]):
+    "A list that knows what reading left out, by reason, and what its reader should be told."
 
+    def __init__(
+        self, items: Iterable[T] = (), skipped: Mapping[str, int] | None = None, notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(items)
+        self.skipped, self.notes = dict(skipped or {}), tuple(notes)
 
-def check_text(path: Path, binary: bool, blank: bool, error: type[SubnetError] = BadTexts) -> None:
-    "Raise `error` if a file was found to be binary, or to hold nothing but white space."
-    if binary: raise error(f"{path} is a binary file: it holds a zero byte. Plain text was expected.")
-    if blank: raise error(f"{path} is empty.")
+    def __getitem__(self, i: Any) -> Any:
+        "Take an item, or some of them with what is known of all."
+        found = super().__getitem__(i)
+        return Reading(found, self.skipped, self.notes) if isinstance(i, slice) else found

@@ -18,8 +18,9 @@ from pathlib import Path
 from ..core.doors import checked
 from ..core.errors import check_names
 from ..core.numbers import Count, Seed
-from .facts import TEMPLATES, Fact, Facts, read_facts, with_subject_and_object
-from .files import BadFacts
+from .facts import Fact, Facts, read_facts
+from .files import BadFacts, numbered_lines, source_path
+from .templates import DETERMINER, TEMPLATES, article, checked_template, filled
 
 # %% auto #0
 __all__ = ['FORMATS', 'IN_TARGET', 'concept', 'triple', 'wordings', 'neighbourhood', 'shared_triples', 'disjoint', 'wordnet',
@@ -103,21 +104,13 @@ FORMATS = _OF_THINGS | _OF_EVENTS
 "Formats by relation, object last. `IsA`: Bayazit et al. 2024, WordNet; the others are ours."
 
 # %% ../../nbs/data/02_graphs.ipynb #acf11c01
-_DETERMINER = re.compile(
-    r"(?i)(?:an?|the|some|any|my|your|his|her|its|our|their|this|that|these|those)\b ?")
-_VOWEL = re.compile(
-    r"(?i)(?!uni(?![nm])|us[eu]|ut[ei]|ur[ai]n|ubiq|eu|ewe|one\b|once)[aeiou]"
-    r"|hour|honest|honou?r|heir")
-
-
 def _worded(form: str, subject: str, object: str) -> str:
     "Put a triple into one format, with the object masked."
     def put(m: re.Match[str]) -> str:
-        article, is_subject = m[1], m[2] == "subject"
-        words = subject if is_subject else object
-        shown = subject if is_subject else "[MASK]"
-        if not article or _DETERMINER.match(words): return shown
-        return article[0] + ("n " if _VOWEL.match(words) else " ") + shown
+        is_subject = m[2] == "subject"
+        words, shown = (subject, subject) if is_subject else (object, "[MASK]")
+        if not m[1] or DETERMINER.match(words): return shown
+        return f"{article(words, m[1])} {shown}"
     prompt = re.sub(r"(\b[Aa] )?\{(subject|object)\}", put, form)
     return prompt if prompt.startswith("[MASK]") else prompt[0].upper() + prompt[1:]
 
@@ -129,31 +122,27 @@ def _check_formats(formats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
         if isinstance(forms, str) or not forms:
             wanted = "a list of texts with {subject} and {object}"
             raise BadFacts(f"the formats of {relation} are {forms!r} where {wanted} was expected.")
-        found[relation] = [with_subject_and_object(form) for form in forms]
-        for form in found[relation]:
-            if form.count("{subject}") != 1 or form.count("{object}") != 1:
-                wanted = "must contain {subject} and {object} once each."
-                raise BadFacts(f"the format {form!r} of {relation} {wanted}")
+        found[relation] = [checked_template(form, f"the format {form!r} of {relation}") for form in forms]
     return found
 
 # %% ../../nbs/data/02_graphs.ipynb #6119a190
 @checked
 def wordings(
     facts: Facts,
-    formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object};
-                                                          # None: pocket wordings, for others FORMATS
+    formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object}; None: FORMATS,
+                                                          # of facts read from "pocket" the wordings of that world
     causal: bool = True,         # only what a causal model can be asked; False: all, with a full stop
 ) -> Facts:                      # triple by triple, without repetitions
     "Put every triple into every usable wording; raise `BadFacts` if one has none."
     forms = _check_formats(FORMATS if formats is None else formats)
-    known = _pocket_sentences() if formats is None else {}
-    asked = dict.fromkeys(f.relation for f in facts if _base(f) not in known)
+    known = {f: _pocket_sentences()[_base(f)] for f in facts if formats is None and _of_pocket(f)}
+    asked = dict.fromkeys(f.relation for f in facts if f not in known)
     check_names(asked, forms, "relation with formats")
     found: dict[_Triple, list[Fact]] = {}
     skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
     first = {triple(f): f for f in reversed(facts.items)}
     for f in first.values():
-        if _base(f) in known: prompts = list(dict.fromkeys(known[_base(f)]))
+        if f in known: prompts = list(dict.fromkeys(known[f]))
         else: prompts = _prompts(f, forms[f.relation], full_stop=not causal)
         usable = [(k, p) for k, p in enumerate(prompts) if not causal or _ends_with_object(p)]
         if not usable: raise BadFacts(_NO_WORDING.format(f.relation, f.subject))
@@ -176,6 +165,12 @@ def _pocket_sentences() -> dict[str, list[str]]:
     "The masked sentences of the pocket facts by uuid."
     from subnet_explorer.data.pocket import pocket_rows
     return {r["uuid"]: r["masked_sentences"] for r in pocket_rows()}
+
+
+def _of_pocket(fact: Fact) -> bool:
+    "Tell a fact of the pocket world, which is asked in its sentences, from one that states the same in other words."
+    if fact.prompt not in _pocket_sentences().get(_base(fact), ()): return False
+    return "/" in fact.uuid or fact.prompt != filled(TEMPLATES[fact.relation], fact.subject)
 
 
 def _prompts(fact: Fact, forms: Sequence[str], full_stop: bool) -> list[str]:
@@ -262,7 +257,7 @@ _USUAL_FOLDERS = (
 
 def _wordnet_folder(source: str | Path | None) -> Path:
     "Find WordNet's files, where they were said to be or in the folders where they usually are."
-    if source is not None: places = [Path(source), Path(source) / "dict"]
+    if source is not None: places = [source_path(source, BadFacts), Path(source) / "dict"]
     else:
         home = os.environ.get("WNHOME")
         told = [os.environ.get("WNSEARCHDIR"), f"{home}/dict" if home else None]
@@ -275,11 +270,8 @@ def _wordnet_folder(source: str | Path | None) -> Path:
 
 def _entries(path: Path) -> Iterator[tuple[int, list[str]]]:
     "Read the numbered fields of a WordNet file, without its licence and glosses."
-    try:
-        with path.open(encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):
-                if line.strip() and not line.startswith("  "): yield n, line.split(" | ")[0].split()
-    except (OSError, UnicodeDecodeError) as e: raise BadFacts(f"cannot read {path} ({e}).") from e
+    for n, line in numbered_lines(path):
+        if not line.startswith("  "): yield n, line.split(" | ")[0].split()
 
 # %% ../../nbs/data/02_graphs.ipynb #21c9d7f6
 _OFFSET = re.compile(r"\d{8}")
@@ -357,7 +349,7 @@ def wordnet(
 
 def _is_a(subject: str, object: str) -> Fact:
     uuid = hashlib.sha256(f"IsA|{subject}|{object}".encode()).hexdigest()[:16]
-    prompt = TEMPLATES["IsA"].format(subject=subject, object="[MASK]")
+    prompt = filled(TEMPLATES["IsA"], subject)
     return Fact("IsA", subject, object, prompt, uuid)
 
 # %% ../../nbs/data/02_graphs.ipynb #ac96b93b
@@ -366,23 +358,20 @@ def read_graph(
     source: str | Path,          # "pocket", "wordnet", or whatever `read_facts` reads
     causal: bool = True,         # only wordings that a causal model can be asked
     pocket: bool = False,        # use the pocket world's sentences where it has the triple
+    strict: bool = True,         # False: count prompts without exactly one [MASK] instead of stopping
 ) -> Facts:
     "Read triples in all their usable wordings."
     if str(source) == "wordnet": return wordings(wordnet(), causal=causal)
-    facts = read_facts(source)
-    from_pocket = read_facts("pocket") if pocket or str(source) == "pocket" else ()
-    known = {triple(f): f for f in from_pocket}
+    facts, pocket = read_facts(source, strict=strict), pocket or str(source) == "pocket"
+    known = {triple(f): f for f in read_facts("pocket")} if pocket else {}
     stated = [known.get(triple(f), f) for f in facts]
-    to_word = tuple(f for f in stated if _can_be_worded(f))
-    worded: dict[_Triple, list[Fact]] = {}
-    for f in wordings(replace(facts, items=to_word), causal=causal) if to_word else ():
-        unseen = _base(f) in _pocket_sentences() and f.uuid.endswith("/0")
-        if not unseen: worded.setdefault(triple(f), []).append(f)
-    said = (worded.get(triple(f), []) if _can_be_worded(f) else [f] for f in stated)
-    return replace(facts, items=tuple(dict.fromkeys(w for of_fact in said for w in of_fact)))
-
-
-def _can_be_worded(fact: Fact) -> bool:
-    "Tell whether a fact is of the pocket world, or came without a sentence and has formats."
-    if _base(fact) in _pocket_sentences(): return True
-    return fact.uuid == _base(fact) and fact.relation in FORMATS
+    of_pocket = set(known.values())
+    to_word = {f for f in stated if f in of_pocket or (f.uuid == _base(f) and f.relation in FORMATS)}
+    if not to_word: return replace(facts, items=tuple(dict.fromkeys(stated)))
+    bare = replace(facts, items=tuple(f for f in stated if f in to_word))
+    said, worded = wordings(bare, causal=causal), dict[_Triple, list[Fact]]()
+    unseen = {f"{f.uuid}/0" for f in of_pocket}      # the probe
+    for f in said:
+        if f.uuid not in unseen: worded.setdefault(triple(f), []).append(f)
+    found = (worded.get(triple(f), []) if f in to_word else [f] for f in stated)
+    return replace(said, items=tuple(dict.fromkeys(w for of_fact in found for w in of_fact)), name=facts.name)

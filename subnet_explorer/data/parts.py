@@ -5,7 +5,6 @@
 # %% ../../nbs/data/07_parts.ipynb #44bc5433
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.numbers import Count, Seed, Share
 from .questions import is_squad, read_squad, squad_files, without_prefix
-from .tables import Labelled, read_glue
+from .tables import Labelled, LabelTask, read_glue
 
 # %% auto #0
 __all__ = ['read_task', 'alone', 'TaskData', 'task_data']
@@ -25,7 +24,7 @@ __all__ = ['read_task', 'alone', 'TaskData', 'task_data']
 def read_task(
     source: str | Path,              # as in `read_glue` or `read_squad`
     part: str = "train",             # "train" or "dev"
-    task: str | None = None,         # a GLUE task by name
+    task: str | LabelTask | None = None,      # a GLUE task by name
     strict: bool = True,             # False: count what is broken, and move misplaced answers
 ) -> Labelled:
     "Read labelled sentences, or questions about texts, as the source says."
@@ -60,6 +59,11 @@ class TaskData:
                 same = f"all {part} sentences of {data.name} have the label {data.gold[0]!r}"
                 blind = "so that no score can tell models apart"
                 raise SubnetError(f"{same}, {blind}: give more sentences, or others.")
+            known = set(self.train.task.labels)
+            if data.real != self.train.real or (known and not known.issuperset(data.gold)):
+                odd = "real values" if data.real else ", ".join(sorted(set(map(str, data.gold)) - known))
+                unlike = f"the {part} part of {data.name} has labels that the training part lacks: {odd}"
+                raise SubnetError(f"{unlike}. Read both with task_data, or with one task.")
 
     @property
     def parts(self) -> dict[str, Labelled]:
@@ -99,7 +103,7 @@ def task_data(
         raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
     learn = read_task(source, "train", task, strict)
     if alone(source): learn, report = _set_aside(learn, search, seed)
-    else: report = read_task(source, "dev", task, strict)
+    else: report = read_task(source, "dev", task if is_squad(source) else learn.task, strict)
     if test is not None: report = report.take(test, seed)
     if on_dev: held = report
     else: learn, held = _set_aside(learn, search, seed + 1)
@@ -110,10 +114,8 @@ def task_data(
 def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
     "Part the rows: all but those of a share of the texts, and these."
     texts = sorted({data.unit(row) for row in data})
+    if len(texts) < 2: raise SubnetError(f"{data.name} has {len(texts)} texts, too few to set some aside: give more.")
     n = max(1, round(share * len(texts)))
     aside = set(np.random.default_rng(seed).choice(texts, n, replace=False).tolist())
-    return (_only(data, (row for row in data if data.unit(row) not in aside)),
-            _only(data, (row for row in data if data.unit(row) in aside)))
-
-
-def _only(data: Labelled, rows: Iterable[dict[str, Any]]) -> Labelled: return replace(data, items=tuple(rows))
+    rest = tuple(row for row in data if data.unit(row) not in aside)
+    return replace(data, items=rest), replace(data, items=tuple(row for row in data if data.unit(row) in aside), skipped={})

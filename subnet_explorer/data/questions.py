@@ -5,7 +5,6 @@
 # %% ../../nbs/data/06_questions.ipynb #bfdf6f1a
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from .files import dataset_parts, opened, text_format
+from .files import dataset_parts, file_text, parse_json, source_path
 from .tables import Labelled, LabelTask
 
 # %% auto #0
@@ -224,7 +223,7 @@ def is_squad(source: str | Path) -> bool:
     one = str(source).split(",")[0]
     if one.startswith("squad:") or one in _KNOWN_SOURCES: return True
     if one.endswith((".json", ".json.gz")): return True
-    return Path(one).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev"))
+    return source_path(one, BadQuestions).is_dir() and bool(_parts(Path(one), "train") + _parts(Path(one), "dev"))
 
 
 def _parts(folder: Path, part: str) -> list[Path]:
@@ -235,7 +234,7 @@ def _parts(folder: Path, part: str) -> list[Path]:
 
 def squad_files(source: str | Path) -> dict[str, Path | None]:      # train, dev; None: there is none
     "Find the files of which a source is made; raise `BadQuestions` if that is not clear."
-    paths = [Path(p) for p in without_prefix(source).split(",")]
+    paths = [source_path(p, BadQuestions) for p in without_prefix(source).split(",")]
     if len(paths) > 2:
         wanted = "a training and a development file were expected"
         raise BadQuestions(f"{wanted}, found {len(paths)} names in {str(source)!r}.")
@@ -273,12 +272,10 @@ def _from_file(source: str, part: str) -> tuple[Iterator[dict[str, Any]], str]:
     if path is None:
         remedy = "give two files with a comma between, squad:TRAIN,DEV, or a folder with both."
         raise BadQuestions(f"{source} has no {part} part: {remedy}")
-    try:
-        with opened(path) as f: data = json.load(f)
-    except json.JSONDecodeError as e:
+    text = file_text(path, BadQuestions)
+    try: data = parse_json(text)
+    except ValueError as e:
         raise BadQuestions(f"{path} is no JSON file ({e}): SQuAD v1.1 is one object with 'data'.") from None
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise BadQuestions(f"cannot read {path}: it is cut short, or not {text_format(path)} ({e}).") from e
     return _flat(data, str(path)), path.name
 
 # %% ../../nbs/data/06_questions.ipynb #3c60ea87

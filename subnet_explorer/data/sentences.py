@@ -8,16 +8,16 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.numbers import Count, Natural, Seed
-from .files import dataset_parts, file_text
+from .files import Reading, dataset_parts, file_text, source_path, text_lines
 
 # %% auto #0
 __all__ = ['SCHEMES', 'GAP', 'BadSentences', 'Sentence', 'read_conllu', 'chunks', 'iob2', 'read_ner', 'gapped', 'words_of',
@@ -35,11 +35,11 @@ class BadSentences(SubnetError):
 @checked
 @dataclass(frozen=True)
 class Sentence:
-    "The syntactic words of a sentence and their annotation; raise `BadSentences` if it is no tree."
+    "The syntactic words of a sentence and their annotation; raise `BadSentences` if its heads are no tree."
     words: tuple[str, ...]
     upos: tuple[str, ...]       # universal parts of speech
-    head: tuple[int, ...]       # place of each word's syntactic head: one-based, 0 is the root
-    deprel: tuple[str, ...]     # relation to the head, with its subtype
+    head: tuple[int, ...] = ()      # place of each word's syntactic head: one-based, 0 is the root; none: no tree
+    deprel: tuple[str, ...] = ()    # relation to the head, with its subtype
 
     @property
     def tagged(self) -> tuple[list[str], list[str]]:
@@ -48,10 +48,12 @@ class Sentence:
 
     @property
     def arcs(self) -> tuple[list[int], list[str]]:
-        "Heads and relations."
-        return list(self.head), list(self.deprel)
+        "Heads and relations; raise `BadSentences` if it was read without."
+        if self.head: return list(self.head), list(self.deprel)
+        raise BadSentences(f"the sentence {' '.join(self.words)[:60]!r} was read for its tags, without a tree.")
 
-    def __post_init__(self) -> None: _check_tree(self)
+    def __post_init__(self) -> None:
+        if self.head or self.deprel or len(self.words) != len(self.upos) or not self.words: _check_tree(self)
     def __len__(self) -> int: return len(self.words)
 
 # %% ../../nbs/data/04_sentences.ipynb #8be05c43
@@ -83,6 +85,7 @@ def _leads_to_root(head: Sequence[int], i: int) -> bool:
 
 # %% ../../nbs/data/04_sentences.ipynb #144dab19
 _Rows = list[tuple[int, dict[str, Any]]]      # number of the line, columns of the word
+_Reader = Callable[[bool], tuple[_Rows, str]]      # whether heads are read -> rows of a sentence, where they are from
 
 
 @checked
@@ -90,39 +93,60 @@ def read_conllu(
     source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps",
                                # or "datasets:NAME[/CONFIG]"
     part: str = "train",       # "train", "dev" or "test" (not for text or a file)
-) -> list[Sentence]:
+    tree: bool = True,         # False: for the tags; a sentence whose heads are no tree, or missing, has none
+    strict: bool = True,       # False: count broken sentences instead of stopping
+) -> Reading[Sentence]:
     "Read a treebank; raise `BadSentences` with file and line where it is broken."
-    if str(source) == "pocket-gaps": return gapped(read_conllu("pocket", part))
+    if str(source) == "pocket-gaps": return Reading(gapped(read_conllu("pocket", part)))
     if str(source) == "pocket":
         from subnet_explorer.data.grammar import PARTS, treebank
         check_names([part], PARTS, "part")
         source = treebank(PARTS[part], part=part)
+    sentences, skipped = [], Counter[str]()
     is_data_set = str(source).startswith("datasets:")
-    found = _data_set_rows(source, part) if is_data_set else _conllu_rows(source)
-    sentences = [_sentence(rows, where) for rows, where in found]
-    if not sentences: raise BadSentences(f"there is no sentence in {_named(source)}.")
-    return sentences
+    for read in _data_set_readers(source, part, tree) if is_data_set else _conllu_readers(source):
+        try: found = _sentence(*read(True), True) if tree else _tagged(read)
+        except BadSentences:
+            if strict: raise
+            skipped["broken sentence"] += 1
+        else:
+            if found: sentences.append(found)
+    if not sentences:
+        left = f"; left out: {dict(skipped)}." if skipped else "."
+        raise BadSentences(f"there is no sentence in {_named(source)}{left}")
+    return Reading(sentences, skipped)
+
+# %% ../../nbs/data/04_sentences.ipynb #e2c4bbda
+def _tagged(read: _Reader) -> Sentence | None:
+    "Read a sentence for its tags, with its tree if it has one."
+    try: return _sentence(*read(True), True)
+    except BadSentences: return _sentence(*read(False), False)
 
 
-def _conllu_rows(source: str | Path) -> Iterator[tuple[_Rows, str]]:
-    "Read the words of each sentence, and where they come from."
+def _conllu_readers(source: str | Path) -> Iterator[_Reader]:
+    "Readers of the sentences of a text or file."
     where = _named(source)
     for first, lines in _groups(_source_lines(source)):
-        rows: _Rows = []
-        for n, line in enumerate(lines, first):
-            if line.startswith("#"): continue
-            row = _conllu_row(line, f"{where}, line {n}")
-            number = row["id"]
-            if not isinstance(number, int): continue      # a range or an empty node
-            if number != len(rows) + 1:
-                wrong = f"the word has number {number} where {len(rows) + 1} was expected"
-                hint = "Is the empty line between two sentences missing?"
-                raise BadSentences(f"{where}, line {n}: {wrong}. {hint}")
-            rows.append((n, row))
-        if rows: yield rows, where
+        yield partial(_conllu_rows, lines, first, where)
+
+
+def _conllu_rows(lines: Sequence[str], first: int, where: str, heads: bool) -> tuple[_Rows, str]:
+    "Read the words of a sentence."
+    rows: _Rows = []
+    for n, line in enumerate(lines, first):
+        if line.startswith("#"): continue
+        row = _conllu_row(line, f"{where}, line {n}", heads)
+        number = row["id"]
+        if not isinstance(number, int): continue      # a range or an empty node
+        if number != len(rows) + 1:
+            wrong = f"the word has number {number} where {len(rows) + 1} was expected"
+            hint = "Is the empty line between two sentences missing?"
+            raise BadSentences(f"{where}, line {n}: {wrong}. {hint}")
+        rows.append((n, row))
+    return rows, where
 
 # %% ../../nbs/data/04_sentences.ipynb #3b6e85a2
-def _conllu_row(line: str, where: str) -> dict[str, Any]:
+def _conllu_row(line: str, where: str, heads: bool = True) -> dict[str, Any]:
     "Read the columns of a word, its number and head as numbers."
     from conllu.exceptions import ParseException
     from conllu.parser import DEFAULT_FIELDS, parse_line
@@ -130,7 +154,8 @@ def _conllu_row(line: str, where: str) -> dict[str, Any]:
     if found != wanted:
         columns = f"{found} column{'s' * (found != 1)} where {wanted} were expected"
         raise BadSentences(f"{where}: {columns}, with a tab between: {line[:60]!r}.")
-    try: return parse_line(re.sub(" {2,}", " ", line), DEFAULT_FIELDS, _conllu_parsers())
+    parsers = _conllu_parsers() if heads else {**_conllu_parsers(), "head": _cell}
+    try: return parse_line(re.sub(" {2,}", " ", line), DEFAULT_FIELDS, parsers)
     except ParseException as e:
         cells = line.split("\t")
         wrong = f"the id {cells[0]!r} is no number, range of numbers (1-2) or decimal (1.1)."
@@ -158,9 +183,11 @@ def _is_text(source: str | Path) -> bool:
 def _source_lines(source: str | Path) -> list[str]:
     "Read the lines of a text, or of the file it names."
     if _is_text(source): text = str(source)
-    elif Path(source).is_file(): text = file_text(Path(source), BadSentences)
-    else: raise BadSentences(f"there is no file {Path(source)}: {_SOURCES}")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    else:
+        path = source_path(source, BadSentences)
+        if not path.is_file(): raise BadSentences(f"there is no file {path}: {_SOURCES}")
+        text = file_text(path, BadSentences)
+    return text_lines(text.removeprefix("\ufeff"))
 
 
 _SOURCES = ('give the text itself, the path of a file (possibly .gz), "pocket", "pocket-gaps", '
@@ -177,9 +204,11 @@ def _groups(lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
             group = []
 
 
-def _sentence(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str) -> Sentence:
-    "Make a sentence of the rows of its words."
-    for n, row in rows: _check_word(row, len(rows), f"{where}, line {n}")
+def _sentence(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str, tree: bool) -> Sentence | None:
+    "Make a sentence of the rows of its words; none of none."
+    if not rows: return None
+    for n, row in rows: _check_word(row, len(rows), f"{where}, line {n}", tree)
+    if not tree: return Sentence(tuple(row["form"] for _, row in rows), tuple(row["upos"] for _, row in rows))
     columns = ("form", "upos", "head", "deprel")
     words, upos, head, deprel = (tuple(row[name] for _, row in rows) for name in columns)
     try: return Sentence(words, upos, head, deprel)
@@ -187,12 +216,14 @@ def _sentence(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str) -> Sent
         raise BadSentences(f"{where}, sentence from line {rows[0][0]} on: {e}") from None
 
 
-def _check_word(row: Mapping[str, Any], n: int, where: str) -> None:
+def _check_word(row: Mapping[str, Any], n: int, where: str, tree: bool) -> None:
     "Raise unless a word of a sentence of `n` has all that it needs."
-    word, head = row["form"], row["head"]
-    for name in ("form", "upos", "deprel"):
+    word = row["form"]
+    for name in ("form", "upos", "deprel") if tree else ("form", "upos"):
         missing = not row[name] or (row[name] == "_" and name != "form")
         if missing: raise BadSentences(f"{where}: the word {word!r} has no {name}.")
+    if not tree: return
+    head = row["head"]
     if not isinstance(head, int):
         raise BadSentences(f"{where}: the head {head or '_'!r} is no number from 0 (root) to the last word.")
     if not 0 <= head <= n:
@@ -230,21 +261,30 @@ def _name_of(label: Any, names: Sequence[str]) -> Any:
     if not isinstance(label, int): return label
     return names[label] if label >= 0 else None
 
+# %% ../../nbs/data/04_sentences.ipynb #cdea48fa
+def _data_set_readers(source: str | Path, part: str, tree: bool) -> Iterator[_Reader]:
+    "Readers of the sentences of a data set, which may have tags only; the number of a row stands for that of a line."
+    try: data, where = _part_of(source, part, ("tokens", "upos", "head", "deprel"))
+    except BadSentences:
+        if tree: raise
+        data, where = _part_of(source, part, ("tokens", "upos"))
+    for n, row in enumerate(data, 1): yield partial(_data_set_rows, row, n, where)
 
-def _data_set_rows(source: str | Path, part: str) -> Iterator[tuple[_Rows, str]]:
-    "Read the words of each sentence of a data set; its number stands for that of a line."
-    data, where = _part_of(source, part, ("tokens", "upos", "head", "deprel"))
-    for n, row in enumerate(data, 1):
-        if len({len(values) for values in row.values()}) != 1:
-            counted = ", ".join(f"{len(values)} {k}" for k, values in row.items())
-            raise BadSentences(f"{where}, line {n}: {counted}: as many of each were expected.")
-        words = []
-        for form, upos, head, deprel in zip(*row.values(), strict=True):
-            if head in (None, "None", "_"): continue      # a multi-word range
-            if not re.fullmatch(r"\d+", str(head)):
-                raise BadSentences(f"{where}, line {n}: the head {head!r} is no number.")
-            words.append((n, dict(form=form, upos=upos, head=int(head), deprel=deprel)))
-        if words: yield words, where
+
+def _data_set_rows(row: Mapping[str, Sequence[Any]], n: int, where: str, heads: bool) -> tuple[_Rows, str]:
+    "Read the words of a sentence."
+    if len({len(values) for values in row.values()}) != 1:
+        counted = ", ".join(f"{len(values)} {k}" for k, values in row.items())
+        raise BadSentences(f"{where}, line {n}: {counted}: as many of each were expected.")
+    if not heads: return [(n, dict(form=form, upos=upos)) for form, upos, *_ in zip(*row.values(), strict=True)], where
+    if len(row) < 4: raise BadSentences(f"{where}, line {n}: there are tags only.")
+    words: _Rows = []
+    for form, upos, head, deprel in zip(*row.values(), strict=True):
+        if head in (None, "None", "_"): continue      # a multi-word range
+        if not re.fullmatch(r"\d+", str(head)):
+            raise BadSentences(f"{where}, line {n}: the head {head!r} is no number.")
+        words.append((n, dict(form=form, upos=upos, head=int(head), deprel=deprel)))
+    return words, where
 
 # %% ../../nbs/data/04_sentences.ipynb #6ac9cecf
 _BIOES = {"L": "E", "U": "S"}      # letters of BILOU
@@ -437,7 +477,7 @@ def fitting(
     shortest: Natural = 1,         # words at least
 ) -> tuple[list[Any], dict[str, int]]:      # what fits, in order; reason -> how many do not
     "Leave out and count what is too long; raise `BadSentences` if nothing fits."
-    kept, skipped = [], Counter[str]()
+    kept, skipped = [], Counter[str](getattr(sentences, "skipped", {}))
     for sentence in sentences:
         why = _why_unfit(words_of(sentence), tok, longest, shortest)
         if why: skipped[why] += 1

@@ -5,14 +5,14 @@
 # %% ../../nbs/data/05_tables.ipynb #02f6dad1
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.numbers import Natural, Seed
 from ..core.space import digest
-from .files import numbered_lines, numbered_sources
+from .files import numbered_lines, numbered_sources, parse_json, source_path
 
 # %% auto #0
 __all__ = ['GLUE', 'BadTable', 'LabelTask', 'Labelled', 'read_glue', 'BadChoices', 'read_choices']
@@ -122,7 +122,8 @@ class Labelled:
     def _repr_html_(self) -> str: return f"<b>{escape(repr(self))}</b>" + self.table().head().to_html()
 
     def __repr__(self) -> str:
-        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)})"
+        lost = f"; {sum(self.skipped.values()):,} left out" if self.skipped else ""
+        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)}{lost})"
 
 # %% ../../nbs/data/05_tables.ipynb #f3087ca9
 def _kinds(data: Labelled) -> str:
@@ -143,25 +144,35 @@ def read_glue(
 ) -> Labelled:
     "Read a table of labelled sentences; raise `BadTable` with the line where it is broken."
     check_names([part], ["train", "dev", "dev_mismatched"], "part")
+    path = source_path(source, BadTable)
     if not isinstance(task, LabelTask): task = _task(task or str(source), asked=task is not None)
-    table = _table(str(source), part, task)
+    table, skipped = _table(str(source), part, task), Counter[str]()
     places = _places(table)
-    items: list[dict[str, Any]] = []
-    skipped: Counter[str] = Counter()
-    for n, cells in table.rows:
-        try: items.append(_row(cells, table.columns, places, table.task))
-        except _Unlabelled as e: skipped[str(e)] += 1
-        except BadTable as e:
-            if strict: raise BadTable(f"{table.where}, line {n}: {e}") from None
-            skipped["broken line"] += 1
-    if not items:
+    rows = _readable(
+        table.rows, lambda cells: _row(cells, table.columns, places, table.task), table.where, strict, skipped)
+    if not _has_schema(table.task):
+        known = _schema_of_train(source, part, task) or _schema((row["label"] for _, row in rows), task, table.where)
+        table = table._replace(task=known)
+    rows = _readable(rows, lambda row: row | {"label": _label(row["label"], table.task)}, table.where, strict, skipped)
+    if not rows:
         left = f": left out {dict(skipped)}." if skipped else "."
         raise BadTable(f"no labelled sentence in {table.where}{left}")
-    found = table.task
-    if found.name == "table": items, found = _classes(items, found, table.where)
-    path = Path(str(source))
     name = path.name if path.is_file() else f"{path.name}/{part}"
-    return Labelled(tuple(items), found, name, dict(skipped))
+    return Labelled(tuple(row for _, row in rows), table.task, name, dict(skipped))
+
+# %% ../../nbs/data/05_tables.ipynb #42b0a34f
+def _readable(
+    rows: Iterable[tuple[int, Any]], read: Callable[[Any], _Row], where: str, strict: bool, skipped: Counter[str],
+) -> list[tuple[int, _Row]]:
+    "Read rows that may be broken or without label; raise for the first broken one, or count them."
+    found = []
+    for n, row in rows:
+        try: found.append((n, read(row)))
+        except _Unlabelled as e: skipped[str(e)] += 1
+        except BadTable as e:
+            if strict: raise BadTable(f"{where}, line {n}: {e}") from None
+            skipped["broken line"] += 1
+    return found
 
 
 class _Unlabelled(Exception):
@@ -221,10 +232,16 @@ def _table(source: str, part: str, task: LabelTask) -> _Table:
     if not path.exists():
         known = 'give "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv'
         raise BadTable(f'there is no table {path}: {known}, or "datasets:NAME/CONFIG".')
-    lines = numbered_lines(path, BadTable)
-    rows = ((n, line.removeprefix("\ufeff").split("\t")) for n, line in lines)
-    columns = list(task.bare) or next(rows, (0, []))[1]
-    return _Table(columns, rows, str(path), task)
+    rows = ((n, line.split("\t")) for n, line in numbered_lines(path, BadTable))
+    first = next(rows, (0, []))
+    if task.bare and not _is_header(first[1], task): return _Table(list(task.bare), chain([first], rows), str(path), task)
+    return _Table([name.strip() for name in first[1]], rows, str(path), task)
+
+
+def _is_header(cells: list[str], task: LabelTask) -> bool:
+    "Tell whether a first line names the columns of text and label, though files of the task mostly have no header."
+    names = {cell.strip() for cell in cells}
+    return bool(names & {*task.text}) and bool(names & {*task.label})
 
 
 def _pocket_table(source: str, part: str) -> _Table:
@@ -246,7 +263,7 @@ def _data_set_table(source: str, part: str, task: LabelTask) -> _Table:
     if lines is None:
         name = source.removeprefix("datasets:")
         raise BadTable(f"the data set {name!r} has no part {wanted!r}.")
-    rows = [(n, json.loads(line)) for n, line in lines]
+    rows = [(n, parse_json(line)) for n, line in lines]
     columns = list(rows[0][1]) if rows else []
     return _Table(columns, _numbered_values(rows), f"{source}/{wanted}", task)
 
@@ -265,82 +282,114 @@ def _row(cells: list[Any], columns: list[str], places: list[int | None], task: L
     if places[1] is not None: row["pair"] = _text(pair)
     empty = [name for name, value in row.items() if not value]
     if empty: raise BadTable(f"the {empty[0]} is empty.")
-    if label in ("-", "", None, -1, "-1"): raise _Unlabelled("no gold label")
-    return row | {"label": _label(label, task)}
+    if _no_label(label, task): raise _Unlabelled("no gold label")
+    return row | {"label": label}
 
 
 def _text(cell: Any) -> str: return "" if cell is None else str(cell).strip()
 
 
+def _no_label(label: Any, task: LabelTask) -> bool:
+    "Tell whether a label stands for none: an empty cell, -1 of `datasets`, and - or -1 in files of GLUE."
+    if not _text(label) or (type(label) is int and label == -1): return True
+    return task in GLUE.values() and _text(label) in ("-", "-1")
+
+
 def _label(label: Any, task: LabelTask) -> str | float:
     "Read a label of a task by its name, its number or its value."
-    if task.name == "table": return str(label)
+    text = _text(label)
     if task.labels:
-        is_number = isinstance(label, int) and 0 <= label < len(task.labels)
-        name = task.labels[label] if is_number else str(label).strip()
-        if name not in task.labels:
-            raise BadTable(f"the label {label!r} is none of {', '.join(task.labels)}.")
-        return name
-    try: value = float(label)
-    except (TypeError, ValueError):
-        raise BadTable(f"the label {label!r} is no number, but {task.name} has real values.") from None
+        for name in (text, _whole(text)):
+            if name in task.labels: return name
+        by_number = type(label) is int and 0 <= label < len(task.labels) and task.name != "table"
+        if by_number: return task.labels[label]
+        raise BadTable(f"the label {label!r} is none of {', '.join(task.labels)}.")
+    if not _NUMBER.fullmatch(text):
+        raise BadTable(f"the label {label!r} is no number, but {task.name} has real values.")
+    value = float(text)
     if not math.isfinite(value): raise BadTable(f"the label {label!r} is no finite number.")
     return value
 
 # %% ../../nbs/data/05_tables.ipynb #b02fe571
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?i)[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf(inity)?)")
 
 
-def _classes(items: list[_Row], task: LabelTask, where: str) -> tuple[list[_Row], LabelTask]:
+def _whole(text: str) -> str:
+    "Spell a whole number as one without a point; what is none stays as it is."
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else text
+
+
+def _has_schema(task: LabelTask) -> bool:
+    "Tell whether it is known what the labels of a task can be."
+    return task.name != "table" or bool(task.labels) or task.metrics != LabelTask("table").metrics
+
+
+def _schema(labels: Iterable[Any], task: LabelTask, where: str) -> LabelTask:
     "Tell whether labels of a table without known task are classes or real values."
-    seen = sorted({r["label"] for r in items})
-    if all(map(_NUMBER.fullmatch, seen)) and not all(float(s).is_integer() for s in seen):
-        values = [{**row, "label": float(row["label"])} for row in items]
-        return values, replace(task, metrics=GLUE["STS-B"].metrics)
+    seen = {_text(label) for label in labels}
+    numbers = {float(text) for text in seen if _NUMBER.fullmatch(text)}
+    finite = {value for value in numbers if math.isfinite(value)}
+    if finite and all(map(_NUMBER.fullmatch, seen)):
+        if not all(value.is_integer() for value in finite): return replace(task, metrics=GLUE["STS-B"].metrics)
+        seen = {_whole(text) for text in seen if math.isfinite(float(text))}
     if len(seen) > 100:
         many = f"{where} has {len(seen)} different labels"
         raise BadTable(f"{many}: is {task.label[0]!r} the right column?")
-    return items, replace(task, labels=tuple(seen))
+    return replace(task, labels=tuple(sorted(seen)))
+
+
+def _schema_of_train(source: str | Path, part: str, task: LabelTask) -> LabelTask | None:
+    "Find what the labels of a training part can be, if there is one beside another part."
+    path = Path(str(source))
+    if part == "train" or path.is_file(): return None
+    if path.is_dir(): there = any((path / f"train{end}").exists() for end in (".tsv", ".tsv.gz"))
+    else: there = any(p.name == "train" for p, _ in numbered_sources(source, BadTable))
+    return read_glue(source, "train", task, strict=False).task if there else None
 
 # %% ../../nbs/data/05_tables.ipynb #edc42599
 class BadChoices(SubnetError):
     """A file of multiple-choice questions is broken.
 
-    Cause: A line that is neither CommonsenseQA nor COPA as JSON, an answer that is none of the choices,
-        or a test part without answers.
+    Cause: A line that is neither CommonsenseQA nor COPA as JSON nor ARCT as a table, an answer that is none of
+        the choices, or a test part without answers.
     Fix: Correct the line in the message, or take a part with answers.
     """
 
 
 @checked
 def read_choices(
-    source: str | Path,           # a .jsonl or .jsonl.gz file
+    source: str | Path,           # a .jsonl file of CommonsenseQA or COPA, a .tsv file of ARCT, perhaps with .gz
 ) -> list[dict[str, Any]]:        # question, choices, label, id[, concept][, kind]
     "Read multiple-choice questions; raise `BadChoices` with file and line where they are broken."
-    path = Path(source)
+    path = source_path(source, BadChoices)
     if not path.exists():
-        known = "give a .jsonl or .jsonl.gz file in the format of CommonsenseQA or COPA."
+        known = "give a .jsonl file in the format of CommonsenseQA or COPA, or a .tsv file in that of ARCT."
         raise BadChoices(f"there is no file {path}: {known}")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise BadChoices(f"cannot tell the format of {path.name}: expected .jsonl, possibly with .gz.")
-    found = [_choice_row(line, f"{path}, line {n}") for n, line in numbered_lines(path, BadChoices)]
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")):
+        raise BadChoices(f"cannot tell the format of {path.name}: expected .jsonl or .tsv, possibly with .gz.")
+    rows = numbered_lines(path, BadChoices)
+    names = next(rows, (0, ""))[1].split("\t") if ".tsv" in path.suffixes else []
+    found = [_choice_row(line, names, f"{path}, line {n}") for n, line in rows]
     if not found: raise BadChoices(f"there is no question in {path}.")
     return found
 
-
-def _choice_row(line: str, where: str) -> dict[str, Any]:
-    "Read one question."
+# %% ../../nbs/data/05_tables.ipynb #7ec23db5
+def _choice_row(line: str, names: list[str], where: str) -> dict[str, Any]:
+    "Read one question, of a table with the names of its columns."
     try:
-        said = json.loads(line)
+        if names: return _checked(_arct(dict(zip(names, line.split("\t"), strict=True))))
+        said = parse_json(line)
         if not isinstance(said, dict): raise BadChoices("not a JSON object.")
         return _checked(_copa(said) if "premise" in said else _commonsense(said))
     except BadChoices as e: raise BadChoices(f"{where}: {e}") from None
     except KeyError as e:
         key = e.args[0]
-        hint = " Is this a test part without answers?" if key in ("answerKey", "label") else ""
+        hint = " Is this a test part without answers?" if key in ("answerKey", "label", "correctLabelW0orW1") else ""
         raise BadChoices(f"{where}: the key {key!r} is missing.{hint}") from None
     except (ValueError, TypeError, AttributeError) as e:
-        wrong = f"neither CommonsenseQA nor COPA as a JSON object ({type(e).__name__}: {e})."
+        wanted = "a row of ARCT" if names else "neither CommonsenseQA nor COPA as a JSON object"
+        wrong = f"{'not ' * bool(names)}{wanted} ({type(e).__name__}: {e})."
         raise BadChoices(f"{where}: {wrong}") from None
 
 # %% ../../nbs/data/05_tables.ipynb #66096c31
@@ -373,6 +422,15 @@ def _copa(said: dict[str, Any]) -> dict[str, Any]:
     question = f"{premise} {word}" if premise else ""
     choices = [said["choice1"], said["choice2"]]
     return dict(question=question, choices=choices, label=label, id=str(said["idx"]), kind=kind)
+
+
+def _arct(said: dict[str, str]) -> dict[str, Any]:
+    "Read a row of ARCT: a reason supports a claim, since one of two warrants is true."
+    reason, claim = (said[name].strip().rstrip(".?! ") for name in ("reason", "claim"))
+    label = said["correctLabelW0orW1"].strip()
+    if label not in ("0", "1"): raise BadChoices(f"the answer {label!r} is none of the choices 0, 1.")
+    question = f"{reason} so {claim} since" if reason and claim else ""
+    return dict(question=question, choices=[said["warrant0"], said["warrant1"]], label=int(label), id=said["#id"])
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

@@ -24,37 +24,76 @@ from ..core.doors import checked
 from ..core.errors import check_names
 from ..core.files import atomic_write, read_json, reading, writing
 from ..core.space import digest
-from .files import BadTexts, check_text, dataset_parts, open_text
+from .files import BadTexts, Reading, dataset_parts, numbered_pieces, source_path, text_lines
 
 # %% auto #0
-__all__ = ['PIECE', 'LINE', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
+__all__ = ['PIECE', 'LINE', 'Markup', 'markup_of', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
+
+# %% ../../nbs/data/03_texts.ipynb #4862741d
+_NAMED = re.compile(r"(?i)(^|[/:])wikitext[^/]*(/[^/]*)?$|\.tokens(\.gz)?$|(^|/)wiki\.\w+\.raw(\.gz)?$")
+_INSIDE = re.compile(r" ?@([-,.])@ ?")
+
+
+@dataclass
+class Markup:
+    "The markup of a source, and how often it was met."
+    source: str | Path
+    unknown: str = ""      # what stands for <unk>; empty: nothing is looked for
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def read(self, line: str) -> str:
+        "Read a line as what its markup stands for."
+        if not self.unknown: return line
+        self.counts["unknown"] += line.count("<unk>")
+        line, n = _INSIDE.subn(r"\1", line.replace("<unk>", self.unknown))
+        self.counts["inside"] += n
+        return line
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        "What a reader of results must be told."
+        if not self.counts.total(): return ()
+        words = f"{self.counts['unknown']:,} <unk> as {self.unknown}"
+        inside = f"{self.counts['inside']:,} @-@, @,@ and @.@ as the signs inside of words that they stand for"
+        return (f"{Path(str(self.source)).name} was read as WikiText: {words}, {inside}.",)
+
+
+def markup_of(source: str | Path, tok: Any = None) -> Markup:
+    "Tell by its name whether a source is WikiText."
+    bare = source.removeprefix("wikitext:") if isinstance(source, str) else source
+    if bare == source and not _NAMED.search(str(source)): return Markup(source)
+    return Markup(bare, "[UNK]" if tok is None else tok.unk_token or "<unk>")
 
 # %% ../../nbs/data/03_texts.ipynb #cc6efb43
 @checked
 def read_texts(
-    source: str | Path,           # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
+    source: str | Path,           # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]";
+                                  # perhaps with "wikitext:" before it
     by: str = "line",             # or "paragraph": lines up to an empty one belong together
     part: str = "train",          # which part of a data set
-) -> list[str]:
+    tok: Any = None,              # tokenizer whose unknown token stands for <unk> of WikiText; None: [UNK]
+) -> Reading[str]:
     "Read plain text; raise `BadTexts` where there is none."
     check_names([by], ["line", "paragraph"], "unit of text")
-    texts: Iterable[str] = _text_lines(source, part)
+    markup = markup_of(source, tok)
+    texts: Iterable[str] = _text_lines(markup, part)
     if by == "paragraph": texts = re.split(r"\n\s*\n", "\n".join(line.rstrip() for line in texts))
     found = [text.strip() for text in texts if text.strip()]
     if not found: raise BadTexts(f"there is no text in {source}: nothing but empty lines.")
-    return found
+    return Reading(found, notes=markup.notes)
 
 
-def _text_lines(source: str | Path, part: str) -> Iterator[str]:
-    "Read the lines of plain text, one at a time; files end with an empty one."
+def _text_lines(markup: Markup, part: str) -> Iterator[str]:
+    "Read the lines of plain text, one at a time, without markup; files end with an empty one."
+    source = markup.source
     if str(source) == "pocket":
         from subnet_explorer.data.grammar import sentence_text, sentences
         yield from map(sentence_text, sentences(1000))
     elif str(source).startswith("datasets:"):
-        yield from _rows(str(source).removeprefix("datasets:"), part)
+        yield from map(markup.read, _rows(str(source).removeprefix("datasets:"), part))
     else:
-        for path in _text_files(Path(source)):
-            yield from _lines_of(path)
+        for path in _text_files(source_path(source, BadTexts)):
+            yield from map(markup.read, _lines_of(path))
             yield ""
 
 
@@ -69,24 +108,21 @@ def _text_files(path: Path) -> list[Path]:
     return files
 
 # %% ../../nbs/data/03_texts.ipynb #36552d7e
-PIECE = 1 << 18      # letters that are read at a time
+PIECE = 1 << 18      # letters that are tokenised, or read of a line, at a time
 LINE = 1 << 20       # letters that a line may have before it is cut
 
 
 def _lines_of(path: Path) -> Iterator[str]:
     "Read the lines of a text file, compressed or not."
-    rest, blank = "", True
-    with open_text(path) as f:
-        while piece := f.read(PIECE):
-            check_text(path, "\0" in piece, False)
-            blank = blank and not piece.strip()
-            rest += piece
-            end = rest.rfind("\n") + 1
-            if not end and len(rest) >= LINE: end = rest.rfind(" ") + 1 or len(rest)
-            yield from rest[:end].splitlines()
-            rest = rest[end:]
-    check_text(path, False, blank)
-    yield from rest.splitlines()
+    begun, blank = "", True
+    for _, piece in numbered_pieces(path, BadTexts, PIECE):
+        begun, blank = begun + piece, blank and not piece.strip()
+        end = len(begun) if piece.endswith("\n") else 0
+        if not end and len(begun) >= LINE: end = begun.rfind(" ") + 1 or len(begun)
+        if end: yield begun[:end].removesuffix("\n").removesuffix("\r")
+        begun = begun[end:]
+    if blank: raise BadTexts(f"{path} is empty.")
+    if begun: yield begun
 
 
 def _rows(name: str, part: str) -> Iterator[str]:
@@ -97,7 +133,7 @@ def _rows(name: str, part: str) -> Iterator[str]:
         found = ", ".join(rows.column_names)
         raise BadTexts(f"the data set {name!r} has no column text, only {found}.")
     for i in range(0, len(rows), 1000):      # a column as a whole may not fit in memory
-        for text in rows[i:i + 1000]["text"]: yield from str(text).splitlines() or [""]
+        for text in rows[i:i + 1000]["text"]: yield from text_lines("" if text is None else str(text))
 
 # %% ../../nbs/data/03_texts.ipynb #f7b4e2c4
 @checked
@@ -106,7 +142,7 @@ class Blocks:
     "Running text as token ids, cut into blocks of equal size."
     ids: np.ndarray      # (block, size) int32, in memory or mapped from a file
     dropped: int         # tokens at the end that filled no block
-    known: Mapping[str, Any] = field(default_factory=dict, repr=False)   # what a file says: fingerprint, top
+    known: Mapping[str, Any] = field(default_factory=dict, repr=False)   # what a file says: fingerprint, top, notes
 
     @property
     def size(self) -> int:
@@ -127,6 +163,11 @@ class Blocks:
         if "top" in self.known: return self.known["top"]
         return max(int(rows.max()) for rows in _by_parts(self.ids))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        "What a reader of results must be told of the text."
+        return tuple(self.known.get("notes", ()))
+
     def __len__(self) -> int: return len(self.ids)
 
     def __getitem__(self, some: slice) -> Blocks:
@@ -137,7 +178,7 @@ class Blocks:
         if not len(ids):
             none = f"none of them is in {some.start}:{some.stop}."
             raise BadTexts(f"there are {len(self)} blocks, and {none}")
-        return Blocks(ids, 0)
+        return Blocks(ids, 0, {"notes": self.notes})
 
     def __repr__(self) -> str:
         return f"Blocks({len(self):,} of {self.size} tokens; {self.dropped} left over)"
@@ -171,7 +212,7 @@ def blocks(
     _check_size(tok, size)
     counts: Counter[str] = Counter()
     ids = np.concatenate(list(_cut(tok, texts, size, between, counts)))
-    return Blocks(ids, counts["left"])
+    return Blocks(ids, counts["left"], {"notes": getattr(texts, "notes", ())})
 
 
 def _cut(
@@ -242,12 +283,12 @@ def _joined_ids(tok: Any, texts: list[str]) -> np.ndarray:
 
 # %% ../../nbs/data/03_texts.ipynb #37d6f001
 def _content(source: str | Path, part: str) -> str:
-    "Hash a text."
+    "Hash a text as it lies there."
     h = hashlib.sha256()
     if str(source) == "pocket" or str(source).startswith("datasets:"):
-        for line in _text_lines(source, part): h.update(line.encode() + b"\n")
+        for line in _text_lines(Markup(source), part): h.update(line.encode() + b"\n")
         return h.hexdigest()
-    for path in _text_files(Path(source)):
+    for path in _text_files(source_path(source, BadTexts)):
         try:
             with path.open("rb") as f: of_file = hashlib.file_digest(f, "sha256").digest()
         except OSError as e: raise BadTexts(f"cannot read {path}: {e}.") from e
@@ -280,23 +321,22 @@ def read_blocks(
     "Map running text of any size as blocks, in bounded memory; raise `BadTexts` where there is none."
     _check_size(tok, size)
     folder = Path(cache or os.environ.get("SUBNET_EXPLORER_CACHE") or _usual_cache()) / "blocks"
-    version = 1      # of the format
-    key = digest([_content(source, part), _coding(tok), size, between, version], 32)
+    markup, version = markup_of(source, tok), 2      # of the format
+    key = digest([_content(markup.source, part), _coding(tok), size, between, markup.unknown, version], 32)
     file, note = folder / f"{key}.npy", folder / f"{key}.json"
     if not (file.exists() and note.exists()):
         with writing(folder): folder.mkdir(parents=True, exist_ok=True)
         counts: Counter[str] = Counter()
-        lines = (line.strip() for line in _text_lines(source, part) if line.strip())
+        lines = (line.strip() for line in _text_lines(markup, part) if line.strip())
         try:
             with writing(file): _write_rows(file, _cut(tok, lines, size, between, counts), size)
         except BadTexts as e: raise BadTexts(f"{source}: {e}") from None
         whole = Blocks(_mapped(file), counts["left"])
         found = {"source": Path(str(source)).name, "dropped": whole.dropped}
-        found |= {"fingerprint": whole.fingerprint, "top": whole.top}
+        found |= {"fingerprint": whole.fingerprint, "top": whole.top, "notes": markup.notes}
         atomic_write(note, json.dumps(found))
     known = read_json(note, BadTexts)
-    dropped = known["dropped"]
-    return Blocks(_mapped(file), dropped, {k: known[k] for k in ("fingerprint", "top")})
+    return Blocks(_mapped(file), known["dropped"], {k: known[k] for k in ("fingerprint", "top", "notes")})
 
 
 def _usual_cache() -> Path:

@@ -127,10 +127,17 @@ def tickets(
 def _ticket_said(r: pd.Series, spread: str) -> str:
     "Say the score of one kind and stage, for the description."
     name = r.kind if r.stage == "full" else f"{r.kind} {r.stage}"
+    if r.stage == "pruned": name += _kept(r)
     if np.isnan(r["mean"]): return f"{name} undefined"
     if np.isnan(r.low): return f"{name} {r['mean']:.2f}"
     ends = f"± {r['std']:.2f}" if spread == "std" else f"({r.low:.2f} to {r.high:.2f})"
     return f"{name} {r['mean']:.2f} {ends}"
+
+# %% ../../nbs/look/05_curves.ipynb #b191333a
+def _kept(r: Any) -> str:
+    "Say how much a subnetwork keeps, where that is known."
+    if getattr(r, "density_weights", None) is None: return ""
+    return f" (units {r.density:.2f}, weights {r.density_weights:.2f})"
 
 # %% ../../nbs/look/05_curves.ipynb #82f1f23f
 def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:
@@ -143,9 +150,10 @@ def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict
     if spread == "std": low, high = mean - std, mean + std
     elif len(found) > 1: low, high = interval([found[:, None]])[1:]
     task, kind, stage = keys
+    kept = {name: float(part[name].mean()) for name in ("density", "density_weights") if name in part}
     return dict(
         task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high,
-        n=len(found), undefined=known["undefined"],
+        n=len(found), undefined=known["undefined"], **kept,
     )
 
 # %% ../../nbs/look/05_curves.ipynb #97652598
@@ -198,8 +206,8 @@ def _add_stage(
     task, stage, mean = part.task.iloc[0], part.stage.iloc[0], part["mean"]
     x = [place[task, kind, stage] for kind in part.kind]
     hover = [
-        f"{safe_text(kind)}, {stage}: {value:.3f} ({n} seeds)"
-        for kind, value, n in zip(part.kind, mean, part.n, strict=True)
+        f"{safe_text(r.kind)}, {stage}: {value:.3f} ({r.n} seeds){_kept(r)}"
+        for r, value in zip(part.itertuples(), mean, strict=True)
     ]
     fig.add_trace(go.Bar(
         x=x, y=mean, width=0.38, name="full model and baselines" if stage == "full" else stage,

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import SubnetError
+from ..core.files import no_such
 from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.store import Run
@@ -168,8 +169,7 @@ def discover(
 ) -> Collection:
     "Find the runs and studies in a folder; raise `SubnetError` if there are none."
     found = Collection(Path(folder), [], [], 0)
-    if not found.root.is_dir():
-        raise SubnetError(f"there is no folder {found.root}: give a folder of runs, or of studies.")
+    if not found.root.is_dir(): raise SubnetError(no_such(found.root, "folder"))
     for place, inside, names in os.walk(found.root):
         here = Path(place)
         kept = [d for d in inside if not d.startswith(".") and here / d not in skip]

@@ -18,7 +18,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.space import Group, check_model, same_space
-from ..core.store import Store
+from ..core.store import kept_masks
 from ..data.facts import Facts
 from ..data.tables import Labelled
 from .masks import ROLE_NAMES, by_layer, cells
@@ -46,7 +46,7 @@ def collected(masks: Any) -> Masks:      # Masks, Mask, {name: Mask}, a sequence
 def _as_masks(masks: Any) -> Any:
     "Make a collection of what is known to hold masks; give back anything else as it is."
     if isinstance(masks, Masks): return masks
-    if isinstance(masks, (str, Path)): return _in_folder(Path(masks))
+    if isinstance(masks, (str, Path)): return kept_masks(masks)
     if isinstance(masks, Mask): return _named({"mask": masks})
     if isinstance(masks, Mapping): return _named(masks)
     if isinstance(masks, (list, tuple)): return _named({str(i): mask for i, mask in enumerate(masks, 1)})
@@ -56,14 +56,6 @@ def _as_masks(masks: Any) -> Any:
 def _named(masks: Mapping[str, Mask]) -> Masks:
     "Collect masks under their names."
     return Masks([({"name": name}, mask) for name, mask in masks.items()])
-
-
-def _in_folder(folder: Path) -> Masks:
-    "Collect the masks of a store, or the mask files of a folder, which are not read yet."
-    if any(folder.glob("*/config.json")): return Store(folder).masks()
-    found = sorted(folder.glob("*.safetensors"))
-    names = [re.sub(r"(\.mask)?\.safetensors$", "", file.name) for file in found]
-    return Masks([({"name": name}, file) for name, file in zip(names, found, strict=True)])
 
 
 def in_memory(masks: Masks, i: int) -> Mask | None:      # i: position

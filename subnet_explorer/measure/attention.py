@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.layout import Layout, follow_path, is_causal, layout_of
+from ..core.layout import Layout, body_of, follow_path, is_causal, layout_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count
 from ..core.scores import Scores
@@ -58,7 +58,7 @@ def token_ids(
     most = longest(model, tok)
     if len(ids) > most:
         which = f" (text {position}: {parts[0][:60]!r})" if position else ""
-        name = type(model).__name__
+        name = type(unwrap(model)).__name__
         raise SubnetError(
             f"the text has {len(ids)} tokens, but {name} reads at most {most}: "
             f"shorten it{which}."
@@ -101,6 +101,7 @@ def value_norms(
 @contextmanager
 def _values(model: nn.Module, layout: Layout) -> Iterator[dict[int, torch.Tensor]]:
     "Collect values of the passes within, by layer: (text, token, key/value heads · head size)."
+    from subnet_explorer.model.assumed import hooked
     found: dict[int, torch.Tensor] = {}
     width, handles = layout.n_kv * layout.head_dim, []
 
@@ -108,13 +109,10 @@ def _values(model: nn.Module, layout: Layout) -> Iterator[dict[int, torch.Tensor
         def keep(module: nn.Module, args: Any, out: torch.Tensor) -> None:
             found[layer] = out[..., -width:].detach()      # fused projections end with the values
         return keep
-    try:
-        for layer in range(layout.n_layers):
-            projection = follow_path(model.base_model, layout.module(layer, "v"))
-            handles.append(projection.register_forward_hook(keeping(layer)))
-        yield found
-    finally:
-        for h in handles: h.remove()
+    for layer in range(layout.n_layers):
+        projection = follow_path(body_of(model), layout.module(layer, "v"))
+        handles.append(projection.register_forward_hook(keeping(layer)))
+    with hooked(handles): yield found
 
 
 def _outputs(model: nn.Module, layout: Layout, under: Mask | Scores | None) -> list[torch.Tensor]:
@@ -125,7 +123,7 @@ def _outputs(model: nn.Module, layout: Layout, under: Mask | Scores | None) -> l
     out = []
     with torch.no_grad(), evaluating(model), masked(model, under, check=False):
         for layer in range(layout.n_layers):
-            o = follow_path(model.base_model, layout.module(layer, "o"))
+            o = follow_path(body_of(model), layout.module(layer, "o"))
             size, weight = layout.n_heads * layout.head_dim, o.weight
             unit = torch.eye(size, dtype=weight.dtype, device=weight.device)
             out.append((o(unit) - o(torch.zeros_like(unit))).T)
@@ -196,7 +194,7 @@ def each_attention(
     if normed == "as_published" and isinstance(under, Scores): raise SubnetError(_SOFT_SCORES)
     coded = [token_ids(model, tok, t, i) for i, t in enumerate(texts)]
     layout, device = layout_of(model), next(model.parameters()).device
-    typed = segments and getattr(model.config, "type_vocab_size", 0) > 1
+    typed = segments and getattr(unwrap(model).config, "type_vocab_size", 0) > 1
     outputs = _outputs(model, layout, under) if normed else []
     groups: dict[int, list[int]] = {}
     for i, (ids, _) in enumerate(coded): groups.setdefault(len(ids), []).append(i)

@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.numbers import Count, Positive, Seed, Share
+from ..data.files import numbered_lines
 from ..data.pocket import pocket_path
 
 # %% auto #0
@@ -195,16 +196,11 @@ _FORMATS = "lines 'label = id,id,…' or 'file<TAB>label'"
 def read_labels(path: str | Path) -> list[tuple[str, str, int]]:      # name, label, line
     "Read name, label and line number of every map in a file of labels."
     path = Path(path)
-    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadLabels(
-            f"cannot read labels from {str(path)!r}: {e}. Expected {_FORMATS}."
-        ) from None
     out: list[tuple[str, str, int]] = []
     seen: dict[str, int] = {}
-    for n, line in enumerate(lines, 1):
+    for n, line in numbered_lines(path, BadLabels):
         header = n == 1 and line.split("\t")[:2] in (["file", "label"], ["id", "label"])
-        if not line.strip() or line.startswith("#") or header: continue
+        if line.startswith("#") or header: continue
         where = f"{path.name}, line {n}"
         for name, label in _names_and_labels(line, where):
             try: pattern = pattern_from_name(label)

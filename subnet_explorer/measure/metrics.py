@@ -306,9 +306,12 @@ def _set_scores(true: set[Any], said: set[Any]) -> dict[str, Any]:
 
 # %% ../../nbs/measure/03_metrics.ipynb #c0945ffd
 @checked
-def majority_label(data: TaskData) -> dict[str, Any]:      # score, each metric by name, note
+def majority_label(
+    data: TaskData,
+    part: str = "test",      # or "search"
+) -> dict[str, Any]:         # score, each metric by name, note
     "Score the answer of most training sentences, or their mean for real values."
-    train, test = data.train, data.test
+    train, test = data.train, data.parts[check_names([part], data.parts, "part")[0]]
     answer: Any
     if train.real:
         answer = float(np.mean(train.gold))

@@ -22,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.layout import FAMILIES, Layout, follow_path
+from ..core.layout import FAMILIES, Layout, body_of, follow_path, layout_of, plain_module, unwrap
 from ..core.mask import Mask, to
 from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, spread
+from .assumed import check_units, hooked, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +38,11 @@ __all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applie
 # %% ../../nbs/model/01_apply.ipynb #3e4f2468
 def _tables_with(model: PreTrainedModel, name: str) -> list[tuple[dict[str, Any], str]]:
     "Where a parameter of the base model is registered: twice if the output layer shares it."
-    path, _, attr = name.rpartition(".")
-    holder = follow_path(model.base_model, path)
+    attr, base = name.rpartition(".")[2], body_of(model)
+    holder = plain_module(base, name)
     tensor, tables = holder._parameters[attr], [(holder._parameters, attr)]
-    if tensor is model.base_model.get_input_embeddings().weight:
-        output = model.get_output_embeddings()
+    if tensor is base.get_input_embeddings().weight:
+        output = unwrap(model).get_output_embeddings()
         if getattr(output, "weight", None) is tensor: tables.append((output._parameters, "weight"))
     return tables
 
@@ -67,8 +68,7 @@ def swapped(
 # %% ../../nbs/model/01_apply.ipynb #a1ed75cc
 def parameter(model: PreTrainedModel, group: Group) -> nn.Parameter:
     "The parameter that a weight, block or bias `group` lives on."
-    path, _, attr = group.name.rpartition(".")
-    return follow_path(model.base_model, path)._parameters[attr]
+    return plain_module(body_of(model), group.name)._parameters[group.name.rpartition(".")[2]]
 
 
 def parameter_like(model: PreTrainedModel) -> torch.Tensor:
@@ -83,7 +83,7 @@ ValuesOrFunction = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 def _times(x: torch.Tensor, values: ValuesOrFunction, repeat: int = 1) -> torch.Tensor:
     "Features times their values, each of which holds for `repeat` features."
     if not isinstance(values, torch.Tensor): return values(x)
-    v = values.repeat_interleave(repeat, -1)
+    v = values.to(x.device).repeat_interleave(repeat, -1)      # blocks may lie on several devices
     per_example = v.dim() == 2 and x.dim() == 3      # (batch, n); packed rows have no token axis
     return x * (v[:, None] if per_example else v)
 
@@ -106,8 +106,8 @@ def _gate_units(
     model: PreTrainedModel, layout: Layout, g: Group, values: ValuesOrFunction
 ) -> list[RemovableHandle]:
     "Hook what the gates of a group of heads, neurons, MLPs or layers multiply."
-    o = follow_path(model.base_model, layout.module(g.layer, "o"))
-    down = follow_path(model.base_model, layout.module(g.layer, "down"))
+    base = body_of(model)
+    o, down = (follow_path(base, layout.module(g.layer, role)) for role in ("o", "down"))
     if g.kind == "head": return [_gate_input(o, values, layout.head_dim)]
     if g.kind == "neuron": return [_gate_input(down, values)]
     if g.kind == "mlp": return [_gate_output(down, values)]
@@ -116,7 +116,7 @@ def _gate_units(
 # %% ../../nbs/model/01_apply.ipynb #22c5cbf9
 def _gate_lines(model: PreTrainedModel, g: Group, values: torch.Tensor, transposed: bool) -> RemovableHandle:
     "Hook a matrix whose blocks are whole columns or rows: values scale input or output features."
-    module = follow_path(model.base_model, g.name.rpartition(".")[0])
+    module = plain_module(body_of(model), g.name)
     assert g.block is not None
     columns = g.shape[0] == 1            # one value for all rows, that is: values along the stored columns
     size, repeat = module.weight.shape[int(columns)], g.block[int(columns)]
@@ -136,6 +136,7 @@ def applied(
     values: Mapping[str, Any],          # by name of the group; functions for whole units only
 ) -> Iterator[None]:
     "Let `model` compute with its coordinates multiplied by `values`."
+    check_units(model, space, space.layout)
     tensors = {}
     with ExitStack() as stack:
         for g in space.groups:
@@ -145,7 +146,7 @@ def applied(
             elif g.kind in ("weight", "bias", "block"):
                 w = parameter(model, g)
                 whole = v if g.block is None else spread(g, v, (w.shape[0], w.shape[1]))
-                tensors[g.name] = w * whole.to(w.dtype)
+                tensors[g.name] = w * whole.to(w)
             else:
                 for handle in _gate_units(model, space.layout, g, v): stack.callback(handle.remove)
         stack.enter_context(swapped(model, tensors))
@@ -171,7 +172,7 @@ def lent(model: PreTrainedModel) -> Iterator[ExitStack]:      # what it is given
     "Have `model` to change for a while; raise `ModelInUse` in a second thread, and out of order."
     mine = threading.get_ident(), ExitStack()
     with _ENTERING:
-        users = _USERS.setdefault(model.base_model, [])
+        users = _USERS.setdefault(body_of(model), [])
         if users and users[0][0] != mine[0]: raise ModelInUse(_OTHER_THREAD)
         users.append(mine)
     try:
@@ -235,7 +236,7 @@ def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
         for w, off in held:
             if w.requires_grad: stack.callback(w.register_hook(lambda g, off=off: g.masked_fill(off, 0)).remove)
         stack.callback(register_optimizer_step_post_hook(after_step).remove)
-        stack.callback(model.base_model.register_forward_pre_hook(clear).remove)
+        stack.callback(body_of(model).register_forward_pre_hook(clear).remove)
         stack.callback(clear)
         clear()
         yield
@@ -255,6 +256,8 @@ def masked(
         if mask is None: off = 0
         else:
             if check: check_model(mask.space, model)
+            else: layout_of(model, whole=False)      # its weights are there
+            check_units(model, mask.space, mask.space.layout, full=mask.meta.get("map") == "full")
             off = _put_on(model, mask, train, stack)
         yield off
 
@@ -266,6 +269,7 @@ def _put_on(model: PreTrainedModel, mask: Mask | Scores, train: bool, stack: Exi
         like = parameter_like(model)
         values = {g.name: torch.as_tensor(mask[g.name]).to(like) for g in mask.space.groups}
         with torch.no_grad(): stack.enter_context(applied(model, mask.space, values))      # no graph
+        stack.enter_context(uncompiled())
         return sum(int((v == 0).sum()) for v in values.values())
     if not isinstance(mask, Mask):
         hint = "harden the scores first, e.g. with .top(density) or .above(threshold)."
@@ -288,8 +292,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def blocks_of(model: PreTrainedModel, family: str) -> tuple[nn.Module, str, nn.ModuleList]:
     "The module that holds the list of blocks, the list's attribute name, and the list."
     path, _, attr = FAMILIES[family]["blocks"].rpartition(".")
-    holder = follow_path(model.base_model, path)
-    return holder, attr, getattr(holder, attr)
+    holder = follow_path(body_of(model), path)
+    return holder, attr, follow_path(holder, attr)
 
 
 class _Entered(Exception):
@@ -305,11 +309,10 @@ def entering(
     "Hidden states at the entrance of block `first`."
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Entered(args[0] if args else kwargs["hidden_states"])
-    handle = blocks_of(model, family)[2][first].register_forward_pre_hook(stop, with_kwargs=True)
-    try: model.base_model(**inputs)
-    except _Entered as e: return e.args[0]
-    finally: handle.remove()
-    name = type(model).__name__
+    with hooked([blocks_of(model, family)[2][first].register_forward_pre_hook(stop, with_kwargs=True)]):
+        try: body_of(model)(**inputs)
+        except _Entered as e: return e.args[0]
+    name = type(unwrap(model)).__name__
     raise SubnetError(f"block {first + 1} was not reached in the forward pass of {name}.")
 
 # %% ../../nbs/model/01_apply.ipynb #cd4a27e8
@@ -325,17 +328,16 @@ def resuming(
         if args: return (states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": states}
     holder, attr, blocks = blocks_of(model, family)
-    handle = blocks[first].register_forward_pre_hook(replace, with_kwargs=True)
-    setattr(holder, attr, nn.ModuleList(blocks[first:]))
-    try: yield
-    finally:
-        setattr(holder, attr, blocks)
-        handle.remove()
+    with hooked([blocks[first].register_forward_pre_hook(replace, with_kwargs=True)]):
+        setattr(holder, attr, nn.ModuleList(blocks[first:]))
+        try: yield
+        finally: setattr(holder, attr, blocks)
 
 # %% ../../nbs/model/01_apply.ipynb #cc8d73c1
 @contextmanager
 def attending(model: PreTrainedModel) -> Iterator[None]:
     "Make `model` return attention maps when asked with `output_attentions=True`."
+    model = unwrap(model)
     before = model.config._attn_implementation
     if before != "eager": model.set_attn_implementation("eager")
     try: yield

@@ -23,7 +23,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.files import MaskFileError, atomic_write, remove
-from ..core.layout import layout_of
+from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count
 from ..core.space import ModelId, check_model
@@ -174,6 +174,7 @@ def compact(
     check: bool = True,                   # compare the weights with the mask's fingerprint
 ) -> Compact:
     "Remove what `mask` switches off; raise `SpaceMismatch`, or `SubnetError` if nothing is left."
+    model = unwrap(model)
     units, layout = units_of(mask, keep), layout_of(model)
     if check: check_model(mask.space, model)
     rests = remains(units)

@@ -15,10 +15,11 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.layout import Layout, follow_path, is_causal
+from ..core.layout import Layout, body_of, follow_path, is_causal
 from ..core.mask import Mask
 from ..core.numbers import Count, Seed
 from .apply import blocks_of, evaluating, parameter_like
+from .assumed import uncompiled
 from .packed import ANATOMY
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def _drop_blocks(model: PreTrainedModel, layout: Layout, kept: list[int]) -> Non
 
 def shrink(model: PreTrainedModel, layout: Layout, rests: list[Rest]) -> None:
     "Cut `model` in place; what it was cut to is remembered in `base_model.compacted`."
-    base, blocks = model.base_model, blocks_of(model, layout.family)[2]
+    base, blocks = body_of(model), blocks_of(model, layout.family)[2]
     for rest in rests:
         for role, cut in cuts(layout, rest).items():
             path, _, name = layout.module(rest.layer, role).rpartition(".")
@@ -255,7 +256,7 @@ class CutModel:
     @property
     def layers(self) -> list[int]:
         "Layers of the full model that are left, zero-based."
-        return list(self.model.base_model.compacted)
+        return list(body_of(self.model).compacted)
 
 
 @checked
@@ -264,7 +265,7 @@ def random_batch(
 ) -> dict[str, torch.Tensor]:           # input_ids, attention_mask
     "Draw random token ids, every fourth sequence with padding."
     most = getattr(model.config, "max_position_embeddings", None) or length + 4
-    vocabulary = model.base_model.get_input_embeddings().weight.shape[0]
+    vocabulary = body_of(model).get_input_embeddings().weight.shape[0]
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, vocabulary, (batch, min(length, most - 4)), generator=rng)
     real = torch.ones_like(ids)
@@ -276,7 +277,7 @@ def random_batch(
 def first_output(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "Compute logits, or hidden states where there is no output layer."
     cache = {"use_cache": False} if is_causal(model) else {}
-    with torch.no_grad(), evaluating(model): return model(**batch, **cache)[0]
+    with torch.no_grad(), evaluating(model), uncompiled(): return model(**batch, **cache)[0]
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.errors import SubnetError
 from ..core.files import writing
-from ..core.layout import Layout, follow_path
+from ..core.layout import Layout, body_of, follow_path
 from .apply import blocks_of, parameter_like
 from .cut import CutModel, cuts, first_output, is_turned, largest_difference, random_batch, remains
 from .load import first_line
@@ -139,7 +139,7 @@ def _fill_matrix(matrix: Any, source: Any, cut: Cut, widths: tuple[int, int]) ->
 def _fill_block(out: PreTrainedModel, small: CutModel, rest: Rest) -> None:
     "Fill one block of the full shapes."
     layout = small.mask.space.layout
-    parts, base = cuts(layout, rest), out.base_model
+    parts, base = cuts(layout, rest), body_of(out)
     matrices = {role: follow_path(base, layout.module(rest.layer, role)) for role in parts}
     done = {id(p) for m in matrices.values() for p in m.parameters()}
     for m in matrices.values():
@@ -150,7 +150,7 @@ def _fill_block(out: PreTrainedModel, small: CutModel, rest: Rest) -> None:
     for name, p in blocks_of(out, layout.family)[2][rest.layer].named_parameters():
         if id(p) not in done: p.copy_(ours.get_parameter(name))
     for role, cut in parts.items():
-        source = follow_path(small.model.base_model, layout.module(place, role))
+        source = follow_path(body_of(small.model), layout.module(place, role))
         _fill_matrix(matrices[role], source, cut, layout.widths(role))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..core.layout import Layout, follow_path, is_causal
+from ..core.layout import FAMILIES, Layout, body_of, family_of, follow_path, is_causal
 from .apply import blocks_of, entering
+from .assumed import replaced, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -255,7 +256,7 @@ def run_blocks(
     recompute: bool = False,                    # compute insides of blocks again in backward
 ) -> torch.Tensor:                              # (row, hidden)
     "Compute the final hidden states of packed tokens that enter block `first`."
-    base, parts, causal = model.base_model, ANATOMY[layout.family], is_causal(model)
+    base, parts, causal = body_of(model), ANATOMY[layout.family], is_causal(model)
     angles = None
     if "rotary" in parts:
         turn = follow_path(base, parts["rotary"])
@@ -286,10 +287,10 @@ def packing_agrees(
     tokens = Packing.of_lengths([len(i) for i in ids], ids[0].device)
     try:
         inputs = [dict(input_ids=i[None], **extra) for i in ids]
-        wanted = torch.cat([model.base_model(**i)[0][0] for i in inputs])
+        wanted = torch.cat([body_of(model)(**i)[0][0] for i in inputs])
         start = torch.cat([entering(model, layout.family, 0, **i)[0] for i in inputs])
         got = run_blocks(model, layout, start, tokens)
-    except (AttributeError, TypeError, RuntimeError): return False
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError): return False
     close = 1e-4 if wanted.dtype == torch.float32 else 0.05
     return bool((got - wanted).abs().max() <= close * max(1.0, float(wanted.abs().max())))
 
@@ -300,12 +301,19 @@ def answering(
     states: torch.Tensor,      # (batch, token, hidden)
 ) -> Iterator[None]:
     "Let the base of `model` answer with `states`: a forward pass is its output layer only."
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
-    pooler = getattr(model.base_model, "pooler", None)
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+    class Output(BaseModelOutputWithPoolingAndCrossAttentions):
+        def __getattr__(self, name: str) -> None: "What a model's own kind of output has besides."
+    body = body_of(model)
+    pooler = getattr(body, "pooler", None)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         pooled = None if pooler is None else pooler(states)
         return Output(last_hidden_state=states, pooler_output=pooled)
-    model.base_model.forward = forward
-    try: yield
-    finally: del model.base_model.forward
+    parts = FAMILIES[family_of(model)]["blocks"].split(".")[:-1]      # some heads ask the decoder inside
+    inside = [follow_path(body, ".".join(parts[:n])) for n in range(len(parts) + 1)]
+    with ExitStack() as stack:
+        for part in inside: stack.enter_context(replaced(part, forward))
+        stack.enter_context(uncompiled())
+        yield

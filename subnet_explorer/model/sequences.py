@@ -10,17 +10,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.errors import SubnetError, check_names
-from ..core.layout import is_causal, layout_of
+from ..core.errors import SubnetError, UnknownFamily, check_names
+from ..core.layout import body_of, is_causal, layout_of, unwrap
 from ..data.facts import Facts, encode
 from ..data.texts import Blocks, release
 from .apply import blocks_of, entering, resuming
+from .assumed import hooked, relative, some_ids, tolerance, uncompiled, unnoticed
 from .limits import check_readable, longest
 from .packed import Packing, answering, packing_agrees, recomputed, run_blocks
 
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'Coded', 'empty_states', 'Rows', 'padded', 'TokenSequences',
-           'EnteringSequences', 'states_below', 'Sequences', 'watching_blocks', 'output_of', 'LossWithSlope',
-           'output_learns', 'row_losses', 'block_ids', 'Prompts']
+           'EnteringSequences', 'states_below', 'can_start_at', 'Sequences', 'watching_blocks', 'output_of',
+           'objection', 'LossWithSlope', 'output_learns', 'row_losses', 'block_ids', 'Prompts']
 
 # %% ../../nbs/model/03_sequences.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
@@ -118,11 +120,12 @@ class EnteringSequences(TokenSequences):
         first: int = 0,                                    # zero-based
         types: Sequence[Sequence[int]] | None = None,      # token types, for pairs of texts
     ) -> None:
-        extra = {"use_cache": False} if is_causal(model) else {}
+        model, extra = unwrap(model), {"use_cache": False} if is_causal(model) else {}
         super().__init__(ids, next(model.parameters()).device, types, **extra)
         _check_readable(model, self)
-        self.model, self.first, self.layout = model, first, layout_of(model, whole=False)
-        self.states = states_below(self) if first else None      # (all tokens, hidden)
+        self.model, self.layout = model, layout_of(model, whole=False)
+        self.first = first if first and can_start_at(self, first) else 0
+        self.states = states_below(self) if self.first else None      # (all tokens, hidden)
 
     def kept(self, index: np.ndarray) -> torch.Tensor:           # (token, hidden)
         "Look up the states of some sequences that were computed beforehand."
@@ -173,6 +176,25 @@ def states_below(
     assert out is not None
     return out
 
+# %% ../../nbs/model/03_sequences.ipynb #a7263a7c
+_STARTS: WeakKeyDictionary[nn.Module, dict[tuple[int, int], bool]] = WeakKeyDictionary()
+
+
+def can_start_at(seqs: EnteringSequences, first: int) -> bool:
+    "Whether the model gives its own hidden states when its forward pass starts at block `first`."
+    longest = int(np.argmax(seqs.lengths))
+    known, key = _STARTS.setdefault(seqs.model, {}), (first, int(seqs.lengths[longest]))
+    if key not in known: known[key] = _starts_at(seqs.model, seqs.layout.family, first, seqs.inputs(np.array([longest])))
+    return known[key]
+
+
+def _starts_at(model: PreTrainedModel, family: str, first: int, inputs: dict[str, Any]) -> bool:
+    body = body_of(model)
+    with unnoticed(model):
+        wanted, states = body(**inputs)[0], entering(model, family, first, **inputs)
+        if states.shape != wanted.shape: return False
+        with resuming(model, family, first, states): return relative(body(**inputs)[0], wanted) <= tolerance(wanted)
+
 # %% ../../nbs/model/03_sequences.ipynb #5551dd04
 KEPT = 1 << 29           # bytes
 
@@ -191,10 +213,10 @@ class Sequences(EnteringSequences):
     ) -> None:
         check_names([path], ["auto", "plain"], "path")
         super().__init__(model, ids, first, types)
-        self.recompute, self.packed = recompute, False
-        if path == "auto" and not model.training:
+        self.recompute, self.packed, self.objection = recompute, False, objection(self.model)
+        if path == "auto" and not self.model.training:
             extremes = [self.ids[i] for i in np.argsort(self.lengths)[[0, -1]]]
-            self.packed = packing_agrees(model, self.layout, extremes)
+            self.packed = packing_agrees(self.model, self.layout, extremes)
 
     def hidden(
         self,
@@ -244,10 +266,7 @@ def watching_blocks(seqs: Sequences) -> Iterator[list[torch.Tensor]]:
     def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         seen.append(out[0] if isinstance(out, tuple) else out)
     blocks = blocks_of(seqs.model, seqs.layout.family)[2]
-    handles = [b.register_forward_hook(keep) for b in blocks]
-    try: yield seen
-    finally:
-        for h in handles: h.remove()
+    with hooked(b.register_forward_hook(keep) for b in blocks): yield seen
 
 # %% ../../nbs/model/03_sequences.ipynb #0ffc7c98
 def _read_plainly(
@@ -262,7 +281,7 @@ def _read_plainly(
         states = padded(seqs.kept(index).split(seqs.lengths[index].tolist()))
         start = resuming(seqs.model, seqs.layout.family, seqs.first, states)
     watching: AbstractContextManager = nullcontext([]) if every is None else watching_blocks(seqs)
-    with watching as seen, start: out = seqs.model.base_model(**inputs)[0]
+    with uncompiled(), watching as seen, start: out = body_of(seqs.model)(**inputs)[0]
     if every is not None:
         real = seqs.real(index).to(seqs.device)
         every += [states[real] for states in [*seen[:-1], out]]
@@ -275,12 +294,42 @@ def output_of(
     states: torch.Tensor,      # (n, hidden)
 ) -> torch.Tensor:             # (n, vocabulary)
     "Apply the model's own output layer, never in lower precision than its weights have."
+    if seqs.objection: raise UnknownFamily(seqs.objection)
     states = states.to(seqs.model.get_input_embeddings().weight.dtype)
     blank = seqs.ids[0].new_zeros(len(states), 1)
     full = torch.autocast(seqs.device.type, enabled=False)
     with answering(seqs.model, states[:, None]), full:
         logits = seqs.model(input_ids=blank, **seqs.extra).logits
     return logits if logits.dim() == 2 else logits[:, 0]      # a classifier reads one row
+
+# %% ../../nbs/model/03_sequences.ipynb #f0403828
+_OBJECTIONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def objection(model: PreTrainedModel) -> str:
+    "What speaks against predicting by the output layer alone; empty if nothing does."
+    if model not in _OBJECTIONS: _OBJECTIONS[model] = _predictions_differ(model)
+    return _OBJECTIONS[model]
+
+
+def _predictions_differ(model: PreTrainedModel) -> str:
+    if model.get_output_embeddings() is None or model is body_of(model): return ""
+    ids, extra = some_ids(model), {"use_cache": False} if is_causal(model) else {}
+    with unnoticed(model):
+        wanted = getattr(model(input_ids=ids, **extra), "logits", None)
+        if wanted is None or wanted.dim() == 2: return ""
+        states = body_of(model)(input_ids=ids, **extra)[0][0]
+        with answering(model, states[:, None]): found = model(input_ids=0 * ids.T, **extra).logits[:, 0]
+    far = relative(found, wanted[0])
+    if far <= tolerance(wanted): return ""
+    return _READS_MORE.format(kind=type(model).__name__, far=far)
+
+
+_READS_MORE = (
+    "{kind} predicts otherwise than its output layer does from the last hidden states, by {far:.2g} "
+    "of the largest logit, so what it says cannot be read here. Give a model whose head reads the "
+    "last hidden states alone, e.g. of class ...ForMaskedLM or ...ForCausalLM."
+)
 
 # %% ../../nbs/model/03_sequences.ipynb #73426f0d
 class LossWithSlope(torch.autograd.Function):
@@ -306,7 +355,7 @@ LOGITS = 1 << 23         # logits made at a time
 
 def output_learns(seqs: Sequences) -> bool:
     "Whether gradients must reach the output layer: it is trained, or under a gate."
-    below = {id(m) for m in seqs.model.base_model.modules()}
+    below = {id(m) for m in body_of(seqs.model).modules()}
     own = [m for m in seqs.model.modules() if id(m) not in below and m is not seqs.model]
     trained = (p is not None and p.requires_grad for m in own for p in m._parameters.values())
     return any("forward" in m.__dict__ for m in own) or any(trained)
@@ -340,7 +389,7 @@ def row_losses(
 # %% ../../nbs/model/03_sequences.ipynb #fa5d7a23
 def block_ids(blocks: Blocks, model: PreTrainedModel, tok: Any) -> np.ndarray:      # (block, size)
     "Token ids of blocks; raise `SubnetError` if they are too long or from another vocabulary."
-    most, size = longest(model, tok), len(model.get_input_embeddings().weight)
+    most, size = longest(model, tok), len(unwrap(model).get_input_embeddings().weight)
     if blocks.size > most:
         raise SubnetError(
             f"these are blocks of {blocks.size} tokens, and the model reads at most {most}: "
@@ -368,7 +417,7 @@ def _at_answers(model: PreTrainedModel, tok: Any, coded: list[Coded]) -> list[Co
     if not is_causal(model):
         raise SubnetError(
             'position="at_tail" reads a causal model after the answer, and '
-            f"{type(model).__name__} is a masked model, which answers where the mask stands: "
+            f"{type(unwrap(model)).__name__} is a masked model, which answers where the mask stands: "
             'use position="predict_tail".'
         )
     coded = [([*ids, gold], len(ids), gold) for ids, _, gold in coded]

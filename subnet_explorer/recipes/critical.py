@@ -18,26 +18,26 @@ from torch import nn
 from ..core.compare import jaccard, placement as placed
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.layout import is_causal, layer_text
+from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight
 from ..core.space import GRANULARITIES, Space, digest, granular
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable
-from ..data.files import BadFacts
+from ..data.files import BadFacts, Reading
 from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_triples, triple
 from ..data.texts import Blocks, blocks, read_texts
 from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import most_fluent
 from ..measure.removal import Removal, removal, removal_table
-from ..model.sequences import longest
+from ..model.limits import longest
 from ..search.distil import Maintain, Suppress
 from ..search.find import find
 from ..search.gates import Concrete
 from ..search.objectives import Cloze, Density, Kept, Objective, Ramp
 from ..search.score import attribution, magnitude
-from .study import Bench, Pairs, Section, Study, recipe, settings_of
+from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'read_material', 'critical',
@@ -174,8 +174,7 @@ class Critical(Study):
         "Material, summary, sparsity and overlap."
         return critical_text(self)
 
-    def _repr_html_(self) -> str:
-        return f"<b>{len(self.masks)} seeds, {escape(repr(self.material))}</b>{self.summary().to_html()}"
+    def html(self) -> str: return f"<b>{escape(repr(self.material))}</b>{self.summary().to_html()}"
 
 # %% ../../nbs/recipes/08_critical.ipynb #008899e1
 @checked
@@ -192,13 +191,17 @@ def read_material(
     block: Natural | None = None,  # join the text and cut it into blocks of so many tokens; 0: every line by itself;
                                  # if nothing is said 512, or what the model reads, and every line by itself for
                                  # pocket and masked models
+    lenient: bool = False,       # leave out, and count, prompts without exactly one [MASK], and facts to be
+                                 # forgotten whose object is not one token
 ) -> dict[str, Any]:
     "Read facts and text of a study as a shell names them."
-    config: Any = model.config
+    config: Any = unwrap(model).config
     pocket = Path(str(config.name_or_path)).name.startswith("pocket-")
-    forget, keep = (read_graph(source, is_causal(model), pocket) for source in (target, control))
+    forget, keep = (read_graph(source, is_causal(model), pocket, not lenient) for source in (target, control))
+    if lenient: forget = answerable(forget, tok)
     if about is not None: forget = neighbourhood(forget, about, size)
-    lines = [line for source in text for line in read_texts(source)]
+    read = [read_texts(source, tok=tok) for source in text]
+    lines = Reading([line for lines in read for line in lines], notes=[note for lines in read for note in lines.notes])
     if block is None: block = 0 if pocket or not is_causal(model) else min(512, longest(model, tok))
     return {"target": forget, "control": keep, "text": blocks(tok, lines, block, "\n") if block else lines}
 
@@ -243,7 +246,8 @@ def critical(
     check_study(settings)
     space = granular(model, granularity, layers)
     data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered)
-    bench = Bench(identity_of(settings, space, data), to, progress)
+    read = {"target": data.target, "control": data.control.train, "text": text}
+    bench = Bench(identity_of(settings, space, data), to, progress, read)
     runs = searched(bench, model, tok, space, data, settings)
     return bench.finished(measured(bench, model, tok, space, data, runs, settings))
 
@@ -361,6 +365,7 @@ def measured(
         masks=masks, tables={"items": items, "curves": curves},
         config={**bench.config, "seeds": settings["seeds"], "random": random},
         model_name=space.model.name, seconds=bench.seconds, folder=bench.folder,
+        notes=tuple(few_note("items", {name: len(items) for name, items in data.on.items() if name != "target"})),
         failed=failed, material=data, space=space, parameters=sum(p.numel() for p in model.parameters()),
     )
 

@@ -25,7 +25,7 @@ from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds
 from ..core.scores import Scores
 from ..core.space import Space
 from ..core.store import Run
-from ..data.facts import Facts, Split, answerable, read_facts, split
+from ..data.facts import Facts, Split, answerable, at_least as frequent, read_facts, split
 from ..look import agreement, curves, masks as mask_figures, models
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
@@ -34,7 +34,7 @@ from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
 from ..search.objectives import Cloze
 from ..tasks.fit import fit, preserved
-from .study import Bench, Pairs, Section, Study, recipe, settings_of
+from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text', 'relation_table', 'flips',
@@ -68,7 +68,7 @@ class LampStudy(Study):
         return averages(self, k)
 
     def table(self, k: int = 1) -> pd.DataFrame:
-        "P@K by relation and condition, with sparsity (of soft gates: one minus their mean) and flips."
+        "P@K by relation and condition, with sparsity (of soft gates: one minus their mean), flips, and test facts."
         return relation_table(self, k)
 
     def flips(self) -> pd.DataFrame:
@@ -97,7 +97,7 @@ def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
     t = study.precision(k).query("relation in ('macro', 'micro')")
     texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
     t = t.assign(column=t.relation + " P@" + t.k.astype(str), text=texts)
-    wide = t.pivot(index="under", columns="column", values="text")
+    wide = t.pivot(index="under", columns="column", values="text").assign(n=len(study.data.test))
     return wide.reindex(study.items.under.unique()).rename_axis(index=None, columns=None)
 
 
@@ -109,21 +109,21 @@ def answered_pairs(study: LampStudy) -> Pairs:
 
 
 def lamp_text(study: LampStudy) -> str:
-    "What the shell prints: the space, the table by relation, the summary, and how many facts were left out."
-    left_out = {r: dict(s) for r, s in study.skipped.items() if s}
+    "What the shell prints: the space, the table by relation, and the summary."
     by_relation = study.table().to_string(float_format="{:.3f}".format, na_rep="")
-    parts = [repr(study.space), by_relation, study.summary().to_string()]
-    return "\n\n".join(parts + [f"left out: {left_out}"] * bool(left_out))
+    return "\n\n".join([repr(study.space), by_relation, study.summary().to_string()])
 
 # %% ../../nbs/recipes/06_lamp.ipynb #ad901544
 def relation_table(study: LampStudy, k: int = 1) -> pd.DataFrame:      # index: relation, then macro and micro
-    "P@K by relation and condition, with sparsity and flips."
+    "P@K by relation and condition, with sparsity, flips, and the number of test facts."
     by_relation = {r: study.masks.sel(task=r) for r in study.data.test.relations}
     scores = study.precision((k,)).pivot(index="relation", columns="under", values="value")
     out = scores[study.items.under.unique()].reindex([*by_relation, "macro", "micro"])
     sparsity = {r: _sparsity(study, r, masks) for r, masks in by_relation.items()}
     flipped = {r: _flipped(study, masks) for r, masks in by_relation.items()} if study.start else {}
-    out = out.assign(sparsity=pd.Series(sparsity), flips=pd.Series(flipped, dtype=float))
+    n = {r: len(study.data.test[r]) for r in by_relation}
+    n |= dict.fromkeys(("macro", "micro"), len(study.data.test))
+    out = out.assign(sparsity=pd.Series(sparsity), flips=pd.Series(flipped, dtype=float), n=pd.Series(n))
     return out.rename_axis(index="relation", columns=None)
 
 
@@ -159,10 +159,13 @@ def read_questions(
     relations: Sequence[str] | None = None,  # only these
     templates: str | None = None,            # a LAMA relations.jsonl whose templates replace the prompts
     lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
+    at_least: Natural = 0,                   # leave out, and count, relations with fewer facts whose object is one
+                                             # token
 ) -> dict[str, Any]:
     "Read the facts of a study as a shell names them."
     names = None if relations is None else ",".join(relations)
-    return {"facts": read_facts(facts, names, templates, strict=not lenient)}
+    found = read_facts(facts, names, templates, strict=not lenient)
+    return {"facts": frequent(answerable(found, tok), at_least) if at_least else found}
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a21a53fa
 @recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions)
@@ -195,7 +198,7 @@ def lamp(
     data, space = split(usable, split_seed), Space.of(model, "weight", layers=layers)
     start = Start(space, method, sparsity, shared_init, usable.relations)
     start.gate(usable.relations[0], seeds[0])      # anything wrong with the settings shows before a folder is made
-    bench = Bench(identity_of(settings, space, data), to, progress)
+    bench = Bench(identity_of(settings, space, data), to, progress, {"facts": usable})
     runs = searched(bench, model, tok, data, start, settings)
     return bench.finished(measured(bench, model, tok, usable, data, start, runs, settings))
 
@@ -301,6 +304,7 @@ def measured(
         masks=Masks([({"task": r, "seed": s}, run.mask) for (r, s), run in runs.items()]),
         tables={"items": pd.concat(tables, ignore_index=True)},
         config=bench.config, model_name=start.space.model.name, seconds=bench.seconds, folder=bench.folder,
+        notes=tuple(few_note("test facts", {r: len(data.test[r]) for r in start.relations})),
         space=start.space, data=data, start=start.masks(settings["seeds"]),
         skipped={r: dict(why) for r, why in usable.skipped.items()},
         subnetworks=under["subnetwork"], model=model, tok=tok,

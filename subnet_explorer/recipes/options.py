@@ -22,8 +22,8 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..core.errors import SubnetError, check_names
-from ..core.files import reading
 from ..core.numbers import check_number, has_bounds, types_of
+from ..data.files import numbered_pieces, source_path
 
 # %% auto #0
 __all__ = ['REQUIRED', 'EXPECTED', 'Option', 'options_of', 'comments_of', 'shell_type', 'BadSetting', 'expected', 'parser_of',
@@ -304,7 +304,7 @@ def completed(
 # %% ../../nbs/recipes/02_options.ipynb #a9990688
 def read_yaml(path: str | Path) -> dict[str, Any]:
     "Keys and values of a file; raise `BadSetting` where it cannot be read."
-    with reading(path, BadSetting, "a YAML file"): text = Path(path).read_text(encoding="utf-8")
+    text = "".join(piece for _, piece in numbered_pieces(source_path(path, BadSetting), BadSetting))
     try: values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is no YAML file: {' '.join(str(error).split())[:200]}.") from None

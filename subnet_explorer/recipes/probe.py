@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,10 @@ class Probing(Study):
         "The summary, density by layer, and notes."
         return probe_text(self)
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        "The summary."
         table = self.summary().dropna(axis=1, how="all").to_html()
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return f"<b>{TASKS[self.task]}, {self.scores.seed.nunique()} seeds</b>{table}{notes}"
+        return f"<b>{TASKS[self.task]}, {self.scores.seed.nunique()} seeds</b>{table}"
 
 # %% ../../nbs/recipes/10_probe.ipynb #7a374f03
 POCKET: dict[str, Any] = {
@@ -121,10 +121,11 @@ def read_sentences(
     limit_train: Count | None = None,  # at most so many sentences to learn from
     limit_dev: Count | None = None,   # at most so many sentences to report on
     longest: Count = 128,             # longer sentences, in words, are left out and counted
+    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
 ) -> dict[str, Any]:
     "Read the sentences of a study as a shell names them."
     check_names([task], TASKS, "task")
-    read = read_ner if task == "ner" else read_conllu
+    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
     learn, lost = fitting(read(train, part="train"), tok, longest)
     report, less = fitting(read(dev, part="dev"), tok, longest)
     return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
@@ -168,7 +169,7 @@ def probe(
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    bench = Bench(identity_of(setting), to, progress)
+    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}})
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -539,7 +540,6 @@ def probe_sections(study: Probing) -> Iterator[Section]:
     scores = f"{TASKS[study.task]}; mean and 95 % Student interval over seeds. {RESET_TEXT}"
     scores += CONTROL_TEXT * ("control" in t) + CODE_TEXT * ("code" in t)
     yield "Scores", scores, [t.dropna(axis=1, how="all").round(4)]
-    yield "To be known", "", [pd.DataFrame({"note": list(study.notes)})] if study.notes else []
     yield ("Beside the published numbers", f"{SOURCE[0].upper()}{SOURCE[1:]}. Another model on other sentences has "
            "other numbers: compare how far the controls fall.", [with_published(study).round(4)])
     yield "Score against complexity", BITS_TEXT, [curves.pareto(t)] if len(study.scores) > 1 else []
@@ -561,6 +561,4 @@ def probe_text(study: Probing) -> str:
     table = study.summary().dropna(axis=1, how="all")
     text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
     depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
-    lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth), *study.notes]
-    left_out = {part: n for part, n in study.left_out.items() if n}
-    return "\n".join(lines + [f"too long, and left out: {left_out}"] * bool(left_out))
+    return "\n".join([text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)])

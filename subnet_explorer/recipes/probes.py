@@ -70,7 +70,7 @@ def unseen(task: str, train: Sequence[Any], dev: Sequence[Any]) -> dict[str, int
 
 
 def _labels(task: str, example: Any) -> Sequence[str]:
-    if task == "dep": return example.deprel
+    if task == "dep": return example.arcs[1]
     return example.upos if hasattr(example, "words") else example[1]
 
 # %% ../../nbs/recipes/09_probes.ipynb #adeb174e

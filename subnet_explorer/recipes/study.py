@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,13 +25,16 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
-from ..core.store import Run, Store, cached_table, open_study
+from ..core.store import Run, Store, cached_table, given_back, open_study
+from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe',
-           'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch', 'settings_of', 'labelled_cells']
+__all__ = ['Section', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'left_out_of',
+           'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections', 'Pairs', 'TwoRecipes',
+           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch',
+           'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -102,7 +105,7 @@ class Study(Findings):
 
     def sections(self) -> Iterable[Section]:
         "The parts of the report."
-        return [("Summary", " ".join(self.notes), [self.summary().reset_index()])]
+        return [("Summary", "", [self.summary().reset_index()])]
 
     def pairs(self) -> Pairs:
         "Scores that belong together, for `gains`."
@@ -114,8 +117,8 @@ class Study(Findings):
 
     def to_json(self) -> dict[str, Any]:
         "The study as plain data, as it stands in `results.json`."
-        made = {"config": self.config, "seconds": round(self.seconds, 1)}
-        return plain({"model": self.model_name, **self.results(), **made})
+        said = {"model": self.model_name, **remarks(self), **self.results()}
+        return plain({**said, "config": self.config, "seconds": round(self.seconds, 1)})
 
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
@@ -125,17 +128,82 @@ class Study(Findings):
 
     def report(self, path: str | Path) -> Path:
         "Write one page with all sections, which opens without a network."
-        sections = [section for section in self.sections() if section[2]]
-        return write_report(path, f"{self.recipe.title} of {self.model_name}", sections, self.config)
+        sections = [*self.sections(), *remark_sections(self)]
+        return write_report(path, f"{self.recipe.title} of {self.model_name}", [s for s in sections if s[2]], self.config)
 
     def shown(self) -> str:
-        "What the shell prints."
-        table = self.summary().to_string(float_format="{:.3f}".format, na_rep="–")
-        return "\n\n".join([table, *self.notes])
+        "What the shell prints, before what a reader must be told."
+        return self.summary().to_string(float_format="{:.3f}".format, na_rep="–")
 
-    def _repr_html_(self) -> str:
-        said = escape(f"{self.recipe.title} of {self.model_name}: {len(self.masks)} masks")
-        return f"<b>{said}</b>{self.summary().to_html()}"
+    def html(self) -> str:
+        "What a notebook shows, before what a reader must be told."
+        return f"<b>{escape(self.recipe.title)} of {escape(self.model_name)}</b>{self.summary().to_html()}"
+
+    def _repr_html_(self) -> str: return self.html() + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+
+# %% ../../nbs/recipes/01_study.ipynb #c1df0061
+LEFT_OUT = ["data", "of", "why", "n"]
+"Columns of the table of what was left out: part of the data, relation or part, reason, how many."
+
+
+def left_out_of(name: str, data: Any) -> Iterator[dict[str, Any]]:
+    "Rows of `LEFT_OUT` of some data: facts, tables, texts, counts by reason, or several of them by name."
+    if isinstance(data, TaskData):
+        data = {part: d for part, d in data.parts.items() if part != "search" or d is not data.test}
+    counts = data if isinstance(data, Mapping) else getattr(data, "skipped", {})
+    for key, value in counts.items():
+        if not isinstance(data, Mapping) and isinstance(value, Mapping):
+            for why, n in value.items(): yield dict(zip(LEFT_OUT, (name, key, why, n), strict=True))
+        elif isinstance(value, int): yield dict(zip(LEFT_OUT, (name, "", key, value), strict=True))
+        else: yield from left_out_of(f"{name}/{key}", value)
+
+
+def notes_of(data: Any) -> list[str]:
+    "What a reader must be told of some data."
+    if isinstance(data, TaskData): data = data.parts
+    if isinstance(data, Mapping): return [note for value in data.values() for note in notes_of(value)]
+    return list(getattr(data, "notes", ()))
+
+# %% ../../nbs/recipes/01_study.ipynb #a25fc738
+FEW = 10      # items of a part, below which a note is made
+
+
+def few_note(what: str, sizes: Mapping[str, int]) -> list[str]:
+    "Say which parts that are reported on are small."
+    few = ", ".join(f"{name} {n}" for name, n in sizes.items() if n < FEW)
+    return [f"few {what} ({few}): intervals over fewer than {FEW} say little, and nothing where all agree."] if few else []
+
+
+def with_remarks(study: S, data: Mapping[str, Any]) -> S:
+    "A study with the table of what was left out of its data, and a note of each part."
+    rows = pd.DataFrame([row for row in left_out_of("", data) if row["n"]], columns=LEFT_OUT)
+    rows["data"] = rows.data.str.removeprefix("/")
+    said = [f"left out of {name}: {', '.join(f'{n:,} {why}' for why, n in part.groupby('why', sort=False).n.sum().items())}."
+            for name, part in rows.groupby("data", sort=False)]
+    notes = tuple(dict.fromkeys([*study.notes, *notes_of(data), *said]))
+    tables = {**study.tables, "left_out": rows} if len(rows) else study.tables
+    return replace(study, tables=tables, notes=notes)
+
+# %% ../../nbs/recipes/01_study.ipynb #e0315d3e
+def remarks(study: Study) -> dict[str, Any]:
+    "Notes and what was left out, as `results.json` says them; a recipe may say either in its own way."
+    out: dict[str, Any] = {"notes": list(study.notes)} if study.notes else {}
+    return {**out, "left_out": study.tables["left_out"]} if "left_out" in study.tables else out
+
+
+def printed(study: Study) -> str:
+    "All that the shell prints: what a study shows, notes, and a table of what was left out of which relation."
+    rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
+    by_relation = rows[rows.of != ""]
+    table = [] if by_relation.empty else ["left out, by relation:\n" + by_relation.to_string(index=False)]
+    return "\n\n".join([study.shown(), *study.notes, *table])
+
+
+def remark_sections(study: Study) -> list[Section]:
+    "Notes and what was left out, for the report."
+    rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
+    notes = [pd.DataFrame({"note": study.notes})] if study.notes else []
+    return [("To be known", "", notes), ("Left out", "", [rows] if len(rows) else [])]
 
 # %% ../../nbs/recipes/01_study.ipynb #10e4e973
 @dataclass(frozen=True)
@@ -213,7 +281,7 @@ def recipe(
 ) -> Callable[[F], F]:
     "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
-        run = checked(run)
+        run = given_back(checked(run))
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
@@ -260,6 +328,7 @@ class Bench:
     config: Mapping[str, Any]                  # what identifies the study
     to: str | Path | None = None               # its folder; None keeps everything in memory
     progress: bool = True
+    data: Mapping[str, Any] = field(default_factory=dict)      # by name; what reading left out of it is counted
 
     def __post_init__(self) -> None:
         self.store: Store | None = open_study(self.to, self.config)
@@ -268,9 +337,7 @@ class Bench:
         self.began = time.monotonic()
 
     @property
-    def seconds(self) -> float:
-        "Since the bench was opened."
-        return time.monotonic() - self.began
+    def seconds(self) -> float: return time.monotonic() - self.began
 
     def cells(self, what: str, cells: Sequence[Labels]) -> Iterator[Labels]:
         "The cells, one after another, with one line of progress over all of them."
@@ -298,8 +365,9 @@ class Bench:
         return self.folder is not None and (self.folder / "tables" / f"{name}.json").exists()
 
     def finished(self, study: S) -> S:
-        "The study, written into its folder if there is one."
-        if self.folder: study.save(self.folder)
+        "The study with what was left out of its data, written into its folder if it keeps one."
+        study = with_remarks(study, self.data)
+        if study.folder: study.save(study.folder)
         return study
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182

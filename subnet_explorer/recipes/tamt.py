@@ -17,18 +17,19 @@ from torch import nn
 from subnet_explorer.recipes.textmasks import (
     FIRST_MASKS,
     METHODS,
-    TRAINED,
     FoundMask,
     TamtSetting,
     check_density,
+    check_ladder,
     first_mask,
     found,
-    ladder,
+    said_of_reach,
+    steps_on_the_way,
 )
 
 from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
 from ..core.errors import SubnetError, check_names
-from ..core.intervals import student_interval
+from ..core.intervals import defined_interval, left_out
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
 from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare
@@ -46,10 +47,10 @@ from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
 __all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
-           'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'steps_on_the_way', 'check_study', 'check_ladder', 'identity_of',
-           'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of',
-           'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix',
-           'tamt_results', 'tamt_sections']
+           'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of', 'config_of',
+           'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks', 'summary',
+           'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix', 'tamt_results',
+           'tamt_sections']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Tamt(Study):
         return self.tables["distances"]
 
     def pairs(self) -> Pairs:
-        "Mean score over tasks, by fine-tuning seed and mask seed, at every density."
+        "Mean score over tasks, by mask seed, at every density."
         return mean_pairs(self)
 
     def results(self) -> dict[str, Any]:
@@ -101,8 +102,7 @@ class Tamt(Study):
         "The tasks and the summary."
         return tamt_text(self)
 
-    def _repr_html_(self) -> str:
-        return tamt_html(self)
+    def html(self) -> str: return tamt_html(self)
 
 # %% ../../nbs/recipes/12_tamt.ipynb #7ad45e67
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
@@ -147,9 +147,10 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress)
-        study = measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to is not None)
-        return bench.finished(study) if to else study
+        read = {"text": text, "dev": dev, **asked["tasks"]}
+        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, read)
+        setting = setting_of(model, tok, text, space, asked, Path(folder))
+        return bench.finished(measured(bench, setting, dev, asked, to is not None))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,15 +163,6 @@ def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
         "tuning_seeds": list(asked["tuning_seeds"]), "tasks": dict(asked["tasks"] or {}),
         "tuning": dict(asked["tuning"] or {}), "snapshots": steps_on_the_way(asked["snapshots"], asked["steps"]),
     }
-
-# %% ../../nbs/recipes/12_tamt.ipynb #c1e10d80
-def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
-    "Steps whose masks are kept."
-    if not isinstance(snapshots, int):
-        if odd := [t for t in snapshots if not 0 <= t <= steps]:
-            raise SubnetError(f"there is no step {odd[0]} to keep the mask of: the search has {steps}.")
-        return sorted(set(snapshots))
-    return sorted({round(i * steps / snapshots) for i in range(snapshots + 1)}) if snapshots else []
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
 def check_study(
@@ -190,16 +182,6 @@ def check_study(
     check_ladder(asked)
     check_tuning({**TUNE, **asked["tuning"]})
     for density in densities: check_density(space, density, asked["scope"])
-
-
-def check_ladder(asked: Mapping[str, Any]) -> None:
-    "Whether iterative pruning can be done, and matched in time."
-    interval, rungs = asked["interval"], ladder(asked["densities"], asked["drop"])
-    last = interval * (len(rungs) - 1)
-    if asked["matched"] and set(asked["methods"]) & set(TRAINED) and last > asked["steps"]:
-        raise SubnetError(f"imp takes {last} steps to a density of {rungs[-1]:g}, at {interval} between two prunes, "
-                          f"and mask training has {asked['steps']}, so that no mask can match it: give more steps, a "
-                          "shorter interval, or matched=False.")
 
 # %% ../../nbs/recipes/12_tamt.ipynb #fbb4e984
 SEARCH = ("steps", "lr", "batch", "clip", "every", "init", "scope", "head", "padding", "drop", "rewind", "interval",
@@ -252,7 +234,13 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], k
     return Tamt(
         masks=masks, tables=tables, config=config_of(bench, s, asked), model_name=s.space.model.name,
         seconds=bench.seconds, folder=bench.folder if kept else None, tasks=asked["tasks"], space=s.space,
+        notes=tuple(said_of_reach(s, asked["methods"])) + _undefined(tables["transfer"]),
     )
+
+
+def _undefined(scores: pd.DataFrame) -> tuple[str, ...]:
+    said = "" if scores.empty else left_out(int(scores.score.isna().sum()))
+    return (f"{said} of means and intervals.",) if said else ()
 
 
 def _labels(key: Key) -> dict[str, Any]: return dict(zip(("method", "density", "seed"), key, strict=True))
@@ -348,12 +336,19 @@ def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # method, den
     t, keys = study.transfer, ["method", "density", "seed"]
     if t.empty: raise SubnetError('this study has no task: give tasks={"RTE": task_data("RTE")}.')
     if final: t = t.merge(study.scores[[*keys, "steps"]], on=keys).query("step == steps")
-    t = t.assign(score=t.score.astype(float).fillna(0.0))
-    return t.groupby([*keys, "step", "tuning_seed"], sort=False).score.mean().reset_index()
+    runs = t.assign(score=t.score.astype(float)).groupby([*keys, "step", "tuning_seed"], sort=False).score
+    return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
+
+
+def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, mean, std, low, high, undefined, over
+    "Interval over masks of one kind, each with the mean of its runs; of a single mask over its runs."
+    if runs.seed.nunique() < 2: return {**defined_interval(runs.score), "over": "tuning seeds"}
+    means = runs.groupby("seed", sort=False).score.mean()
+    return {**defined_interval(means), "undefined": int(runs.score.isna().sum()), "over": "mask seeds"}
 
 
 def summary(study: Tamt) -> pd.DataFrame:
-    "Losses and scores by method and density; with tasks also each task, n, mean, std, low, high."
+    "Losses and scores by method and density; with tasks also each task, and what `over_masks` gives."
     keys = ["method", "density"]
     scored = {} if study.transfer.empty else dict(tuple(runs_of(study).groupby(keys)))
     return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in study.scores.groupby(keys, sort=False)])
@@ -366,7 +361,7 @@ def _summed(study: Tamt, key: tuple[str, float], t: pd.DataFrame, runs: pd.DataF
     row = {"method": key[0], "density": key[1], **means, **cost}
     if runs is None: return row
     by_name = {task: by_task(study, task, *key)["mean"] for task in study.tasks}
-    return {**row, **by_name, **student_interval(runs.score)}
+    return {**row, **by_name, **over_masks(runs)}
 
 
 def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, Any]:      # mean, std, scores
@@ -374,19 +369,20 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
     last = study.scores.set_index(["method", "density", "seed"]).steps
     t = study.transfer.query("task == @task and method == @method and density == @density")
     t = t[[r.step == last[r.method, r.density, r.seed] for r in t.itertuples()]]
-    over = student_interval(t.score.astype(float).fillna(0.0))
+    over = defined_interval(t.score.astype(float))
     scores = [None if pd.isna(v) else float(v) for v in t.score]
     return {"mean": over["mean"], "std": over["std"] if over["n"] > 1 else None, "scores": scores}
 
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
-    "Mean score over tasks, by fine-tuning seed and mask seed, at every density."
+    "Mean score over tasks by mask seed, or of one mask by fine-tuning seed, at every density."
     scores = runs_of(study)
     first = scores[scores.method == "omp"]
     spread = [first.assign(seed=seed) for seed in sorted(set(scores.seed))]      # one mask of largest weights
     rows = pd.concat([scores[~scores.method.isin(["omp", "full"])], *spread], ignore_index=True)
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
-    return Pairs(rows, ["seed", "tuning_seed"], ["density"], contrasts, under="method")
+    units = ["seed"] if rows.seed.nunique() > 1 else ["seed", "tuning_seed"]
+    return Pairs(rows, units, ["density"], contrasts, under="method")
 
 
 def tamt_html(study: Tamt) -> str:
@@ -479,7 +475,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "with 95 % Student intervals over mask seeds and fine-tuning seeds (columns mean, low, high; n runs). ")
+               "with 95 % Student intervals (columns mean, low, high) over n masks, or of a single mask over its runs, as "
+               "the column over says. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")
@@ -526,7 +523,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
     out = [curves.scatter(points, x, "score", "method", title=f"Score against {said}", log=log,
                           labels=(said, "mean score")) for x, said, log in against]
     keys = ["method", "density", "step"]
-    rows = [{**dict(zip(keys, key, strict=True)), **student_interval(r.score)}
+    rows = [{**dict(zip(keys, key, strict=True)), **over_masks(r)}
             for key, r in runs_of(study, final=False).groupby(keys, sort=False)]
     steps = pd.DataFrame(rows).rename(columns={"mean": "score"})
     return out + [_steps_figure(steps, density) for density in study.config["densities"]]

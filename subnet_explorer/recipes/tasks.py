@@ -11,11 +11,12 @@ from typing import Any
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.layout import unwrap
 from ..core.numbers import Count, Natural, Share
 from ..data.files import BadTexts
 from ..data.parts import TaskData, task_data
 from ..data.texts import read_blocks, read_texts
-from ..model.sequences import longest
+from ..model.limits import longest
 
 # %% auto #0
 __all__ = ['read_tasks', 'tasks_by_name', 'name_and_source', 'read_running_text']
@@ -82,7 +83,7 @@ def read_running_text(
 ) -> dict[str, Any]:
     "Read text and tasks of a study as a shell names them."
     from subnet_explorer.model.load import load
-    pocket = Path(str(model.config.name_or_path)).name.startswith("pocket-")
+    pocket = Path(str(unwrap(model).config.name_or_path)).name.startswith("pocket-")
     if block is None: block = 0 if pocket else min(512, longest(model, tok))
     learn, held = _text_parts(tok, text, dev, block, cache)
     reading = {"train": limit_train, "test": limit_test, "strict": not lenient}
@@ -93,7 +94,7 @@ def read_running_text(
 def _text_parts(tok: Any, text: str, dev: str | None, block: int, cache: str | None) -> tuple[Any, Any]:
     "Text to search on and text to measure on: sentences, or blocks of some size."
     def read(source: str, part: str) -> Any:
-        return read_blocks(tok, source, block, part=part, cache=cache) if block else read_texts(source, part=part)
+        return read_blocks(tok, source, block, part=part, cache=cache) if block else read_texts(source, part=part, tok=tok)
     found = read(text, "train")
     if dev is not None: return found, read(dev, "validation" if dev.startswith("datasets:") else "train")
     if len(found) < 2:

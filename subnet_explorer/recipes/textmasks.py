@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove
+from ..core.layout import body_of
 from ..core.mask import Mask
 from ..core.numbers import Count, PartShare, Positive, Seed
 from ..core.scores import Scores
@@ -30,14 +31,16 @@ from ..model.apply import masked, parameter
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.find import find
 from ..search.gates import TopK
+from ..search.loop import lr_at
 from ..search.objectives import Objective, fingerprint_of
+from ..search.reach import farthest
 from ..search.score import magnitude, random as random_scores
 from ..tasks.fit import fit, preserved
 
 # %% auto #0
 __all__ = ['FIRST_MASKS', 'METHODS', 'TRAINED', 'PRUNED_BY', 'Way', 'first_mask', 'check_density', 'objective', 'ladder',
-           'pruned', 'imp', 'Ladder', 'resumed', 'body_of', 'write_values', 'timed', 'TamtSetting', 'FoundMask',
-           'found']
+           'pruned', 'steps_on_the_way', 'check_ladder', 'imp', 'Ladder', 'resumed', 'write_values', 'timed',
+           'TamtSetting', 'FoundMask', 'found', 'said_of_reach']
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #1b32517a
 FIRST_MASKS = ("magnitude", "random")
@@ -113,6 +116,25 @@ def pruned(model: nn.Module, mask: Mask, density: float, scope: str = "tensor") 
             weights = parameter(model, g).abs().float().cpu().numpy()
             sizes[g.name] = np.where(bits, weights, -1.0)
     return Scores(mask.space, sizes).top(density, scope=scope)
+
+# %% ../../nbs/recipes/11_textmasks.ipynb #eea641b2
+def steps_on_the_way(snapshots: Sequence[int] | int, steps: int) -> list[int]:
+    "Steps whose masks are kept."
+    if not isinstance(snapshots, int):
+        if odd := [t for t in snapshots if not 0 <= t <= steps]:
+            raise SubnetError(f"there is no step {odd[0]} to keep the mask of: the search has {steps}.")
+        return sorted(set(snapshots))
+    return sorted({round(i * steps / snapshots) for i in range(snapshots + 1)}) if snapshots else []
+
+
+def check_ladder(asked: Mapping[str, Any]) -> None:
+    "Whether iterative pruning can be done, and matched in time."
+    interval, rungs = asked["interval"], ladder(asked["densities"], asked["drop"])
+    last = interval * (len(rungs) - 1)
+    if asked["matched"] and set(asked["methods"]) & set(TRAINED) and last > asked["steps"]:
+        raise SubnetError(f"imp takes {last} steps to a density of {rungs[-1]:g}, at {interval} between two prunes, "
+                          f"and mask training has {asked['steps']}, so that no mask can match it: give more steps, a "
+                          "shorter interval, or matched=False.")
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #47bbba93
 @checked
@@ -205,11 +227,6 @@ def _trained_on(way: Ladder, i: int, cycle: Path | None, progress: Any) -> float
     return float(log.loss.iloc[-1])
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #70311ee9
-def body_of(model: nn.Module) -> nn.Module:
-    "The encoder or decoder inside a model with a head."
-    return cast(nn.Module, model.base_model)
-
-
 @torch.no_grad()
 def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     "Write values into parameters, as many as there are."
@@ -351,3 +368,18 @@ def _seconds(s: TamtSetting, method: str, density: float, seed: int, run: Run) -
     if method != "imp": return read_json(_seconds_file(s, run))["seconds"]
     t = Run.open(s.folder / "ladders" / _ladder_name(s, seed)).metrics
     return float(t[t.step <= s.cost(density)].seconds.sum())
+
+# %% ../../nbs/recipes/11_textmasks.ipynb #c50743df
+_REACH = (
+    "Mask training: {steps} steps at a peak rate of {lr:g} move a score by at most {far:.2g}; weights of the first mask "
+    "can change places if that is {edge:g} or more, so that {many} of {size:,} scores can flip."
+)
+
+
+def said_of_reach(s: TamtSetting, methods: Sequence[str]) -> list[str]:
+    "Say how far scores can move, if a mask is trained."
+    if not set(methods) & set(TRAINED): return []
+    steps, lr = s.search["steps"], s.search["lr"]
+    far, edge = farthest([lr * lr_at(t, steps, warmup=0.0) for t in range(steps)])[0], 0.01
+    many = "all" if far >= edge else "none"
+    return [_REACH.format(steps=steps, lr=lr, far=far, edge=edge, many=many, size=s.space.size)]

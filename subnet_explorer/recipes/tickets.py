@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
-from ..core.agreement import consensus
+from ..core.agreement import consensus, said_of_empty_pairs
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove
-from ..core.intervals import student_interval
+from ..core.intervals import defined_interval, left_out
+from ..core.kinds import weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
@@ -37,9 +37,9 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe
+from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe
 from .tasks import read_tasks
-from .tuning import score_after_training, scored
+from .tuning import score_after_training, scored, untrained
 
 # %% auto #0
 __all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
@@ -117,19 +117,11 @@ def _once(run: Run, stage: str, epochs: float, measure: Callable[[], dict[str, A
 def _retrained(plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float) -> dict[str, Any]:
     "Scores of the subnetwork after training it from the pretrained (or fresh) weights."
     name, fresh = f"{kind}-{epochs:g}", kind == "random-init"
-    model = _untrained(plan.model, seed) if fresh else plan.model
+    model = untrained(plan.model, seed) if fresh else plan.model
     def train() -> TaskHead: return plan.fit(model, task, seed, name, epochs)
     out = score_after_training(model, plan.tok, plan.tasks[task], mask, train, check=not fresh)
     remove(plan.model_folder(task, seed, name))      # scored, and large
     return out
-
-
-def _untrained(model: nn.Module, seed: int) -> nn.Module:
-    "A model of the same configuration with random weights."
-    like = next(model.parameters())
-    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        torch.manual_seed(seed)
-        return type(model)(model.config).to(like.device, like.dtype).eval()
 
 # %% ../../nbs/recipes/07_tickets.ipynb #4f9400e9
 def do_cell(plan: Plan, task: str, seed: int) -> None:
@@ -140,30 +132,19 @@ def do_cell(plan: Plan, task: str, seed: int) -> None:
         except NoFloor as why:
             _not_pruned(plan, task, seed, head, runs[0], str(why))
             return
-        for run in runs[:4]: _once(run, _first_stage(run), plan.epochs, _pruned_score(plan, task, head, masks, run))
+        for run in runs[:4]:
+            measure = partial(scored, plan.model, plan.tok, head, plan.tasks[task].test, masks[run.labels["kind"]])
+            _once(run, _first_stage(run), plan.epochs, measure)
     for run in runs:
         kind, epochs = run.labels["kind"], run.labels.get("epochs", plan.epochs)
         mask = masks[kind].rebase(plan.space)
-        if kind != "full": _once(run, "retrained", epochs, _retrained_score(plan, task, seed, kind, mask, epochs))
+        if kind != "full": _once(run, "retrained", epochs, partial(_retrained, plan, task, seed, kind, mask, epochs))
         if not run.done: run.finish(mask)
 
 
 def _first_stage(run: Run) -> str: return "full" if run.labels["kind"] == "full" else "pruned"
 
 # %% ../../nbs/recipes/07_tickets.ipynb #9a56bb1b
-def _pruned_score(
-    plan: Plan, task: str, head: TaskHead, masks: Mapping[str, Mask], run: Run,
-) -> Callable[[], dict[str, Any]]:
-    mask, test = masks[run.labels["kind"]], plan.tasks[task].test
-    return lambda: scored(plan.model, plan.tok, head, test, mask)
-
-
-def _retrained_score(
-    plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float,
-) -> Callable[[], dict[str, Any]]:
-    return lambda: _retrained(plan, task, seed, kind, mask, epochs)
-
-
 def _not_pruned(plan: Plan, task: str, seed: int, head: TaskHead, full: Run, why: str) -> None:
     "Write down why, and the score of the full model."
     write_note(plan, task, seed, skipped=why)
@@ -185,7 +166,8 @@ def found_masks(plan: Plan, task: str, seed: int, head: TaskHead) -> dict[str, M
     )
     first = {} if weights else found.scores[Mask.full(space).id].values
     importance = {name: np.asarray(values, float).tolist() for name, values in first.items()}
-    write_note(plan, task, seed, steps=json.loads(found.table.to_json(orient="records")), importance=importance)
+    steps = json.loads(found.table.to_json(orient="records"))
+    write_note(plan, task, seed, steps=steps, importance=importance, floor=found.floor)
     good, full = found.mask, Mask.full(space)
     others = _by_magnitude(plan, space, good, seed) if weights else matched_controls(good, seed, plan.published)
     return {"full": full, **others, "random-init": random_matched(good, [], seed + 1)}
@@ -229,7 +211,7 @@ def do_super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> Non
             measure = partial(scored, plan.model, plan.tok, head, data.test, mask.rebase(now))
             _once(runs[kind], "pruned", plan.epochs, measure)
     for kind, mask in masks.items():
-        _once(runs[kind], "retrained", plan.epochs, _retrained_score(plan, task, seed, kind, mask, plan.epochs))
+        _once(runs[kind], "retrained", plan.epochs, partial(_retrained, plan, task, seed, kind, mask, plan.epochs))
         runs[kind].finish(mask)
 
 
@@ -273,11 +255,11 @@ def tickets(
     config = {"recipe": "tickets", "model": str(space.model), "kind": kind, "training": training,
               "pruning": pruning, "published": published}
     with folder_or_scratch(to) as folder:
-        bench = Bench(config, folder, progress)
+        bench = Bench(config, folder, progress, tasks)
         longer = tuple(float(e) for e in longer)
         plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, longer, random_init, published)
         study = worked(bench, plan, list(seeds), supers, processes, kept=to is not None)
-        return bench.finished(study) if to else study
+        return bench.finished(study)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #10bd394c
 def check_study(
@@ -376,7 +358,8 @@ class Tickets(TicketData):
         "The tasks, the table of the paper and the gains."
         return tickets_text(self)
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        "The table of the paper."
         seeds = self.scores.seed.nunique()
         return f"<b>{len(self.plan.tasks)} tasks × {seeds} seeds, {self.config['kind']}</b>{self.table().to_html()}"
 
@@ -391,22 +374,26 @@ def collected(
     "Read a finished study."
     notes = {(task, seed): read_note(plan, task, seed) for task in plan.tasks for seed in seeds}
     skipped = {cell: note["skipped"] for cell, note in notes.items() if note["skipped"]}
-    if len(skipped) == len(notes): raise SubnetError(f"no cell could be pruned: {_reasons(skipped)}")
+    if len(skipped) == len(notes): raise SubnetError("no cell could be pruned: " + "; ".join(_reasons(skipped)))
     runs = [run for cell in notes for run in plan.runs(*cell)[: 1 if cell in skipped else None]]
     runs += [run for cell in above for run in super_runs(plan, **cell).values()]
     usual = [run for run in runs if run.done and "epochs" not in run.labels]
     masks = [(run.labels, run.folder / "mask.safetensors" if kept and run.folder else run.mask) for run in usual]
     steps = pd.concat([pd.DataFrame(note["steps"]) for note in notes.values() if note["steps"]], ignore_index=True)
+    scores = _scores_of(runs)
     return Tickets(
-        masks=Masks(masks), tables={"scores": _scores_of(runs), "steps": steps}, config=bench.config,
+        masks=Masks(masks), tables={"scores": scores, "steps": steps}, config=bench.config,
         model_name=plan.space.model.name, seconds=bench.seconds, folder=bench.folder if kept else None,
         importance={cell: _importance(plan, note) for cell, note in notes.items() if note["importance"]},
-        skipped=skipped, plan=plan,
+        skipped=skipped, plan=plan, notes=_all_notes(plan, notes, skipped, Masks(masks), scores),
     )
 
 
-def _reasons(skipped: Mapping[tuple[str, int], str]) -> str:
-    return "; ".join(f"{task}, seed {seed}: {why}" for (task, seed), why in skipped.items())
+def _test_sizes(tasks: Mapping[str, TaskData]) -> dict[str, int]: return {name: len(d.test) for name, d in tasks.items()}
+
+
+def _reasons(skipped: Mapping[tuple[str, int], str]) -> list[str]:
+    return [f"{task}, seed {seed}: {why}" for (task, seed), why in skipped.items()]
 
 
 def _importance(plan: Plan, note: Mapping[str, Any]) -> Scores:
@@ -418,11 +405,33 @@ def _scores_of(runs: Sequence[Run]) -> pd.DataFrame:
     "One row per measurement."
     rows = []
     for run in runs:
-        density = run.mask.density if run.done else 1.0
-        rows += [{**run.labels, **row, "density": density} for row in run.metrics.to_dict("records")]
+        kept = {"density": run.mask.density, "density_weights": weight_density(run.mask)} if run.done else _WHOLE
+        rows += [{**run.labels, **row, **kept} for row in run.metrics.to_dict("records")]
     scores = pd.DataFrame(rows)
-    front = ["task", "seed", "kind", "stage", "epochs", "density", "score"]
+    front = ["task", "seed", "kind", "stage", "epochs", *_WHOLE, "score"]
     return scores[[*front, *(column for column in scores if column not in front)]]
+
+# %% ../../nbs/recipes/07_tickets.ipynb #e67bff89
+_WHOLE = {"density": 1.0, "density_weights": 1.0}
+_LOW_FLOOR = ("{}, seed {}: the floor of {:.3f} lies under the {:.3f} that the majority label scores on the sentences of "
+              "the search, so that a subnetwork can pass without knowing anything.")
+
+
+def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
+    unpruned = [f"not pruned: {why}" for why in _reasons(skipped)]
+    return (*unpruned, *few_note("test sentences", _test_sizes(plan.tasks)), *_notes(plan, cells, *found))
+
+
+def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame) -> Iterator[str]:
+    "What a reader of the numbers must be told."
+    if said := left_out(int(scores.score.isna().sum())): yield f"{said} of means, intervals and gains."
+    good = masks.sel(kind="good")
+    for kind in [k for k in plan.space.kind.split("+") if k != "weight" and len(good)]:
+        yield from (f"{NAMES[kind]}: {said}" for said in said_of_empty_pairs(consensus(good, kind, samples=2)))
+    for (task, seed), cell in cells.items():
+        least = majority_label(plan.tasks[task], "search")["score"]
+        if cell.get("floor") is not None and cell["floor"] < least:
+            yield _LOW_FLOOR.format(task, seed, cell["floor"], least)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #fbbc4875
 CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random"), ("super-good", "super-bad"),
@@ -431,18 +440,18 @@ CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random")
 
 
 def usual(study: Tickets) -> pd.DataFrame:
-    "The scores of the usual number of epochs; undefined ones are 0."
-    rows = study.scores[study.scores.epochs == study.plan.epochs]
-    return rows.assign(score=rows.score.fillna(0.0))
+    "The scores of the usual number of epochs."
+    return study.scores[study.scores.epochs == study.plan.epochs]
 
 
-def summary(study: Tickets) -> pd.DataFrame:      # task, kind, stage, epochs, density, n, mean, std, low, high, note
-    "Mean score over seeds, standard deviation (one degree of freedom removed) and 95 % Student interval."
+def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage and epochs
+    "Both densities; mean score over seeds, deviation (ddof 1), 95 % Student interval; undefined scores are left out."
     rows = []
     for key, t in study.scores.groupby(["task", "kind", "stage", "epochs"], sort=False):
         names = dict(zip(("task", "kind", "stage", "epochs"), key, strict=True))
         note = "; ".join(sorted({note for note in t.note if note}))
-        rows.append({**names, "density": t.density.mean(), **student_interval(t.score.fillna(0.0)), "note": note})
+        kept = {name: t[name].mean() for name in _WHOLE}
+        rows.append({**names, **kept, **defined_interval(t.score), "note": note})
     return pd.DataFrame(rows)
 
 
@@ -454,10 +463,19 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean �
     wide = t.set_index(["kind", "stage", "task"]).text.unstack().reindex(columns=list(study.plan.tasks)).reindex(order)
     majority = {name: _score_text(majority_label(data)["score"]) for name, data in study.plan.tasks.items()}
     first = pd.DataFrame([majority], pd.MultiIndex.from_tuples([("majority", "")], names=["kind", "stage"]))
-    return pd.concat([first, wide]).rename_axis(columns=None)
+    return pd.concat([first, wide, _kept_rows(t).reindex(columns=wide.columns)]).rename_axis(columns=None)
 
 
-def _mean_text(row: Any) -> str: return f"{row.mean:.3f}" if np.isnan(row.std) else f"{row.mean:.3f} ± {row.std:.3f}"
+def _kept_rows(t: pd.DataFrame) -> pd.DataFrame:      # (kind, "units kept" or "weights kept") × task
+    means = t[t.kind != "full"].groupby(["kind", "task"], sort=False)[list(_WHOLE)].mean()
+    named = means.set_axis(["units kept", "weights kept"], axis=1).stack().map("{:.3f}".format)
+    return named.unstack("task").rename_axis(["kind", "stage"])
+
+
+def _mean_text(row: Any) -> str:
+    left = f" ({row.undefined} undefined)" if row.undefined else ""
+    if np.isnan(row.mean): return "undefined"
+    return f"{row.mean:.3f}{left}" if np.isnan(row.std) else f"{row.mean:.3f} ± {row.std:.3f}{left}"
 
 
 def _stage_text(study: Tickets, row: Any) -> str:
@@ -487,6 +505,8 @@ def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[
     return {
         "metric": data.metric, "n": {part: len(d) for part, d in data.parts.items()},
         "majority": majority_label(data)["score"], "scores": scores,
+        "kept": {kind: {"units": t.density.mean(), "weights": t.density_weights.mean()}
+                 for kind, t in rows.groupby("kind", sort=False)},
         "survivors": [_survivors(mask) for _, mask in good],
         "masks": {kind: [files[task, kind, seed, None] for seed in masks[masks.kind == kind].seed if files]
                   for kind in rows.kind.unique() if kind in set(masks.kind)},
@@ -495,6 +515,7 @@ def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[
 
 def _score_results(study: Tickets, row: Any) -> dict[str, Any]:
     out: dict[str, Any] = {key: getattr(row, key) for key in ("mean", "std", "low", "high")}
+    if row.undefined: out["undefined"] = row.undefined
     t = study.scores
     same = (t.task == row.task) & (t.kind == row.kind) & (t.stage == row.stage) & (t.epochs == row.epochs)
     out["scores"] = t[same].set_index("seed").score.to_dict()
@@ -509,8 +530,7 @@ def tickets_text(study: Tickets) -> str:
     "What the shell prints."
     data = [f"{name}: {part!r}" for name, part in study.plan.tasks.items()]
     gains = study.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    skipped = [f"not pruned: {task}, seed {seed}: {why}" for (task, seed), why in study.skipped.items()]
-    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains, *skipped]
+    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains]
     return "\n\n".join(parts)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #5f823700
@@ -545,7 +565,7 @@ def _scores_text(study: Tickets) -> str:
     chosen = any(data.search is data.test for data in study.plan.tasks.values())
     sentences = "On sentences by which nothing was chosen" + (" but the masks themselves" if chosen else "")
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.plan.tasks.items())
-    return f"{sentences}; mean and standard deviation over seeds. {metrics}."
+    return f"{sentences}; mean and standard deviation over seeds. {metrics}. Kept are shares of units, and of their weights."
 
 
 def _importances(study: Tickets, by_task: Mapping[str, Masks]) -> list[Any]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from ..core.errors import check_names
+from ..core.layout import unwrap
 from ..core.mask import Mask
 from ..core.numbers import check_values
 from ..core.space import digest
@@ -26,7 +28,8 @@ from ..tasks.heads import TaskHead
 from .study import Bench
 
 # %% auto #0
-__all__ = ['TUNE', 'SPANS', 'FIXED', 'TUNABLE', 'scored', 'score_after_training', 'tuned_by', 'check_tuning', 'tuned_score']
+__all__ = ['TUNE', 'SPANS', 'FIXED', 'TUNABLE', 'scored', 'score_after_training', 'untrained', 'tuned_by', 'check_tuning',
+           'tuned_score']
 
 # %% ../../nbs/recipes/05_tuning.ipynb #31531e1b
 def scored(
@@ -49,6 +52,14 @@ def score_after_training(
     with preserved(model), masked(model, mask, train=True, check=check):
         return scored(model, tok, train(), data.test)
 
+# %% ../../nbs/recipes/05_tuning.ipynb #da954687
+def untrained(model: nn.Module, seed: int) -> nn.Module:
+    "A model of the same configuration with random weights."
+    like = next(model.parameters())
+    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+        torch.manual_seed(seed)
+        return type(unwrap(model))(unwrap(model).config).to(like.device, like.dtype).eval()
+
 # %% ../../nbs/recipes/05_tuning.ipynb #2645b14d
 TUNE: dict[str, Any] = {"epochs": 3.0, "lr": 2e-5, "head_lr": 2e-5, "batch": 32, "length": 128, "warmup": 0.0,
                         "clip": 1.0}
@@ -69,7 +80,7 @@ def tuned_by(data: TaskData, tuning: Mapping[str, Any]) -> dict[str, Any]:
 def check_tuning(tuning: Mapping[str, Any]) -> None:
     "Whether fine-tuning can be done."
     check_names(tuning, TUNABLE, "setting of fine-tuning")
-    check_values(fit, tuning, "of fine-tuning, ")
+    check_values(fit, tuning, "fine-tuning: ")
 
 # %% ../../nbs/recipes/05_tuning.ipynb #646e4c64
 def tuned_score(

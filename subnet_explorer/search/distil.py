@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.layout import Layout, is_causal, layout_of
+from ..core.layout import Layout, body_of, is_causal, layout_of, unwrap
 from ..core.space import model_id
 from ..data.facts import Facts, mask_token, with_start
 from ..data.texts import Blocks
@@ -64,7 +64,8 @@ class LanguageHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel, train: bool = True) -> None:
         super().__init__()
-        base, out = model.base_model, model.get_output_embeddings()
+        model = unwrap(model)
+        base, out = body_of(model), model.get_output_embeddings()
         words = base.get_input_embeddings().weight
         if out is None:
             raise SubnetError(f"{type(model).__name__} has no language-modelling head.")
@@ -73,7 +74,7 @@ class LanguageHead(nn.Module):
         if tied: del shared[id(words)]
         copied = copy.deepcopy(model, shared)
         if tied: copied.get_output_embeddings().weight.requires_grad_(False)
-        below = {id(p) for p in copied.base_model.parameters()}
+        below = {id(p) for p in body_of(copied).parameters()}
         own = [p.requires_grad_(train) for p in copied.parameters() if id(p) not in below]
         self.copied = (copied,)                      # in a tuple: no part of this module
         self.own = nn.ParameterList(own)
@@ -344,7 +345,7 @@ def _padded(hidden: Hidden, seqs: Sequences, context: Context) -> Loss:
 
     def states(reader: Sequences, step: int) -> list[Tensor]:      # (batch, longest, hidden) a block
         inputs = seqs.inputs(context.part(step, seqs.lengths, hidden.batch))
-        base = cast(nn.Module, reader.model.base_model)
+        base = cast(nn.Module, body_of(reader.model))
         return list(base(**inputs, output_hidden_states=True).hidden_states[1:])
 
     def look(step: int) -> None:

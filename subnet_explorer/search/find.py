@@ -18,6 +18,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
+from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
 from ..core.space import check_model
@@ -29,6 +30,7 @@ from .gates import Gate
 from .loop import SCHEDULES, Learner, Loop, Monitor, Parameters, Plan, Turn, begin, frozen, lr_at
 from .objectives import NOISE, Cloze, Context, Objective, Pass, passes
 from .processes import Processes
+from .reach import warn_if_stuck
 from .team import GateOptimizer, Search, capturable, prompts_of, run_together
 from .together import Weights
 
@@ -83,6 +85,7 @@ _Settings = Mapping[str, Any]      # those of `find`, by name
 
 def search_of(model: PreTrainedModel, tok: Any, gate: Gate, goal: Objective, settings: _Settings) -> Run:
     "`find` with its settings as a dictionary."
+    model = unwrap(model)
     run, team = open_run(model, gate, goal, settings)
     if run.done:
         _load_trained(run, goal, settings["along"])
@@ -141,7 +144,7 @@ def check_goal(goal: Objective, model: PreTrainedModel) -> None:
     names = [n for n, p in model.named_parameters() if id(p) in wanted]
     if not names: return
     what = names[0] if len(names) == 1 else f"{len(names)} weights ({names[0]} …)"
-    below = [n for n, p in model.base_model.named_parameters() if id(p) in wanted]
+    below = [n for n, p in body_of(model).named_parameters() if id(p) in wanted]
     goal_name = type(goal).__name__
     raise BorrowedWeights(_BORROWED.format(goal=goal_name, what=what, names=below[:1] or "all"))
 
@@ -159,12 +162,26 @@ _KNOWN: dict[str, Sequence[str]] = {
 _PLAIN_ALONG = 'weights train along by autograd: leave engine="auto", or say engine="plain", not {!r}.'
 
 
+_HALF = (
+    "the model holds {held} numbers, and this search computes in {asked}: load the model in float32, "
+    'which is the default of load, or say precision="bfloat16" for one in bfloat16.'
+)
+
+
+def _check_precision(model: PreTrainedModel, asked: str) -> None:
+    "Raise `SubnetError` where logits and weights would be multiplied in precisions that do not go together."
+    held = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    held -= {getattr(torch, asked)}
+    if held: raise SubnetError(_HALF.format(held=str(held.pop()).removeprefix("torch."), asked=asked))
+
+
 def check_search(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings) -> None:
     "Raise `SubnetError` for settings with which nothing can be found."
     for name, known in _KNOWN.items(): check_names([s[name]], known, name)
     check_values(find, s)
     check_model(gate.space, model)
     check_goal(goal, model)
+    _check_precision(model, s["precision"])
     if s["along"] is not None and s["engine"] not in ("auto", "plain"):
         raise SubnetError(_PLAIN_ALONG.format(s["engine"]))
     for t in s["snapshots"]:
@@ -256,6 +273,7 @@ def start(
 ) -> Search:  # fmt: skip
     "A search at its beginning, or where it was stopped."
     rates = [s["lr"] * lr_at(t, s["steps"], s["schedule"], s["warmup"]) for t in range(s["steps"])]
+    warn_if_stuck(gate, rates, 0.01 if s["optimizer"] == "adamw" else 0.0)
     parts = passes(goal, s["noise"], s["complement"])
     several = len(parts) > 1 or parts[0].flip
     opt = optimizer_of(model, gate, rates, s, several, team.share)
@@ -382,6 +400,7 @@ def find_all(
     "Search for cloze objectives side by side; those that are done are returned as they are."
     usual: dict[str, Any] = inspect.unwrap(find).__kwdefaults__ or {}
     check_names(settings, usual, "setting")
+    model = unwrap(model)
     settings = {**usual, **settings, "to": to}
     if settings["cache"] is None: settings["cache"] = {}
     _check_team(gates, goals, labels, settings)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import unwrap
 from ..core.space import digest
 from ..data.facts import Facts
 from ..data.texts import Blocks
@@ -109,6 +110,9 @@ class Context:
     world: int = 1                                   # … so many that share every batch
     reading: Reading | None = None                   # all examples are read, none is learned from
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
+
+    def __post_init__(self) -> None:
+        self.model = unwrap(self.model)
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
         "Return the encoded facts, with the output of the frozen blocks computed once."

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from .adam import BETAS, adam, compiled
-from .gates import Gate
+from .gates import Gate, TopK
 from .sites import MaskedMatrix, weight_gradient
 
 # %% auto #0
-__all__ = ['Moments', 'farthest', 'Reachable', 'Reach', 'narrow', 'sync']
+__all__ = ['Moments', 'farthest', 'can_flip', 'warn_if_stuck', 'Reachable', 'Reach', 'narrow', 'sync']
 
 # %% ../../nbs/search/05_reach.ipynb #7fc3b4fb
 def farthest(
@@ -31,6 +32,54 @@ def farthest(
         total += rate * c * (1 + 1e-5) + 1e-7             # room for rounding
         bounds.append(total)
     return bounds[::-1]
+
+# %% ../../nbs/search/05_reach.ipynb #c1a2fb31
+@torch.no_grad()
+def can_flip(
+    gate: Gate,
+    rates: Sequence[float],      # of every step
+    decay: float = 0.0,          # decoupled weight decay
+) -> tuple[int, float]:          # how many coordinates; how far the nearest is from flipping, as a multiple of the bound
+    "Count the coordinates of a gate that a search with these learning rates can change."
+    far = farthest(rates)[0] if len(rates) else 0.0
+    shrunk = math.prod(1 - decay * rate for rate in rates)
+    count, nearest = 0, math.inf
+    for distance in _distances(gate):
+        apart = distance * shrunk
+        count += int((apart <= far).sum())
+        if apart.numel(): nearest = min(nearest, float(apart.min()))
+    return count, nearest / far if far else math.inf
+
+
+def _distances(gate: Gate) -> list[torch.Tensor]:      # (n,) of each group
+    "How far scores must move for their coordinates to flip."
+    flat = [logit.detach().reshape(-1).float() for logit in gate.logits]
+    if not isinstance(gate, TopK): return [x.abs() for x in flat]
+    kept = [chosen.reshape(-1) for chosen in gate.choose()]
+    if gate.scope == "global": flat, kept = [torch.cat(flat)], [torch.cat(kept)]
+    return [_from_other_side(x, k) for x, k in zip(flat, kept, strict=True)]
+
+
+def _from_other_side(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    "Half the way of every score to the nearest on the other side; both can go to meet."
+    if kept.all() or not kept.any(): return x.new_empty(0)
+    return torch.where(kept, x - x[~kept].max(), x[kept].min() - x).abs() / 2
+
+# %% ../../nbs/search/05_reach.ipynb #a18d5dd7
+_STUCK = (
+    "no coordinate of this gate can flip: {steps} steps with these learning rates move a score by at most {far:.2g}, and "
+    "none is that near. The mask will be the one it starts from, bit for bit. Raise lr {times:.3g}-fold or more (now "
+    "{lr:g} at the peak), or give more steps."
+)
+
+
+def warn_if_stuck(gate: Gate, rates: Sequence[float], decay: float = 0.0) -> int:      # how many can flip
+    "Warn of a search that can change nothing."
+    count, times = can_flip(gate, rates, decay)
+    if not count and math.isfinite(times):
+        said = _STUCK.format(steps=len(rates), far=farthest(rates)[0], times=times, lr=max(rates))
+        warnings.warn(said, stacklevel=2)
+    return count
 
 # %% ../../nbs/search/05_reach.ipynb #f4cf0a02
 class Reachable:

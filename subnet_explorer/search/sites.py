@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.layout import follow_path
+from ..core.layout import body_of, follow_path, unwrap
 from ..core.space import Group
 from ..model.apply import parameter
+from ..model.assumed import replaced
 from ..model.packed import recomputing
 
 if TYPE_CHECKING:
@@ -55,20 +56,20 @@ class MaskedMatrix:
     @contextmanager
     def applied(self, anchor: torch.Tensor) -> Iterator[None]:
         "Let the modules compute with the masked matrix."
-        for m in self.modules:
-            how = look_up if isinstance(m, nn.Embedding) else multiply
-            m.forward = partial(how, self, m, anchor)
-        try: yield
-        finally:
-            for m in self.modules: del m.forward
+        with ExitStack() as stack:
+            for m in self.modules:
+                how = look_up if isinstance(m, nn.Embedding) else multiply
+                stack.enter_context(replaced(m, partial(how, self, m, anchor)))
+            yield
 
 
 def _users(model: PreTrainedModel, group: Group) -> list[Any]:
     "The modules that compute with a matrix: its own and, for a tied embedding, the one that predicts."
     weight = parameter(model, group)
-    own = follow_path(model.base_model, group.name.rpartition(".")[0])
-    if weight is not model.base_model.get_input_embeddings().weight: return [own]
-    predicting = model.get_output_embeddings()
+    base = body_of(model)
+    own = follow_path(base, group.name.rpartition(".")[0])
+    if weight is not base.get_input_embeddings().weight: return [own]
+    predicting = unwrap(model).get_output_embeddings()
     return [own, predicting] if getattr(predicting, "weight", None) is weight else [own]
 
 # %% ../../nbs/search/04_sites.ipynb #37312843

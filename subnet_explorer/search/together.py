@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import body_of
 from ..core.numbers import Positive, Weight
 from ..model.apply import swapped
 
@@ -50,7 +51,7 @@ class Weights(nn.Module):
 
     def reset(self, model: PreTrainedModel) -> None:
         "Go back to the weights of the model: a search begins here."
-        own = dict(model.base_model.named_parameters())
+        own = dict(body_of(model).named_parameters())
         copies = [own[n].detach().clone() for n in self.names]
         self.values = nn.ParameterList([nn.Parameter(c) for c in copies])
 
@@ -67,13 +68,13 @@ class Weights(nn.Module):
 @torch.no_grad()
 def put_into(model: PreTrainedModel, weights: Weights) -> None:
     "Write trained weights into a model for good."
-    own = dict(model.base_model.named_parameters())
+    own = dict(body_of(model).named_parameters())
     for n, v in zip(weights.names, weights.values, strict=True): own[n].copy_(v)
 
 
 def _named(model: PreTrainedModel, which: Sequence[str]) -> list[str]:
     "The names of parameters that match; raise `UnknownName` where nothing does."
-    known = [n for n, p in model.base_model.named_parameters() if p.is_floating_point()]
+    known = [n for n, p in body_of(model).named_parameters() if p.is_floating_point()]
     for pattern in which:
         if not any(fnmatch(n, pattern) for n in known): check_names([pattern], known, "weight")
     return [n for n in known if any(fnmatch(n, pattern) for pattern in which)]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Seed
 from ..core.scores import Scores
@@ -75,9 +76,9 @@ def reset(
     with preserved(model):
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for name, part in model.base_model.named_children():
+            for name, part in body_of(model).named_children():
                 kept = what != "all" and (isinstance(part, nn.Embedding) or name.startswith("embed"))
-                if not kept and any(True for _ in part.parameters()): _draw(model, part, init)
+                if not kept and any(True for _ in part.parameters()): _draw(unwrap(model), part, init)
         yield model
 
 # %% ../../nbs/tasks/05_controls.ipynb #b5e5fb2a

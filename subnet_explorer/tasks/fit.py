@@ -20,7 +20,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading, remove
-from ..core.layout import follow_path, layout_of
+from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Positive, Seed, Share, Weight
 from ..core.space import model_id
 from ..core.store import Run, load_state
@@ -86,7 +86,7 @@ def _matrices(model: PreTrainedModel, how: Lora) -> list[str]:
     layout, names = layout_of(model), {id(m): n for n, m in model.named_modules()}
     roles = check_names(how.roles or layout.roles, layout.roles, "role of a matrix")
     places = [layout.module(i, r) for i in range(layout.n_layers) for r in roles]
-    return [names[id(follow_path(model.base_model, place))] for place in places]
+    return [names[id(follow_path(body_of(model), place))] for place in places]
 
 
 def _peft() -> Any:
@@ -112,7 +112,7 @@ def _insert(peft: Any, model: PreTrainedModel, how: Lora, paths: Sequence[str], 
 @contextmanager
 def adapted(model: PreTrainedModel, how: Lora, seed: int = 0) -> Iterator[list[nn.Parameter]]:
     "Put updates beside matrices and give their parameters; on leaving add them to the weights."
-    peft = _peft()
+    peft, model = _peft(), unwrap(model)
     paths = _matrices(model, how)
     own: dict[str, Any] = {p: model.get_submodule(p) for p in paths}
     extra = set(vars(model))
@@ -172,6 +172,7 @@ def fit(
 ) -> pd.DataFrame | Fitted:            # log; with the head for labelled sentences
     "Fine-tune `model` with AdamW; raise `Diverged` when the loss is not finite."
     settings = {k: v for k, v in locals().items() if k not in ("model", "tok", "goal")}
+    model = unwrap(model)
     check_names([schedule], SCHEDULES, "schedule")
     if dev is not None and monitor is not None: raise SubnetError(_ONE_MONITOR)
     if isinstance(goal, Labelled): return _fit_table(model, tok, goal, settings)

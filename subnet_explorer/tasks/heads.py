@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.layout import is_causal
+from ..core.layout import body_of, is_causal, unwrap
 from ..data.sentences import coded_words
 from ..data.tables import Labelled
 from ..measure.metrics import entity_scores, tag_accuracy
@@ -39,8 +39,9 @@ def linear(inputs: int, outputs: int, rng: torch.Generator) -> nn.Linear:
 
 def width(model: PreTrainedModel) -> int:
     "Size of the final hidden states."
-    if hasattr(model.config, "hidden_size"): return model.config.hidden_size
-    return model.base_model.get_input_embeddings().weight.shape[1]
+    config = unwrap(model).config
+    if hasattr(config, "hidden_size"): return config.hidden_size
+    return body_of(model).get_input_embeddings().weight.shape[1]
 
 # %% ../../nbs/tasks/00_heads.ipynb #bfddadaa
 class LowRank(nn.Module):
@@ -296,7 +297,7 @@ class Classifier(TaskHead):
     ) -> None:
         super().__init__(model, self._labels(examples), seed)
         self.causal, self.length = is_causal(model), length
-        self.types = getattr(model.config, "type_vocab_size", 0) > 1
+        self.types = getattr(unwrap(model).config, "type_vocab_size", 0) > 1
 
     def _labels(self, examples: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         known = examples.task.labels if isinstance(examples, Labelled) else ()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.layout import is_causal
+from ..core.layout import is_causal, unwrap
 from ..model.limits import positions_of
 from .heads import TaskHead
 
@@ -114,8 +114,9 @@ class SpanFinder(TaskHead):
             if n < 1: raise SubnetError(f"{name} is a number of tokens, at least 1, got {n!r}.")
         super().__init__(model, ["start", "end"], seed, mlp, dropout)
         self.labels, self.length, self.causal = ["start", "end"], length, is_causal(model)
-        self.types = getattr(model.config, "type_vocab_size", 0) > 1
-        self.most = positions_of(model) or getattr(model.config, "max_position_embeddings", None)
+        config = unwrap(model).config
+        self.types = getattr(config, "type_vocab_size", 0) > 1
+        self.most = positions_of(model) or getattr(config, "max_position_embeddings", None)
 
     def limit(self, tok: Any) -> int:
         "Most tokens of a window."

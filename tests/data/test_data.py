@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
-from subnet_explorer.data.facts import Fact, Facts, answerable, encode, object_id, read_facts, split
+from subnet_explorer.data.facts import (
+    Fact,
+    Facts,
+    answerable,
+    at_least,
+    encode,
+    object_id,
+    read_facts,
+    split,
+    two_hop,
+)
 from subnet_explorer.data.files import BadFacts
 from subnet_explorer.data.sentences import read_conllu
 from subnet_explorer.data.tables import BadTable, read_glue
@@ -339,3 +349,115 @@ def test_one_sentence_is_one_fact(tmp_path):
     (tmp_path / "a.jsonl").write_text(line("robin") + line("the robin"))
     facts = read_facts(tmp_path / "a.jsonl")
     assert len(facts) == 1 and facts.skipped == {"IsA": {"repeated fact": 1}}
+
+
+# ── templates, orders, labels ────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("form", ["{subject} is", "{subject} {x} {object}", "{subject} {0} {object}", "{{subject}} {object}",
+                                  "{subject} [MASK] {object}", "{subject} {object} }", None, 3])
+def test_a_wrong_template_is_not_blamed_on_the_facts(tmp_path, form):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    with pytest.raises(BadFacts, match=r"^the template of IsA") as e:
+        read_facts(tmp_path / "a.jsonl", templates={"IsA": form})
+    assert "a.jsonl" not in str(e.value)
+    if not isinstance(form, str): return
+    (tmp_path / "t.jsonl").write_text(json.dumps({"relation": "IsA", "template": form}) + "\n")
+    with pytest.raises(BadFacts, match=r"t\.jsonl, line 1: the template of IsA"):
+        read_facts(tmp_path / "a.jsonl", templates=tmp_path / "t.jsonl")
+
+
+def test_a_sentence_that_is_not_there_is_not_blamed_on_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    with pytest.raises(BadFacts, match="1 masked_sentences, counted from 0, and prompt=3 was asked for"):
+        read_facts(tmp_path / "a.jsonl", prompt=3)
+
+
+BIRDS = ("robin", "owl", "wren", "duck", "swan", "crow")
+
+
+@pytest.mark.parametrize("relation, line, order", [
+    ("IsA", "{s}\t{r}\tbird", "subject, relation, object"),
+    ("IsA", "{s}\tbird\t{r}", "subject, object, relation"),
+    ("capital_of", "{s}\t{r}\tland of {s}\t1", "subject, relation, object"),
+])
+def test_another_order_is_said(tmp_path, relation, line, order):
+    text = "".join(line.format(s=s, r=relation) + "\n" for s in BIRDS)
+    (tmp_path / "a.tsv").write_text(text)
+    for strict in (True, False):
+        with pytest.raises(BadFacts, match=f"the order is {order} where.*Swap the columns") as e:
+            read_facts(tmp_path / "a.tsv", strict=strict)
+        assert relation in str(e.value)
+    header = {"subject, relation, object": "subject\trelation\tobject", "subject, object, relation": "head\ttail\trelation"}
+    (tmp_path / "a.tsv").write_text(header[order] + "\tlabel" * text.startswith("robin\tcap") + "\n" + text)
+    templates = {relation: "{subject} {object}"}
+    assert [f.subject for f in read_facts(tmp_path / "a.tsv", templates=templates)] == list(BIRDS)
+
+
+def test_unknown_relations_are_listed_in_the_order_expected(tmp_path):
+    (tmp_path / "a.tsv").write_text("P1\ta\tb\nP1\tc\td\nP2\te\tf\n")
+    with pytest.raises(BadFacts, match=r"no facts in .*3 no template for the relation \('P1', 'P2'\)"):
+        read_facts(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize("label", ["nan", "NaN", "-1", "inf", "yes", ""])
+def test_a_label_of_a_triple_that_says_nothing_is_refused(tmp_path, label):
+    (tmp_path / "a.tsv").write_text(f"IsA\tcat\tanimal\t1\nIsA\tdog\tanimal\t{label}\n")
+    with pytest.raises(BadFacts, match=f"line 2: the label '{label}'"): read_facts(tmp_path / "a.tsv")
+    row = {"relation": "IsA", "head": "cat", "tail": "animal", "label": label}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadFacts, match=f"line 1: the label '{label}'"): read_facts(tmp_path / "a.jsonl")
+
+
+def test_the_squad_part_of_lama(tmp_path):
+    rows = [{"masked_sentences": [f"question {i} has the [MASK] color ."], "obj_label": "gold", "id": f"56be_{i}",
+             "sub_label": "Squad"} for i in range(20)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    facts = read_facts(tmp_path / "test.jsonl")
+    assert len(facts) == 20 and facts.relations == ["Squad"] and not facts.skipped
+    assert facts.items[3] == Fact("Squad", "56be_3", "gold", "question 3 has the [MASK] color .", "56be_3")
+    assert len(split(facts).train) == 14
+
+
+# ── what was left out, and articles ──────────────────────────────────────────────────────────────────────────────────
+
+def some(relation: str, n: int) -> list[Fact]:
+    return [Fact(relation, f"s{i}", "o", f"s{i} is [MASK] .", f"{relation}{i}") for i in range(n)]
+
+
+def test_a_relation_that_was_left_out_says_so():
+    facts = Facts(tuple(some("A", 20) + some("P463", 3)), "mine", {"P463": {"object is not one token": 212}, "P9": {"x": 4}})
+    assert repr(facts) == "Facts(mine: 23 in 2 relations; 216 left out)" and "left out" in facts._repr_html_()
+    with pytest.raises(BadFacts, match=r"P463 has 3 facts \(212 of 215 were left out: 212 object is not one token\)"):
+        split(facts)
+    with pytest.raises(BadFacts, match=r"no fact of P9 is left; left out: 4 x \('P9'\)"): facts["P9"]
+    kept = at_least(facts, 10)
+    assert kept.relations == ["A"] and kept.skipped["P463"] == {
+        "object is not one token": 212, "relation with fewer than 10 facts": 3}
+    assert len(kept) + kept.left_out() == len(facts) + facts.left_out() and split(kept).test.relations == ["A"]
+    with pytest.raises(BadFacts, match="no relation of mine has 30 facts: 20 at most"): at_least(facts, 30)
+
+
+@pytest.mark.parametrize("shares", [(.7, .2, .1), (7, 2), (7, 2, 0), ("7", "2", "1")])
+def test_shares_are_whole_numbers(shares):
+    with pytest.raises(BadFacts, match="shares are three whole numbers"): split(Facts(tuple(some("A", 20))), shares=shares)
+
+
+@pytest.mark.parametrize("own, other, wanted", [
+    ("an owl is a kind of [MASK] .", "a bird is very [MASK] .", "an owl is very [MASK] ."),
+    ("owl is a kind of [MASK] .", "A bird is very [MASK] .", "An owl is very [MASK] ."),
+    ("owl is a kind of [MASK] .", "bird is very [MASK] .", "owl is very [MASK] ."),
+    ("an owl is a kind of [MASK] .", "she met bird and was [MASK] .", "she met an owl and was [MASK] ."),
+    ("an owl is a kind of [MASK] .", "every bird is very [MASK] .", "every owl is very [MASK] ."),
+    ("an owl is a kind of [MASK] .", "a big bird is very [MASK] .", "a big owl is very [MASK] ."),
+])
+def test_two_hops_have_the_right_article(own, other, wanted):
+    hops = two_hop(Facts((Fact("IsA", "owl", "bird", own, "1"), Fact("HasProperty", "bird", "feathered", other, "2"))))
+    assert [f.prompt for f in hops] == [wanted]
+
+
+def test_two_hops_of_the_pocket_world_are_spelled_as_that_world_spells():
+    from subnet_explorer.data.pocket import pocket_rows
+    phrases: dict[str, set[str]] = {}
+    for row in pocket_rows(): phrases.setdefault(row["sub_label"], set()).add(row["sub_phrase"])
+    hops = two_hop(read_facts("pocket"))
+    assert len(hops) > 100 and all(any(f" {p} " in f" {f.prompt}" for p in phrases[f.subject]) for f in hops)

@@ -20,6 +20,7 @@ from subnet_explorer.data.graphs import (
     concept,
     disjoint,
     neighbourhood,
+    read_graph,
     shared_triples,
     triple,
     wordings,
@@ -500,3 +501,27 @@ def test_the_most_fluent_wording_of_a_real_encoder(real):
     plain = {f.uuid: plain_logprobs(model, tok, f, "tail") for f in told}
     assert {triple(f) for f in best} == {triple(f) for f in told}
     for b in best: assert plain[b.uuid] >= max(plain[f.uuid] for f in told if triple(f) == triple(b)) - 1e-4
+
+
+# ── the pocket world is asked for ────────────────────────────────────────────────────────────────────────────────────
+
+def test_triples_that_the_pocket_world_states_too_are_worded_like_all_others(tmp_path):
+    "Their content, and so their uuid, is the same; even the template may be one of that world's wordings."
+    mine = tmp_path / "mine.tsv"
+    mine.write_text("".join(f"{f.relation}\t{f.subject}\t{f.object}\n" for f in POCKET))
+    facts = read_facts(mine)
+    assert {f.uuid for f in facts} & {f.uuid for f in POCKET}
+    of_pocket = {s for row in pocket_rows() for s in row["masked_sentences"]}
+    for causal in (True, False):
+        told = wordings(facts, causal=causal)
+        assert told.items == read_graph(mine, causal).items == wordings(facts, FORMATS, causal).items
+        assert not {f.prompt for f in told} & of_pocket
+    assert {f.prompt for f in read_graph(mine, pocket=True)} <= of_pocket
+
+
+def test_broken_prompts_of_a_graph_can_be_left_out(tmp_path):
+    line = {"relation": "IsA", "head": "hound", "tail": "dog", "text": "no such word"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "text": "a hound is a dog"}))
+    with pytest.raises(BadFacts, match="strict=False"): read_graph(tmp_path / "a.jsonl")
+    facts = read_graph(tmp_path / "a.jsonl", strict=False)
+    assert len(facts) == 1 and facts.left_out() == 1

@@ -552,3 +552,39 @@ def test_three_columns(real: Path):
         211727,
         ["B-NP", "B-PP", "B-NP", "I-NP", "B-VP", "I-VP"],
     )
+
+
+# ── tags without trees, and what is broken ───────────────────────────────────────────────────────────────────────────
+
+BROKEN = {      # head and relation of two words
+    "no heads": ("_", "_", "_", "_"), "two roots": ("0", "root", "0", "root"), "a circle": ("2", "dep", "1", "dep"),
+    "outside": ("9", "dep", "0", "root"), "a word": ("x", "dep", "0", "root"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_tags_need_no_tree(how, tmp_path):
+    a, b, c, d = BROKEN[how]
+    broken = f"1\tbirds\t_\tNOUN\t_\t_\t{a}\t{b}\t_\t_\n2\tfly\t_\tVERB\t_\t_\t{c}\t{d}\t_\t_\n\n"
+    good = "1\tbirds\t_\tNOUN\t_\t_\t2\tnsubj\t_\t_\n2\tfly\t_\tVERB\t_\t_\t0\troot\t_\t_\n\n"
+    for source in (broken + good, tmp_path / "t.conllu"):
+        (tmp_path / "t.conllu").write_text(broken + good)
+        with pytest.raises(BadSentences): read_conllu(source)
+        tagged = read_conllu(source, tree=False)
+        assert [s.tagged for s in tagged] == [(["birds", "fly"], ["NOUN", "VERB"])] * 2 and not tagged.skipped
+        assert tagged[1] == read_conllu(good)[0]                    # a tree is kept where there is one
+        with pytest.raises(BadSentences, match="without a tree"): _ = tagged[0].arcs
+        some = read_conllu(source, strict=False)
+        assert some == read_conllu(good) and some.skipped == {"broken sentence": 1}
+    without = broken.replace("NOUN", "_")
+    with pytest.raises(BadSentences, match="has no upos"): read_conllu(without, tree=False)
+    assert read_conllu(without + good, tree=False, strict=False).skipped == {"broken sentence": 1}
+    with pytest.raises(BadSentences, match="no sentence in the text; left out"): read_conllu(broken, strict=False)
+
+
+def test_what_reading_left_out_is_counted_with_what_does_not_fit():
+    from subnet_explorer.data.files import Reading
+    from subnet_explorer.data.sentences import fitting
+    from subnet_explorer.model.load import load
+    some = Reading([(["birds"], ["O"]), (["birds"] * 9, ["O"] * 9)], {"broken sentence": 2})
+    assert fitting(some, load("pocket-bert")[1], longest=3)[1] == {"broken sentence": 2, "more than 3 words": 1}

@@ -276,7 +276,7 @@ TWO_SPACES = Masks([(dict(name="a"), Mask.full(UNITS)), (dict(name="b"), Mask.fu
 
 @pytest.mark.parametrize("given, message", [
     (Masks([]), "no mask to explore"), ({}, "no mask to explore"), (7, "cannot explore a int"),
-    ("/nowhere/at/all", "no mask to explore"), (TWO_SPACES, "different"),
+    ("/nowhere/at/all", "there is no folder"), (TWO_SPACES, "different"),
 ], ids=["empty", "nothing", "number", "no folder", "two spaces"])
 def test_what_cannot_be_explored(given, message):
     with pytest.raises(SubnetError, match=message): explore(given)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -788,14 +789,14 @@ def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
 @pytest.mark.parametrize(
     "more, says",
     [
-        (dict(interval=0), "interval is the number of steps"),
+        (dict(interval=0), "interval must be a whole number of at least 1, got 0"),
         (dict(interval=2.5), "whole number"),
-        (dict(snapshots=-1), "0 or more"),
+        (dict(snapshots=-1), "at least 0"),
         (dict(snapshots=[0, 9]), "there is no step 9"),
         (dict(densities=(1e-9,), scope="global"), "keeps none of"),
         (dict(matched=True, interval=3), "imp takes 9 steps to a density of 0.6"),
         (dict(tuning=dict(epoch=3)), "did you mean epochs"),
-        (dict(tuning=dict(epochs=0)), "epochs of fine-tuning"),
+        (dict(tuning=dict(epochs=0)), "fine-tuning: epochs must be"),
         (dict(tuning=dict(lr=-1.0)), "fine-tuning: lr must be"),
         (dict(text=[]), "text is empty"),
         (dict(text="a dog"), "one string"),
@@ -890,3 +891,26 @@ def test_the_shell(tmp_path, capsys):
     assert main(call) == 2 and "has one line of text, so that none can be held out" in capsys.readouterr().err
     (tmp_path / "a.txt").write_bytes(b"\0\0")
     assert main(call) == 2 and "binary file" in capsys.readouterr().err
+
+
+# ── intervals over what is independent ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_intervals_over_masks_cover_the_truth():
+    "Runs under one mask share it: three masks are three, however often each was fine-tuned."
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        x = rng.normal(0, 1, 3)[:, None] + rng.normal(0, 0.5, (3, 3))
+        runs = pd.DataFrame({"seed": np.repeat(range(3), 3), "score": x.ravel()})
+        row = chapter.over_masks(runs)
+        covered += row["low"] <= 0 <= row["high"]
+    assert (row["n"], row["over"]) == (3, "mask seeds") and 0.92 < covered / 400 < 0.98
+    one = chapter.over_masks(runs[runs.seed == 0])
+    assert (one["n"], one["over"]) == (3, "tuning seeds")
+
+
+def test_undefined_runs_are_left_out_and_counted():
+    runs = pd.DataFrame({"seed": [0, 0, 1, 1], "score": [0.5, np.nan, 0.7, 0.7]})
+    row = chapter.over_masks(runs)
+    assert (row["n"], row["undefined"]) == (2, 1) and row["mean"] == pytest.approx(0.6)

@@ -444,6 +444,43 @@ def test_constant_predictions_are_named(small, tmp_path):
             json.loads(line, parse_constant=pytest.fail)
 
 
+def test_undefined_scores_are_left_out_and_counted_everywhere(study):
+    "One rule for summary, table, gains and figure: the mean of what is defined, and how many are not."
+    from subnet_explorer.look import curves
+
+    gone = (study.scores.kind == "bad") & (study.scores.stage == "pruned") & (study.scores.seed == 1)
+    scores = study.scores.assign(score=study.scores.score.where(~gone))
+    some = replace(study, tables={**study.tables, "scores": scores})
+    row = summary(some).query("task == 'entails' and kind == 'bad' and stage == 'pruned'").iloc[0]
+    left = scores.query("task == 'entails' and kind == 'bad' and stage == 'pruned' and seed == 0").score.item()
+    assert (row["mean"], row["n"], row["undefined"]) == (left, 1, 1)
+    assert table(some).loc[("bad", "pruned"), "entails"] == f"{left:.3f} (1 undefined)"
+    drawn = curves.tickets(scores[scores.epochs == 3])
+    bar = drawn.data.query("task == 'entails' and kind == 'bad' and stage == 'pruned'").iloc[0]
+    assert (bar["mean"], bar["n"]) == (row["mean"], row["n"]) and "2 undefined scores left out" in drawn.alt
+    assert some.to_json()["tasks"]["entails"]["scores"]["bad"]["pruned"]["undefined"] == 1
+
+
+def test_both_densities_by_name(study):
+    good = study.masks.sel(task="entails", seed=0, kind="good")[0]
+    weights = good.to("weight", how="full").table().query("kind == 'weight'")
+    row = study.scores.query("task == 'entails' and seed == 0 and kind == 'good'").iloc[0]
+    assert row.density == good.density
+    assert row.density_weights == pytest.approx(weights.kept.sum() / weights["size"].sum())
+    shown = table(study)
+    assert ("good", "units kept") in shown.index and ("good", "weights kept") in shown.index
+    assert set(study.to_json()["tasks"]["entails"]["kept"]["good"]) == {"units", "weights"}
+
+
+def test_a_floor_below_the_majority_label_is_said(study, tasks):
+    "What passes such a floor need not know anything."
+    plan, nothing = study.plan, pd.DataFrame({"score": [0.5]})
+    least = majority_label(tasks["entails"], "search")["score"]
+    for floor, said in ((least - 0.01, 1), (least, 0)):
+        notes = list(chapter._notes(plan, {("entails", 0): {"floor": floor}}, study.masks, nothing))
+        assert sum("lies under" in note for note in notes) == said
+
+
 def test_settings_are_checked_at_the_door(small, entails, tmp_path):
     for change, error, message in (
         (dict(kind="neuron"), UnknownName, "kind of unit"),
