@@ -199,7 +199,9 @@ def noun(hint: Any) -> str:
     if kind in _MANY:
         item = noun(inside[0]) if inside and not is_open(inside[0]) else "things"
         return f"a sequence, each of it {item}" if item.startswith(("a ", "an ")) else f"a sequence of {item}"
-    return _NOUNS.get(_name(kind)) or _with_article(_name(kind))
+    said = _NOUNS.get(_name(kind)) or _with_article(_name(kind))
+    if kind in (Mapping, dict) and inside and not is_open(inside[1]): said += f", each value of it {noun(inside[1])}"
+    return said
 
 
 def _with_article(name: str) -> str:
@@ -212,7 +214,7 @@ def described(value: Any) -> str:
     if isinstance(value, type): return f"the class {value.__name__}"
     if isinstance(value, (bool, NoneType)): return repr(value)
     if _scalar(value, "__float__"): return f"the number {value}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, dict)):
         shown = repr(value)
         return shown if len(shown) < 40 else f"a {type(value).__name__} of {len(value)}"
     known = (_NOUNS.get(k.__name__) for k in type(value).__mro__)
