@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
-from .numbers import Count, Seed, checked
+from .numbers import Count, Seed
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
@@ -21,6 +22,7 @@ __all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochr
            'said_of_empty_pairs']
 
 # %% ../../nbs/core/11_agreement.ipynb #b0d3c102
+@checked
 def fleiss_kappa(
     votes: np.ndarray,      # (…, n + 1), items kept by 0 … n of n raters
 ) -> np.ndarray:            # (…)
@@ -32,6 +34,7 @@ def fleiss_kappa(
     return np.where(undefined, np.nan, (agreed - chance) / np.where(chance < 1, 1 - chance, 1))
 
 
+@checked
 def krippendorff_alpha(
     votes: np.ndarray,      # (…, n + 1), items kept by 0 … n of n raters
 ) -> np.ndarray:            # (…)
@@ -116,6 +119,7 @@ def _raters(masks: Masks, over: str, but: str) -> Masks:
 _EQUAL = "undefined: the masks are equal"
 
 
+@checked
 def cochran(
     masks: Masks,
     over: str = "seed",
@@ -140,6 +144,7 @@ def cochran(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/core/11_agreement.ipynb #a9051197
+@checked
 def mcnemar(
     masks: Masks,
     over: str = "seed",
@@ -173,6 +178,7 @@ def _tested(b: int, c: int, exact: bool) -> dict[str, Any]:      # statistic, p,
     return dict(statistic=x, p=p, note="")
 
 
+@checked
 def holm(p: Sequence[float]) -> np.ndarray:
     "Adjust p-values for the number of tests (Holm 1979); undefined ones stay so and do not count."
     values = np.asarray(p, float)
@@ -284,6 +290,7 @@ def _empty_pairs(kept: np.ndarray) -> int:
     return empty * (empty - 1) // 2
 
 
+@checked
 def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:      # `table` as `consensus` gives it
     "Say of which tasks some pairs of masks keep nothing, a sentence each."
     rows = zip(table.iloc[:, 0], table.seeds.map(len), table.empty_pairs, strict=True)

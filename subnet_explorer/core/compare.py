@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from .doors import checked
 from .errors import SubnetError, check_names
 from .kinds import footprints
 from .mask import Mask, table
@@ -21,12 +22,14 @@ from .space import WHOLE_UNITS, Group, Space, same_space, tensors_by_kind
 __all__ = ['jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement', 'stability']
 
 # %% ../../nbs/core/10_compare.ipynb #5f0b68bc
+@checked
 def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance of two masks, 0 (equal) … 1 (disjoint); two empty masks have distance 0."
     both = overlaps(Masks([({}, a), ({}, b)])).astype(float)  # (mask, mask, tensor)
     return _distance(both[0, 1], both[0, 0] + both[1, 1] - both[0, 1], average)
 
 
+@checked
 def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance expected of random masks with the same counts, as `random_like` draws them."
     same_space(a.space, b.space, "compare")
@@ -64,6 +67,7 @@ def _shares(space: Space, kept: np.ndarray) -> np.ndarray:  # counts (…, tenso
     return kept @ together / (_sizes(space) @ together)
 
 # %% ../../nbs/core/10_compare.ipynb #3a34663e
+@checked
 def jaccard(
     masks: Masks,
     by: str,                 # label that names the masks
@@ -90,6 +94,7 @@ def jaccard(
     return out.sort_values(["a", "b"], key=lambda names: names.map(order.index), ignore_index=True)
 
 # %% ../../nbs/core/10_compare.ipynb #fc7b8240
+@checked
 def against(
     mask: Mask,
     others: Iterable[Mask],
@@ -125,6 +130,7 @@ def _counted(packed: np.ndarray, starts: np.ndarray) -> np.ndarray:      # float
     return np.add.reduceat(np.bitwise_count(packed), starts, dtype=np.int64).astype(float)
 
 # %% ../../nbs/core/10_compare.ipynb #fb287839
+@checked
 def overlap(
     masks: Masks,
     by: str,                       # label to compare, e.g. the task
@@ -162,6 +168,7 @@ def _paired(masks: Masks, by: str, over: str) -> Iterator[dict[str, object]]:
                 yield dict(kind=kind, a=x, b=y, shared=shared[i, j], chance=chance)
 
 # %% ../../nbs/core/10_compare.ipynb #886987bc
+@checked
 def survival_table(
     masks: Masks,
     over: str = "seed",
@@ -207,6 +214,7 @@ def _cell_names(space: Space) -> pd.DataFrame:      # kind, layer, role, unit
     return pd.DataFrame(rows)
 
 # %% ../../nbs/core/10_compare.ipynb #e2aaf3b1
+@checked
 def placement(masks: Mask | Masks) -> pd.DataFrame:      # layer, matrix, head, size, kept, density
     "Kept weights by layer, matrix and attention head (from 1; 0: the whole matrix), mean over masks."
     every = [masks] if isinstance(masks, Mask) else aligned(masks, "place")[0]
@@ -247,6 +255,7 @@ def _pieces(
             yield matrix, head + 1, [b.take(run, f.axis) for b in bits]
 
 # %% ../../nbs/core/10_compare.ipynb #c3568eec
+@checked
 def stability(
     scores: Mapping[int, Scores],      # number of examples → scores found with them
     density: float = 0.5,

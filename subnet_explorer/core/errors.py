@@ -89,8 +89,10 @@ def _meant(name: str, known: list[str]) -> str:
     return f"{question}Known: {shown or 'none'}."
 
 # %% ../../nbs/core/00_errors.ipynb #94f4eded
-def check_fraction(value: float, name: str) -> None:
-    "Raise `SubnetError` unless `value` lies in 0…1."
-    if 0 <= value <= 1: return
-    hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
-    raise SubnetError(f"{name} is a fraction between 0 and 1, got {value}{hint}.")
+def check_fraction(value: float, name: str, inside: bool = False) -> None:
+    "Raise `SubnetError` unless `value` lies in 0…1, or with `inside` strictly between them."
+    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if number and (0 < value < 1 if inside else 0 <= value <= 1): return
+    hint = f"; did you mean {value / 100:g}?" if number and 5 <= value <= 100 else "."
+    where = "lies strictly between 0 and 1" if inside else "is a fraction between 0 and 1"
+    raise SubnetError(f"{name} {where}, got {value if number else repr(value)}{hint}")

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .doors import checked
 from .errors import SubnetError
-from .numbers import Count, Seed, checked
+from .numbers import Count, Seed
 
 # %% auto #0
 __all__ = ['resampled', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
@@ -85,6 +86,7 @@ def _check_groups(groups: Sequence[np.ndarray], weights: Sequence[np.ndarray] | 
         raise SubnetError("there must be one weight above 0 for each item of each group.")
 
 # %% ../../nbs/core/12_intervals.ipynb #740b67bc
+@checked
 def student_interval(
     values: Sequence[float],      # independent, one per seed say
     level: float = 0.95,
@@ -100,6 +102,7 @@ def student_interval(
     return dict(n=n, mean=mean, std=std, low=float(mean - half), high=float(mean + half))
 
 # %% ../../nbs/core/12_intervals.ipynb #c6734bf9
+@checked
 def defined_interval(
     values: Sequence[float],      # NaN and infinities are undefined
     level: float = 0.95,
@@ -110,11 +113,13 @@ def defined_interval(
     return {**student_interval(x[known], level), "undefined": int((~known).sum())}
 
 
+@checked
 def left_out(undefined: int, what: str = "score") -> str:
     "Say how many undefined values were left out; nothing if there are none."
     return f"{undefined} undefined {what}{'s' * (undefined > 1)} left out" if undefined else ""
 
 # %% ../../nbs/core/12_intervals.ipynb #b5a15f33
+@checked
 def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:      # r, p, n, note
     "Pearson's correlation of two columns; `nan` with a note where one of them is constant."
     from scipy.stats import pearsonr

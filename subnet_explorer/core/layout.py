@@ -13,8 +13,8 @@ from typing import Any
 from .errors import HiddenWeights, LayerRange, SubnetError, UnknownFamily
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'unwrap', 'body_of', 'named_tensors', 'family_of', 'is_causal', 'layer_indices',
-           'layer_text', 'Layout', 'layout_of', 'plain_module', 'family_table']
+__all__ = ['FAMILIES', 'ROLES', 'follow_path', 'unwrap', 'body_of', 'named_tensors', 'family_of', 'is_causal', 'no_model',
+           'layer_indices', 'layer_text', 'Layout', 'layout_of', 'plain_module', 'family_table']
 
 # %% ../../nbs/core/01_layout.ipynb #81f42119
 _BERT = dict(
@@ -94,7 +94,7 @@ _PROMPT = (
 def body_of(model: Any) -> Any:
     "The encoder or decoder inside a model with a head; raise `UnknownFamily` if this is no model."
     base = getattr(unwrap(model), "base_model", None)
-    if base is None: raise UnknownFamily(_no_model(model))
+    if base is None: raise UnknownFamily(no_model(model))
     return unwrap(base)
 
 
@@ -110,7 +110,7 @@ def family_of(model: Any) -> str:
     "Name the family of a model, by type or by structure; raise `UnknownFamily` if there is none."
     model = unwrap(model)
     base, config = body_of(model), getattr(model, "config", None)
-    if config is None: raise UnknownFamily(_no_model(model))
+    if config is None: raise UnknownFamily(no_model(model))
     kind = getattr(config, "model_type", "?")
     missing = {}
     for name in [kind] if kind in FAMILIES else FAMILIES:
@@ -137,7 +137,7 @@ def is_causal(model: Any) -> bool:
     return any(word in type(unwrap(model)).__name__ for word in ("CausalLM", "LMHead"))
 
 # %% ../../nbs/core/01_layout.ipynb #87ceb40a
-def _no_model(found: Any) -> str:
+def no_model(found: Any) -> str:
     "What to do where a transformers model was expected."
     what, advice = _advice(found)
     needed = "a transformers model is needed, with its base_model and its config"

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from .bits import Bits, draw, pack, quantile_bins, shuffled_within, split_by_group
+from .doors import checked
 from .errors import SubnetError, check_fraction, check_names
 from .files import download, mask_bytes, read_mask_file, upload, write_mask_file
 from .kinds import blocks_to_weights, share_kept, space_to, units_to_weights
 from .layout import layer_text
-from .numbers import Count, Seed, checked
+from .numbers import Count, Seed
 from .space import WHOLE_UNITS, Group, Space, same_space
 
 # %% auto #0
@@ -75,6 +76,7 @@ def _combine(
     return Mask(left.space, tuple(packed), {"operation": sign, "parents": [left.id, right.id]})
 
 # %% ../../nbs/core/06_mask.ipynb #1bb359ca
+@checked
 class Mask(CoordinateSet):
     "A subnetwork: one bit per coordinate of a `Space` (1 = kept)."
 

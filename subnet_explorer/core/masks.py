@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .doors import checked
 from .errors import SubnetError, check_names
 from .mask import Mask, load_mask
 from .scores import Scores
@@ -64,6 +65,7 @@ class MaskList:
         return f"Masks({len(self)}: {axes or 'no labels'})"
 
 # %% ../../nbs/core/08_masks.ipynb #bb3947f5
+@checked
 class Masks(MaskList):
     "A labelled collection of masks over one space."
 

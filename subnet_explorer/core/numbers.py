@@ -14,14 +14,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any
 
 from .errors import SubnetError
 
 # %% auto #0
-__all__ = ['Count', 'Natural', 'Seed', 'Seeds', 'Positive', 'Weight', 'Share', 'SomeShare', 'PartShare', 'F', 'Bounds',
-           'Distinct', 'bounds_said', 'is_allowed', 'check_number', 'types_of', 'has_bounds', 'checked', 'check_values',
-           'bounded']
+__all__ = ['Count', 'Natural', 'Seed', 'Seeds', 'Positive', 'Weight', 'Share', 'SomeShare', 'PartShare', 'Bounds', 'Distinct',
+           'bounds_said', 'is_allowed', 'check_number', 'types_of', 'has_bounds', 'check_values', 'bounded']
 
 # %% ../../nbs/core/15_numbers.ipynb #e1cac7e5
 @dataclass(frozen=True)
@@ -178,31 +177,6 @@ def has_bounds(kind: Any) -> bool:
     return any(has_bounds(inside) for inside in typing.get_args(kind))
 
 # %% ../../nbs/core/15_numbers.ipynb #631276d7
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def checked(function: F) -> F:
-    "Let a function, or a class, refuse numbers that its signature does not allow."
-    if isinstance(function, type):
-        setattr(function, "__init__", checked(vars(function)["__init__"]))  # noqa: B010
-        return function
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def run(*given: Any, **named: Any) -> Any:
-        _check_given(function, signature, given, named)
-        return function(*given, **named)
-
-    return cast(F, run)
-
-
-def _check_given(function: Any, signature: inspect.Signature, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    "Check the numbers of a call; one that does not fit the signature is left to Python."
-    try: arguments = signature.bind_partial(*given, **named).arguments
-    except TypeError: return
-    check_values(function, arguments)
-
-
 def check_values(function: Callable[..., Any], values: Mapping[str, Any], what: str = "") -> None:
     "Raise `SubnetError` for numbers, by name of a parameter, that a function does not take."
     for name, kind in bounded(function).items():

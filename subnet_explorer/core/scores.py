@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .bits import check_arrays
+from .doors import checked
 from .errors import SubnetError, check_fraction, check_names
 from .mask import Mask
 from .space import Group, Space, same_space
@@ -24,6 +25,7 @@ from .space import Group, Space, same_space
 __all__ = ['Scores', 'kth', 'top_k']
 
 # %% ../../nbs/core/07_scores.ipynb #bd26dd42
+@checked
 @dataclass(frozen=True, eq=False)
 class Scores:
     "A float per coordinate of a `Space`; higher means more worth keeping."

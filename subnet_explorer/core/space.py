@@ -28,6 +28,7 @@ from subnet_explorer.core.layout import (
     unwrap,
 )
 
+from .doors import checked
 from .errors import HiddenWeights, SpaceMismatch, SubnetError, check_names
 
 # %% auto #0
@@ -134,6 +135,7 @@ class Groups:
         return sum(g.size for g in self.groups)
 
 # %% ../../nbs/core/02_space.ipynb #fcec5d25
+@checked
 @dataclass(frozen=True)
 class Space(Groups):
     "Ordered coordinates a mask can have on one model."

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
+from .doors import checked
 from .errors import SubnetError
 from .files import add_line, atomic_write, no_such, read_json, reading, remove
 from .formats import read_masks
@@ -161,6 +162,7 @@ def _snapshots(record: Record) -> dict[int, Mask | Path]:
         "started.")
 
 # %% ../../nbs/core/14_store.ipynb #67d89ad6
+@checked
 class Run(Record):
     "One search, in a folder or in memory."
     _mask: Mask | None = None
@@ -286,6 +288,7 @@ def load_state(run: Run) -> State | None:
     return state
 
 # %% ../../nbs/core/14_store.ipynb #5f4952ae
+@checked
 class Store:
     "A folder of runs."
 

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Natural, Seed, checked
+from ..core.numbers import Count, Natural, Seed
 from .files import BadFacts, numbered_sources, parse_json, source_path
 from .templates import DETERMINER, TEMPLATES, article, filled, read_templates
 from .triples import cells, check_order, header, is_true
 
 # %% auto #0
 __all__ = ['BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'at_least', 'two_hop', 'object_id', 'too_long',
-           'answerable', 'with_start', 'encode']
+           'answerable', 'with_start', 'mask_token', 'encode']
 
 # %% ../../nbs/data/01_facts.ipynb #9ee87288
 class BadPrompt(BadFacts):
@@ -65,6 +66,7 @@ def _warn_of_earlier(name: str, now: str) -> None:
     warnings.warn(f"Fact.{name} is called Fact.{now} now.", DeprecationWarning, stacklevel=3)
 
 # %% ../../nbs/data/01_facts.ipynb #e07c3d58
+@checked
 @dataclass(frozen=True)
 class Facts:
     "A sequence of facts."
@@ -354,7 +356,7 @@ def _overlap(relation: str, train: Sequence[Fact], test: Sequence[Fact]) -> dict
 def split(
     facts: Facts,
     seed: Seed = 0,
-    shares: tuple[int, int, int] = (7, 2, 1),      # train : development : test
+    shares: tuple[Count, Count, Count] = (7, 2, 1),      # train : development : test
 ) -> Split:
     "Split every relation at random; raise `BadFacts` when one has too few facts for three parts."
     if len(shares) != 3 or not all(isinstance(n, int) and n > 0 for n in shares):
@@ -469,6 +471,7 @@ def too_long(tok: Any, fact: Fact) -> bool:
     return len(tok(fact.prompt.replace("[MASK]", tok.mask_token or "")).input_ids) > tok.model_max_length
 
 # %% ../../nbs/data/01_facts.ipynb #0e84c5f7
+@checked
 def answerable(
     facts: Facts,
     tok: Any,                 # tokenizer
@@ -514,6 +517,14 @@ def with_start(tok: Any, ids: list[int]) -> list[int]:
     return ids[:tok.model_max_length]
 
 
+def mask_token(tok: Any) -> str:
+    "The mask token of a tokenizer; raise `BadFacts` if it has none."
+    if tok.mask_token is not None: return tok.mask_token
+    raise BadFacts(
+        f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model: "
+        "take the tokenizer that came with the model, model, tok = load(…).")
+
+
 def encode(
     tok: Any,                         # tokenizer
     fact: Fact,
@@ -530,9 +541,7 @@ def encode(
     if causal:
         ids = with_start(tok, _ids_before_mask(tok, fact.prompt))
         return ids, len(ids) - 1, answer
-    if tok.mask_token is None:
-        raise BadFacts(f"{type(tok).__name__} has no mask token, so this tokenizer belongs to no masked model.")
-    ids = tok(fact.prompt.replace("[MASK]", tok.mask_token)).input_ids
+    ids = tok(fact.prompt.replace("[MASK]", mask_token(tok))).input_ids
     return ids, ids.index(tok.mask_token_id), answer
 
 

@@ -10,8 +10,9 @@ import zlib
 from functools import cache
 from typing import Any, NamedTuple
 
+from ..core.doors import checked
 from ..core.errors import check_names
-from ..core.numbers import Natural, Seed, checked
+from ..core.numbers import Natural, Seed
 from .pocket import pocket_rows, training_wordings
 
 # %% auto #0

@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ..core.doors import checked
 from ..core.errors import check_names
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, Seed
 from .facts import Fact, Facts, read_facts
 from .files import BadFacts, numbered_lines, source_path
 from .templates import DETERMINER, TEMPLATES, article, checked_template, filled
@@ -26,6 +27,7 @@ __all__ = ['FORMATS', 'IN_TARGET', 'concept', 'triple', 'wordings', 'neighbourho
            'read_graph']
 
 # %% ../../nbs/data/02_graphs.ipynb #8f778485
+@checked
 def concept(words: str) -> str:
     "Spell a subject or object as it is compared: lower case, single spaces, no article."
     words = " ".join(words.lower().split())
@@ -35,6 +37,7 @@ def concept(words: str) -> str:
 _Triple = tuple[str, str, str]      # relation, subject, object
 
 
+@checked
 def triple(fact: Fact) -> _Triple:
     "Tell what a fact states, in whatever wording and case, the subject with whatever article."
     return fact.relation.lower(), concept(fact.subject), " ".join(fact.object.lower().split())
@@ -123,6 +126,7 @@ def _check_formats(formats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
     return found
 
 # %% ../../nbs/data/02_graphs.ipynb #6119a190
+@checked
 def wordings(
     facts: Facts,
     formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object}; None: FORMATS,
@@ -218,6 +222,7 @@ IN_TARGET = "stated by the target"
 "Why `disjoint` leaves a fact out, as `.skipped` counts it."
 
 
+@checked
 def shared_triples(target: Facts, control: Facts) -> Facts:
     "Take the facts of `control` whose triple `target` states, too, in whatever wording."
     told = set(map(triple, target))
@@ -225,6 +230,7 @@ def shared_triples(target: Facts, control: Facts) -> Facts:
     return replace(control, items=items, name=f"{control.name}/overlap", skipped={})
 
 
+@checked
 def disjoint(target: Facts, control: Facts) -> Facts:
     "Take the control without the target's triples; raise `BadFacts` if nothing is left."
     shared = shared_triples(target, control).items
@@ -347,6 +353,7 @@ def _is_a(subject: str, object: str) -> Fact:
     return Fact("IsA", subject, object, prompt, uuid)
 
 # %% ../../nbs/data/02_graphs.ipynb #ac96b93b
+@checked
 def read_graph(
     source: str | Path,          # "pocket", "wordnet", or whatever `read_facts` reads
     causal: bool = True,         # only wordings that a causal model can be asked

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.numbers import Count, Seed, Share, checked
+from ..core.numbers import Count, Seed, Share
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, LabelTask, read_glue
 
@@ -41,6 +42,7 @@ def alone(source: str | Path) -> bool:
     return not bare.startswith("datasets:") and bare != "pocket" and squad_files(source)["dev"] is None
 
 # %% ../../nbs/data/07_parts.ipynb #9ac09d6d
+@checked
 @dataclass(frozen=True)
 class TaskData:
     "Sentences to learn a task from, to prune on, and to report on."

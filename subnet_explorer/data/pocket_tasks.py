@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Count, Natural, Seed, checked
+from ..core.numbers import Count, Natural, Seed
 from .grammar import PARTS, WORDS, Word, draw_words, part_of
 from .pocket import WORDINGS, pocket_rows, training_wordings
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from .files import dataset_parts, file_text, parse_json, source_path
 from .tables import Labelled, LabelTask
@@ -48,6 +49,7 @@ SQUAD = LabelTask("SQuAD", ("question",), ("context",), ("answers",), metrics=("
 "How questions about a text are laid out and scored."
 
 
+@checked
 @dataclass(frozen=True)
 class Questions(Labelled):
     "Questions, each with a text in which its answer stands."
@@ -72,6 +74,7 @@ MISPLACED = ("raise", "move", "drop")
 "What can be done about answers that do not stand at their offset."
 
 
+@checked
 def read_squad(
     source: str | Path,              # "pocket", a .json[.gz] file, two with a comma, a folder,
                                      # or "datasets:NAME"; perhaps with "squad:" before it

@@ -14,8 +14,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Count, Natural, Seed, checked
+from ..core.numbers import Count, Natural, Seed
 from .files import Reading, dataset_parts, file_text, source_path, text_lines
 
 # %% auto #0
@@ -31,6 +32,7 @@ class BadSentences(SubnetError):
     """
 
 
+@checked
 @dataclass(frozen=True)
 class Sentence:
     "The syntactic words of a sentence and their annotation; raise `BadSentences` if its heads are no tree."
@@ -86,6 +88,7 @@ _Rows = list[tuple[int, dict[str, Any]]]      # number of the line, columns of t
 _Reader = Callable[[bool], tuple[_Rows, str]]      # whether heads are read -> rows of a sentence, where they are from
 
 
+@checked
 def read_conllu(
     source: str | Path,        # CoNLL-U text, the path of a file, "pocket", "pocket-gaps",
                                # or "datasets:NAME[/CONFIG]"
@@ -323,6 +326,7 @@ SCHEMES = ("IOB1", "IOB2", "BIOES")
 _Tagged = tuple[list[int], list[str], list[str]]      # numbers of lines, words, labels of a sentence
 
 
+@checked
 def read_ner(
     source: str | Path,        # the text itself, the path of a file (possibly .gz), "pocket",
                                # "pocket-gaps", or "datasets:NAME[/CONFIG]" with tokens and ner_tags

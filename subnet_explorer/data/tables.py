@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Natural, Seed, checked
+from ..core.numbers import Natural, Seed
 from ..core.space import digest
 from .files import numbered_lines, numbered_sources, parse_json, source_path
 
@@ -73,6 +74,7 @@ GLUE: dict[str, LabelTask] = {task.name: task for task in _GLUE}
 "The tasks of GLUE by name."
 
 # %% ../../nbs/data/05_tables.ipynb #9d282112
+@checked
 @dataclass(frozen=True)
 class Labelled:
     "Sentences or pairs of sentences with labels."
@@ -131,6 +133,7 @@ def _kinds(data: Labelled) -> str:
     return ", ".join(f"{label}: {n:,}" for label, n in sorted(counts.items()))
 
 # %% ../../nbs/data/05_tables.ipynb #f1bd7c2c
+@checked
 def read_glue(
     source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv,
                                      # or "datasets:NAME[/CONFIG]"
@@ -355,6 +358,7 @@ class BadChoices(SubnetError):
     """
 
 
+@checked
 def read_choices(
     source: str | Path,           # a .jsonl file of CommonsenseQA or COPA, a .tsv file of ARCT, perhaps with .gz
 ) -> list[dict[str, Any]]:        # question, choices, label, id[, concept][, kind]

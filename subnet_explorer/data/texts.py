@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import check_names
 from ..core.files import atomic_write, read_json, reading, writing
 from ..core.space import digest
@@ -64,6 +65,7 @@ def markup_of(source: str | Path, tok: Any = None) -> Markup:
     return Markup(bare, "[UNK]" if tok is None else tok.unk_token or "<unk>")
 
 # %% ../../nbs/data/03_texts.ipynb #cc6efb43
+@checked
 def read_texts(
     source: str | Path,           # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]";
                                   # perhaps with "wikitext:" before it
@@ -134,6 +136,7 @@ def _rows(name: str, part: str) -> Iterator[str]:
         for text in rows[i:i + 1000]["text"]: yield from text_lines("" if text is None else str(text))
 
 # %% ../../nbs/data/03_texts.ipynb #f7b4e2c4
+@checked
 @dataclass(frozen=True, eq=False)
 class Blocks:
     "Running text as token ids, cut into blocks of equal size."
@@ -197,6 +200,7 @@ def release(ids: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 # %% ../../nbs/data/03_texts.ipynb #49374787
+@checked
 def blocks(
     tok: Any,                     # tokenizer
     texts: Iterable[str],
@@ -303,6 +307,7 @@ def _coding(tok: Any) -> str:
     return digest({k: v for k, v in rules.items() if k not in _LEFT_BY_CALLS}, 64)
 
 # %% ../../nbs/data/03_texts.ipynb #1644b66c
+@checked
 def read_blocks(
     tok: Any,                          # tokenizer
     source: str | Path,                # as in `read_texts`; lines are joined

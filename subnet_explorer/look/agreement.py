@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..core.compare import survival_table
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.masks import Masks
 from .figure import Figure, add_heat, check_drawable, color_axis, set_layout
@@ -21,6 +22,7 @@ from .style import PALETTE, safe_text
 __all__ = ['jaccard', 'survival', 'overlap', 'consensus']
 
 # %% ../../nbs/look/04_agreement.ipynb #2182d57a
+@checked
 def jaccard(
     table: pd.DataFrame,      # columns a, b, distance, chance
     title: str = "Jaccard distance",
@@ -57,6 +59,7 @@ def _empties(pairs: pd.DataFrame) -> str:
     return f" Of {n} of {len(pairs)} pairs both masks keep nothing, at distance 0." if n else ""
 
 # %% ../../nbs/look/04_agreement.ipynb #fd223c36
+@checked
 def survival(
     masks: Masks | pd.DataFrame,      # or what `compare.survival_table` made of them
     over: str = "seed",               # a label of the masks
@@ -135,6 +138,7 @@ def _plus_minus(std: np.ndarray) -> np.ndarray:
     return np.vectorize(lambda v: "" if np.isnan(v) else f"± {v:.2f}", otypes=[str])(std)
 
 # %% ../../nbs/look/04_agreement.ipynb #dd009a90
+@checked
 def overlap(
     table: pd.DataFrame,          # columns kind, a, b, mean, std, chance
     kind: str = "head",           # of the units that are counted
@@ -188,6 +192,7 @@ _PANELS = {      # column and its chance value
 }
 
 
+@checked
 def consensus(
     table: pd.DataFrame,      # what `compare.consensus` gives: a row per task
     title: str = "Agreement between seeds",

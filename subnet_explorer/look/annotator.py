@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
 from ..measure.maps import ATTENTION_PATTERNS, BadLabels, check_map, picture, read_labels
@@ -24,6 +25,7 @@ from .views import Piece
 __all__ = ['HEADER', 'Annotator', 'annotator_figure']
 
 # %% ../../nbs/look/14_annotator.ipynb #517e51ea
+@checked
 class Annotator(Piece):
     "Label attention maps with the keyboard."
 
@@ -37,8 +39,7 @@ class Annotator(Piece):
         seed: int | None = None,                            # order of presentation; None: as given
     ) -> None:
         super().__init__(lambda: _annotator_box(self), lambda: annotator_figure(self))
-        numbered = [f"{i + 1:04d}" for i in range(len(maps))]
-        self.ids = numbered if ids is None else list(map(str, ids))
+        self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))
         self.maps = [check_map(m, i) for m, i in zip(maps, self.ids, strict=False)]
         self.to, self.tokens, self.texts = Path(to), tokens, texts
         _check_parts(maps, self.ids, tokens, texts)
@@ -159,6 +160,7 @@ def _image(a: Annotator) -> bytes:      # PNG
     return picture([a.maps[i]], [a.ids[i]], [a.tokens[i]] if a.tokens else None, inches=4.5)
 
 
+@checked
 def annotator_figure(a: Annotator) -> Figure:
     "Draw the map that an annotator shows; raise `SubnetError` at the end."
     i = a.current

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from .explorer import Explorer, heat
 from .figure import print_figure
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ['Jobs', 'MOST_PICKED', 'App', 'explore']
 
 # %% ../../nbs/look/13_app.ipynb #3ef311e1
+@checked
 class App(Explorer):
     "An `Explorer` with a face."
     _box: Any = None
@@ -59,6 +61,7 @@ class App(Explorer):
     def _ipython_display_(self) -> None: show_widget(self)
 
 
+@checked
 def explore(
     masks: Any,                                     # Masks, a Mask, masks by name, a Store, or a folder
     model: nn.Module | tuple[nn.Module, Any] | None = None,      # with its tokenizer; None: masks alone

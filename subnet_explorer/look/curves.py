@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import defined_interval, interval, left_out
 from .figure import Figure, check_drawable, set_layout
@@ -52,6 +53,7 @@ def _ends(row: pd.Series, digits: str) -> str:
     return f" ({row['low']:{digits}} to {row['high']:{digits}})"
 
 # %% ../../nbs/look/05_curves.ipynb #8a8a395e
+@checked
 def bars(
     table: pd.DataFrame,              # columns condition, value, and if known low, high
     colour: str | None = None,        # column that tells bars of one condition apart
@@ -90,6 +92,7 @@ STAGES = {"pruned": "#9CCBE8", "retrained": "#0072B2", "full": "#E8E8E8"}
 "Colours of the stages, light and dark in greyscale, too."
 
 
+@checked
 def tickets(
     table: pd.DataFrame,             # columns task, seed, kind, stage (of `STAGES`), score
     title: str = "Subnetworks, pruned and retrained",
@@ -237,6 +240,7 @@ def _add_seeds(
     ), **where)
 
 # %% ../../nbs/look/05_curves.ipynb #ffe87844
+@checked
 def removal(
     table: pd.DataFrame,             # columns under, data, ratio, and if known low, high
     title: str = "What is left without the subnetwork",
@@ -298,14 +302,14 @@ def _add_ratios(
     else: fig.update_xaxes(type="linear", dtick=None, title_text="× full model", **where)
 
 # %% ../../nbs/look/05_curves.ipynb #332f3ac3
+@checked
 def pareto(
     table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits; low, high
     title: str = "Score against complexity",
     label: str = "score",            # of the vertical axis
 ) -> Figure:
     "Draw the score of probes against their complexity in bits."
-    needed = ["probe", "granularity", "lam", "rank", "score", "bits"]
-    check_names(needed, table.columns, "column")
+    check_names(["probe", "granularity", "lam", "rank", "score", "bits"], table.columns, "column")
     _check_scores(table, ["score", "bits"])
     bounds = table.probe.isin(["linear", "finetune"])
     sized, fig = table[table.bits.gt(0) & ~bounds], go.Figure()
@@ -344,6 +348,7 @@ def _variant(r: Any) -> str:
     return f"rank {r.rank}" if r.rank else ""
 
 # %% ../../nbs/look/05_curves.ipynb #83e7c6d4
+@checked
 def scatter(
     table: pd.DataFrame,             # and if known low, high: the interval of `y`
     x: str,                          # columns …
@@ -361,8 +366,7 @@ def scatter(
     if log and (points[x] <= 0).any():
         raise CannotDraw(f"cannot draw {x} on a logarithmic axis: some values are 0 or less. Give log=False.")
     base = table[table[colour] == level].dropna(subset=[y])
-    if points.empty:
-        raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
+    if points.empty: raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
     across, up = labels or (x, y)
     fig = go.Figure()
     for i, (name, rows) in enumerate(points.groupby(colour, sort=False)):
@@ -386,6 +390,7 @@ def scatter(
     return Figure(fig, table.reset_index(drop=True), f"{title or f'{up} against {across}'}. {said}.")
 
 # %% ../../nbs/look/05_curves.ipynb #a41ae0d2
+@checked
 def curves(
     metrics: pd.DataFrame | Mapping[str, pd.DataFrame],      # columns step, loss, …; or several by name
     title: str = "Search",
@@ -415,6 +420,7 @@ def curves(
     return Figure(fig, data, f"{title} over {data.step.max()} steps. {'; '.join(said)}.")
 
 # %% ../../nbs/look/05_curves.ipynb #9fea862f
+@checked
 def tradeoff(
     curves: pd.DataFrame,            # columns seed, step, sparsity, chosen, and a ratio for each data set
     title: str = "Trade-off over the search",

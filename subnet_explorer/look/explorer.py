@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from . import models
 from .agreement import consensus as consensus_figure
 from .figure import Figure, View, set_layout

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.doors import checked
 from ..core.files import atomic_write
 from .paper import CannotDraw, print_plotly
 from .style import plain_text, safe_text
@@ -42,6 +43,7 @@ POLICY = (
 )
 
 
+@checked
 def html_page(
     title: str,
     body: str,               # HTML
@@ -58,6 +60,7 @@ def html_page(
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
 
 
+@checked
 def html_card(
     body: str,               # HTML
     alt: str | None = None,  # what it shows, in words
@@ -67,6 +70,7 @@ def html_card(
     return f'<figure class="paper" tabindex="0">{body}</figure>'
 
 # %% ../../nbs/look/02_figure.ipynb #f51e613d
+@checked
 @dataclass(frozen=True, repr=False)
 class View:
     "A piece of HTML that needs nothing else."
@@ -87,6 +91,7 @@ class View:
     def __repr__(self) -> str: return f"View: {self.alt}"
 
 # %% ../../nbs/look/02_figure.ipynb #a7091b17
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Figure:
     "A plotly figure with its data and a description in words."
@@ -113,6 +118,7 @@ class Figure:
     def __repr__(self) -> str: return f"Figure: {self.alt}"
 
 
+@checked
 def html_figure(
     fig: Figure,
     name: str = "",          # unique in the page; "": made from the values
@@ -125,7 +131,8 @@ def html_figure(
     )
     return f'<div role="figure" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
 
-
+# %% ../../nbs/look/02_figure.ipynb #cae36cd6
+@checked
 def print_figure(
     fig: Figure,
     kind: str,               # "svg", "png" or "pdf"
@@ -134,6 +141,7 @@ def print_figure(
     return print_plotly(fig.plotly, fig.alt, kind)
 
 # %% ../../nbs/look/02_figure.ipynb #872890cf
+@checked
 def check_drawable(
     values: Any,             # an array, or columns of a table
     what: str,               # what they are, for the message
@@ -152,6 +160,7 @@ def check_drawable(
     )
 
 # %% ../../nbs/look/02_figure.ipynb #11b87bb7
+@checked
 def set_layout(
     fig: go.Figure,
     title: str,
@@ -167,6 +176,7 @@ def set_layout(
     return fig
 
 
+@checked
 def color_axis(
     low: float,
     high: float,
@@ -178,6 +188,7 @@ def color_axis(
     return dict(colorscale="Cividis", cmin=low, cmax=high, colorbar=bar)
 
 # %% ../../nbs/look/02_figure.ipynb #09e5b7a5
+@checked
 def add_heat(
     fig: go.Figure,                       # with a colour axis
     grid: pd.DataFrame,                   # values; labels in index and columns

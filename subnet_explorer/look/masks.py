@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -34,6 +35,7 @@ UNIT_NAMES = {
 }
 
 # %% ../../nbs/look/03_masks.ipynb #0f906a6f
+@checked
 def cells(
     mask: Mask | Scores,
 ) -> pd.DataFrame:           # columns layer, part, value, size; layers and an embedding by name
@@ -58,6 +60,7 @@ def _rows(group: Group, mask: Mask | Scores, mean: float) -> list[dict[str, Any]
     return [dict(layer=layer, part=part, value=mean, size=group.size)]
 
 
+@checked
 def by_layer(
     cells: pd.DataFrame,
 ) -> pd.DataFrame:           # (layer, part)
@@ -68,6 +71,7 @@ def by_layer(
     return pd.DataFrame(grid, pd.Index(layers, name="layer"), pd.Index(parts, name="part"))
 
 # %% ../../nbs/look/03_masks.ipynb #5463a3ed
+@checked
 def density(
     mask: Mask | Scores,
     title: str | None = None,
@@ -97,6 +101,7 @@ def _scale(data: pd.DataFrame) -> tuple[float, float]:
     return (0, 1) if data.value.between(0, 1).all() else (data.value.min(), data.value.max())
 
 # %% ../../nbs/look/03_masks.ipynb #98c1dd6e
+@checked
 def densities(
     masks: Mapping[str, Mask | Scores],      # by name, of one space
     title: str = "Share kept",
@@ -125,6 +130,7 @@ def densities(
     return Figure(fig, data, f"{title}. {about}Heat-maps of {sizes}; {label} on average: {means}.")
 
 # %% ../../nbs/look/03_masks.ipynb #bab7adc3
+@checked
 def importance(
     scores: Scores,
     remove: int | None = None,        # how many go next; None: a tenth of all units, as published
@@ -191,6 +197,7 @@ def _histogram(counts: pd.DataFrame, cut: float, title: str, units: str) -> go.F
     return fig.update_layout(margin_r=250)
 
 # %% ../../nbs/look/03_masks.ipynb #5d25c8c4
+@checked
 def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",

@@ -18,6 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..measure.attention import from_mask
 from ..measure.maps import check_maps
@@ -29,6 +30,7 @@ from .style import is_dark, safe_text, shades, style
 __all__ = ['UNPACKED', 'predictions', 'tsne', 'patterns', 'mask_attention', 'attention', 'attention_pair']
 
 # %% ../../nbs/look/06_models.ipynb #1bb5d0fa
+@checked
 def predictions(
     table: pd.DataFrame,          # columns under, rank, token, probability
     title: str = "Top predictions",
@@ -60,6 +62,7 @@ def predictions(
     return Figure(fig, data, f"{title}. {'; '.join(said)}.")
 
 # %% ../../nbs/look/06_models.ipynb #bd9ba42f
+@checked
 def tsne(
     points: pd.DataFrame,          # columns x, y and those named below; of few points, sub and obj are shown
     colour: str = "relation",      # a colour and marker for each of its values
@@ -93,8 +96,7 @@ def tsne(
     legend = dict(title_text=safe_text(colour), tracegroupgap=0)
     set_layout(fig, title, width, height, legend=legend)
     bare = dict(showticklabels=False, ticks="", mirror=True)
-    fig.update_xaxes(**bare).update_yaxes(**bare)
-    fig.update_layout(margin=dict(l=30, b=30))
+    fig.update_xaxes(**bare).update_yaxes(**bare).update_layout(margin=dict(l=30, b=30))
     alt = (
         f"{title}: {len(points)} points in {len(panels)} panels ({', '.join(map(str, panels))}), "
         f"coloured by {colour} ({', '.join(map(str, groups))}). {_neighbours(points, colour, facet)}"
@@ -119,6 +121,7 @@ def _same_colour(rows: pd.DataFrame, colour: str) -> float:
     return (colours == colours[nearest]).mean()
 
 # %% ../../nbs/look/06_models.ipynb #45b34654
+@checked
 def patterns(
     table: pd.DataFrame,             # columns pattern, share (0…1), and `by`
     by: str | None = None,           # one bar per value of this column
@@ -184,6 +187,7 @@ def _patterns_said(data: pd.DataFrame, group: str) -> str:
     return "; ".join(said)
 
 # %% ../../nbs/look/06_models.ipynb #eea70429
+@checked
 def mask_attention(
     maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
     title: str | None = None,                              # None: says from where
@@ -242,6 +246,7 @@ def _most_attended(grid: pd.DataFrame) -> str:
     return ", ".join(f"{grid.columns[j]} {mean[j]:.2f}" for j in np.argsort(-mean)[:3])
 
 # %% ../../nbs/look/06_models.ipynb #a288ada4
+@checked
 def attention(
     maps: np.ndarray,                         # (layer, head, token, token)
     tokens: list[str],
@@ -252,20 +257,20 @@ def attention(
     return attention_pair({name: (maps, tokens)}, layers)
 
 
+@checked
 def attention_pair(
     maps: Mapping[str, tuple[np.ndarray, list[str]]],      # by condition: maps and tokens
     layers: Sequence[int] | None = None,                   # one-based; None: all
 ) -> View:
     "Show the attention maps of several conditions side by side."
-    parts = []
     if not maps: raise SubnetError(_NO_ATTENTION)
+    parts = []
     for i, (name, (values, tokens)) in enumerate(maps.items()):
         shown = _head_view(check_maps(values, tokens, name), tokens, layers, f"view-{i}")
         parts.append(f"<section><b>{html.escape(name)}</b>{shown}</section>")
     page = "".join([_HEADER, _script("jquery.min.js"), _script("d3.min.js"), UNPACKED, _REQUIRE, *parts])
     sentences = "; ".join(f"{name}: {' '.join(tokens)}" for name, (_, tokens) in maps.items())
-    count = len(next(iter(maps.values()))[0])
-    alt = f"Attention of {count} layers, side by side: {sentences}."
+    alt = f"Attention of {len(next(iter(maps.values()))[0])} layers, side by side: {sentences}."
     height = 130 + 23 * max(len(tokens) for _, tokens in maps.values())
     inside = f'title="{html.escape(alt, quote=True)}" srcdoc="{html.escape(page, quote=True)}"'
     return View(f'<iframe {inside} style="width:100%;height:{height}px;border:0"></iframe>', alt)

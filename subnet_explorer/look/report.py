@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.files import atomic_write
 from .figure import Figure, View, html_card, html_figure, html_page
@@ -40,6 +41,7 @@ def _table(table: pd.DataFrame) -> str:
         return table.to_html(border=0, index=named, float_format="{:.3f}".format, na_rep="–")
 
 # %% ../../nbs/look/07_report.ipynb #b1d0e897
+@checked
 def report(
     path: str | Path,                                            # the .html file
     title: str,

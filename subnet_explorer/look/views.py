@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.compare import against
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.mask import Mask
-from ..core.numbers import Count, Weight, checked
+from ..core.numbers import Count, Weight
 from ..core.scores import Scores
 from ..core.space import same_space
 from .curves import curves
@@ -39,6 +40,7 @@ __all__ = ['Under', 'grid_of', 'living', 'still', 'Piece', 'show_widget', 'show'
            'Watch', 'watch']
 
 # %% ../../nbs/look/12_views.ipynb #63457b35
+@checked
 def grid_of(
     values: pd.DataFrame,                       # (layer, part), what is coloured
     title: str,
@@ -104,6 +106,7 @@ _STILL = '<table aria-label="{title}"><tr><td></td>{columns}</tr>{rows}</table><
 _STILL_CELL = '<td title="{note}" style="text-align:center;background:rgba(0,90,160,{opacity:.2f})">{text}</td>'
 
 
+@checked
 def still(grid: Mapping[str, Any]) -> str:      # what `grid_of` gives
     "Write the heat-map as plain HTML."
     columns = "".join(f"<th>{html.escape(c.removeprefix('head '))}</th>" for c in grid["columns"])
@@ -121,6 +124,7 @@ def _still_cell(value: float | None, text: str, note: str) -> str:
     return _STILL_CELL.format(note=html.escape(note, quote=True), opacity=opacity, text=html.escape(text))
 
 # %% ../../nbs/look/12_views.ipynb #eda21bf4
+@checked
 class Piece:
     "A small live view that is also a figure."
 
@@ -163,6 +167,7 @@ class Piece:
     def __repr__(self) -> str: return f"Piece: {self.alt}"
 
 # %% ../../nbs/look/12_views.ipynb #c58919ef
+@checked
 def show_widget(view: Any) -> None:      # anything with a `widget`
     "Display a view in the notebook."
     from IPython.display import display
@@ -176,6 +181,7 @@ def _board(values: pd.DataFrame, title: str, label: str) -> Any:
     return w.HTML(still(grid)) if board is None else board(grid=grid)
 
 
+@checked
 def show(mask: Mask | Scores, title: str | None = None) -> Piece:
     "Show a mask or scores as a heat-map with the numbers under the pointer."
     if isinstance(mask, Mask): label, name = "share kept", f"Mask {mask.id[:8]}, density {mask.density:.3f}"
@@ -185,6 +191,7 @@ def show(mask: Mask | Scores, title: str | None = None) -> Piece:
     return Piece(lambda: _board(by_layer(cells(mask)), name, label), lambda: density_figure(mask, name))
 
 
+@checked
 def compare_view(a: Mask, b: Mask, names: tuple[str, str] = ("a", "b")) -> Piece:
     "Show two masks and what both keep; raise `SpaceMismatch` if they do not belong together."
     same_space(a.space, b.space, "compare")
@@ -249,6 +256,7 @@ def predictions(
     return Piece(_typed("Prompt", prompt, answer), lambda: predictions_figure(now["table"], now["prompt"]))
 
 # %% ../../nbs/look/12_views.ipynb #a81a0294
+@checked
 def attention(
     model: nn.Module,
     tok: Any,

@@ -15,16 +15,18 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval
 from ..core.layout import is_causal
 from ..core.mask import Mask
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
-from ..model.sequences import Prompts, Sequences, longest
+from ..model.limits import check_head, longest
+from ..model.sequences import Prompts, Sequences
 from ..search.objectives import Context
 from .attention import token_ids
 
@@ -44,6 +46,7 @@ ONE_MASK = (
 )
 
 
+@checked
 def masks_of(condition: Condition) -> list[Mask | Scores]:
     "List every mask in a condition."
     if isinstance(condition, (Mask, Scores)): return [condition]
@@ -53,6 +56,7 @@ def masks_of(condition: Condition) -> list[Mask | Scores]:
     return [m for c in inner for m in masks_of(c)]
 
 
+@checked
 def draws_of(
     condition: Condition,
     relation: str | None = None,      # None: of what has no relation, such as a text
@@ -66,6 +70,7 @@ def draws_of(
     return [cast("Mask | Scores | None", condition)]
 
 
+@checked
 def first_block_changed_by(model: nn.Module, condition: Condition) -> int:      # zero-based
     "Find the first block that any mask can change; raise `SpaceMismatch` for masks of another model."
     spaces = {m.space.id: m.space for m in masks_of(condition)}
@@ -73,6 +78,7 @@ def first_block_changed_by(model: nn.Module, condition: Condition) -> int:      
     return max(0, min((min(space.layers) for space in spaces.values()), default=0))
 
 # %% ../../nbs/measure/00_ask.ipynb #645fbec3
+@checked
 def check_finite(
     values: torch.Tensor | np.ndarray,
     consequence: str,                       # what cannot be done, for the message
@@ -85,6 +91,7 @@ def check_finite(
     )
 
 
+@checked
 def logits_in_parts(
     prompts: Prompts,
     size: int = 256,        # prompts at a time
@@ -97,6 +104,7 @@ def logits_in_parts(
     return logits
 
 
+@checked
 def right_answers(
     prompts: Prompts,
     logits: torch.Tensor,      # (prompt, vocabulary)
@@ -108,6 +116,7 @@ def right_answers(
     return 1 + better.sum(1), logprob, better
 
 # %% ../../nbs/measure/00_ask.ipynb #884b09c1
+@checked
 def cloze(
     model: nn.Module,
     tok: Any,
@@ -121,6 +130,7 @@ def cloze(
         raise SubnetError(
             f"there is nothing to ask: {len(facts)} facts under {len(under)} conditions."
         )
+    check_head(model)
     first = first_block_changed_by(model, under)
     right, among = _right_objects(tok, known or facts), None
     if candidates:
@@ -182,6 +192,7 @@ def predictions(
         raise SubnetError(
             f"there is nothing to list: k={k} tokens under {len(under)} conditions."
         )
+    check_head(model)
     ids, position = _prompt_ids(model, tok, prompt)
     rows = []
     with evaluating(model), torch.no_grad():
@@ -197,7 +208,7 @@ def predictions(
                 rows.append(dict(under=name, rank=rank, token=word, probability=probability))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/measure/00_ask.ipynb #a4767c8e
 def _prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
     "Encode a prompt and find the position of the answer; raise `SubnetError` if there is none."
     causal, n = is_causal(model), str(prompt).count("[MASK]")
@@ -215,6 +226,7 @@ _NEVER = 10**9
 "Rank of an object that is never found."
 
 
+@checked
 def majority(
     train: Facts,                      # where objects are counted, by relation
     test: Facts,                       # questions
@@ -323,6 +335,7 @@ def _masked_premise(
     return [([*ids[:p], tok.mask_token_id, *ids[p + 1:]], p, ids[p]) for p in positions]
 
 # %% ../../nbs/measure/00_ask.ipynb #c5f211cb
+@checked
 @torch.no_grad()
 def plausibility(
     model: nn.Module,
@@ -331,6 +344,7 @@ def plausibility(
     under: Mask | Scores | None = None,
 ) -> pd.DataFrame:                               # columns score1, score2, label, choice, right
     "Choose the sentence under which the premise is predicted better."
+    check_head(model)
     if tok.mask_token_id is None:
         raise SubnetError(
             "this way of choosing masks the tokens of the premise: it needs a masked model."
@@ -382,6 +396,7 @@ class Precision:
         return {"monitor": "Precision", "facts": self.facts.fingerprint, "k": self.k}
 
 
+@checked
 @dataclass
 class Answers:
     "Mean log-probability of right answers, to be maximised, and how many come first."

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, body_of, follow_path, is_causal, layout_of, unwrap
 from ..core.mask import Mask
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..core.space import check_model
+from ..data.facts import mask_token
+from ..model.limits import longest
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,7 @@ Text = str | tuple[str, str]
 "A text, or a pair of sentences."
 
 
+@checked
 def token_ids(
     model: nn.Module,
     tok: Any,
@@ -48,10 +52,10 @@ def token_ids(
         if tok.bos_token_id is not None and ids[:1] != [tok.bos_token_id]: ids = [tok.bos_token_id, *ids]
         segments = [0] * len(ids)
     else:
-        spelled = [p.replace("[MASK]", tok.mask_token) for p in parts]
+        spelled = [p.replace("[MASK]", mask_token(tok)) if "[MASK]" in p else p for p in parts]
         coded = tok(*spelled, return_token_type_ids=True, verbose=False)
         ids, segments = coded.input_ids, coded.token_type_ids
-    most = min(getattr(unwrap(model).config, "max_position_embeddings", len(ids)), tok.model_max_length)
+    most = longest(model, tok)
     if len(ids) > most:
         which = f" (text {position}: {parts[0][:60]!r})" if position else ""
         name = type(unwrap(model)).__name__
@@ -70,6 +74,7 @@ NORMS = ("correct", "as_published")
 "Ways to norm attention."
 
 
+@checked
 def value_norms(
     values: torch.Tensor,                    # (text, token, key/value heads · head size)
     output: torch.Tensor,                    # (hidden, heads · head size)
@@ -221,14 +226,13 @@ def attention_maps(
     segments: bool = True,
 ) -> list[tuple[np.ndarray, list[str]]]:          # per text: maps (layer, head, from, to), tokens
     "Read the attention maps of many texts, in their order."
-    if isinstance(texts, str):
-        raise SubnetError("attention_maps takes a list of texts: for one text use attention.")
     out: dict[int, tuple[np.ndarray, list[str]]] = {}
     for index, maps, tokens in each_attention(model, tok, texts, under, normed, batch, segments):
         out.update(zip(index, zip(maps, tokens, strict=True), strict=True))
     return [out[i] for i in range(len(texts))]
 
 
+@checked
 def attention(
     model: nn.Module,
     tok: Any,
@@ -240,6 +244,7 @@ def attention(
     return attention_maps(model, tok, [text], under, normed)[0]
 
 # %% ../../nbs/measure/05_attention.ipynb #bbebe9b7
+@checked
 def from_mask(
     maps: np.ndarray,         # (layer, head, from, to)
     tokens: list[str],

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from ..core.scores import Scores
 from .attention import Text, each_attention
 from .maps import ATTENTION_PATTERNS, BadMap
@@ -88,6 +89,7 @@ def _too_short(text: int, tokens: list[str], least: int) -> BadMap:
     )
 
 # %% ../../nbs/measure/08_decisions.ipynb #59805800
+@checked
 def shares(
     decisions: pd.DataFrame,
     by: str | Sequence[str] = (),      # columns: layer, head, task, …; none: over everything
@@ -144,6 +146,7 @@ def _with_survival(decisions: pd.DataFrame, masks: Masks, shared: list[str]) -> 
     return joined
 
 # %% ../../nbs/measure/08_decisions.ipynb #a1bf1c5c
+@checked
 def survival_correlation(
     decisions: pd.DataFrame,               # of the full model: all heads need a row
     masks: Mask | Masks,                   # of heads; told apart by labels that are columns, too

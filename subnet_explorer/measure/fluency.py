@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +17,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, Seed
 from ..core.scores import Scores
-from ..data.facts import Facts, with_start
+from ..data.facts import Facts, mask_token, with_start
 from ..data.graphs import triple
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
-from ..model.sequences import Prompts, Sequences, block_ids, longest, row_losses
+from ..model.limits import check_head, longest
+from ..model.sequences import Prompts, Sequences, block_ids, row_losses
 from ..search.distil import MLM, Hidden
-from ..search.objectives import Context, batch_at
+from ..search.objectives import Context, Reading
 from .ask import check_finite
 
 # %% auto #0
@@ -41,7 +44,7 @@ Spots = tuple[list[int], list[int], list[int]]
 def _spots(model: nn.Module, tok: Any, text: list[int]) -> Iterator[Spots]:      # text: token ids
     "List what is predicted of a text: next tokens at once, or each token masked in turn."
     if is_causal(model):
-        yield text, list(range(len(text) - 1)), text[1:]
+        if len(text) > 1: yield text, list(range(len(text) - 1)), text[1:]
         return
     for position, token in enumerate(text):
         if token in tok.all_special_ids: continue
@@ -72,6 +75,7 @@ def _text_ids(
         yield with_start(tok, ids)[:most] if causal else ids
 
 # %% ../../nbs/measure/01_fluency.ipynb #bef1be20
+@checked
 class EncodedTexts:
     "Texts encoded for their perplexity: every token that is predicted, and where."
 
@@ -84,6 +88,8 @@ class EncodedTexts:
         first: int = 0,                   # see `Sequences`
         path: str = "auto",               # likewise
     ) -> None:
+        check_head(model)
+        if not is_causal(model): mask_token(tok)
         ids: list[list[int]] = []
         self.n = len(texts)
         self.owner: list[int] = []                                 # (sequence,) which text
@@ -95,9 +101,7 @@ class EncodedTexts:
                 self.spots.append((positions, gold))
         counts = [len(gold) for _, gold in self.spots]
         if not any(counts):
-            raise SubnetError(
-                "there is no token to predict: no text was given, or they are all empty."
-            )
+            raise SubnetError("there is no token to predict: no text was given, or they are all empty.")
         self.tokens = np.bincount(self.owner, counts, minlength=self.n).astype(int)      # (text,)
         self.sequences = Sequences(model, ids, first, path)
 
@@ -130,6 +134,7 @@ def _losses(
     return row_losses(sequences, states, cross_entropy).cpu().double().numpy()
 
 # %% ../../nbs/measure/01_fluency.ipynb #eb74c0f7
+@checked
 def text_nll(
     model: nn.Module,
     tok: Any,
@@ -143,6 +148,7 @@ def text_nll(
         with masked(model, under): return pd.DataFrame({"nll": coded.nll(), "tokens": coded.tokens})
 
 
+@checked
 def perplexity(
     model: nn.Module,
     tok: Any,
@@ -157,45 +163,39 @@ def perplexity(
 # %% ../../nbs/measure/01_fluency.ipynb #d3ed31c9
 @checked
 class HeldOut:
-    "The mean loss of a language-modelling objective over all its texts, as a function of the mask."
+    "The loss of a language-modelling objective, the mean over all its tokens, as a function of the mask."
 
     def __init__(
         self,
         model: nn.Module,
         tok: Any,
         goal: MLM | Hidden,
-        batch: Count = 32,          # texts at a time
-        seed: Seed = 0,             # of batches and masked tokens
+        batch: Count = 32,          # texts at a time; the loss does not depend on it
+        seed: Seed = 0,             # of masked tokens
     ) -> None:
-        self.model, self.n = model, len(goal.texts)
-        self.batch = min(batch, self.n)
-        self.context = Context(model, tok, 1, self.batch, seed)
+        self.model, n = model, len(goal.texts)
+        self.parts = np.array_split(np.arange(n), range(batch, n, batch))
+        self.context = Context(model, tok, 1, batch, seed, reading=Reading())
         with evaluating(model), torch.no_grad(): self.loss = goal.prepare(self.context)
 
     @torch.no_grad()
     def __call__(self, under: Mask | Scores | None = None) -> float:
-        "Give the mean loss of a text under a mask."
-        steps, ahead, losses = range(-(-self.n // self.batch)), self.context.ahead, []
-        with evaluating(self.model):
-            if not ahead:
-                with masked(self.model, under): losses = [self._sum(step) for step in steps]
-            for step in steps if ahead else ():      # what is compared with the full model runs it first
-                for look in ahead: look(step)
-                with masked(self.model, under, check=step == 0): losses.append(self._sum(step))
-        total = 0.0
-        for loss in losses: total += loss
-        if not math.isfinite(total):
-            raise SubnetError(
-                "the loss on held-out text is not finite: was the model trained to divergence?"
-            )
-        return total / self.n
-
-    def _sum(self, step: int) -> float:
-        "Loss of a batch, times its texts."
-        texts = batch_at(step, np.ones(self.n), self.batch, self.context.seed)
-        return float(self.loss(step)) * len(texts)
+        "Give the mean loss of a token under a mask."
+        ahead, reading = self.context.ahead, Reading()
+        self.context.reading = reading
+        with evaluating(self.model), nullcontext() if ahead else masked(self.model, under):
+            for k, part in enumerate(self.parts):
+                reading.begin(part)
+                for look in ahead: look(0)      # what is compared with the full model runs it first
+                with masked(self.model, under, check=k == 0) if ahead else nullcontext():
+                    total = float(self.loss(0))
+        if not all(reading.counts):
+            raise SubnetError("no token of these texts was drawn to be predicted: give more text, or a larger share.")
+        if math.isfinite(total): return total
+        raise SubnetError("the loss on held-out text is not finite: was the model trained to divergence?")
 
 # %% ../../nbs/measure/01_fluency.ipynb #ee931fd8
+@checked
 @torch.no_grad()
 def most_fluent(
     model: nn.Module,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Count, Positive, Seed, Share, checked
+from ..core.numbers import Count, Positive, Seed, Share
 from ..data.files import numbered_lines
 from ..data.pocket import pocket_path
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from ..core.scores import Scores
 from ..data.parts import TaskData
 from ..data.questions import answer_scores, normalised_answer
@@ -33,8 +34,8 @@ __all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskSc
            'entity_scores', 'majority_label']
 
 # %% ../../nbs/measure/03_metrics.ipynb #fa7384bc
-@torch.no_grad()
 @checked
+@torch.no_grad()
 def predict(
     model: nn.Module,
     head: Any,                   # a task head
@@ -62,6 +63,7 @@ def predict(
     return out.numpy()
 
 # %% ../../nbs/measure/03_metrics.ipynb #6b7ecd8f
+@checked
 @torch.no_grad()
 def accuracy(
     model: nn.Module,
@@ -82,6 +84,7 @@ def accuracy(
     return float((out.argmax(-1) == np.array(gold)).mean())
 
 # %% ../../nbs/measure/03_metrics.ipynb #d70500e9
+@checked
 def task_metrics(
     task: LabelTask,
     gold: Sequence[Any],             # labels, or numbers if the task has none; of questions, all right answers of each
@@ -140,6 +143,7 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
     return {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}
 
 # %% ../../nbs/measure/03_metrics.ipynb #c1884573
+@checked
 def task_scores(
     model: nn.Module,
     tok: Any,
@@ -176,6 +180,7 @@ def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_
     return lambda ask: head.measure([c[2] for c in coded], ask(coded))
 
 # %% ../../nbs/measure/03_metrics.ipynb #cc82a17e
+@checked
 @dataclass
 class TaskScore:
     "The score of a task on examples, to be maximised."
@@ -229,6 +234,7 @@ def _share(hits: Sequence[np.ndarray], average: str) -> float:
     return float(np.mean([float(h.mean()) for h in hits]))
 
 # %% ../../nbs/measure/03_metrics.ipynb #f2210e86
+@checked
 def tag_accuracy(
     gold: Sequence[Sequence[Any]],           # labels of each sentence
     predicted: Sequence[Sequence[Any]],
@@ -242,11 +248,12 @@ Arcs = tuple[Sequence[int], Sequence[Any]]
 "Syntactic heads and relations of the words of a sentence: `Sentence.arcs`."
 
 
+@checked
 def attachment(
     gold: Sequence[Arcs],
     predicted: Sequence[Arcs],
     average: str = "macro",               # over sentences, or over words: "micro"
-    without: Collection[Any] = (),        # gold relations of words that do not count, e.g. {"punct"}
+    without: Collection[str] = (),        # gold relations of words that do not count, e.g. {"punct"}
 ) -> dict[str, Any]:                      # score (LAS), las, uas, words, sentences
     "Give labelled and unlabelled attachment score."
     heads = _hits([g[0] for g in gold], [p[0] for p in predicted], "heads")
@@ -265,6 +272,7 @@ def attachment(
     return {"score": out["las"], **out, "words": words, "sentences": sentences}
 
 # %% ../../nbs/measure/03_metrics.ipynb #58bf7c56
+@checked
 def entity_scores(
     gold: Sequence[Sequence[str]],         # entity labels of each sentence
     predicted: Sequence[Sequence[str]],
@@ -297,6 +305,7 @@ def _set_scores(true: set[Any], said: set[Any]) -> dict[str, Any]:
     return {**scores, "gold": len(true), "found": len(said), "right": right}
 
 # %% ../../nbs/measure/03_metrics.ipynb #c0945ffd
+@checked
 def majority_label(
     data: TaskData,
     part: str = "test",      # or "search"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write
-from ..core.numbers import Count, Positive, Seed, checked
+from ..core.numbers import Count, Positive, Seed
 from ..data.pocket import pocket_path
 from .maps import ATTENTION_PATTERNS, BadLabels, BadMap, LabelledMaps, check_map
 
@@ -56,6 +57,7 @@ FITS = ("real", "published")
 "Ways to fit a map to the network."
 
 
+@checked
 def fitted(
     a: np.ndarray,             # (from, to), perhaps with padding after the real tokens
     n: int | None = None,      # real tokens; None: all
@@ -84,6 +86,7 @@ def _surrounded(a: np.ndarray, size: int) -> np.ndarray:      # (size, size)
     return np.pad(a, (room // 2, room - room // 2)) if room else a
 
 # %% ../../nbs/measure/07_patterns.ipynb #e0b63234
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class PatternCNN:
     "A network that names the pattern of attention maps."
@@ -161,6 +164,7 @@ def _ready(cnn: PatternCNN, a: np.ndarray, i: int, n: int | None, fit: str) -> n
     return fitted(a, n, fit, least, cnn.meta.get("scale", True))
 
 # %% ../../nbs/measure/07_patterns.ipynb #4ee97a9d
+@checked
 def save_cnn(cnn: PatternCNN, path: str | Path) -> Path:
     "Write weights and what goes with them as safetensors."
     from safetensors.torch import save
@@ -169,6 +173,7 @@ def save_cnn(cnn: PatternCNN, path: str | Path) -> Path:
     return atomic_write(path, save(tensors, about))
 
 
+@checked
 def load_cnn(path: str | Path) -> PatternCNN:
     "Read what `save_cnn` wrote; raise `SubnetError` for anything else."
     import torch
@@ -192,6 +197,7 @@ def load_cnn(path: str | Path) -> PatternCNN:
     return PatternCNN(net, json.loads(about["meta"]))
 
 # %% ../../nbs/measure/07_patterns.ipynb #fd32efb9
+@checked
 @dataclass(frozen=True, eq=False)
 class PatternReport:
     "Agreement of answers with labels."
@@ -389,6 +395,7 @@ def _first_maps(
     return _parted(data, held, seed)
 
 # %% ../../nbs/measure/07_patterns.ipynb #243c000b
+@checked
 def classifier(path: str | Path | None = None) -> PatternCNN:      # None: the one that comes with the library
     "Load a classifier of attention patterns."
     return PatternCNN.load(pocket_path("patterns", "model.safetensors") if path is None else path)

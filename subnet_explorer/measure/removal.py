@@ -8,25 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import resampled
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, Seed
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
 from ..search.objectives import Context, fingerprint_of
+from . import ask
 from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right_answers
 from .fluency import EncodedTexts
-
-if TYPE_CHECKING:
-    from subnet_explorer.measure.ask import Condition
 
 # %% auto #0
 __all__ = ['REMOVAL', 'removal', 'removal_table', 'Removal']
@@ -39,10 +38,11 @@ REMOVAL = [
 "Columns of `removal`."
 
 
+@checked
 def removal(
     model: nn.Module,
     tok: Any,
-    under: Mapping[str, Condition],                       # e.g. {"full": None, "without": ~mask}
+    under: Mapping[str, ask.Condition],                       # e.g. {"full": None, "without": ~mask}
     on: Mapping[str, Facts | Sequence[str] | Blocks],     # e.g. {"target": facts, "text": texts}
     cut: bool = False,                                    # keep the beginning of texts that are too long
 ) -> pd.DataFrame:                                        # columns `REMOVAL`; ranks start at one
@@ -52,10 +52,6 @@ def removal(
             f"there is nothing to compare: {len(under)} conditions on {len(on)} data sets."
         )
     for name, data in on.items():
-        if isinstance(data, str):
-            raise SubnetError(
-                f"the data set {name!r} is one text: give facts or a list of texts."
-            )
         if not len(data): raise SubnetError(f"the data set {name!r} is empty.")
     tables = []
     for name, data in on.items():
@@ -65,7 +61,7 @@ def removal(
     return pd.concat(tables, ignore_index=True).reindex(columns=REMOVAL)
 
 # %% ../../nbs/measure/02_removal.ipynb #05bb452c
-def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, Condition]) -> pd.DataFrame:
+def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, ask.Condition]) -> pd.DataFrame:
     "Ask for facts as items."
     table = cloze(model, tok, facts, under)
     numbers = {r: [i for i, f in enumerate(facts) if f.relation == r] for r in facts.relations}
@@ -75,7 +71,7 @@ def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, Co
 
 
 def _texts_lost(
-    model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, Condition], cut: bool,
+    model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, ask.Condition], cut: bool,
 ) -> pd.DataFrame:
     "Ask for texts as items."
     first, tables = first_block_changed_by(model, under), []
@@ -208,6 +204,7 @@ def _check_items(items: pd.DataFrame) -> None:
         )
 
 # %% ../../nbs/measure/02_removal.ipynb #fa1eb731
+@checked
 @dataclass
 class Removal:
     "How much of the target is forgotten where little else is, to be maximised."

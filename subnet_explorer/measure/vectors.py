@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..core.mask import Mask
-from ..core.numbers import Positive, Seed, checked
+from ..core.numbers import Positive, Seed
 from ..core.scores import Scores
 from ..data.facts import Facts
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ['OneMask', 'SingleCondition', 'Vectors', 'vectors', 'tsne']
 
 # %% ../../nbs/measure/04_vectors.ipynb #967dd56c
+@checked
 @dataclass(frozen=True, eq=False)
 class Vectors:
     "Hidden states with what they belong to."
@@ -65,6 +67,7 @@ def _own_masks(name: str, condition: SingleCondition, facts: Facts) -> dict[str,
     return out
 
 # %% ../../nbs/measure/04_vectors.ipynb #d7ebf745
+@checked
 def vectors(
     model: nn.Module,
     tok: Any,

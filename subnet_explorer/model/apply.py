@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import FAMILIES, Layout, body_of, follow_path, layout_of, plain_module, unwrap
 from ..core.mask import Mask, to
@@ -241,6 +242,7 @@ def _held(model: PreTrainedModel, mask: Mask) -> Iterator[None]:
         yield
 
 # %% ../../nbs/model/01_apply.ipynb #177bf1ab
+@checked
 @contextmanager
 def masked(
     model: PreTrainedModel,
@@ -259,7 +261,7 @@ def masked(
             off = _put_on(model, mask, train, stack)
         yield off
 
-
+# %% ../../nbs/model/01_apply.ipynb #7eace350
 def _put_on(model: PreTrainedModel, mask: Mask | Scores, train: bool, stack: ExitStack) -> int:
     "Mask a model until `stack` is closed; return how many coordinates are off."
     if not train:

@@ -20,11 +20,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.files import MaskFileError, atomic_write, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
-from ..core.numbers import Count, checked
+from ..core.numbers import Count
 from ..core.space import ModelId, check_model
 from ..data.pocket import pocket_path
 from .apply import masked, parameter, parameter_like
@@ -164,6 +165,7 @@ def digest(model: nn.Module) -> str:
     return h.hexdigest()[:16]
 
 # %% ../../nbs/model/06_compact.ipynb #48308dd3
+@checked
 def compact(
     model: PreTrainedModel,               # stays as it is; the compact model is a copy
     mask: Mask,                           # over whole units; or over weights, with a rule
@@ -189,7 +191,7 @@ def compact(
     out.born = digest(small)
     return out
 
-
+# %% ../../nbs/model/06_compact.ipynb #bbc4c770
 @torch.no_grad()
 def _zero(model: PreTrainedModel, mask: Mask) -> None:
     "Set the weights that a mask removes to zero."
@@ -392,6 +394,7 @@ def _refilled(
     return Compact(small, mask, units, full_config, info["keep"], model, info["born"])
 
 
+@checked
 def load_compact(
     folder: str | Path,
     model: PreTrainedModel | None = None,      # the full model, if it is at hand

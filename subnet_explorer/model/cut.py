@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import Layout, body_of, follow_path, is_causal
 from ..core.mask import Mask
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, Seed
 from .apply import blocks_of, evaluating, parameter_like
 from .assumed import uncompiled
 from .packed import ANATOMY

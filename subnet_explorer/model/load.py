@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import writing
 from ..core.layout import FAMILIES
-from ..core.numbers import Count, Positive, Seed, checked
+from ..core.numbers import Count, Positive, Seed
 from ..data.grammar import corpus, vocabulary
 from ..data.pocket import pocket_path
 
@@ -53,6 +54,12 @@ def _why_not(name: str, source: str, error: Exception) -> str:
     )
 
 
+_NO_TOKENIZER = (
+    "{name!r} has no tokenizer: the one that was made in its place knows no words. Save the model's own "
+    "beside it, tok.save_pretrained({name!r}), or copy its files (tokenizer.json, vocab.txt …) into the folder."
+)
+
+
 def _why_untrained(name: str, missing: list[str]) -> str:
     "Say which weights of the language-modelling head a checkpoint lacks."
     some = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
@@ -73,6 +80,7 @@ def _is_masked(config: PretrainedConfig) -> bool:
     return named or config.model_type in MASKED_FAMILIES
 
 
+@checked
 def load(
     name: str | Path,                  # "pocket-bert", "pocket-gpt2", a folder, or a hub name
     *,
@@ -96,6 +104,7 @@ def load(
         raise UnknownModel(_why_not(str(name), source, error)) from error
     missing = sorted(k for k in info["missing_keys"] if "position_ids" not in k)
     if missing: raise UnknownModel(_why_untrained(str(name), missing))
+    if not set(tok.get_vocab()) - set(tok.all_special_tokens): raise UnknownModel(_NO_TOKENIZER.format(name=str(name)))
     if pocket: model.config._name_or_path = str(name)
     return model.eval().to(device), tok
 

@@ -23,6 +23,7 @@ from ..data.facts import Facts, encode
 from ..data.texts import Blocks, release
 from .apply import blocks_of, entering, resuming
 from .assumed import hooked, relative, some_ids, tolerance, uncompiled, unnoticed
+from .limits import check_readable, longest
 from .packed import Packing, answering, packing_agrees, recomputed, run_blocks
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['IN_MEMORY', 'KEPT', 'LOGITS', 'POSITIONS', 'Coded', 'empty_states', 'Rows', 'padded', 'TokenSequences',
            'EnteringSequences', 'states_below', 'can_start_at', 'Sequences', 'watching_blocks', 'output_of',
-           'objection', 'LossWithSlope', 'output_learns', 'row_losses', 'longest', 'block_ids', 'Prompts']
+           'objection', 'LossWithSlope', 'output_learns', 'row_losses', 'block_ids', 'Prompts']
 
 # %% ../../nbs/model/03_sequences.ipynb #ce9dcd72
 IN_MEMORY = 4 << 30      # bytes; larger caches lie on disk
@@ -121,6 +122,7 @@ class EnteringSequences(TokenSequences):
     ) -> None:
         model, extra = unwrap(model), {"use_cache": False} if is_causal(model) else {}
         super().__init__(ids, next(model.parameters()).device, types, **extra)
+        _check_readable(model, self)
         self.model, self.layout = model, layout_of(model, whole=False)
         self.first = first if first and can_start_at(self, first) else 0
         self.states = states_below(self) if self.first else None      # (all tokens, hidden)
@@ -147,6 +149,12 @@ class EnteringSequences(TokenSequences):
         out, tensors = copy.copy(self), [*self.model.parameters(), *self.model.buffers()]
         out.model = copy.deepcopy(self.model, {id(t): t for t in tensors})
         return out
+
+
+def _check_readable(model: PreTrainedModel, seqs: TokenSequences) -> None:
+    "Raise `SubnetError` for sequences that a model cannot read; blocks of text were checked before."
+    top = max((int(i.max()) for i in seqs.ids if len(i)), default=0) if isinstance(seqs.ids, list) else 0
+    check_readable(model, seqs.lengths, top)
 
 # %% ../../nbs/model/03_sequences.ipynb #9fdc4eb4
 @torch.no_grad()
@@ -311,7 +319,7 @@ def _predictions_differ(model: PreTrainedModel) -> str:
     ids, extra = some_ids(model), {"use_cache": False} if is_causal(model) else {}
     with unnoticed(model):
         wanted = getattr(model(input_ids=ids, **extra), "logits", None)
-        if wanted is None or wanted.dim() == 2: return ""
+        if wanted is None or wanted.dim() == 2 or not wanted.isfinite().all(): return ""
         states = body_of(model)(input_ids=ids, **extra)[0][0]
         with answering(model, states[:, None]): found = model(input_ids=0 * ids.T, **extra).logits[:, 0]
     far = relative(found, wanted[0])
@@ -363,6 +371,7 @@ def row_losses(
 ) -> torch.Tensor:                                           # (n,)
     "Compute losses of the model's predictions, for some rows at a time."
     rows = rows or max(1, LOGITS // len(seqs.model.get_input_embeddings().weight))
+    if not len(states): return states.new_zeros(0)
     parts = [slice(i, i + rows) for i in range(0, len(states), rows)]
 
     def of(some: torch.Tensor, part: slice) -> torch.Tensor:
@@ -380,12 +389,6 @@ def row_losses(
     return LossWithSlope.apply(states, torch.cat(losses), slopes)
 
 # %% ../../nbs/model/03_sequences.ipynb #fa5d7a23
-def longest(model: PreTrainedModel, tok: Any) -> int:
-    "How many tokens a model can read."
-    most = tok.model_max_length
-    return min(most, getattr(unwrap(model).config, "max_position_embeddings", most))
-
-
 def block_ids(blocks: Blocks, model: PreTrainedModel, tok: Any) -> np.ndarray:      # (block, size)
     "Token ids of blocks; raise `SubnetError` if they are too long or from another vocabulary."
     most, size = longest(model, tok), len(unwrap(model).get_input_embeddings().weight)
@@ -443,6 +446,7 @@ class Prompts:
         recompute: bool | None = False,
     ) -> None:
         check_names([position], POSITIONS, "position")
+        if not len(facts): raise SubnetError("there is nothing to ask: no fact was given.")
         coded = [encode(tok, f, is_causal(model)) for f in facts]
         if position == "at_tail": coded = _at_answers(model, tok, coded)
         ids, device = [c[0] for c in coded], next(model.parameters()).device

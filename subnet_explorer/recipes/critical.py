@@ -16,11 +16,12 @@ import pandas as pd
 from torch import nn
 
 from ..core.compare import jaccard, placement as placed
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight, checked
+from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight
 from ..core.space import GRANULARITIES, Space, digest, granular
 from ..core.store import Run
 from ..data.facts import Facts, Split, answerable
@@ -30,7 +31,7 @@ from ..data.texts import Blocks, blocks, read_texts
 from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import most_fluent
 from ..measure.removal import Removal, removal, removal_table
-from ..model.sequences import longest
+from ..model.limits import longest
 from ..search.distil import Maintain, Suppress
 from ..search.find import find
 from ..search.gates import Concrete

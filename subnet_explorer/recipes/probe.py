@@ -30,12 +30,13 @@ from subnet_explorer.recipes.probes import (
 )
 
 from ..core.compare import placement
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json
 from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
-from ..core.numbers import Count, Positive, Seeds, Weight, checked
+from ..core.numbers import Count, Positive, Seeds, Weight
 from ..core.space import granular, grid, model_id
 from ..core.store import Run
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
@@ -63,7 +64,7 @@ EXTRAS = ("control", "code")
 class Probing(Study):
     "What `probe` found and measured; masks have the labels probe, granularity, lam and seed."
     task: str
-    left_out: Mapping[str, int]      # sentences that were too long to be read, by part
+    left_out: Mapping[str, Mapping[str, int]]      # sentences that were not read: part → reason → how many
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -156,7 +157,7 @@ def probe(
     published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
                                                       # constant learning rates, framework resets
     seeds: Seeds = (0,),                      # of heads, masks and resets
-    left_out: Mapping[str, int] | None = None,        # sentences that reading left out, for the record
+    left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Probing:
@@ -244,7 +245,7 @@ def _asked(cell: Cell, aim: str, main: Mapping[str, Any], ranks: Sequence[int]) 
     return cell.probe in of
 
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
-def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, int]) -> Probing:
+def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:
     "Train what is missing, and collect the study."
     cells = {cell.name: cell for cell in plan(**sweep)}
     found = bench.work("cell", [{"cell": name} for name in cells], lambda c: kept_cell(bench, s, cells[c["cell"]]))

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
-from ..core.numbers import checked
 from ..core.store import Run, Store, cached_table, given_back, open_study
 from ..data.parts import TaskData
 from ..look.report import report as write_report
@@ -293,6 +293,7 @@ def recipe(
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
                              "them.")
+        run = checked(run)
         RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, dict(pocket or {}))
         return run
     return register

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import unwrap
-from ..core.numbers import Count, Natural, Share, checked
+from ..core.numbers import Count, Natural, Share
 from ..data.files import BadTexts
 from ..data.parts import TaskData, task_data
 from ..data.texts import read_blocks, read_texts
-from ..model.sequences import longest
+from ..model.limits import longest
 
 # %% auto #0
 __all__ = ['read_tasks', 'tasks_by_name', 'name_and_source', 'read_running_text']

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove
 from ..core.layout import body_of
 from ..core.mask import Mask
-from ..core.numbers import Count, PartShare, Positive, Seed, checked
+from ..core.numbers import Count, PartShare, Positive, Seed
 from ..core.scores import Scores
 from ..core.space import Space, digest
 from ..core.store import Run, Store, load_state, save_state

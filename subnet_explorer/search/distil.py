@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, body_of, is_causal, layout_of, unwrap
 from ..core.space import model_id
-from ..data.facts import Facts, with_start
+from ..data.facts import Facts, mask_token, with_start
 from ..data.texts import Blocks
+from ..model.limits import check_head, check_vocabulary, longest
 from ..model.sequences import POSITIONS, LossWithSlope, Sequences, block_ids, empty_states, row_losses
 from .objectives import Context, Loss, Objective, fingerprint_of
 
@@ -39,8 +42,21 @@ Texts = Sequence[str] | Blocks
 def token_ids(texts: Texts, context: Context) -> np.ndarray | list[list[int]]:      # (text, token)
     "Turn texts into token ids; raise `SubnetError` for none, or for blocks that are too long."
     if not len(texts): raise SubnetError("there is nothing to read: no text was given.")
-    if isinstance(texts, Blocks): return block_ids(texts, context.model, context.tok)
-    return [context.tok(t, truncation=True).input_ids for t in texts]
+    model, tok = context.model, context.tok
+    if isinstance(texts, Blocks): return block_ids(texts, model, tok)
+    most = longest(model, tok)
+    ids = [tok(t, truncation=True, max_length=most).input_ids for t in texts]
+    return [with_start(tok, i)[:most] for i in ids] if is_causal(model) else ids
+
+
+def _check_predictable(ids: Sequence[Sequence[int]], context: Context) -> None:
+    "Raise `SubnetError` for texts of which no token can be predicted."
+    special, causal = set(context.tok.all_special_ids), is_causal(context.model)
+    empty = [k for k, i in enumerate(ids) if (len(i) < 2 if causal else special.issuperset(i))]
+    if not empty: return
+    raise SubnetError(
+        f"{len(empty)} of {len(ids)} texts have no token to predict, the first of them is text {empty[0]}: "
+        "leave them out.")
 
 # %% ../../nbs/search/02_distil.ipynb #25b706a5
 class LanguageHead(nn.Module):
@@ -93,16 +109,21 @@ def _next(seqs: Sequences, index: np.ndarray) -> Drawn:
 def _masked(mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step: int) -> Drawn:
     "Random tokens, most of them masked."
     tok, x = context.tok, seqs.inputs(index)["input_ids"]
-    numbers = [_uniform((context.seed, step, int(i)), int(seqs.lengths[i])) for i in index]
+    numbers = [_uniform((context.seed, step, _key(seqs, i, context)), int(seqs.lengths[i])) for i in index]
     choice, kind, word = pad_sequence(numbers, batch_first=True).unbind(-1)
     special = torch.isin(x.cpu(), torch.tensor(tok.all_special_ids))
     picked = (choice < mlm.share) & seqs.real(index) & ~special
-    if not picked.any(): picked[:, 1] = True
+    if not (picked.any() or context.reading): picked[:, 1] = True
     mixed, replaced = x.clone(), picked & (kind > 0.9)
     mixed[picked & (kind < 0.8)] = tok.mask_token_id
     mixed[replaced] = (word[replaced] * len(tok)).long().to(x.device)
     batch, position = torch.nonzero(picked, as_tuple=True)
     return Drawn(mixed, batch, position, x[batch, position])
+
+
+def _key(seqs: Sequences, i: int, context: Context) -> int:
+    "What tells one sequence from others: its number; its tokens where all are read, in whatever order."
+    return crc32(seqs.ids[i].cpu().numpy().tobytes()) if context.reading else int(i)
 
 
 def _uniform(key: tuple[int, int, int], n: int) -> Tensor:      # (n, 3)
@@ -118,7 +139,8 @@ Draw = Callable[[np.ndarray, int], Drawn]
 def _masked_once(mlm: MLM, context: Context, ids: Any) -> tuple[Sequences, Draw]:
     "Sequences in which the masks are already drawn, and how to read them."
     plain = Sequences(context.model, ids, path="plain")
-    draws = [_masked(mlm, plain, np.array([i]), context, i) for i in range(len(ids))]
+    steps = [0 if context.reading else i for i in range(len(ids))]
+    draws = [_masked(mlm, plain, np.array([i]), context, step) for i, step in enumerate(steps)]
 
     def draw(index: np.ndarray, step: int) -> Drawn:
         some = [draws[i] for i in index]
@@ -131,11 +153,14 @@ def _masked_once(mlm: MLM, context: Context, ids: Any) -> tuple[Sequences, Draw]
 
 def _reading(mlm: MLM, context: Context) -> tuple[Sequences, Draw]:
     "The sequences of an objective, and what is read and predicted in a step."
+    check_head(context.model)
     ids = token_ids(mlm.texts, context)
+    if not isinstance(ids, np.ndarray): _check_predictable(ids, context)
     if is_causal(context.model):
-        if not isinstance(mlm.texts, Blocks): ids = [with_start(context.tok, i) for i in ids]
         seqs = context.sequences(ids)
         return seqs, lambda index, step: _next(seqs, index)
+    mask_token(context.tok)
+    check_vocabulary(context.model, len(context.tok))
     if mlm.static: return _masked_once(mlm, context, ids)
     seqs = context.sequences(ids, first=0)
     return seqs, lambda index, step: _masked(mlm, seqs, index, context, step)
@@ -224,6 +249,7 @@ def teacher_of(model: nn.Module | None) -> dict[str, str]:
     return {} if model is None else {"teacher": str(model_id(model, layout_of(model)))}
 
 # %% ../../nbs/search/02_distil.ipynb #0ff033cf
+@checked
 @dataclass
 class MLM(Objective):
     "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
@@ -280,6 +306,7 @@ def _mlm_identity(mlm: MLM) -> dict[str, Any]:
     return out | teacher_of(mlm.teacher)
 
 # %% ../../nbs/search/02_distil.ipynb #3606c9b1
+@checked
 @dataclass
 class Hidden(Objective):
     "Keep hidden states close to the full model's: mean of 1 − cos over layers and tokens."
@@ -393,6 +420,7 @@ class Reference:
         return row_losses(self.seqs, self.seqs.hidden(index, *self.rows(index)), loss)
 
 # %% ../../nbs/search/02_distil.ipynb #536c005a
+@checked
 @dataclass
 class Suppress(Objective):
     "Make the answers to facts uniform: KL(uniform || model)."
@@ -427,6 +455,7 @@ def _position(position: str) -> dict[str, str]:
     return {"position": position} if position != POSITIONS[0] else {}
 
 # %% ../../nbs/search/02_distil.ipynb #7adaf6c3
+@checked
 @dataclass
 class Maintain(Objective):
     "Stay close to the full model on facts, or everywhere in texts: KL(full || model)."
@@ -453,6 +482,7 @@ class Maintain(Objective):
         if self.position != POSITIONS[0]:
             raise SubnetError(f"position={self.position!r} is about facts; "
                               "text is held at every position.")
+        check_head(context.model)
         seqs = context.sequences(token_ids(self.what, context))
         return seqs, [range(n) for n in seqs.lengths]
 

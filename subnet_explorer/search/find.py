@@ -5,6 +5,7 @@
 # %% ../../nbs/search/09_find.ipynb #6f6ec826
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
-from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values, checked
+from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
 from ..core.space import check_model
 from ..core.store import Run, Store
 from ..model.apply import masked, parameter_like
@@ -396,7 +398,7 @@ def find_all(
     **settings: Any,                                    # those of `find`
 ) -> list[Run]:
     "Search for cloze objectives side by side; those that are done are returned as they are."
-    usual: dict[str, Any] = find.__kwdefaults__ or {}
+    usual: dict[str, Any] = inspect.unwrap(find).__kwdefaults__ or {}
     check_names(settings, usual, "setting")
     model = unwrap(model)
     settings = {**usual, **settings, "to": to}

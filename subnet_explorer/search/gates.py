@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_fraction, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
@@ -230,6 +231,7 @@ def _multipliers(gate: Gate, groups: Sequence[int]) -> list[Tensor]:
     return [part.view(logit.shape) for part, logit in zip(parts, logits, strict=True)]
 
 # %% ../../nbs/search/00_gates.ipynb #422ed04d
+@checked
 class Threshold(Gate):
     "Keep where the logit is positive; straight-through gradient (Ren & Zhu 2022, section 3.1)."
 
@@ -318,6 +320,7 @@ class Choosing(Gate):
         return self._chosen[i], 1.0
 
 # %% ../../nbs/search/00_gates.ipynb #c6bce550
+@checked
 class TopK(Choosing):
     "Keep the highest share of logits, per tensor or globally; straight-through gradient."
 
@@ -368,6 +371,7 @@ def _hardened(gate: TopK) -> Mask:
     return Mask.of(gate.space, bits, gate="TopK", seed=gate.seed, hardening=how)
 
 # %% ../../nbs/search/00_gates.ipynb #516f3437
+@checked
 class Concrete(Gate):
     "Flip a relaxed coin for every coordinate: the binary concrete gate of Maddison et al. 2017."
     noisy = True
@@ -408,6 +412,7 @@ def _logistic(u: Tensor, eps: float) -> Tensor:
     return torch.log(u / (1 - u))
 
 # %% ../../nbs/search/00_gates.ipynb #bc2ef555
+@checked
 class HardConcrete(Gate):
     "Stretch the concrete gate and clip it to 0…1 (Louizos et al. 2018)."
     noisy = True

@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import unwrap
 from ..core.space import digest
 from ..data.facts import Facts
 from ..data.texts import Blocks
+from ..model.limits import check_head
 from ..model.sequences import POSITIONS, Prompts, Sequences
 
 if TYPE_CHECKING:
     from subnet_explorer.search.gates import Gate
 
 # %% auto #0
-__all__ = ['Loss', 'Weight', 'NOISE', 'batch_at', 'epoch_batches', 'Context', 'look_ahead', 'Objective', 'Sum', 'Ramp',
+__all__ = ['Loss', 'Weight', 'NOISE', 'batch_at', 'epoch_batches', 'Reading', 'Context', 'look_ahead', 'Objective', 'Sum', 'Ramp',
            'fingerprint_of', 'Kept', 'Pass', 'passes', 'Cloze', 'encoded', 'Examples', 'dropping', 'Task', 'Density']
 
 # %% ../../nbs/search/01_objectives.ipynb #d6a2475d
@@ -64,6 +66,29 @@ def _epoch_and_batch(step: int, n: int, size: int) -> tuple[int, int]:
     return divmod(step, batches)
 
 # %% ../../nbs/search/01_objectives.ipynb #8712f5f2
+class Reading:
+    "All examples read once, in parts: a mean is that of everything read so far."
+
+    def __init__(self) -> None:
+        self.sums: list[float] = []          # of the means of a step, one after another
+        self.counts: list[int] = []
+        self.begin(np.arange(0))
+
+    def begin(self, index: np.ndarray) -> None:      # (part,) which examples
+        "Read a part."
+        self.index, self.at = index, 0
+
+    def mean(self, losses: Tensor) -> Tensor:        # (n,) -> scalar, float64
+        "Return the mean of these losses and of those at this place in the parts before."
+        if self.at == len(self.sums):
+            self.sums.append(0.0)
+            self.counts.append(0)
+        self.sums[self.at] += float(losses.double().sum())
+        self.counts[self.at] += losses.numel()
+        self.at += 1
+        return torch.tensor(self.sums[self.at - 1] / max(1, self.counts[self.at - 1]), dtype=torch.float64)
+
+# %% ../../nbs/search/01_objectives.ipynb #4f7544a5
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -83,6 +108,7 @@ class Context:
     epochs: dict[Any, Any] = field(default_factory=dict, repr=False)         # batches of this epoch
     rank: int = 0                                    # this process among …
     world: int = 1                                   # … so many that share every batch
+    reading: Reading | None = None                   # all examples are read, none is learned from
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
 
     def __post_init__(self) -> None: self.model = unwrap(self.model)
@@ -114,6 +140,7 @@ class Context:
 def _prompts(context: Context, facts: Facts, position: str) -> Prompts:
     "The encoded facts, from the cache if they are there."
     c = context
+    check_head(c.model)
     key = facts.fingerprint, c.first, c.path, position, c.recompute
     if key not in c.cache:
         c.cache[key] = Prompts(c.model, c.tok, facts, c.first, c.path, position, c.recompute)
@@ -122,6 +149,7 @@ def _prompts(context: Context, facts: Facts, position: str) -> Prompts:
 # %% ../../nbs/search/01_objectives.ipynb #5d2a5472
 def _part(context: Context, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
     "The examples of a step that a process sees."
+    if context.reading: return context.reading.index
     size = min(size or context.batch, len(lengths))
     epoch, at = _epoch_and_batch(step, len(lengths), size)
     key = id(lengths), size
@@ -137,6 +165,7 @@ def _part(context: Context, step: int, lengths: np.ndarray, size: int | None) ->
 
 def _mean(context: Context, losses: Tensor) -> Tensor:
     "The mean of losses, weighted so that the average over processes is right."
+    if context.reading: return context.reading.mean(losses)
     if context.world == 1: return losses.mean()
     count = torch.tensor(0.0 if context.idle else float(losses.numel()), device=losses.device)
     torch.distributed.all_reduce(count)
@@ -233,6 +262,7 @@ def _weight_identity(w: Weight) -> float | list[float]:
     return [w(p / 20) for p in range(21)] if callable(w) else w
 
 # %% ../../nbs/search/01_objectives.ipynb #0ccc0878
+@checked
 @dataclass(frozen=True)
 class Ramp:
     "A schedule: `start` until progress `begin`, linear to `end` at `finish`, constant after."
@@ -252,6 +282,7 @@ def fingerprint_of(data: Facts | Blocks | Iterable[Any]) -> str:      # 16 hex d
     return own or digest(list(cast(Iterable[Any], data)), sort=False)
 
 # %% ../../nbs/search/01_objectives.ipynb #a172e94f
+@checked
 @dataclass
 class Kept(Objective):
     "Compute a term under the gate itself, also where a search trains its complement."
@@ -316,6 +347,7 @@ def _flat(weight: Weight, goal: Objective, kept: bool, complement: bool) -> list
     return [term for part in parts for term in part]
 
 # %% ../../nbs/search/01_objectives.ipynb #bf725f8a
+@checked
 @dataclass
 class Cloze(Objective):
     "Answer cloze facts."
@@ -418,6 +450,7 @@ def dropping(head: Any, *key: int) -> Iterator[None]:
     finally: head.rng = None
 
 # %% ../../nbs/search/01_objectives.ipynb #f157f02d
+@checked
 @dataclass
 class Task(Objective):
     "Predict labels through a trained head."
@@ -460,6 +493,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:      # (row,)
     return F.cross_entropy(logits, targets, reduction="none")
 
 # %% ../../nbs/search/01_objectives.ipynb #938782cb
+@checked
 @dataclass
 class Density(Objective):
     "Expected density of the gate, 0…1; with `target`, its distance from it."

@@ -19,11 +19,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, PartShare, Seed, checked
+from ..core.numbers import Count, PartShare, Seed
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
@@ -38,6 +39,7 @@ __all__ = ['PHASES', 'without_lowest', 'NoFloor', 'Step', 'Pruned', 'iterate', '
            'super_survivors']
 
 # %% ../../nbs/search/13_prune.ipynb #e63bc07d
+@checked
 def without_lowest(
     mask: Mask,
     scores: Scores,
@@ -171,6 +173,7 @@ def _steps(
         if not published: source = kept
 
 # %% ../../nbs/search/13_prune.ipynb #c1bc4e6b
+@checked
 @dataclass(frozen=True)
 class Pruned:
     "What `iterate` found."
@@ -334,9 +337,8 @@ def iterate(
     with closing(memory.bar):
         full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
         lowest = _floor(full, floor, least)
-        steps = [Step("full", Mask.full(space), full, True)]
-        steps += _steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)
-    return _pruned(run, steps, memory, full, lowest)
+        steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
+    return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
 
 # %% ../../nbs/search/13_prune.ipynb #cd36a7a4
 def _limit(space: Space, asked: int | None) -> int:

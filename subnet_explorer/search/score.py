@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
-from ..core.numbers import Count, Seed, checked
+from ..core.numbers import Count, Seed
 from ..core.scores import Scores
 from ..core.space import Group, Space, check_model, same_space
 from ..model.apply import applied, parameter, parameter_like
@@ -33,6 +34,7 @@ WEIGHTS = ("weight", "bias", "block")
 "Kinds of coordinates that are made of weights."
 
 
+@checked
 @torch.no_grad()
 def magnitude(model: nn.Module, space: Space) -> Scores:
     "Score weights by their absolute value, and blocks by the mean over them."
@@ -65,6 +67,7 @@ def random(space: Space, seed: Seed) -> Scores:
     return Scores(space, values, {"method": "random", "seed": seed})
 
 # %% ../../nbs/search/12_score.ipynb #c0bda5d3
+@checked
 def normalised(
     scores: Scores,
     how: str | None,      # "layer"; "published": then also map each kind to 0…1; None: change nothing
@@ -156,6 +159,7 @@ class _Gates:
         return {name: [next(each) for _ in gates] for name, gates in self.used.items()}
 
 # %% ../../nbs/search/12_score.ipynb #39675f81
+@checked
 def example_gradients(
     model: nn.Module,                    # with frozen weights: only the gates get a gradient
     space: Space,                        # heads, MLPs, neurons or layers

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import body_of
-from ..core.numbers import Positive, Weight, checked
+from ..core.numbers import Positive, Weight
 from ..model.apply import swapped
 
 if TYPE_CHECKING:

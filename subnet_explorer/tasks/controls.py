@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
-from ..core.numbers import Seed, checked
+from ..core.numbers import Seed
 from ..core.scores import Scores
 from ..measure.metrics import accuracy
 from ..model.apply import masked, parameter_like
@@ -60,8 +61,8 @@ def _draw(model: PreTrainedModel, part: nn.Module, rule: str) -> None:
         for t in loaded: t._is_hf_initialized = True
 
 
-@contextmanager
 @checked
+@contextmanager
 def reset(
     model: PreTrainedModel,
     what: str = "encoder",              # one of `RESETS`
@@ -113,6 +114,7 @@ def control_labels(
     return out
 
 # %% ../../nbs/tasks/05_controls.ipynb #e7c90139
+@checked
 def selectivity(
     model: PreTrainedModel,
     tok: Any,

@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading, remove
 from ..core.layout import body_of, follow_path, layout_of, unwrap
-from ..core.numbers import Count, Positive, Seed, Share, Weight, checked
+from ..core.numbers import Count, Positive, Seed, Share, Weight
 from ..core.space import model_id
 from ..core.store import Run, load_state
 from ..data.tables import Labelled
@@ -54,6 +55,7 @@ def head_for(
     return kind(model, cast("Sequence[Any]", data), seed, length)
 
 # %% ../../nbs/tasks/03_fit.ipynb #e8e0d34e
+@checked
 @contextmanager
 def preserved(model: PreTrainedModel) -> Iterator[None]:
     "Restore all weights and buffers of `model` on leaving."
@@ -62,6 +64,7 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
     finally: model.load_state_dict(before)
 
 # %% ../../nbs/tasks/03_fit.ipynb #769d680f
+@checked
 @dataclass(frozen=True)
 class Lora:
     "Low-rank updates beside matrices, as a way to train; their product starts at zero."

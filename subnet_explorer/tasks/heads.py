@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import body_of, is_causal, unwrap
 from ..data.sentences import coded_words
@@ -211,6 +212,7 @@ def _changed(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v != usual[k]}
 
 # %% ../../nbs/tasks/00_heads.ipynb #9c7afd7b
+@checked
 class Tagger(TaskHead):
     "Label every word; examples are pairs (words, tags), or have `.words` and tags."
 
@@ -285,6 +287,7 @@ def _joined(tok: Any, example: Mapping[str, Any], limit: int | None = None) -> l
     return one + between + two
 
 
+@checked
 class Classifier(TaskHead):
     "Label a text or a pair; examples are dictionaries with `sentence`, `label` and perhaps `pair`."
 
@@ -337,6 +340,7 @@ def _full_length(head: Classifier, tok: Any, example: Mapping[str, Any]) -> int:
     return len(tok(example["sentence"], example.get("pair"), truncation=False, verbose=False).input_ids)
 
 # %% ../../nbs/tasks/00_heads.ipynb #4d5d05ee
+@checked
 class Regressor(Classifier):
     "Give a text or a pair a number; examples are those of `Classifier` with numbers as labels."
 
@@ -383,6 +387,7 @@ def _check_question(example: Mapping[str, Any]) -> None:
         )
 
 # %% ../../nbs/tasks/00_heads.ipynb #4d974820
+@checked
 class Chooser(Classifier):
     "Choose an answer; examples have `question`, `choices` and `label`, the place of the right one."
     several = True

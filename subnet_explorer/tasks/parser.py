@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
 from ..measure.metrics import attachment, tag_accuracy
@@ -230,6 +231,7 @@ def parse_scores(
     return out | {f"{k}_micro": micro[k] for k in ("las", "uas", "la")}
 
 # %% ../../nbs/tasks/01_parser.ipynb #ac5381ca
+@checked
 class Parser(ArcScorer):
     "Find the syntactic head of every word and the label of the arc."
 

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove, scratch
 from ..core.intervals import interval
 from ..core.layout import layout_of
 from ..core.mask import Mask
-from ..core.numbers import Count, Positive, Seed, Seeds, checked
+from ..core.numbers import Count, Positive, Seed, Seeds
 from ..core.progress import watched
 from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
@@ -86,6 +87,7 @@ def relearning(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/tasks/04_relearn.ipynb #2b0bff57
+@checked
 def relearned(
     table: pd.DataFrame,              # from `relearning`
     reference: str = "full",          # condition whose start is to be reached again
@@ -292,6 +294,7 @@ def answers(
     return out[["under", "draw", "tuning", "seed", *front, "choice", "right"]]
 
 # %% ../../nbs/tasks/04_relearn.ipynb #1787adb1
+@checked
 def accuracies(
     items: pd.DataFrame,      # from `answers`
 ) -> pd.DataFrame:            # columns under, draw, tuning, seed, related, n, accuracy, chance
@@ -302,6 +305,7 @@ def accuracies(
     return found.reset_index()
 
 
+@checked
 def transfer(
     model: PreTrainedModel,
     tok: Any,

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import is_causal, unwrap
+from ..model.limits import positions_of
 from .heads import TaskHead
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def places_of(
     return answers
 
 # %% ../../nbs/tasks/02_spans.ipynb #ec825fdc
+@checked
 class SpanFinder(TaskHead):
     "Find the answers to questions in texts; examples are those of `read_squad`."
 
@@ -108,12 +111,11 @@ class SpanFinder(TaskHead):
     ) -> None:
         self.how = dict(stride=stride, query=query, best=best, longest=longest)
         for name, n in (("length", length or 1), *self.how.items()):
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise SubnetError(f"{name} is a number of tokens, at least 1, got {n!r}.")
+            if n < 1: raise SubnetError(f"{name} is a number of tokens, at least 1, got {n!r}.")
         super().__init__(model, ["start", "end"], seed, mlp, dropout)
         self.labels, self.length, self.causal = ["start", "end"], length, is_causal(model)
         self.types = getattr(unwrap(model).config, "type_vocab_size", 0) > 1
-        self.most = getattr(unwrap(model).config, "max_position_embeddings", None)
+        self.most = positions_of(model) or getattr(unwrap(model).config, "max_position_embeddings", None)
 
     def limit(self, tok: Any) -> int:
         "Most tokens of a window."

@@ -225,7 +225,7 @@ def test_a_file_without_provenance_is_no_mask_file(tmp_path):
     head = {"format": "subnet_explorer.mask/1", "id": m.id, "space": m.space.to_json()}
     tensors = {"g0": np.frombuffer(m.packed[0], np.uint8)}
     (tmp_path / "m").write_bytes(encode(tensors, {"subnet_explorer": json.dumps(head)}))
-    with pytest.raises(MaskFileError, match="not a mask file"): Mask.load(tmp_path / "m")
+    with pytest.raises(MaskFileError, match="it is no mask file"): Mask.load(tmp_path / "m")
 
 
 def test_files_of_the_first_format(tmp_path):
@@ -533,7 +533,7 @@ def test_majority_counts_votes(ms, n, data):
 @pytest.mark.parametrize("share", [0, -.5, 1.01])
 def test_a_majority_of_none_is_refused(share):
     one = Masks([({}, Mask.full(space_with([(3,)])))])
-    with pytest.raises(SubnetError, match="above 0 and up to 1"): one.majority(share)
+    with pytest.raises(SubnetError, match=r"above 0 and up to 1|between 0 and 1"): one.majority(share)
     with pytest.raises(SubnetError, match="no mask to take"): Masks([]).majority()
 
 

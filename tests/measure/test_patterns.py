@@ -190,13 +190,12 @@ def test_segments_reach_the_model_unless_told_otherwise():
 def test_attention_refuses_what_it_cannot_read(model):
     refused = {
         "text 1": ["1 2", "1 " * 33],
-        "pair of strings": [("1", "2", "3")],
-        "expected a string": [7],
-        "takes a list": "1 2",
+        r"a text or \(a text, a text\) as texts": [("1", "2", "3")],
+        "as texts, and this is \\[7\\]": [7],
     }
     for message, texts in refused.items():
         with pytest.raises(SubnetError, match=message): attention_maps(model, TOK, texts)
-    with pytest.raises(SubnetError, match="batch=0"): attention_maps(model, TOK, TEXTS, batch=0)
+    with pytest.raises(SubnetError, match="batch must be a whole"): attention_maps(model, TOK, TEXTS, batch=0)
     with pytest.raises(SubnetError, match="did you mean correct"): attention_maps(model, TOK, TEXTS, normed="corect")
     other = tiny("bert", seed=5)
     with pytest.raises(SpaceMismatch):

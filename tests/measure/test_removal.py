@@ -159,7 +159,6 @@ def test_removal_refuses(gpt2, pocket_bert, some):
         ({}, ON, "nothing to compare"),
         ({"full": None}, {}, "nothing to compare"),
         ({"full": None}, {"text": []}, "'text' is empty"),
-        ({"full": None}, {"text": TEXTS[0]}, "one text"),
         ({"full": None}, {"text": [" ".join(TEXTS)]}, "the model reads at most 64"),
         ({"full": None}, {"text": [TEXTS[0], ""]}, "text 1 has no token to predict"),
     ):

@@ -799,14 +799,13 @@ def test_a_report_of_masks_on_the_way(world, tasks, tmp_path):
         (dict(tuning=dict(epochs=0)), "fine-tuning: epochs must be"),
         (dict(tuning=dict(lr=-1.0)), "fine-tuning: lr must be"),
         (dict(text=[]), "text is empty"),
-        (dict(text="a dog"), "one string"),
         (dict(dev=[]), "dev is empty"),
         (dict(densities=(1e-6,)), "keeps nothing of"),
-        (dict(densities=(1.5,)), "share of weights kept"),
+        (dict(densities=(1.5,)), "densities must be several values"),
         (dict(seeds=(0, 0)), "different numbers"),
         (dict(methods=()), "at least one method"),
-        (dict(tasks={"RTE": TEXTS}), "read it with task_data"),
-        (dict(drop=0.0), "goes in one prune"),
+        (dict(tasks={"RTE": TEXTS}), "each value of it the data of a task as tasks"),
+        (dict(drop=0.0), "drop must be a number above 0"),
         (dict(steps=0), "steps must be"),
     ],
 )
@@ -882,7 +881,7 @@ def test_the_shell(tmp_path, capsys):
         .startswith("a,b,layer,matrix,size,distance,chance\nomp 0.6,mlm 0.6,")
     )
     for more, says in (
-        (["--limit-train", "-5"], "a number of rows is 0 or more"),
+        (["--limit-train", "-5"], "--limit-train must be a whole number"),
         (["--methods", "omp, mln"], "did you mean mlm"),
         (["--densities", "1e-9", "--scope", "global"], "keeps none of"),
     ):
