@@ -105,7 +105,6 @@ class Labelled:
     @checked
     def take(self, n: Natural, seed: Seed = 0) -> Labelled:
         "Draw `n` rows, in order (all, if there are no more)."
-        if n < 0: raise SubnetError(f"a number of rows is 0 or more, got {n}.")
         rng = random.Random(f"take-{seed}")
         picked = sorted(rng.sample(range(len(self)), min(n, len(self))))
         items = tuple(self.items[i] for i in picked)

@@ -117,8 +117,9 @@ class Study(Findings):
 
     def to_json(self) -> dict[str, Any]:
         "The study as plain data, as it stands in `results.json`."
-        said = {"model": self.model_name, **remarks(self), **self.results()}
-        return plain({**said, "config": self.config, "seconds": round(self.seconds, 1)})
+        said = {"model": self.model_name, **self.results()}
+        told = {name: value for name, value in remarks(self).items() if name not in said}
+        return plain({**said, **told, "config": self.config, "seconds": round(self.seconds, 1)})
 
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."

@@ -124,9 +124,8 @@ class Context:
         types: Sequence[Sequence[int]] | None = None,         # of tokens
     ) -> Sequences:
         "Return token sequences read as this context says; of a mapped file nothing is kept."
-        if first is None: first = self.first
         if isinstance(ids, np.memmap): first = 0
-        return Sequences(self.model, ids, first, self.path, types, self.recompute)
+        return Sequences(self.model, ids, self.first if first is None else first, self.path, types, self.recompute)
 
     def part(self, step: int, lengths: np.ndarray, size: int | None) -> np.ndarray:
         "Return the examples of a step that this process sees; never none, see `mean`."

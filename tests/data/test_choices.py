@@ -214,7 +214,7 @@ def test_pocket_questions_refuse():
     for change, match in (
         (dict(removed=["nowhere"]), "e.g. 'nowhere'"),
         (dict(k=1), "choices 2 or more"),
-        (dict(n=-1), "0 .the usual one. or more"),
+        (dict(n=-1), "n must be a whole number of at least 0, got -1"),
         (dict(k=500), "too few for 500 choices"),
         (
             dict(removed=[next(r["uuid"] for r in pocket_rows() if r["pred"] == "IsA")], relations=["MadeOf"]),
@@ -674,7 +674,7 @@ def test_transfer_refuses(bert, tmp_path):
         (dict(related=lambda q: True), "all of the 24 test questions"),
         (dict(related=lambda q: False), "none of the 24"),
         (dict(related="relate"), "did you mean related"),
-        (dict(seeds=(1, 1)), "which must differ"),
+        (dict(seeds=(1, 1)), "seeds must be different numbers"),
         (dict(tuning=("body",)), "unknown tuning|unknown way"),
         (dict(epochs=0), "epochs must be"),
         (dict(lr=-1), "lr must be"),
