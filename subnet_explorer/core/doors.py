@@ -59,6 +59,7 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind.__name__ == "Path": return isinstance(value, os.PathLike)
     if getattr(kind, "_is_protocol", False):
         return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
+    if kind.__module__ == "__main__": return kind.__name__ in map(_name, type(value).__mro__)      # defined anew
     return isinstance(value, kind)
 
 

@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..core.errors import SubnetError, check_names
+from ..core.files import no_such
 from ..core.numbers import check_number, has_bounds, types_of
 from ..data.files import numbered_pieces, source_path
 
@@ -304,7 +305,9 @@ def completed(
 # %% ../../nbs/recipes/02_options.ipynb #a9990688
 def read_yaml(path: str | Path) -> dict[str, Any]:
     "Keys and values of a file; raise `BadSetting` where it cannot be read."
-    text = "".join(piece for _, piece in numbered_pieces(source_path(path, BadSetting), BadSetting))
+    source = source_path(path, BadSetting)
+    if not source.exists(): raise BadSetting(no_such(source, "file"))
+    text = "".join(piece for _, piece in numbered_pieces(source, BadSetting))
     try: values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is no YAML file: {' '.join(str(error).split())[:200]}.") from None

@@ -222,7 +222,7 @@ class _Memory:
     "Score of every mask and scores within it, computed once per run folder."
 
     def __init__(self, run: Run, context: Context, monitor: Monitor, rank: Callable[[Mask], Scores],
-                 keep: bool, progress: bool) -> None:
+                 keep: bool, progress: Any) -> None:
         # rank: computes scores within a mask; keep: whether they cost enough to be kept
         self.run, self.context, self.monitor, self.compute = run, context, monitor, rank
         self.ask: Callable[[], Any] | None = None      # the monitor, once it is prepared
@@ -322,7 +322,7 @@ def iterate(
     published: bool = False,               # with the published departures, see above
     to: str | Path | Store | None = None,  # folder or store: remembers every step
     labels: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    progress: Any = True,
 ) -> Pruned:
     "Remove the least important coordinates step by step until the score falls below a floor."
     check_model(space, model)

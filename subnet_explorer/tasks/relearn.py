@@ -200,7 +200,7 @@ class _Setup:
     coded: Sequence[Any]             # encoded test questions
     length: int | None
     settings: dict[str, Any]         # of `fit`
-    progress: bool
+    progress: Any
 
 
 def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
@@ -271,7 +271,7 @@ def answers(
     clip: Positive | None = 1.0,                        # largest norm of the gradient
     dropout: bool = False,
     to: str | Path | None = None,
-    progress: bool = True,
+    progress: Any = True,
 ) -> pd.DataFrame:      # a row a question: under, draw, tuning, seed, …, choice, right
     "Fine-tune `model` under every condition, and ask the test questions."
     marks, cells = _related(related, test), _cells(under, tuning, seeds, lr, batch, len(train))

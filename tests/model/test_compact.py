@@ -375,7 +375,7 @@ def test_bad_input():
     with pytest.raises(SubnetError, match="is a rule for masks over weights"): compact(model, heads, keep="any")
     with pytest.raises(SubnetError, match="nothing is left"): compact(model, Mask.full(Space.of(model, "layer"), False))
     soft = Scores(heads.space, {g.name: np.ones(g.shape) for g in heads.space.groups})
-    with pytest.raises(SubnetError, match="harden scores"): compact(model, soft)
+    with pytest.raises(SubnetError, match="choose how many to keep"): compact(model, soft)
     mixed = Mask.full(Space.of(model, "head+weight"))
     with pytest.raises(SubnetError, match="mixes weights"): compact(model, mixed, keep="any")
     with pytest.raises(SubnetError, match="already compact"): compact(compact(model, heads).model, heads)
