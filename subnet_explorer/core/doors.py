@@ -272,7 +272,7 @@ def hints_of(door: Callable[..., Any]) -> dict[str, Any]:      # by parameter, i
 
 def _hint(name: str, annotation: Any, module: dict[str, Any], names: _Names, needed: bool) -> Any:
     "An annotation as classes; models and tokenizers as what stands for them."
-    if name == "tok": return Tokenizer if needed else Tokenizer | None
+    if name == "tok": return Tokenizer | None if not needed or "None" in str(annotation) else Tokenizer
     one = SimpleNamespace(__annotations__={name: annotation})
     try: hint = get_type_hints(one, module, names, include_extras=True)[name]
     except (AttributeError, NameError, TypeError): return Any

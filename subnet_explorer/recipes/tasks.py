@@ -25,7 +25,7 @@ __all__ = ['read_tasks', 'tasks_by_name', 'name_and_source', 'read_running_text'
 @checked
 def read_tasks(
     model: Any,
-    tok: Any,
+    tok: Any | None,
     *,
     tasks: Sequence[str],               # [NAME=]SOURCE: pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv
                                         # file, or datasets:NAME/CONFIG; questions about texts:
@@ -64,7 +64,7 @@ def name_and_source(text: str) -> tuple[str, str]:
 @checked
 def read_running_text(
     model: Any,
-    tok: Any,
+    tok: Any | None,
     *,
     text: str,                            # pre-training text: a file, a folder of .txt files, "pocket", or
                                           # datasets:NAME

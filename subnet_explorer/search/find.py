@@ -45,7 +45,7 @@ __all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'chec
 @checked
 def find(
     model: PreTrainedModel,              # borrowed: when the search ends, it is as before
-    tok: Any,                            # its tokenizer
+    tok: Any | None,                     # its tokenizer; None where the goal needs none
     gate: Gate,                          # what is trained
     goal: Objective,                     # what the subnetwork should do
     *,

@@ -303,7 +303,7 @@ def _heads_hash(goal: Objective | None, monitor: Monitor) -> str:
 @checked
 def iterate(
     model: nn.Module,
-    tok: Any,
+    tok: Any | None,
     goal: Objective | None,                # its loss makes units important; or None
     monitor: Monitor,                      # what must not fall below the floor
     space: Space,
@@ -348,7 +348,7 @@ def _limit(space: Space, asked: int | None) -> int:
 
 def _ranking(
     model: nn.Module,
-    tok: Any,
+    tok: Any | None,
     goal: Objective | None,
     space: Space,
     scores: Scores | None,             # given ones

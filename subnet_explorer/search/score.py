@@ -236,7 +236,7 @@ class GateImportance:
     def __init__(
         self,
         model: nn.Module,
-        tok: Any,
+        tok: Any | None,
         goal: Objective,               # its loss is a mean over the examples of a batch
         space: Space,                  # heads, MLPs, neurons or layers
         batches: Count | None = 8,     # None: all examples of the goal once
@@ -295,7 +295,7 @@ def _example_count(goal: Objective, tok: Any) -> int:
 @checked
 def importance(
     model: nn.Module,
-    tok: Any,
+    tok: Any | None,
     goal: Objective,                   # its loss is a mean over the examples of a batch
     space: Space,                      # heads, MLPs, neurons or layers
     batches: Count | None = 8,         # None: all examples of the goal once
@@ -314,7 +314,7 @@ def importance(
 @checked
 def attribution(
     model: nn.Module,
-    tok: Any,
+    tok: Any | None,
     goal: Objective,               # its loss is a mean over the examples of a batch
     space: Space,                  # weights, biases or blocks; a block has the mean of its weights
     batches: Count | None = None,  # None: all examples of the goal once

@@ -143,7 +143,7 @@ _ONE_MONITOR = "there can be one thing to watch: give dev or monitor."
 @checked
 def fit(
     model: PreTrainedModel,                  # trained in place
-    tok: Any,
+    tok: Any | None,
     goal: Objective | Labelled,
     *,
     steps: Count = 300,

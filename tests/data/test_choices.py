@@ -668,7 +668,7 @@ def test_transfer_refuses(bert, tmp_path):
     none = {"full": None}
     for change, match in (
         (dict(under={}), "nothing to learn: 0 conditions"),
-        (dict(under={"soft": 0.5}), "'soft' holds a float"),
+        (dict(under={"soft": 0.5}), "as under, and this is .'soft': 0.5"),
         (dict(under={"x": []}), "'x' has no mask"),
         (dict(train=[]), "0 questions"),
         (dict(related=lambda q: True), "all of the 24 test questions"),
