@@ -59,8 +59,9 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind.__name__ == "Path": return isinstance(value, os.PathLike)
     if getattr(kind, "_is_protocol", False):
         return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
-    if kind.__module__ == "__main__": return kind.__name__ in map(_name, type(value).__mro__)      # defined anew
-    return isinstance(value, kind)
+    if isinstance(value, kind): return True
+    anew = "__main__" in (kind.__module__, type(value).__module__)      # a session has defined it again
+    return anew and kind.__name__ in map(_name, type(value).__mro__)
 
 
 def _name(kind: Any) -> str:
@@ -301,6 +302,7 @@ def checked(door: Door) -> Door:
         taken = [_taken(enter, name, hints[name], v) for name, v in zip(hints, args, strict=False)]
         given = {name: _taken(enter, name, hints.get(name, Any), v) for name, v in kwargs.items()}
         return door(*taken, *args[len(taken):], **given)
+    enter.__kwdefaults__ = getattr(door, "__kwdefaults__", None)
     enter.is_door = True      # type: ignore[attr-defined]
     return enter              # type: ignore[return-value]
 

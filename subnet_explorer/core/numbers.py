@@ -137,7 +137,7 @@ def check_number(
     "Raise `error` for a value that the type does not allow."
     if is_allowed(kind, value): return
     said = bounds_said(kind).removesuffix(" or None")
-    raise error(f"{name} must be {said}, got {value!r}{_percent(kind, value)}.")
+    raise error(f"{name} must be {said}, got {value!r}{_percent(kind, value) or '.'}")
 
 
 def _percent(kind: Any, value: Any) -> str:

@@ -373,9 +373,9 @@ class Bench:
         return self.folder is not None and (self.folder / "tables" / f"{name}.json").exists()
 
     def finished(self, study: S) -> S:
-        "The study with what was left out of its data, written into the folder if there is one."
+        "The study with what was left out of its data, written into its folder if it keeps one."
         study = with_remarks(study, self.data)
-        if self.folder: study.save(self.folder)
+        if study.folder: study.save(study.folder)
         return study
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182

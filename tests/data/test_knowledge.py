@@ -215,7 +215,6 @@ def test_formats_may_say_head_and_tail():
 def test_bad_formats():
     facts = Facts((edge("robin", "bird"),))
     for bad, says in (
-        ({"IsA": "{subject} is {object}"}, "where a list of texts"),
         ({"IsA": []}, "where a list of texts"),
         ({"IsA": ["{subject} is"]}, "must contain {subject} and {object} once each"),
         ({"IsA": ["{head} is"]}, "must contain {subject} and {object} once each"),

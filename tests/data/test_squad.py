@@ -156,8 +156,8 @@ def test_broken_files_say_what_was_found(content, error, tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(b"not compressed")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00")
-    for name in ("a.json.gz", "b.json"):
-        with pytest.raises(BadQuestions, match="cannot read"): read_squad(tmp_path / name)
+    for name, says in (("a.json.gz", "cannot read"), ("b.json", "save it as UTF-8")):
+        with pytest.raises(BadQuestions, match=says): read_squad(tmp_path / name)
     with pytest.raises(BadQuestions, match="there is no file of questions"): read_squad("squad:nowhere.json")
     two = nested(("c", "q", "c", 0), ("c", "q", "c", 0))
     for p in two["data"]: p["paragraphs"][0]["qas"][0]["id"] = "same"
@@ -433,7 +433,7 @@ def test_bad_input(pocket_bert):
     model, tok = pocket_bert
     data = read_squad("pocket", "dev").take(4)
     slow = SimpleNamespace(is_fast=False)
-    with pytest.raises(SubnetError, match="fast tokenizers only, and SimpleNamespace is none"):
+    with pytest.raises(SubnetError, match="takes a tokenizer as tok, and this is a SimpleNamespace"):
         SpanFinder(model).code(slow, data)
     with pytest.raises(SubnetError, match="no room for a text behind the question"):
         SpanFinder(model, length=6).code(tok, data)

@@ -405,7 +405,7 @@ def test_scores_refuse_what_does_not_match():
     assert attachment([one, ([0], ["punct"])], [one, ([0], ["punct"])], without={"punct"})["sentences"] == 1
     for call, says in (
         (lambda: tag_accuracy([], []), "at least one"),
-        (lambda: tag_accuracy(["DN"], ["DN"]), "a list of lists"),
+        (lambda: tag_accuracy(["DN"], ["DN"]), "as gold, and this is"),
         (lambda: tag_accuracy([["D"]], []), "predictions for 0 sentences, but 1"),
         (lambda: tag_accuracy([["D"]], [["D", "N"]]), "sentence 0 has 1 labels, but 2 predictions"),
         (lambda: tag_accuracy([[]], [[]]), "no word to score"),

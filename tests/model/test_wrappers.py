@@ -247,7 +247,7 @@ def test_blocks_that_differ():
     experts = dict(moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2)
     for first in (0, 1, 2):
         model = tf.Glm4MoeForCausalLM(tf.Glm4MoeConfig(**sizes, **experts, first_k_dense_replace=first))
-        with pytest.raises(UnknownFamily, match=r"up_proj|no known layout"): Space.of(model, "head")
+        with pytest.raises(UnknownFamily, match=r"gate_proj|up_proj|no known layout"): Space.of(model, "head")
     small = dict(vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
     gemma = tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**sizes, **small, global_head_dim=16))
     with pytest.raises(UnknownFamily): Space.of(gemma, "head")

@@ -172,7 +172,8 @@ def naive_step(model, tok, gate, facts, texts, causal):
     asked = [(run(ids), place) for ids, place, _ in (encode(tok, f, causal) for f in facts)]
     a = torch.stack([to_uniform(ours[p][None])[0] for (ours, _), p in asked]).mean()
     b = torch.stack([to_goal(ours[p][None], goal[p][None])[0] for (ours, goal), p in asked]).mean()
-    c = torch.cat([to_goal(*run(tok(text).input_ids)) for text in texts]).mean()
+    start = [tok.bos_token_id] if causal else []
+    c = torch.cat([to_goal(*run(start + tok(text).input_ids)) for text in texts]).mean()
     loss = 1.5 * a + b + c
     return loss.item(), torch.autograd.grad(loss, list(gate.logits))
 
@@ -338,7 +339,7 @@ def test_blocks_of_another_model_are_refused(world):
     long, unknown = np.ones((2, 600), np.int32), np.full((2, 8), 10**6, np.int32)
     for bad, says in ((Blocks(long, 0), "reads at most"), (Blocks(unknown, 0), r"knows .* tokens")):
         with pytest.raises(SubnetError, match=says): ready(Maintain(bad), world)
-    with pytest.raises(BadTexts, match="list of texts"): blocks(tok, "one text")
+    with pytest.raises(BadTexts, match="longer than the 64"): blocks(tok, "one text")
 
 
 BAD = [
@@ -346,8 +347,8 @@ BAD = [
     (b"", "is empty"),
     (b" \n\n", "is empty"),
     (b"ab\0c", "binary file"),
-    (b"\xff\xfe\x00", "not UTF-8"),
-    (b"\x1f\x8bnonsense", "UTF-8"),
+    (b"\xff\xfe\x00", "save it as UTF-8"),
+    (b"\x1f\x8bnonsense", "compressed with gzip"),
 ]
 
 
