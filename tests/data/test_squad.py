@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.space import Space
@@ -83,15 +84,10 @@ def roberta_tok():
     )
 
 
-BYTES = SimpleNamespace(
-    config=SimpleNamespace(
-        hidden_size=8,
-        max_position_embeddings=122,
-        model_type="roberta",
-        is_decoder=False,
-        architectures=["RobertaForMaskedLM"],
-    )
-)
+BYTES = RobertaForMaskedLM(RobertaConfig(
+    vocab_size=260, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8,
+    max_position_embeddings=122, type_vocab_size=1,
+))
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -438,7 +434,7 @@ def test_bad_input(pocket_bert):
     with pytest.raises(SubnetError, match="no room for a text behind the question"):
         SpanFinder(model, length=6).code(tok, data)
     with pytest.raises(SubnetError, match="stride is a number of tokens"): SpanFinder(model, stride=0)
-    with pytest.raises(SubnetError, match="length is a number of tokens"): SpanFinder(model, length=2.5)
+    with pytest.raises(SubnetError, match="takes a whole number as length"): SpanFinder(model, length=2.5)
     with pytest.raises(SubnetError, match="there is nothing to ask"): SpanFinder(model).code(tok, [])
     with pytest.raises(SubnetError, match="limit is a number of examples"): fit(model, tok, data, limit=1)
     with pytest.raises(SubnetError, match="limit goes with a table"):

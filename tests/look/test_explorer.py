@@ -476,7 +476,7 @@ def test_pieces(model, tmp_path):
         assert piece.widget is piece.widget and len(piece.data) and piece.alt and "Piece" in repr(piece)
         for kind in ("html", "svg"): assert piece.save(tmp_path / f"p.{kind}").stat().st_size > 1000
     with pytest.raises(SpaceMismatch): compare_view(a, Mask.full(UNITS))
-    with pytest.raises(SubnetError, match="use explore"): show([a])
+    with pytest.raises(SubnetError, match="show takes a mask or scores as mask"): show([a])
 
 
 def test_an_attention_page_of_forty_tokens_is_small(tmp_path):
