@@ -302,7 +302,7 @@ def checked(door: Door) -> Door:
         taken = [_taken(enter, name, hints[name], v) for name, v in zip(hints, args, strict=False)]
         given = {name: _taken(enter, name, hints.get(name, Any), v) for name, v in kwargs.items()}
         return door(*taken, *args[len(taken):], **given)
-    enter.__kwdefaults__ = getattr(door, "__kwdefaults__", None)
+    enter.__kwdefaults__ = getattr(door, "__kwdefaults__", None)      # type: ignore[attr-defined]
     enter.is_door = True      # type: ignore[attr-defined]
     return enter              # type: ignore[return-value]
 

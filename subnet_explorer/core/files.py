@@ -272,7 +272,8 @@ def _no_mask(path: Path, error: Exception) -> str:
     if begin.startswith(b"\x93NUMPY"): return _ARRAY
     if begin.startswith((b"PK", b"\x80")): return _PICKLE
     if path.suffix == ".safetensors": return f"it is truncated or not a mask file ({type(error).__name__}: {error})."
-    return f"it is truncated, or no mask file ({type(error).__name__}: {error}). A mask file is written by mask.save(path)."
+    why = f"{type(error).__name__}: {error}"
+    return f"it is truncated, or no mask file ({why}). A mask file is written by mask.save(path)."
 
 
 _ARRAY = ("this is a format of others: use Store.read(folder) on the folder with "

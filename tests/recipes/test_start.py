@@ -91,7 +91,7 @@ def test_there_is_no_such_file(call, capsys):
     Path("study.yaml").unlink(missing_ok=True)
     assert main(["run", "nowhere.yaml"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("subnet-explorer: BadSetting: cannot read nowhere.yaml") and err.count("\n") == 1
+    assert err.startswith("subnet-explorer: BadSetting: there is no file nowhere.yaml") and err.count("\n") == 1
     assert not list(Path().iterdir())
 
 
