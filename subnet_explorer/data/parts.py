@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.numbers import Count, Seed, Share
+from ..core.numbers import Bounds, Count, Seed
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, LabelTask, read_glue
 
 # %% auto #0
-__all__ = ['read_task', 'alone', 'TaskData', 'task_data']
+__all__ = ['SearchShare', 'read_task', 'alone', 'TaskData', 'task_data']
 
 # %% ../../nbs/data/07_parts.ipynb #a307cfd0
 def read_task(
@@ -84,13 +84,17 @@ class TaskData:
         return f"TaskData({self.train.name}: {sizes}; {self.metric})"
 
 # %% ../../nbs/data/07_parts.ipynb #87fa4a17
+SearchShare = Annotated[float, Bounds(0, 0.5, "()")]
+"A share of the training sentences that leaves more than half of them to learn from."
+
+
 @checked
 def task_data(
     source: str | Path,              # as in `read_task`; without a development part, a share of the
                                      # training sentences is set aside for the report, too
     task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
-    search: Share = 0.2,             # share of the training sentences on which masks are searched
+    search: SearchShare = 0.2,       # share of the training sentences on which masks are searched
     on_dev: bool = False,            # search and report on the same sentences, as published
     train: Count | None = None,      # at most so many sentences to train on, the same for every seed
                                      # of a study (`fit` has a limit for others) …
@@ -99,8 +103,6 @@ def task_data(
     strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:
     "Read the three parts of a task."
-    if not 0 < search < 0.5:
-        raise SubnetError(f"search is a share of the training sentences between 0 and 0.5, got {search}.")
     learn = read_task(source, "train", task, strict)
     if alone(source): learn, report = _set_aside(learn, search, seed)
     else: report = read_task(source, "dev", task if is_squad(source) else learn.task, strict)

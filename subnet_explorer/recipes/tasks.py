@@ -12,9 +12,9 @@ from typing import Any
 from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import unwrap
-from ..core.numbers import Count, Natural, Share
+from ..core.numbers import Count, Natural
 from ..data.files import BadTexts
-from ..data.parts import TaskData, task_data
+from ..data.parts import SearchShare, TaskData, task_data
 from ..data.texts import read_blocks, read_texts
 from ..model.limits import longest
 
@@ -30,7 +30,7 @@ def read_tasks(
     tasks: Sequence[str],               # [NAME=]SOURCE: pocket:TASK, a folder with train.tsv and dev.tsv, a .tsv
                                         # file, or datasets:NAME/CONFIG; questions about texts:
                                         # squad:TRAIN.json[,DEV.json], a folder with both, or datasets:squad
-    search: Share = 0.2,                # share of the training sentences that is set aside for the search
+    search: SearchShare = 0.2,          # share of the training sentences that is set aside for the search
     on_dev: bool = False,               # search on the sentences that are reported on, as published
     limit_train: Count | None = None,   # at most so many sentences to train on
     limit_test: Count | None = None,    # at most so many sentences to report on

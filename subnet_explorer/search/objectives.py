@@ -89,6 +89,17 @@ class Reading:
         return torch.tensor(self.sums[self.at - 1] / max(1, self.counts[self.at - 1]), dtype=torch.float64)
 
 # %% ../../nbs/search/01_objectives.ipynb #4f7544a5
+class _NoTokenizer:
+    "Stands for a tokenizer that was not given; whoever asks something of it is told."
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"): raise AttributeError(name)
+        return self()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise SubnetError("this goal reads text, and no tokenizer was given: model, tok = load(…).")
+
+# %% ../../nbs/search/01_objectives.ipynb #5f79d6a1
 @dataclass
 class Context:
     "What an objective may use when it is prepared."
@@ -111,7 +122,7 @@ class Context:
     reading: Reading | None = None                   # all examples are read, none is learned from
     idle: bool = field(default=False, init=False, repr=False)                # see `part`
 
-    def __post_init__(self) -> None: self.model = unwrap(self.model)
+    def __post_init__(self) -> None: self.model, self.tok = unwrap(self.model), self.tok or _NoTokenizer()
 
     def prompts(self, facts: Facts, position: str = POSITIONS[0]) -> Prompts:
         "Return the encoded facts, with the output of the frozen blocks computed once."

@@ -367,6 +367,13 @@ def test_a_wrong_template_is_not_blamed_on_the_facts(tmp_path, form):
         read_facts(tmp_path / "a.jsonl", templates=tmp_path / "t.jsonl")
 
 
+@pytest.mark.parametrize("form", [None, 3])
+def test_a_template_is_a_text(tmp_path, form):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    with pytest.raises(SubnetError, match="read_facts takes a dictionary, each value of it a text"):
+        read_facts(tmp_path / "a.jsonl", templates={"IsA": form})
+
+
 def test_a_sentence_that_is_not_there_is_not_blamed_on_the_line(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(BadFacts, match="1 masked_sentences, counted from 0, and prompt=3 was asked for"):

@@ -214,6 +214,8 @@ def test_formats_may_say_head_and_tail():
 
 def test_bad_formats():
     facts = Facts((edge("robin", "bird"),))
+    form = "{subject} is {object}"
+    assert wordings(facts, {"IsA": form}) == wordings(facts, {"IsA": [form]})
     for bad, says in (
         ({"IsA": []}, "where a list of texts"),
         ({"IsA": ["{subject} is"]}, "must contain {subject} and {object} once each"),

@@ -130,7 +130,7 @@ def test_one_class_is_refused(tasks):
         TaskData(d.train, d.search, one)
     with pytest.raises(SubnetError, match="there is no search sentence"):
         TaskData(d.train, replace(d.test, items=()), d.test)
-    with pytest.raises(SubnetError, match=r"search must be a number between 0 and 1"):
+    with pytest.raises(SubnetError, match=r"search must be a number above 0 and below 0\.5"):
         task_data("pocket:entails", search=2)
 
 

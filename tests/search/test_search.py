@@ -29,6 +29,7 @@ from subnet_explorer.data.facts import answerable, read_facts
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.model.sequences import Sequences
+from subnet_explorer.search.distil import MLM
 from subnet_explorer.search.find import find
 from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold, TopK
 from subnet_explorer.search.loop import Diverged
@@ -374,6 +375,13 @@ def test_the_best_mask_comes_with_its_head(model, space):
     whole = Task(IDS, head, batch=len(IDS)).prepare(Context(model, None, 1, 8, 0))
     with torch.no_grad(), masked(model, run.mask): now = float(whole(0))
     assert now == pytest.approx(seen[2], abs=1e-5) != seen[-1]
+
+
+@pytest.mark.parametrize("goal", [Cloze(read_facts("pocket", "MadeOf")), MLM(["a cup is made of glass ."])])
+def test_a_goal_that_reads_text_asks_for_the_tokenizer(goal):
+    model, _ = load("pocket-bert")
+    gate = GATES["threshold"](Space.of(model, "head"))
+    with pytest.raises(SubnetError, match="no tokenizer was given"): find(model, None, gate, goal, progress=False)
 
 
 def test_head_lr_moves_heads_only(model, space):
