@@ -47,6 +47,12 @@ class Opened:
     errors: list[str] = field(default_factory=list)
 
 
+def of_jupyterlab(error: Any) -> bool:
+    "Whether JupyterLab's own scripts are at fault, which fail now and then while a kernel is chosen."
+    scripts = re.findall(r"https?://[^\s)]+", error.stack or "")
+    return bool(scripts) and all("/static/lab/" in script for script in scripts)
+
+
 def opened(
     browser: Browser,
     where: str | Path,              # a file; or with `local`, an address on this machine
@@ -65,7 +71,7 @@ def opened(
     out = Opened(context.new_page())
     if local: context.route("**/*", lambda r: r.abort() if beyond(r.request.url) else r.continue_())
     out.page.on("request", lambda r: out.asked.append(r.url) if beyond(r.url) else None)
-    out.page.on("pageerror", lambda e: out.errors.append(str(e)))
+    out.page.on("pageerror", lambda e: None if of_jupyterlab(e) else out.errors.append(str(e)))
     if not local: out.page.on("console", lambda m: out.errors.append(m.text) if m.type == "error" else None)
     out.page.goto(str(where) if local else Path(where).as_uri(), wait_until="load")
     out.page.wait_for_timeout(wait)

@@ -4,7 +4,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import subnet_explorer
 from subnet_explorer import MLM, Cloze, Facts, Mask, Space, load, read_facts
 from subnet_explorer.core.doors import NO, fitted, hints_of, is_open
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.core.numbers import types_of
 
 HELPERS = {"look.style", "look.paper", "look.tables"}      # of figures: they are called thousands of times
 
@@ -61,6 +63,29 @@ def test_a_stranger_is_refused(name):
         with pytest.raises(SubnetError, match=rf"{keyword}|model is needed"): door(*first, **{keyword: Stranger()})
 
 
+FREE = {
+    "measure.patterns.PatternReport.__init__", "search.prune.Pruned.__init__",      # results
+    "core.space.Space.of", "search.gates.Threshold.__init__", "search.gates.TopK.__init__",      # a name, or a number
+    "search.gates.Concrete.__init__", "search.gates.HardConcrete.__init__",
+    "measure.patterns.train_network", "measure.attention.token_ids", "measure.fluency.EncodedTexts.__init__",
+}
+"Doors with a number that is any number, or that something else is said about."
+
+
+def is_bare(kind: Any) -> bool:
+    "Whether a type is a number without bounds, or may be one."
+    if get_origin(kind) in (Union, UnionType): return any(map(is_bare, get_args(kind)))
+    return kind in (int, float)
+
+
+CALLED = [name for name in DOORS if name.endswith("__init__") or name.count(".") <= 2]      # by users, not each other
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLED) - FREE))
+def test_every_number_says_what_it_may_be(name):
+    assert not [k for k, kind in types_of(DOORS[name]).items() if k != "return" and is_bare(kind)]
+
+
 @pytest.fixture(scope="module")
 def world():
     model, tok = load("pocket-bert")
@@ -82,20 +107,33 @@ def world():
     ("masked(model, 'x')", r"masked takes a mask or scores as mask.*Mask\.load"),
     ("plots.bars(facts)", "bars takes a table as table, and this is facts"),
     ("load(model)", "load takes a text or a path as name, and this is a model: it is loaded already"),
-    ("Mask.random(space, 'half')", "Mask.random takes a number as density, and this is the text 'half'"),
-    ("Mask.random(space, 50, seed=0)", "density is a fraction between 0 and 1, got 50; did you mean 0.5?"),
-    ("Mask.random(space, float('nan'), seed=0)", "density is a fraction between 0 and 1, got nan"),
+    ("Mask.random(space, 'half')", "density must be a number between 0 and 1, got 'half'"),
+    ("Mask.random(space, 50, seed=0)", "density must be a number between 0 and 1, got 50; did you mean 0.5?"),
+    ("Mask.random(space, float('nan'), seed=0)", "density must be a number between 0 and 1, got nan"),
     ("Mask.random(space, .5, seed=-1)", "seed must be a whole number between 0 and"),
     ("Mask.random(space, .5, seed=10**20)", "seed must be a whole number between 0 and"),
     ("Mask.of(space, score.magnitude(model, weights))", r"make a mask of them: scores\.top"),
-    ("score.magnitude(model, weights).top('half')", "Scores.top takes a number as density"),
-    ("compare.agreement(masks, level=2)", "level lies strictly between 0 and 1, got 2"),
-    ("compare.agreement(masks, level=float('nan'))", "level lies strictly between 0 and 1, got nan"),
+    ("score.magnitude(model, weights).top('half')", "density must be a number between 0 and 1, got 'half'"),
+    ("Threshold(weights, sparsity=50)", "sparsity must be a number between 0 and 1, got 50; did you mean 0.5?"),
+    ("TopK(weights, .5, every=0)", "every must be a whole number of at least 1, got 0"),
+    ("Concrete(weights, temperature=0)", "temperature must be a positive number, got 0"),
+    ("HardConcrete(space, seed=-1)", "seed must be a whole number between 0 and"),
+    ("HardConcrete(space, gamma=0)", "gamma must be a number below 0, got 0"),
+    ("HardConcrete(space, zeta=1)", "zeta must be a number above 1, got 1"),
+    ("MLM(['a robin'], batch=-1)", "batch must be a whole number of at least 1, got -1"),
+    ("Cloze(facts, batch=True)", "batch must be a whole number of at least 1, got True"),
+    ("float('nan') * Density()", "the weight of an objective must be a number, got nan"),
+    ("Ramp(0., float('inf'))", "end must be a number, got inf"),
+    ("Ramp(0., 1., begin=.5, finish=.2)", "a ramp begins before it finishes"),
+    ("Lora(rank=0)", "rank must be a whole number of at least 1"),
+    ("Tagger(model, [(['a'], ['X'])], dropout=1)", "dropout must be a number of at least 0 and below 1, got 1"),
+    ("compare.agreement(masks, level=2)", "level must be a number above 0 and below 1, got 2"),
+    ("compare.agreement(masks, level=float('nan'))", "level must be a number above 0 and below 1, got nan"),
     ("compare.interval([[[.5]]], level=95)", "did you mean 0.95?"),
-    ("compare.student_interval([1, 2], level=0)", "level lies strictly"),
+    ("compare.student_interval([1, 2], level=0)", "level must be a number above 0 and below 1"),
     ("compare.interval([np.ones((1, 2))], samples=0)", "samples must be a whole number of at least 1"),
     ("compare.jaccard(Mask.full(space), by='seed')", "jaccard takes masks as masks, and this is a mask: collect"),
-    ("compare.stability({0: score.random(space, 0)}, density=1.5)", "density is a fraction"),
+    ("compare.stability({0: score.random(space, 0)}, density=1.5)", "density must be a number between 0 and 1"),
     ("evaluate.perplexity(model, tok, facts)", "perplexity takes .* as texts, and this is facts"),
     ("evaluate.perplexity(model, tok, ['a robin', 3])", "as texts"),
     ("evaluate.perplexity(model, tok, [['a robin']])", "as texts"),

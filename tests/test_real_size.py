@@ -1,8 +1,8 @@
 """What works at pocket size works at the size of BERT-base and GPT-2 small, on both sides of every rule about size.
 
 Weights are random, widths and vocabulary are real; tokenizers are those of the pocket models, whose tokens fit.
-As part of the suite the models have two layers and only memory rules are crossed; with --slow they have all twelve,
-and all runs.
+As part of the suite every recipe runs once on all twelve layers, and memory rules are crossed with two of them;
+with --slow everything has twelve, and the rest of the library runs, too.
 """
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def layers(request) -> int:
     return 12 if request.config.getoption("--slow") else 2
 
 
-@pytest.fixture(scope="module")
-def bert(layers):
+def bert_of(layers: int) -> tuple[torch.nn.Module, Any]:
     "The shape of BERT-base."
     from transformers import BertConfig, BertForMaskedLM
     tok = load("pocket-bert")[1]
@@ -56,14 +55,28 @@ def bert(layers):
     return BertForMaskedLM(BertConfig(vocab_size=30_522, num_hidden_layers=layers)).eval(), tok
 
 
-@pytest.fixture(scope="module")
-def gpt2(layers):
+def gpt2_of(layers: int) -> tuple[torch.nn.Module, Any]:
     "The shape of GPT-2 small."
     from transformers import GPT2Config, GPT2LMHeadModel
     tok = load("pocket-gpt2")[1]
     tok.model_max_length = 1024
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_layer=layers)).eval(), tok
+
+
+@pytest.fixture(scope="module")
+def bert(layers):
+    return bert_of(layers)
+
+
+@pytest.fixture(scope="module")
+def gpt2(layers):
+    return gpt2_of(layers)
+
+
+@pytest.fixture(scope="module")
+def whole_bert():
+    return bert_of(12)
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +256,8 @@ def test_patterns_of_long_texts(bert, monkeypatch):
 # ── every recipe once ────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
-def test_tickets(bert, monkeypatch):
-    data = task_data("pocket:entails", search=.005, train=8, test=8)
+def test_tickets_kept_or_recomputed(bert, monkeypatch):
+    data = task_data("pocket:entails", train=8, test=8, limit_search=8)
     def masks():
         study = recipes.tickets(*bert, {"entails": data}, kind="head+mlp", seeds=(0,), epochs=1, lr=1e-4, batch=8,
                                 drop=.45, floor=.01, supers=False, progress=False)
@@ -253,38 +266,42 @@ def test_tickets(bert, monkeypatch):
     assert kept == again
 
 
-@pytest.mark.slow
-def test_lamp(bert, monkeypatch):
+def test_tickets(whole_bert):
+    data = task_data("pocket:entails", train=8, test=8, limit_search=8)
+    study = recipes.tickets(*whole_bert, {"entails": data}, kind="head+mlp", seeds=(0,), epochs=1, lr=1e-4, batch=8,
+                            drop=.45, floor=.01, supers=False, progress=False)
+    assert study.good[0].density < 1 and study.scores.score.between(0, 1).all()
+
+
+def test_lamp(whole_bert, monkeypatch):
     facts = read_facts("pocket")
     some = Facts(tuple(f for r in ("MadeOf", "IsA") for f in facts[r].items[:20]))
-    study = recipes.lamp(*bert, some, steps=2, batch=8, random=1, progress=False)
-    assert {m.space.layers[-1] for _, m in study.masks} == {bert[0].config.num_hidden_layers - 1}
+    study = recipes.lamp(*whole_bert, some, steps=2, batch=8, random=1, progress=False)
+    assert {m.space.layers[-1] for _, m in study.masks} == {whole_bert[0].config.num_hidden_layers - 1}
     assert set(study.items.under) == {"full", "subnetwork", "random", "mismatched", "majority"}
 
 
-@pytest.mark.slow
-def test_tamt(bert, texts):
-    study = recipes.tamt(*bert, texts[:4], texts[4:6], densities=(.5,), methods=("omp", "mlm+kd"), steps=2, batch=2,
-                         lr=.05, snapshots=0, embeddings=False, progress=False)
+def test_tamt(whole_bert, texts):
+    study = recipes.tamt(*whole_bert, texts[:4], texts[4:6], densities=(.5,), methods=("omp", "mlm+kd"), steps=2,
+                         batch=2, lr=.05, snapshots=0, embeddings=False, progress=False)
     omp, trained = (study.masks.sel(method=m)[0] for m in ("omp", "mlm+kd"))
     assert omp != trained and all(round(m.density, 6) == .5 for m in (omp, trained))
     assert np.isfinite(study.scores[["mlm_loss", "hidden_loss"]]).all(axis=None)
 
 
-@pytest.mark.slow
-def test_critical(gpt2):
+def test_critical():
+    gpt2 = gpt2_of(12)
     facts = Facts(tuple(f for f in read_facts("pocket", prompt=1) if f.prompt.endswith("[MASK] .")))
     target, control = Facts(facts.items[:6]), Facts(facts.items[100:130])
     text = blocks(gpt2[1], read_texts("pocket"), 128)[:10]
     study = recipes.critical(*gpt2, target, control, text, steps=2, batches=(8, 2), checks=1, seeds=(0,), random=1,
                              progress=False)
-    assert 0 < study.masks[0].density < 1 and np.isfinite(study.items.select_dtypes("number")).all(axis=None)
+    assert 0 < study.masks[0].density < 1 and np.isfinite(study.items[["logprob", "nll"]]).all(axis=None)
 
 
-@pytest.mark.slow
-def test_probe(bert):
+def test_probe(whole_bert):
     train, dev = (read_conllu("pocket", part=part)[:6] for part in ("train", "dev"))
-    study = recipes.probe(*bert, "pos", train, dev, granularity=("neuron", "weight"), steps=2, batch=6, ranks=(8,),
-                          baselines=("mlp", "linear"), progress=False)
+    study = recipes.probe(*whole_bert, "pos", train, dev, granularity=("neuron", "weight"), steps=2, lr=1.0, batch=6,
+                          ranks=(8,), baselines=("mlp", "linear"), progress=False)
     assert set(study.scores.granularity.dropna()) >= {"neuron", "weight"}
-    assert study.scores.score.between(0, 1).all()
+    assert study.scores.score.between(0, 1).all() and all(0 < m.density < 1 for _, m in study.masks)

@@ -14,7 +14,7 @@ import pandas as pd
 from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
-from .numbers import Count, Seed
+from .numbers import Count, PartShare, Seed
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
@@ -62,7 +62,7 @@ def agreement(
     masks: Masks,
     over: str = "seed",     # label that tells the raters apart
     by: str | None = None,  # compare within each value of this label, e.g. "task"
-    level: float = 0.95,
+    level: PartShare = 0.95,
     samples: Count = 1000,
     seed: Seed = 0,
 ) -> pd.DataFrame:                 # [by,] kind, items, raters, prevalence, agreement, kappa, low, high, alpha, note
@@ -201,7 +201,7 @@ def consensus(
     kind: str = "head",
     by: str = "task",
     over: str = "seed",
-    level: float = 0.95,           # of the bootstrap interval of kappa
+    level: PartShare = 0.95,           # of the bootstrap interval of kappa
     samples: Count = 1000,
     seed: Seed = 0,
 ) -> pd.DataFrame:  # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes, empty_pairs

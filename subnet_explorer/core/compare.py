@@ -15,6 +15,7 @@ from .errors import SubnetError, check_names
 from .kinds import footprints
 from .mask import Mask, table
 from .masks import Masks, aligned, overlaps
+from .numbers import Share
 from .scores import Scores
 from .space import WHOLE_UNITS, Group, Space, same_space, tensors_by_kind
 
@@ -172,7 +173,7 @@ def _paired(masks: Masks, by: str, over: str) -> Iterator[dict[str, object]]:
 def survival_table(
     masks: Masks,
     over: str = "seed",
-    more_than: float = 0.5,        # share of a seed's masks (the tasks) that keep a stable unit, on average
+    more_than: Share = 0.5,         # share of a seed's masks (the tasks) that keep a stable unit, on average
 ) -> pd.DataFrame:                 # columns kind, layer, role, unit, mean, std, of, stable
     """Masks of a seed that keep each unit, of `of` in all: mean and deviation over seeds.
 
@@ -258,7 +259,7 @@ def _pieces(
 @checked
 def stability(
     scores: Mapping[int, Scores],      # number of examples → scores found with them
-    density: float = 0.5,
+    density: Share = 0.5,
     scope: str = "global",
     average: str = "micro",
 ) -> pd.DataFrame:                     # columns examples, rank, distance, chance

@@ -14,7 +14,7 @@ from functools import cache, wraps
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import SubnetError, UnknownFamily, check_fraction
+from .errors import SubnetError, UnknownFamily
 from .layout import no_model
 from .numbers import bounds_said, check_number, has_bounds
 
@@ -238,14 +238,9 @@ def refusal(door: Callable[..., Any], name: str, hint: Any, value: Any) -> Subne
     return SubnetError(f"{what} takes {noun(hint)} as {name}, and this is {described(value)}{_advice(hint, value)}")
 
 # %% ../../nbs/core/16_doors.ipynb #707659cf
-_SHARES = ("density", "sparsity", "share", "warmup", "more_than")
-
-
 def in_range(name: str, hint: Any, value: Any) -> None:
-    "Raise `SubnetError` for a number outside of what its annotation or its name means."
+    "Raise `SubnetError` for a number outside of what its annotation says."
     if has_bounds(hint): check_number(hint, value, name)
-    elif isinstance(value, (int, float)) and name in _SHARES: check_fraction(value, name)
-    elif isinstance(value, (int, float)) and name == "level": check_fraction(value, name, inside=True)
 
 # %% ../../nbs/core/16_doors.ipynb #6ec3f751
 class _Names(dict[str, Any]):

@@ -9,8 +9,7 @@ import difflib
 from collections.abc import Iterable
 
 # %% auto #0
-__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'HiddenWeights', 'UnknownName', 'LayerRange', 'check_names',
-           'check_fraction']
+__all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'HiddenWeights', 'UnknownName', 'LayerRange', 'check_names']
 
 # %% ../../nbs/core/00_errors.ipynb #7bc52c27
 class SubnetError(ValueError):
@@ -87,12 +86,3 @@ def _meant(name: str, known: list[str]) -> str:
     question = f"did you mean {' or '.join(str(folded[n]) for n in near)}? " if near else ""
     shown = ", ".join(map(str, known[:20])) + (" …" if len(known) > 20 else "")
     return f"{question}Known: {shown or 'none'}."
-
-# %% ../../nbs/core/00_errors.ipynb #94f4eded
-def check_fraction(value: float, name: str, inside: bool = False) -> None:
-    "Raise `SubnetError` unless `value` lies in 0…1, or with `inside` strictly between them."
-    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-    if number and (0 < value < 1 if inside else 0 <= value <= 1): return
-    hint = f"; did you mean {value / 100:g}?" if number and 5 <= value <= 100 else "."
-    where = "lies strictly between 0 and 1" if inside else "is a fraction between 0 and 1"
-    raise SubnetError(f"{name} {where}, got {value if number else repr(value)}{hint}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .doors import checked
 from .errors import SubnetError
-from .numbers import Count, Seed
+from .numbers import Count, Natural, PartShare, Seed
 
 # %% auto #0
 __all__ = ['resampled', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
@@ -40,7 +40,7 @@ def resampled(
 @checked
 def interval(
     groups: Sequence[np.ndarray],
-    level: float = 0.95,
+    level: PartShare = 0.95,
     samples: Count = 1000,
     seed: Seed = 0,
     pooled: bool = False,
@@ -89,7 +89,7 @@ def _check_groups(groups: Sequence[np.ndarray], weights: Sequence[np.ndarray] | 
 @checked
 def student_interval(
     values: Sequence[float],      # independent, one per seed say
-    level: float = 0.95,
+    level: PartShare = 0.95,
 ) -> dict[str, float]:            # n, mean, std, low, high
     "Number, mean, standard deviation and Student interval of values; `nan` where undefined."
     from scipy.stats import t
@@ -105,7 +105,7 @@ def student_interval(
 @checked
 def defined_interval(
     values: Sequence[float],      # NaN and infinities are undefined
-    level: float = 0.95,
+    level: PartShare = 0.95,
 ) -> dict[str, float]:            # n, mean, std, low, high of those that are defined, undefined
     "Number, mean, deviation and Student interval of the defined values, and how many are not."
     x = np.asarray(values, float)
@@ -114,7 +114,7 @@ def defined_interval(
 
 
 @checked
-def left_out(undefined: int, what: str = "score") -> str:
+def left_out(undefined: Natural, what: str = "score") -> str:
     "Say how many undefined values were left out; nothing if there are none."
     return f"{undefined} undefined {what}{'s' * (undefined > 1)} left out" if undefined else ""
 

@@ -15,11 +15,11 @@ import pandas as pd
 
 from .bits import Bits, draw, pack, quantile_bins, shuffled_within, split_by_group
 from .doors import checked
-from .errors import SubnetError, check_fraction, check_names
+from .errors import SubnetError, check_names
 from .files import download, mask_bytes, read_mask_file, upload, write_mask_file
 from .kinds import blocks_to_weights, share_kept, space_to, units_to_weights
 from .layout import layer_text
-from .numbers import Count, Seed
+from .numbers import Count, Seed, Share, SomeShare
 from .space import WHOLE_UNITS, Group, Space, same_space
 
 # %% auto #0
@@ -42,9 +42,8 @@ class CoordinateSet(Bits):
 
     @classmethod
     @checked
-    def random(cls, space: Space, density: float, seed: Seed, **meta: Any) -> Mask:
+    def random(cls, space: Space, density: Share, seed: Seed, **meta: Any) -> Mask:
         "Keep exactly `round(density * size)` random coordinates of every tensor."
-        check_fraction(density, "density")
         bits = draw([([g], round(density * g.size)) for g in space.groups], seed)
         return cls.of(space, bits, **{"method": "random", "seed": seed, **meta})
 
@@ -90,11 +89,11 @@ class Mask(CoordinateSet):
         return random_like(self, seed, strata, bins)
 
     @checked
-    def resized(self, density: float, seed: Seed) -> Mask:
+    def resized(self, density: Share, seed: Seed) -> Mask:
         "This mask with random coordinates added or taken away."
         return resized(self, density, seed)
 
-    def to(self, kind: str, keep: str | float | None = None, how: str = "minimal") -> Mask:
+    def to(self, kind: str, keep: str | SomeShare | None = None, how: str = "minimal") -> Mask:
         "The mask in coordinates of another kind."
         return to(self, kind, keep, how)
 
@@ -226,9 +225,8 @@ def _pools(mask: Mask) -> list[tuple[list[Group], int]]:  # groups, and what the
 
 # %% ../../nbs/core/06_mask.ipynb #afa58bc8
 @checked
-def resized(mask: Mask, density: float, seed: Seed) -> Mask:
+def resized(mask: Mask, density: Share, seed: Seed) -> Mask:
     "`mask` with random coordinates added or taken away until `round(density * size)` are kept."
-    check_fraction(density, "density")
     rng, change = np.random.default_rng(seed), round(density * mask.space.size) - mask.count
     sizes = [g.size for g in mask.space.groups]
     candidates = list(mask.counts)
@@ -246,7 +244,7 @@ def resized(mask: Mask, density: float, seed: Seed) -> Mask:
 def to(
     mask: Mask,
     kind: str,                        # kinds joined by "+"
-    keep: str | float | None = None,    # rule for fine to coarse: "any", "all" or a share in (0, 1]
+    keep: str | SomeShare | None = None,    # rule for fine to coarse: "any", "all" or a share in (0, 1]
     how: str = "minimal",             # map for coarse to fine: "minimal" or "full"
 ) -> Mask:
     "The mask in coordinates of another kind; raise `SubnetError` where that is not possible."
@@ -264,7 +262,6 @@ def to(
         return Mask.of(space_to(mask.space, kind, how), bits, **meta)
     if keep is None: raise SubnetError(_NO_RULE.format(source=mask.space.kind, target=kind))
     if isinstance(keep, str): check_names([keep], ["any", "all"], "rule")
-    else: check_fraction(keep, "keep")
     fine = mask if of_weights else to(mask, "weight", how=how)
     target = space_to(mask.space, kind)
     bits = {g.name: _ruled(share_kept(fine, g), keep) for g in target.groups}

@@ -18,6 +18,7 @@ import pandas as pd
 from .doors import checked
 from .errors import SubnetError, check_names
 from .mask import Mask, load_mask
+from .numbers import SomeShare
 from .scores import Scores
 from .space import Group, Space, same_space
 
@@ -100,7 +101,7 @@ class Masks(MaskList):
         "What all masks keep, over all or within each value of a label."
         return _reduce(self, lambda found: reduce(and_, found).packed, "intersection", by)
 
-    def majority(self, share: float = 2 / 3, by: str | None = None) -> Mask | Masks:
+    def majority(self, share: SomeShare = 2 / 3, by: str | None = None) -> Mask | Masks:
         "What at least `share` of the masks keep, over all or within each value of a label."
         return majority(self, share, by)
 
@@ -249,15 +250,10 @@ def _tally(
 # %% ../../nbs/core/08_masks.ipynb #da822cb3
 def majority(
     masks: Masks,
-    share: float = 2 / 3,      # 1 is the intersection, anything up to one mask's share the union
-    by: str | None = None,     # within each value of a label
+    share: SomeShare = 2 / 3,      # 1 is the intersection, anything up to one mask's share the union
+    by: str | None = None,         # within each value of a label
 ) -> Mask | Masks:
-    "Keep what at least `share` of the masks keep; raise `SubnetError` unless it is above 0, up to 1."
-    if not 0 < share <= 1:
-        raise SubnetError(
-            "share is that of the masks which keep a coordinate, above 0 and up to 1, got "
-            f"{share}.")
-
+    "Keep what at least `share` of the masks keep."
     def bits(found: list[Mask]) -> tuple[bytes, ...]:
         "What enough of the masks keep."
         least = max(1, math.ceil(share * len(found) - 1e-9))

@@ -19,8 +19,9 @@ from typing import Annotated, Any
 from .errors import SubnetError
 
 # %% auto #0
-__all__ = ['Count', 'Natural', 'Seed', 'Seeds', 'Positive', 'Weight', 'Share', 'SomeShare', 'PartShare', 'Bounds', 'Distinct',
-           'bounds_said', 'is_allowed', 'check_number', 'types_of', 'has_bounds', 'check_values', 'bounded']
+__all__ = ['Count', 'Natural', 'Seed', 'Seeds', 'Number', 'Positive', 'Weight', 'Share', 'SomeShare', 'PartShare', 'Dropout',
+           'Bounds', 'Distinct', 'bounds_said', 'is_allowed', 'check_number', 'types_of', 'has_bounds', 'check_values',
+           'bounded']
 
 # %% ../../nbs/core/15_numbers.ipynb #e1cac7e5
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Bounds:
     def __str__(self) -> str:
         low = f"{'above' if self.ends[0] == '(' else 'of at least'} {self.least:g}"
         high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most}"
-        if self.least == -math.inf: return ""
-        if self.most == math.inf: return f" {low}"
+        if not math.isfinite(self.least): return f" {high}" if math.isfinite(self.most) else ""
+        if not math.isfinite(self.most): return f" {low}"
         return f" between {self.least:g} and {self.most}" if self.ends == "[]" else f" {low} and {high}"
 
 
@@ -48,7 +49,7 @@ class Bounds:
 class Distinct:
     "At least one value, and none twice."
 
-
+# %% ../../nbs/core/15_numbers.ipynb #e1cac7e7
 Count = Annotated[int, Bounds(1)]
 "How many: one or more."
 Natural = Annotated[int, Bounds(0)]
@@ -57,6 +58,8 @@ Seed = Annotated[int, Bounds(0, 2 ** 63 - 1)]
 "What random numbers start from: whatever NumPy and torch take alike."
 Seeds = Annotated[Sequence[Seed], Distinct()]
 "Seeds of several runs, which differ."
+Number = Annotated[float, Bounds()]
+"Any number, but for infinities and what is none."
 Positive = Annotated[float, Bounds(0, ends="(]")]
 "A number above zero."
 Weight = Annotated[float, Bounds(0)]
@@ -67,6 +70,8 @@ SomeShare = Annotated[float, Bounds(0, 1, "(]")]
 "A share that is not nothing."
 PartShare = Annotated[float, Bounds(0, 1, "()")]
 "A share that is neither nothing nor all."
+Dropout = Annotated[float, Bounds(0, 1, "[)")]
+"A share that is not all."
 
 # %% ../../nbs/core/15_numbers.ipynb #4e65d3de
 def bounds_said(kind: Any) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 
 from .bits import check_arrays
 from .doors import checked
-from .errors import SubnetError, check_fraction, check_names
+from .errors import SubnetError, check_names
 from .mask import Mask
+from .numbers import Number, Share
 from .space import Group, Space, same_space
 
 # %% auto #0
@@ -50,7 +51,7 @@ class Scores:
         values = [np.ascontiguousarray(self[g.name], np.float32).tobytes() for g in self.space.groups]
         return hashlib.sha256(b"".join([self.space.id.encode(), *values])).hexdigest()[:16]
 
-    def top(self, density: float | None = None, scope: str = "global", *, like: Mask | None = None) -> Mask:
+    def top(self, density: Share | None = None, scope: str = "global", *, like: Mask | None = None) -> Mask:
         "Keep the highest share `density`, or as many of the highest as `like` keeps."
         return _pick(self, _wanted(self, density, like, scope), scope, +1)
 
@@ -58,7 +59,7 @@ class Scores:
         "Keep the lowest coordinates, as many as `like` keeps in each scope."
         return _pick(self, _wanted(self, None, like, scope), scope, -1)
 
-    def above(self, threshold: float) -> Mask:
+    def above(self, threshold: Number) -> Mask:
         "Keep what scores strictly above `threshold`."
         bits = {g.name: self[g.name] > threshold for g in self.space.groups}
         return Mask.of(self.space, bits, **self.meta, hardening=f"> {threshold:g}")
@@ -77,7 +78,6 @@ def _pools(space: Space, scope: str) -> dict[Hashable, list[Group]]:
 def _wanted(scores: Scores, density: float | None, like: Mask | None, scope: str) -> dict[Hashable, int]:
     "How many coordinates to keep in each pool."
     if density is not None and like is None:
-        check_fraction(density, "density")
         sizes = {k: sum(g.size for g in groups) for k, groups in _pools(scores.space, scope).items()}
         return {k: round(density * size) for k, size in sizes.items()}
     if density is not None or like is None:

@@ -391,9 +391,10 @@ def _too_few(facts: Facts, relation: str, n: int, shares: tuple[int, int, int]) 
     return f"relation {relation} has {n} facts{gone}, too few to split {ratio}: at least {total} are safe. {remedy}"
 
 # %% ../../nbs/data/01_facts.ipynb #b42482d4
+@checked
 def at_least(
     facts: Facts,
-    n: int = 10,      # triples
+    n: Count = 10,      # triples
 ) -> Facts:           # the others are counted in `.skipped`
     "Keep the relations with enough triples; raise `BadFacts` if there is none."
     counts = Counter(relation for relation, _, _ in dict.fromkeys(map(_stated, facts)))

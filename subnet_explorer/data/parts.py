@@ -98,7 +98,8 @@ def task_data(
     on_dev: bool = False,            # search and report on the same sentences, as published
     train: Count | None = None,      # at most so many sentences to train on, the same for every seed
                                      # of a study (`fit` has a limit for others) …
-    test: Count | None = None,       # … and to report on
+    test: Count | None = None,       # … and to report on …
+    limit_search: Count | None = None,      # … and to search on
     seed: Seed = 0,
     strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:
@@ -107,10 +108,18 @@ def task_data(
     if alone(source): learn, report = _set_aside(learn, search, seed)
     else: report = read_task(source, "dev", task if is_squad(source) else learn.task, strict)
     if test is not None: report = report.take(test, seed)
+    if on_dev and limit_search is not None:
+        raise SubnetError("on_dev searches on the sentences that are reported on: limit those, by test.")
     if on_dev: held = report
-    else: learn, held = _set_aside(learn, search, seed + 1)
+    else: learn, held = _searched(learn, search, limit_search, seed)
     if train is not None: learn = learn.take(train, seed)
     return TaskData(learn, held, report)
+
+# %% ../../nbs/data/07_parts.ipynb #87fa4a19
+def _searched(data: Labelled, share: float, most: int | None, seed: int) -> tuple[Labelled, Labelled]:
+    "What is left to learn from, and at most so many rows to search on."
+    learn, held = _set_aside(data, share, seed + 1)
+    return learn, held if most is None else held.take(most, seed)
 
 
 def _set_aside(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:

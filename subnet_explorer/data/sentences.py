@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.numbers import Count, Natural, Seed
+from ..core.numbers import Count, Natural, Seed, Share
 from .files import Reading, dataset_parts, file_text, source_path, text_lines
 
 # %% auto #0
@@ -435,12 +435,10 @@ GAP = "[MASK]"
 @checked
 def gapped(
     sentences: Sequence[Any],      # `Sentence`s, or pairs of words and labels
-    share: float = 0.3,            # of the words of each sentence, rounded
+    share: Share = 0.3,            # of the words of each sentence, rounded
     seed: Seed = 0,
 ) -> list[Any]:
     "Put gaps for a share of the words of every sentence; annotation stays as it is."
-    if not 0 <= share <= 1:
-        raise SubnetError(f"the share of gaps is a fraction between 0 and 1, got {share}.")
     return [_with_gaps(s, share, seed) for s in sentences]
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.numbers import Count
 from .explorer import Explorer, heat
 from .figure import print_figure
 from .masks import by_layer, cells
@@ -70,7 +71,7 @@ def explore(
     tok: Any = None,                                # the tokenizer, if it does not come with the model
     head: Any = None,                               # a trained `TaskHead`, for labelled data
     to: str | Path | None = None,                   # folder for masks that are named
-    batch: int = 64,                                # how many facts or sentences are used
+    batch: Count = 64,                              # how many facts or sentences are used
 ) -> App:
     "Explore masks in an app; raise `SpaceMismatch` if they do not belong together or to the model."
     return App(masks, model, data, tok=tok, head=head, to=to, batch=batch)

@@ -17,6 +17,7 @@ from plotly.subplots import make_subplots
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import defined_interval, interval, left_out
+from ..core.numbers import Weight
 from .figure import Figure, check_drawable, set_layout
 from .paper import CannotDraw
 from .style import DASHES, PALETTE, safe_text, style
@@ -244,7 +245,7 @@ def _add_seeds(
 def removal(
     table: pd.DataFrame,             # columns under, data, ratio, and if known low, high
     title: str = "What is left without the subnetwork",
-    tolerance: float | None = None,  # a band around 1
+    tolerance: Weight | None = None,  # a band around 1
 ) -> Figure:
     "Draw perplexity relative to the full model by condition and data set, with intervals."
     check_names(["under", "data", "ratio"], table.columns, "column")
@@ -424,7 +425,7 @@ def curves(
 def tradeoff(
     curves: pd.DataFrame,            # columns seed, step, sparsity, chosen, and a ratio for each data set
     title: str = "Trade-off over the search",
-    tolerance: float | None = None,  # a band around 1, for what must stay
+    tolerance: Weight | None = None,  # a band around 1, for what must stay
 ) -> Figure:
     "Draw perplexity ratios and sparsity over the steps of a search, a line for each seed."
     given = ["seed", "step", "sparsity", "chosen"]

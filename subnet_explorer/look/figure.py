@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 
 from ..core.doors import checked
 from ..core.files import atomic_write
+from ..core.numbers import Count, Natural, Number
 from .paper import CannotDraw, print_plotly
 from .style import plain_text, safe_text
 
@@ -164,8 +165,8 @@ def check_drawable(
 def set_layout(
     fig: go.Figure,
     title: str,
-    width: int,              # pixels
-    height: int,
+    width: Count,              # pixels
+    height: Count,
     **more: Any,             # further settings of plotly's layout
 ) -> go.Figure:
     "Give a figure the common look."
@@ -178,8 +179,8 @@ def set_layout(
 
 @checked
 def color_axis(
-    low: float,
-    high: float,
+    low: Number,
+    high: Number,
     title: str,              # what the values are
     **more: Any,             # further settings of plotly's colour bar
 ) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def add_heat(
     at: tuple[int, int] | None = None,    # row and column of the subplot
     numbers: bool = True,                 # write the values into the cells
     small: np.ndarray | None = None,      # text for smaller lines below them
-    digits: int = 2,                      # behind the point
+    digits: Natural = 2,                      # behind the point
 ) -> None:
     "Add a labelled heat-map to a figure."
     where = {"row": at[0], "col": at[1]} if at else {}

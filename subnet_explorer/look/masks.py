@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Count, SomeShare
 from ..core.scores import Scores
 from ..core.space import Group, same_space
 from .figure import Figure, add_heat, check_drawable, color_axis, set_layout
@@ -133,10 +134,10 @@ def densities(
 @checked
 def importance(
     scores: Scores,
-    remove: int | None = None,        # how many go next; None: a tenth of all units, as published
+    remove: Count | None = None,        # how many go next; None: a tenth of all units, as published
     alive: Mask | None = None,        # units that are still there
     kind: str | None = None,          # None: the first kind of the scores
-    bins: int = 24,
+    bins: Count = 24,
     title: str | None = None,
 ) -> Figure:
     "Draw the distribution of scores and mark the lowest ones, which would be removed next."
@@ -202,7 +203,7 @@ def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",
     label: str = "share kept",       # what the numbers are
-    top: float | None = None,        # upper end of the scale; None: the largest share
+    top: SomeShare | None = None,        # upper end of the scale; None: the largest share
 ) -> Figure:
     "Draw the share of kept weights by layer and matrix, and by attention head."
     check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -355,6 +356,43 @@ def _size(fig: go.Figure) -> tuple[float, float, _Box]:
     across, up = (width - left - right) / width, (height - top - bottom) / height
     return width, height, (left / width, bottom / height, across, up)
 
+# %% ../../nbs/look/01_paper.ipynb #5e1fa0c2
+def _missing_letters(canvas: Drawing) -> set[str]:
+    "The letters of a drawing that its font does not have."
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.text import Text
+    with warnings.catch_warnings(action="ignore"): canvas.draw_without_rendering()      # ticks get their words
+    letters = set("".join(text.get_text() for text in canvas.findobj(Text)))
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return {letter for letter in letters if ord(letter) not in known and not letter.isspace()}
+
+
+def _fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
+    "Fonts of this machine that together have the letters, and the letters that none has."
+    from matplotlib.font_manager import fontManager, get_font
+    families, left = [], set(letters)
+    fonts = [e for e in fontManager.ttflist if "Last Resort" not in e.name]      # its letters are boxes
+    for entry in sorted(fonts, key=lambda e: (e.style != "normal", e.weight != 400, e.name)):
+        if not left: break
+        try: known = get_font(entry.fname).get_charmap()
+        except (OSError, RuntimeError): continue      # a font that cannot be read
+        if not any(ord(letter) in known for letter in left): continue
+        families.append(entry.name)
+        left = {letter for letter in left if ord(letter) not in known}
+    return families, left
+
+
+def _fonts_for(fig: go.Figure, kind: str) -> dict[str, Any]:      # settings of matplotlib
+    "What must be set so that all letters of a figure can be read; raise `CannotDraw` if nothing helps."
+    from matplotlib import rcParams
+    missing = _missing_letters(draw(fig))
+    if not missing: return {}
+    families, left = _fonts_with(missing)
+    if left and kind != "svg":
+        raise CannotDraw(f"no font of this machine has {', '.join(sorted(left)[:5])}: install one, e.g. Noto Sans CJK, "
+                         "or save as .svg or .html, which leave the letters to the reader's machine.")
+    return {"font.family": [*rcParams["font.family"], *families], "svg.fonttype": "none" if left else "path"}
+
 # %% ../../nbs/look/01_paper.ipynb #723ca4ef
 def print_plotly(
     fig: go.Figure,
@@ -362,16 +400,19 @@ def print_plotly(
     kind: str,           # "svg", "png" or "pdf"
 ) -> bytes:
     "Draw a plotly figure as SVG, PNG or PDF with the description inside."
+    from matplotlib import rc_context
     out, title = io.BytesIO(), plain_text(fig.layout.title.text)
     about: dict[str, dict[str, Any]] = {
         "svg": {"Title": title, "Description": alt, "Date": None},
         "png": {"Title": title, "Description": alt},
         "pdf": {"Title": title, "Subject": alt, "CreationDate": None},
     }
-    draw(fig).savefig(
-        out, format=kind, dpi=200 if kind == "png" else 72, metadata=about[kind],
-        bbox_inches="tight", pad_inches=0.15, facecolor="white",
-    )
+    with rc_context(_fonts_for(fig, kind)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")      # left to the reader's machine
+        draw(fig).savefig(
+            out, format=kind, dpi=200 if kind == "png" else 72, metadata=about[kind],
+            bbox_inches="tight", pad_inches=0.15, facecolor="white",
+        )
     if kind != "svg": return out.getvalue()
     label = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" '
     return out.getvalue().replace(b"<svg ", label.encode(), 1)

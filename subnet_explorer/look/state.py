@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.numbers import Count
 from ..core.space import Group, check_model, same_space
 from ..core.store import kept_masks
 from ..data.facts import Facts
@@ -346,7 +347,7 @@ class State(Editor):
         tok: Any = None,                    # the tokenizer, if it does not come with the model
         head: Any = None,                   # a trained `TaskHead`, for labelled data
         to: str | Path | None = None,       # folder for masks that are named; None: in memory
-        batch: int = 64,                    # how many facts or sentences are used
+        batch: Count = 64,                  # how many facts or sentences are used
     ) -> None:
         super().__init__(masks, to)
         self.model, self.tok = model if isinstance(model, tuple) else (model, tok)

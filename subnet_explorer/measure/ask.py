@@ -94,7 +94,7 @@ def check_finite(
 @checked
 def logits_in_parts(
     prompts: Prompts,
-    size: int = 256,        # prompts at a time
+    size: Count = 256,        # prompts at a time
 ) -> torch.Tensor:          # (prompt, vocabulary)
     "Compute the logits of all prompts."
     n = len(prompts.facts)

@@ -60,9 +60,9 @@ FITS = ("real", "published")
 @checked
 def fitted(
     a: np.ndarray,             # (from, to), perhaps with padding after the real tokens
-    n: int | None = None,      # real tokens; None: all
+    n: Count | None = None,      # real tokens; None: all
     fit: str = "real",         # or "published"
-    least: int = 8,            # smallest map in training
+    least: Count = 8,            # smallest map in training
     scale: bool = True,        # divide by the largest value ("real" only)
 ) -> np.ndarray:               # (size, size), size ≥ 32
     "Make a map what the network reads; raise `BadMap` if it has no such number of tokens."
@@ -98,7 +98,7 @@ class PatternCNN:
         maps: Sequence[np.ndarray],                   # (from, to) each, of any sizes
         lengths: Sequence[int] | None = None,         # real tokens, where maps have padding
         fit: str | None = None,                       # "real" or "published"; None: as it was trained
-        batch: int = 256,                             # maps of the smallest size at a time
+        batch: Count = 256,                             # maps of the smallest size at a time
     ) -> np.ndarray:                                  # (map, pattern)
         "Give the probability of every pattern; raise `BadMap` for what is no map, or is too small."
         return _probabilities(self, maps, lengths, fit or self.meta.get("fit", "real"), batch)

@@ -18,7 +18,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import resampled
-from ..core.numbers import Count, Seed
+from ..core.numbers import Count, PartShare, Seed, Share
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
@@ -157,7 +157,7 @@ def removal_table(
     top: Sequence[Count] = (1, 5, 10),
     samples: Count = 1000,            # of the bootstrap
     seed: Seed = 0,
-    level: float = 0.95,
+    level: PartShare = 0.95,
 ) -> pd.DataFrame:                    # columns under, data, measure, value, low, high, median, min, max, n, draws
     "Summarise what is lost: every measure, and its difference to the full model."
     check_names([reference], items["under"].unique(), "condition")
@@ -211,16 +211,9 @@ class Removal:
     target: Facts
     control: Facts
     text: Sequence[str] | Blocks
-    sparsity: float = 0.95          # at least this share is not critical
-    tolerance: float = 0.10         # perplexities of control and text may change by this share
+    sparsity: Share = 0.95          # at least this share is not critical
+    tolerance: PartShare = 0.10     # perplexities of control and text may change by this share
     cut: bool = False               # see `text_nll`
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity <= 1:
-            raise SubnetError(f"sparsity is a fraction between 0 and 1, got {self.sparsity}.")
-        if not 0 < self.tolerance < 1:
-            share = "tolerance is a share of the full model's perplexity, between 0 and 1"
-            raise SubnetError(f"{share}, got {self.tolerance}.")
 
     def prepare(self, context: Context) -> Callable[[], dict[str, Any]]:
         "Measure the full model; what comes back gives the score of the model as it is."
@@ -230,7 +223,7 @@ class Removal:
         self,
         full: Mapping[str, float],      # mean log-probabilities of target, control and text
         now: Mapping[str, float],       # the same without the critical weights
-        sparsity: float,
+        sparsity: Share,
     ) -> dict[str, Any]:                # score, sparsity, perplexities, ratios, and the rules that fail
         "Give the score and what it is made of."
         return _scored_removal(self, full, now, sparsity)

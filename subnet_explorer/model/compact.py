@@ -25,7 +25,7 @@ from ..core.errors import SubnetError
 from ..core.files import MaskFileError, atomic_write, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
-from ..core.numbers import Count
+from ..core.numbers import Count, SomeShare
 from ..core.space import ModelId, check_model
 from ..data.pocket import pocket_path
 from .apply import masked, parameter, parameter_like
@@ -169,7 +169,7 @@ def digest(model: nn.Module) -> str:
 def compact(
     model: PreTrainedModel,               # stays as it is; the compact model is a copy
     mask: Mask,                           # over whole units; or over weights, with a rule
-    keep: str | float | None = None,      # a unit stays if "any", "all" or this share of its weights do
+    keep: str | SomeShare | None = None,    # a unit stays if "any", "all" or this share of its weights do
     *,
     check: bool = True,                   # compare the weights with the mask's fingerprint
 ) -> Compact:

@@ -34,10 +34,14 @@ def read_tasks(
     on_dev: bool = False,               # search on the sentences that are reported on, as published
     limit_train: Count | None = None,   # at most so many sentences to train on
     limit_test: Count | None = None,    # at most so many sentences to report on
+    limit_search: Count | None = None,  # at most so many sentences to search on; as many as to train on if
+                                        # nothing is said
     lenient: bool = False,              # leave out, and count, broken lines
 ) -> dict[str, Any]:
     "Read the tasks of a study as a shell names them."
-    reading = {"search": search, "on_dev": on_dev, "train": limit_train, "test": limit_test, "strict": not lenient}
+    if limit_search is None and not on_dev: limit_search = limit_train
+    reading = {"search": search, "on_dev": on_dev, "train": limit_train, "test": limit_test,
+               "limit_search": limit_search, "strict": not lenient}
     return {"tasks": tasks_by_name(tasks, **reading)}
 
 

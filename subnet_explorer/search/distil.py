@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import Layout, body_of, is_causal, layout_of, unwrap
+from ..core.numbers import Count, Share, SomeShare
 from ..core.space import model_id
 from ..data.facts import Facts, mask_token, with_start
 from ..data.texts import Blocks
@@ -254,9 +255,9 @@ def teacher_of(model: nn.Module | None) -> dict[str, str]:
 class MLM(Objective):
     "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
     texts: Texts
-    batch: int | None = None
-    share: float = 0.15                       # of the tokens, predicted by a masked model
-    distil: float = 0.0                       # weight of the distance of hidden states
+    batch: Count | None = None
+    share: SomeShare = 0.15                       # of the tokens, predicted by a masked model
+    distil: Share = 0.0                       # weight of the distance of hidden states
     static: bool = False                      # draw the masks once, not at every step
     head: LanguageHead | None = None          # predicts instead of the model's own head
     teacher: nn.Module | None = None          # for `distil`; None: the full model
@@ -311,7 +312,7 @@ def _mlm_identity(mlm: MLM) -> dict[str, Any]:
 class Hidden(Objective):
     "Keep hidden states close to the full model's: mean of 1 − cos over layers and tokens."
     texts: Texts
-    batch: int | None = None
+    batch: Count | None = None
     padding: bool = False                  # as published: also over the padding of a batch
     teacher: nn.Module | None = None       # None: the full model; else one of the same shape
 
@@ -425,7 +426,7 @@ class Reference:
 class Suppress(Objective):
     "Make the answers to facts uniform: KL(uniform || model)."
     facts: Facts
-    batch: int | None = None
+    batch: Count | None = None
     position: str = POSITIONS[0]      # where the answer is read, see `Prompts`
 
     def prepare(self, context: Context) -> Loss:
@@ -460,7 +461,7 @@ def _position(position: str) -> dict[str, str]:
 class Maintain(Objective):
     "Stay close to the full model on facts, or everywhere in texts: KL(full || model)."
     what: Facts | Sequence[str] | Blocks
-    batch: int | None = None
+    batch: Count | None = None
     position: str = POSITIONS[0]      # of facts
 
     def prepare(self, context: Context) -> Loss:

@@ -10,21 +10,22 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core.doors import checked
-from ..core.errors import SubnetError, check_fraction, check_names
+from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Bounds, Count, Number, PartShare, Positive, Seed, Share
 from ..core.scores import Scores
 from ..core.space import Group, Space, same_space
 
 # %% auto #0
-__all__ = ['Start', 'START', 'SMALL', 'noise_key', 'uniform', 'Rule', 'Logits', 'Gate', 'Threshold', 'Choosing', 'TopK',
-           'Concrete', 'HardConcrete']
+__all__ = ['BelowZero', 'AboveOne', 'Start', 'START', 'SMALL', 'noise_key', 'uniform', 'Rule', 'Logits', 'Gate', 'Threshold',
+           'Choosing', 'TopK', 'Concrete', 'HardConcrete']
 
 # %% ../../nbs/search/00_gates.ipynb #3865d3b1
 def noise_key(seed: int, step: int, group: int, draw: int = 0) -> list[int]:      # two signed 32-bit integers
@@ -84,6 +85,8 @@ class _Transformed(torch.autograd.Function):
         return grads[0] * ctx.slope, None, None
 
 # %% ../../nbs/search/00_gates.ipynb #684e1784
+BelowZero = Annotated[float, Bounds(most=0, ends="[)")]
+AboveOne = Annotated[float, Bounds(1, ends="()")]
 Start = float | str | Scores | Mask
 "What logits start from: a constant, 'normal' or 'uniform', or values of their own."
 
@@ -238,13 +241,12 @@ class Threshold(Gate):
     def __init__(
         self,
         space: Space,
-        sparsity: float = 0.5,          # share removed at the start
+        sparsity: Share = 0.5,          # share removed at the start
         *,
         init: Start = "normal",         # what to start from instead
-        seed: int = 0,
+        seed: Seed = 0,
         inclusive: bool = False,        # keep a logit of exactly 0 too
     ) -> None:
-        check_fraction(sparsity, "sparsity")
         if init != "normal" and sparsity != 0.5:
             raise SubnetError("sparsity belongs to the normal initialisation: with another init, "
                               "what is kept at the start follows from init.")
@@ -324,10 +326,9 @@ class Choosing(Gate):
 class TopK(Choosing):
     "Keep the highest share of logits, per tensor or globally; straight-through gradient."
 
-    def __init__(self, space: Space, density: float, *, init: Start = "normal", scope: str = "tensor",
-                 every: int = 1, seed: int = 0) -> None:
+    def __init__(self, space: Space, density: Share, *, init: Start = "normal", scope: str = "tensor",
+                 every: Count = 1, seed: Seed = 0) -> None:
         # scope: "tensor" or "global"; every: for how many steps a choice is kept
-        check_fraction(density, "density")
         check_names([scope], ["tensor", "global"], "scope")
         super().__init__(space, init, seed, std=0.01 if isinstance(init, Mask) else 1.0)
         self.density, self.scope, self.every = density, scope, every
@@ -376,17 +377,13 @@ class Concrete(Gate):
     "Flip a relaxed coin for every coordinate: the binary concrete gate of Maddison et al. 2017."
     noisy = True
 
-    def __init__(self, space: Space, density: float | None = None, *, init: Start = "normal", mean: float = 0.0,
-                 temperature: float = 0.1, straight_through: bool = False, seed: int = 0) -> None:
+    def __init__(self, space: Space, density: PartShare | None = None, *, init: Start = "normal", mean: Number = 0.0,
+                 temperature: Positive = 0.1, straight_through: bool = False, seed: Seed = 0) -> None:
         # density: of all coordinates at the start; mean: of a normal start; straight_through: round
         if density is not None:
-            check_fraction(density, "density")
             if init != "normal":
                 raise SubnetError("give a density or an init, not both: "
                                   "density sets every logit to the same value.")
-            if not 0 < density < 1:
-                raise SubnetError("the initial density must lie strictly between 0 and 1, "
-                                  f"got {density}.")
             init = math.log(density / (1 - density))
         super().__init__(space, init, seed, mean)
         self.temperature, self.straight_through = temperature, straight_through
@@ -418,10 +415,9 @@ class HardConcrete(Gate):
     noisy = True
     eps = 1e-4
 
-    def __init__(self, space: Space, value: float = 0.9, *, init: Start | None = None, beta: float = 2 / 3,
-                 gamma: float = -0.1, zeta: float = 1.1, keep_soft: bool = False, seed: int = 0) -> None:
+    def __init__(self, space: Space, value: Share = 0.9, *, init: Start | None = None, beta: Positive = 2 / 3,
+                 gamma: BelowZero = -0.1, zeta: AboveOne = 1.1, keep_soft: bool = False, seed: Seed = 0) -> None:
         # value: multiplier at the start, without noise; gamma, zeta: ends of the stretch
-        check_fraction(value, "value")
         p = (value - gamma) / (zeta - gamma)
         super().__init__(space, math.log(p / (1 - p)) if init is None else init, seed)
         self.beta, self.gamma, self.zeta, self.keep_soft = beta, gamma, zeta, keep_soft

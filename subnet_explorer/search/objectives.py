@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import unwrap
+from ..core.numbers import Count, Number, Share, check_number
 from ..core.space import digest
 from ..data.facts import Facts
 from ..data.texts import Blocks
@@ -215,6 +216,7 @@ class Objective:
         return Sum([*_terms(self), *_terms(other)])
 
     def __mul__(self, weight: Weight) -> Sum:
+        if not callable(weight): check_number(Number, weight, "the weight of an objective")
         return Sum([(_times(w, weight), o) for w, o in _terms(self)])
 
     __rmul__ = __mul__
@@ -276,10 +278,14 @@ def _weight_identity(w: Weight) -> float | list[float]:
 @dataclass(frozen=True)
 class Ramp:
     "A schedule: `start` until progress `begin`, linear to `end` at `finish`, constant after."
-    start: float
-    end: float
-    begin: float = 0.0
-    finish: float = 1.0
+    start: Number
+    end: Number
+    begin: Share = 0.0
+    finish: Share = 1.0
+
+    def __post_init__(self) -> None:
+        if self.finish < self.begin:
+            raise SubnetError(f"a ramp begins before it finishes, got begin={self.begin:g}, finish={self.finish:g}.")
 
     def __call__(self, progress: float) -> float:
         part = (progress - self.begin) / max(1e-12, self.finish - self.begin)
@@ -362,7 +368,7 @@ def _flat(weight: Weight, goal: Objective, kept: bool, complement: bool) -> list
 class Cloze(Objective):
     "Answer cloze facts."
     facts: Facts
-    batch: int | None = None      # facts a step; None: as many as the search says
+    batch: Count | None = None      # facts a step; None: as many as the search says
 
     def prepare(self, context: Context) -> Loss:
         "Encode the facts."
@@ -466,7 +472,7 @@ class Task(Objective):
     "Predict labels through a trained head."
     examples: Sequence[Any]         # whatever the head understands
     head: Any                       # a task head: a module with the verbs of the table above
-    batch: int | None = None        # examples a step; None: as many as the search says
+    batch: Count | None = None        # examples a step; None: as many as the search says
 
     def prepare(self, context: Context) -> Loss:
         "Encode the examples, and move the head to where the model is."
@@ -508,7 +514,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:      # (row,)
 class Density(Objective):
     "Expected density of the gate, 0…1; with `target`, its distance from it."
     runs = False
-    target: float | None = None
+    target: Share | None = None
 
     def prepare(self, context: Context) -> Loss:
         "Ask the gate at every step; raise `SubnetError` where there is none."

@@ -24,7 +24,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Count, PartShare, Seed
+from ..core.numbers import Count, Number, PartShare, Seed, SomeShare
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
@@ -311,8 +311,8 @@ def iterate(
     scores: Scores | None = None,          # rank by these throughout
     schedule: str | None = None,           # one of `PHASES`; None: what suits the space
     drop: PartShare = 0.1,                 # share removed in one step
-    floor: float = 0.9,                    # share of the full model's score
-    least: float | None = None,            # the floor itself, instead of a share
+    floor: SomeShare = 0.9,                    # share of the full model's score
+    least: Number | None = None,            # the floor itself, instead of a share
     limit: Count | None = None,            # steps in a phase; None: 9 for weights
     mode: str = "example",                 # of importance
     normalise: str | None = "layer",       # likewise

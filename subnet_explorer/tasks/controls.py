@@ -123,7 +123,7 @@ def selectivity(
     make: Callable[[Sequence[Any]], Tagger] | None = None,    # a new head for examples; None: linear
     *,
     under: Mask | Scores | None = None,                       # of a subnetwork
-    seed: int = 0,
+    seed: Seed = 0,
     of: str = "upos",
     **settings: Any,                                          # of `fit`, e.g. steps and head_lr
 ) -> dict[str, float]:                                        # accuracy, control, selectivity

@@ -21,7 +21,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading, remove
 from ..core.layout import body_of, follow_path, layout_of, unwrap
-from ..core.numbers import Count, Positive, Seed, Share, Weight
+from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
 from ..core.space import model_id
 from ..core.store import Run, load_state
 from ..data.tables import Labelled
@@ -68,9 +68,9 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
 @dataclass(frozen=True)
 class Lora:
     "Low-rank updates beside matrices, as a way to train; their product starts at zero."
-    rank: int = 8
-    alpha: float = 16.0                # updates are multiplied by alpha / rank
-    dropout: float = 0.0               # before the updates, if `fit` is told to use dropout
+    rank: Count = 8
+    alpha: Positive = 16.0                # updates are multiplied by alpha / rank
+    dropout: Dropout = 0.0               # before the updates, if `fit` is told to use dropout
     roles: tuple[str, ...] = ()        # of the matrices, e.g. ("q", "v"); empty: all of attention and MLP
 
 
@@ -82,7 +82,6 @@ _NO_PEFT = (
 
 def _matrices(model: PreTrainedModel, how: Lora) -> list[str]:
     "The paths of the modules that get updates."
-    if how.rank < 1: raise SubnetError(f"the rank of an update must be at least 1, got {how.rank}.")
     layout, names = layout_of(model), {id(m): n for n, m in model.named_modules()}
     roles = check_names(how.roles or layout.roles, layout.roles, "role of a matrix")
     places = [layout.module(i, r) for i in range(layout.n_layers) for r in roles]

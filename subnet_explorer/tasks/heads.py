@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import body_of, is_causal, unwrap
+from ..core.numbers import Count, Dropout, Seed
 from ..data.sentences import coded_words
 from ..data.tables import Labelled
 from ..measure.metrics import entity_scores, tag_accuracy
@@ -217,8 +218,8 @@ class Tagger(TaskHead):
     "Label every word; examples are pairs (words, tags), or have `.words` and tags."
 
     def __init__(
-        self, model: PreTrainedModel, examples: Sequence[Any], seed: int = 0, *, pool: str = "last",
-        mlp: int | None = None, dropout: float = 0.0,
+        self, model: PreTrainedModel, examples: Sequence[Any], seed: Seed = 0, *, pool: str = "last",
+        mlp: Count | None = None, dropout: Dropout = 0.0,
         of: str = "upos",           # name of the tags
         specials: bool = False,     # learn from [CLS] and [SEP], too
     ) -> None:
@@ -292,8 +293,8 @@ class Classifier(TaskHead):
     "Label a text or a pair; examples are dictionaries with `sentence`, `label` and perhaps `pair`."
 
     def __init__(
-        self, model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], seed: int = 0,
-        length: int | None = None,      # tokens at most
+        self, model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], seed: Seed = 0,
+        length: Count | None = None,      # tokens at most
     ) -> None:
         super().__init__(model, self._labels(examples), seed)
         self.causal, self.length = is_causal(model), length

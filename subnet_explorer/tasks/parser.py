@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.layout import is_causal
+from ..core.numbers import Count, Dropout, Positive, Seed
 from ..measure.metrics import attachment, tag_accuracy
 from ..model.sequences import LOGITS
 from .heads import POOLS, TaskHead, as_row, linear, special_rows, word_rows
@@ -238,11 +239,11 @@ class Parser(ArcScorer):
     def __init__(
         self, model: PreTrainedModel,
         examples: Sequence[Any],      # with `.words`, `.head`, `.deprel`
-        seed: int = 0, *, pool: str = "last", mlp: int | None = None, dropout: float = 0.1,
-        arc: int = 1024,              # size of the vectors for arcs
-        label: int = 256,             # size of the vectors for labels
-        inner: float = 0.33,          # dropout after the layers
-        std: float = 1.0,             # of what is bilinear, at first
+        seed: Seed = 0, *, pool: str = "last", mlp: Count | None = None, dropout: Dropout = 0.1,
+        arc: Count = 1024,              # size of the vectors for arcs
+        label: Count = 256,             # size of the vectors for labels
+        inner: Dropout = 0.33,          # dropout after the layers
+        std: Positive = 1.0,             # of what is bilinear, at first
         tree: bool = False,           # read well-formed trees, not the best head of each word
         specials: bool = False,       # learn from [CLS] and [SEP], too
     ) -> None:

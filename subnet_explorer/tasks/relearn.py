@@ -24,7 +24,7 @@ from ..core.files import atomic_write, read_json, remove, scratch
 from ..core.intervals import interval
 from ..core.layout import layout_of
 from ..core.mask import Mask
-from ..core.numbers import Count, Positive, Seed, Seeds
+from ..core.numbers import Count, Positive, Seed, Seeds, Weight
 from ..core.progress import watched
 from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
@@ -91,13 +91,10 @@ def relearning(
 def relearned(
     table: pd.DataFrame,              # from `relearning`
     reference: str = "full",          # condition whose start is to be reached again
-    tolerance: float = 0.1,           # of log-probability
+    tolerance: Weight = 0.1,          # of log-probability
 ) -> pd.DataFrame:                    # columns under, draw, start, end (log-probabilities), steps
     "Find when facts are known as well as the full model knows them; NaN steps: never."
     check_names([reference], table["under"].unique(), "condition")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        rule = "a difference of log-probabilities, 0 or more"
-        raise SubnetError(f"tolerance is {rule}, got {tolerance}.")
     before = table[(table["under"] == reference) & (table.step == 0)]
     goal, rows = before.logprob.mean() - tolerance, []
     for (name, draw), t in table.sort_values("step").groupby(["under", "draw"], sort=False):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.layout import is_causal, unwrap
+from ..core.numbers import Count, Dropout, Seed
 from ..model.limits import positions_of
 from .heads import TaskHead
 
@@ -101,13 +102,13 @@ class SpanFinder(TaskHead):
     "Find the answers to questions in texts; examples are those of `read_squad`."
 
     def __init__(
-        self, model: PreTrainedModel, seed: int = 0,
-        length: int | None = None,      # tokens of a window; None: 384
+        self, model: PreTrainedModel, seed: Seed = 0,
+        length: Count | None = None,      # tokens of a window; None: 384
         *,
-        stride: int = 128,              # tokens from one window to the next
-        query: int = 64,                # tokens of a question
-        best: int = 20, longest: int = 30,      # see `best_span`
-        mlp: int | None = None, dropout: float = 0.0,
+        stride: Count = 128,              # tokens from one window to the next
+        query: Count = 64,                # tokens of a question
+        best: Count = 20, longest: Count = 30,      # see `best_span`
+        mlp: Count | None = None, dropout: Dropout = 0.0,
     ) -> None:
         self.how = dict(stride=stride, query=query, best=best, longest=longest)
         for name, n in (("length", length or 1), *self.how.items()):

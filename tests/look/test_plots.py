@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import unit_space
+from subnet_explorer.look.paper import CannotDraw, print_plotly
 from subnet_explorer.measure.maps import BadMap
 
 UNITS = unit_space(3, 4, mlps=True)
@@ -396,3 +399,62 @@ def test_pairs_of_empty_masks_are_counted():
     assert pairs[pairs["empty"] > 0][["a", "b"]].to_numpy().max() == 2
     assert "both masks keep nothing" in plots.jaccard(pairs).alt
     assert (compare.consensus(MANY, samples=50).empty_pairs == 0).all()
+
+
+# ── letters of other scripts ─────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def chinese() -> go.Figure:
+    "A figure with letters in its title, its ticks and its legend that matplotlib's own font lacks."
+    fig = go.Figure(go.Scatter(x=["甲", "乙", "three"], y=[1, 2, 3], name="關係"))
+    return fig.update_layout(title_text="網路", showlegend=True)
+
+
+LETTERS = "甲乙關係網路"
+
+
+def font_with(letters: str, path: Path) -> Path:
+    "Write a font whose every letter is a square."
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in ((100, 700), (800, 700), (800, 0)): pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", *(f"sign{i}" for i in range(len(letters)))]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap(dict(zip(map(ord, letters), names[1:], strict=True)))
+    font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (900, 100)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular", "psName": "Squares-Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return path
+
+
+def test_letters_that_no_font_has(chinese, monkeypatch):
+    from matplotlib.font_manager import fontManager
+    known = [e for e in fontManager.ttflist if "DejaVu" in e.name or "Last Resort" in e.name]
+    monkeypatch.setattr(fontManager, "ttflist", known)
+    for kind in ("png", "pdf"):
+        with pytest.raises(CannotDraw, match=r"no font of this machine has .*Noto Sans CJK"):
+            print_plotly(chinese, "", kind)
+    body = print_plotly(chinese, "", "svg").decode().partition("</metadata>")[2]
+    words = "".join(re.findall(r"<text[^>]*>([^<]*)", body))
+    assert set(LETTERS) <= set(words)      # which the reader's font spells
+
+
+def test_letters_of_another_font(chinese, monkeypatch, tmp_path):
+    from matplotlib import rcParams
+    from matplotlib.font_manager import fontManager
+    known = [e for e in fontManager.ttflist if "DejaVu" in e.name or "Last Resort" in e.name]
+    monkeypatch.setattr(fontManager, "ttflist", known)
+    fontManager.addfont(font_with(LETTERS, tmp_path / "squares.ttf"))
+    before = rcParams["font.family"]
+    with warnings.catch_warnings(action="error"):
+        assert print_plotly(chinese, "", "png").startswith(b"\x89PNG")
+        svg = print_plotly(chinese, "", "svg").decode()
+    assert "Squares" in svg and "<text" not in svg and rcParams["font.family"] == before
