@@ -382,7 +382,7 @@ def _fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
     return families, left
 
 
-def _fonts_for(fig: go.Figure, kind: str) -> dict[str, Any]:      # settings of matplotlib
+def _fonts_for(fig: go.Figure, kind: str) -> Any:      # settings of matplotlib, by name
     "What must be set so that all letters of a figure can be read; raise `CannotDraw` if nothing helps."
     from matplotlib import rcParams
     missing = _missing_letters(draw(fig))

@@ -391,11 +391,13 @@ def summary(study: Critical) -> pd.DataFrame:
 
 
 def seed_overlap(study: Critical) -> pd.DataFrame:      # columns a, b, iou, chance
-    "Intersection over union of the masks of every two seeds, and what unrelated masks of these sizes have."
+    "Intersection over union of the masks of every two seeds (NaN: both empty), and that of unrelated masks of their size."
     if len(study.masks) < 2:
         raise SubnetError("there is one seed only, so nothing to compare: give several, e.g. seeds=(0, 1, 2).")
     t = jaccard(study.masks, by="seed").query("a < b")
-    overlap = pd.DataFrame({"a": t.a, "b": t.b, "iou": 1 - t.distance, "chance": 1 - t.chance})
+    kept = {labels["seed"]: mask.count for labels, mask in study.masks}
+    empty = t.a.map(kept) + t.b.map(kept) == 0
+    overlap = pd.DataFrame({"a": t.a, "b": t.b, "iou": (1 - t.distance).mask(empty), "chance": 1 - t.chance})
     return overlap.reset_index(drop=True)
 
 # %% ../../nbs/recipes/08_critical.ipynb #f1db25e8

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -45,9 +46,20 @@ def token_ids(texts: Texts, context: Context) -> np.ndarray | list[list[int]]:  
     if not len(texts): raise SubnetError("there is nothing to read: no text was given.")
     model, tok = context.model, context.tok
     if isinstance(texts, Blocks): return block_ids(texts, model, tok)
-    most = longest(model, tok)
-    ids = [tok(t, truncation=True, max_length=most).input_ids for t in texts]
-    return [with_start(tok, i)[:most] for i in ids] if is_causal(model) else ids
+    most, causal = longest(model, tok), is_causal(model)
+    def read(text: str, **how: Any) -> list[int]:
+        ids = tok(text, verbose=False, **how).input_ids
+        return with_start(tok, ids) if causal else ids
+    ids = [read(text, truncation=True, max_length=most)[:most] for text in texts]
+    cut = sum(len(read(text)) > most for text, found in zip(texts, ids, strict=True) if len(found) == most)
+    if cut: warnings.warn(_CUT.format(cut=cut, texts=len(texts), most=most), stacklevel=2)
+    return ids
+
+
+_CUT = (
+    "{cut} of {texts} texts are longer than the {most} tokens that the model reads, and are cut there: "
+    "blocks(tok, texts, {most}) reads all of them."
+)
 
 
 def _check_predictable(ids: Sequence[Sequence[int]], context: Context) -> None:

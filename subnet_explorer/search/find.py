@@ -22,7 +22,7 @@ from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
 from ..core.space import check_model
-from ..core.store import Run, Store
+from ..core.store import Run, Store, given_back
 from ..model.apply import masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine
@@ -42,6 +42,7 @@ __all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'chec
            'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
 
 # %% ../../nbs/search/09_find.ipynb #496e1ed5
+@given_back
 @checked
 def find(
     model: PreTrainedModel,              # borrowed: when the search ends, it is as before

@@ -28,7 +28,7 @@ from ..core.numbers import Count, Number, PartShare, Seed, SomeShare
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
-from ..core.store import Run, Store
+from ..core.store import Run, Store, given_back
 from ..model.apply import masked
 from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective
@@ -300,6 +300,7 @@ def _heads_hash(goal: Objective | None, monitor: Monitor) -> str:
     return h.hexdigest()[:16] if found else ""
 
 # %% ../../nbs/search/13_prune.ipynb #ec19a3e7
+@given_back
 @checked
 def iterate(
     model: nn.Module,
@@ -311,8 +312,8 @@ def iterate(
     scores: Scores | None = None,          # rank by these throughout
     schedule: str | None = None,           # one of `PHASES`; None: what suits the space
     drop: PartShare = 0.1,                 # share removed in one step
-    floor: SomeShare = 0.9,                    # share of the full model's score
-    least: Number | None = None,            # the floor itself, instead of a share
+    floor: SomeShare = 0.9,                # share of the full model's score
+    least: Number | None = None,           # the floor itself, instead of a share
     limit: Count | None = None,            # steps in a phase; None: 9 for weights
     mode: str = "example",                 # of importance
     normalise: str | None = "layer",       # likewise

@@ -23,7 +23,7 @@ from ..core.files import atomic_write, reading, remove
 from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
 from ..core.space import model_id
-from ..core.store import Run, load_state
+from ..core.store import Run, given_back, load_state
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like
@@ -139,6 +139,7 @@ class Fitted:
 _ONE_MONITOR = "there can be one thing to watch: give dev or monitor."
 
 
+@given_back
 @checked
 def fit(
     model: PreTrainedModel,                  # trained in place
