@@ -80,7 +80,9 @@ def check_names(
 
 def _meant(name: str, known: list[str]) -> str:
     "What somebody may have meant, and the first twenty names that exist."
-    folded = {str(k).lower(): k for k in known if str(k) != str(name)}
+    alike = [k for k in known if str(k) == str(name)]
+    if alike: return f"here it is the {type(alike[0]).__name__} {alike[0]!r}, not the {type(name).__name__}."
+    folded = {str(k).lower(): k for k in known}
     low = str(name).lower()
     near = [low] if low in folded else difflib.get_close_matches(low, list(folded), 3, 0.5)
     question = f"did you mean {' or '.join(str(folded[n]) for n in near)}? " if near else ""

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import numpy as np
@@ -98,6 +98,7 @@ def task_metrics(
         equal = len(set(predicted)) == 1 < len(predicted)
         note = "all predictions are equal" if equal else ""
     elif task.labels:
+        gold, predicted = (_as_labels(task, values) for values in (gold, predicted))
         check_names(dict.fromkeys([*gold, *predicted]), task.labels, f"label of {task.name}")
         note = _constants(gold, predicted)
         out = {m: _class_metric(m, task, gold, predicted, constant=bool(note)) for m in task.metrics}
@@ -106,6 +107,12 @@ def task_metrics(
         note = _constants(gold, predicted)
         out = _correlations(gold, predicted, defined=not note and len(gold) > 1)
     return {"score": out[task.metrics[0]], **out, "note": note}
+
+
+def _as_labels(task: LabelTask, values: Sequence[Any]) -> list[Any]:
+    "Labels as the task has them, which are texts, where whole numbers are given."
+    texts = {int(label): label for label in task.labels if str(label).lstrip("-").isdigit()}
+    return [texts.get(int(v), v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values]
 
 
 def _constants(gold: Sequence[Any], predicted: Sequence[Any]) -> str:

@@ -391,7 +391,7 @@ def summary(study: Critical) -> pd.DataFrame:
 
 
 def seed_overlap(study: Critical) -> pd.DataFrame:      # columns a, b, iou, chance
-    "Intersection over union of the masks of every two seeds (NaN: both empty), and that of unrelated masks of their size."
+    "Intersection over union of the masks of every two seeds (NaN: both empty), and of unrelated masks of their size."
     if len(study.masks) < 2:
         raise SubnetError("there is one seed only, so nothing to compare: give several, e.g. seeds=(0, 1, 2).")
     t = jaccard(study.masks, by="seed").query("a < b")

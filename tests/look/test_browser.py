@@ -167,10 +167,14 @@ def jupyter(tmp_path_factory):
     with lab(folder) as address: yield address, folder
 
 
-NOTEBOOKS = [("index.ipynb", 0), ("tutorials/critical.ipynb", 0), ("tutorials/lamp.ipynb", 1)]
+NOTEBOOKS = [
+    pytest.param("index.ipynb", 0, id="index"),
+    pytest.param("tutorials/critical.ipynb", 0, id="critical", marks=pytest.mark.slow),
+    pytest.param("tutorials/lamp.ipynb", 1, id="lamp"),
+]
 
 
-@pytest.mark.parametrize("notebook, figures", NOTEBOOKS, ids=["index", "critical", "lamp"])
+@pytest.mark.parametrize("notebook, figures", NOTEBOOKS)
 def test_notebooks_open_and_run_in_jupyterlab(jupyter, browser, notebook, figures):
     address, folder = jupyter
     file = copied(notebook, folder, keep=7)

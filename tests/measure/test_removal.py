@@ -355,7 +355,7 @@ def test_an_empty_critical_mask_is_allowed_and_worth_nothing(gpt2, space):
 def test_the_rule_refuses(gpt2, space):
     model, tok = gpt2
     with pytest.raises(SubnetError, match="between 0 and 1, got 95"): Removal(TARGET, CONTROL, TEXTS, sparsity=95)
-    with pytest.raises(SubnetError, match="between 0 and 1, got 10"): Removal(TARGET, CONTROL, TEXTS, tolerance=10)
+    with pytest.raises(SubnetError, match="above 0 and below 1, got 10"): Removal(TARGET, CONTROL, TEXTS, tolerance=10)
     with pytest.raises(SubnetError, match="one of them is empty"):
         Removal(TARGET, CONTROL, []).prepare(Context(model, tok, 1, 1, 0, gate=Threshold(space)))
     with pytest.raises(SubnetError, match="watches the gate"): iterate(model, tok, None, RULE, space, progress=False)
@@ -598,4 +598,4 @@ def test_when_facts_are_back():
     assert relearned(t, tolerance=3).steps.tolist() == [10, 10, 0]
     assert relearned(t, tolerance=0).steps.fillna(-1).tolist() == [20, -1, 0]
     with pytest.raises(UnknownName): relearned(t, reference="whole")
-    with pytest.raises(SubnetError, match="0 or more"): relearned(t, tolerance=-1)
+    with pytest.raises(SubnetError, match="of at least 0"): relearned(t, tolerance=-1)

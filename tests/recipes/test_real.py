@@ -83,6 +83,7 @@ def test_glue_is_read_whole(real, task):
     assert len(data.train) + len(data.search) == {"RTE": 2490, "CoLA": 8551, "SST-2": 67349}[task]
 
 
+@pytest.mark.slow
 def test_tickets_of_a_real_encoder(real, minilm):
     "The published three phases: survivors are 72 − 7a − 3b heads of 72 (a tenth at once, then half as many)."
     from subnet_explorer.data.parts import task_data

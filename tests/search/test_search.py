@@ -420,3 +420,16 @@ def test_continues_on_a_gpu(tmp_path, gate):
             return lambda step: F.cross_entropy(seqs.read(np.arange(8), range(8), ROWS[:8]), gold[:8])
     with pytest.raises(Stop): search(model, space, tmp_path, Until(OnDevice(), 21, stop), gate)
     assert search(model, space, tmp_path, OnDevice(), gate).mask == search(model, space, None, OnDevice(), gate).mask
+
+
+# ── refused after the folder was taken ───────────────────────────────────────────────────────────────────────────────
+
+def test_a_refused_search_gives_its_folder_back(tmp_path):
+    model, tok = load("pocket-bert")
+    gate, to = Threshold(Space.of(model, "weight", layers=1), seed=0), tmp_path / "run"
+    def work(text: str) -> Run: return find(model, tok, gate, MLM([text]), steps=2, to=to, progress=False)
+    with pytest.raises(SubnetError, match="no token to predict"): work("")
+    assert not to.exists()
+    assert work("a robin is a bird .").done
+    with pytest.raises(OtherRun): work("a car has wheels .")      # what was found stays
+    assert Run.open(to).done

@@ -545,6 +545,7 @@ def test_real_tables(real, task, part, n, shares):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_a_real_encoder_learns_a_real_task(real):
     model, tok = load(real / "models" / "minilm-l6-mlm")
     folder = real / "datasets" / "glue"
