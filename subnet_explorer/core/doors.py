@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
@@ -194,16 +195,29 @@ def noun(hint: Any) -> str:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated: return bounds_said(hint)
     if kind in (Union, UnionType):
-        words = dict.fromkeys(noun(h) for h in inside)
-        return " or ".join(w for w in words if w != "None" or len(words) == 1)
+        words = dict.fromkeys(word for h in inside for word in _single(noun(h)))
+        plain_first = sorted(words, key=lambda w: "each" in w)
+        return " or ".join(w for w in plain_first if w != "None" or len(words) == 1)
     if kind is Literal: return " or ".join(map(repr, inside))
     if kind is tuple and inside and inside[-1] is not ...: return f"({', '.join(map(noun, inside))})"
     if kind in _MANY:
         item = noun(inside[0]) if inside and not is_open(inside[0]) else "things"
-        return f"a sequence, each of it {item}" if item.startswith(("a ", "an ")) else f"a sequence of {item}"
+        return f"a sequence of {_plural(item)}" if _plural(item) else f"a sequence, each of it {item}"
     said = _NOUNS.get(_name(kind)) or _with_article(_name(kind))
     if kind in (Mapping, dict) and inside and not is_open(inside[1]): said += f", each value of it {noun(inside[1])}"
     return said
+
+
+def _single(words: str) -> list[str]:
+    "The nouns of a union, if that is all there is."
+    return [words] if "," in words or "each" in words else words.split(" or ")
+
+
+def _plural(item: str) -> str:
+    "The plural of a noun of one or two words; nothing where that would not be plain."
+    article, _, words = item.partition(" ")
+    if article not in ("a", "an"): return item
+    return "" if re.search(r"[,(]| or | of |dictionary|bytes|between|above|positive", words) else f"{words}s"
 
 
 def _with_article(name: str) -> str:

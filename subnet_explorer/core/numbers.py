@@ -39,10 +39,11 @@ class Bounds:
 
     def __str__(self) -> str:
         low = f"{'above' if self.ends[0] == '(' else 'of at least'} {self.least:g}"
-        high = f"{'below' if self.ends[1] == ')' else 'at most'} {self.most}"
+        most = "2**63 - 1" if self.most == 2 ** 63 - 1 else self.most
+        high = f"{'below' if self.ends[1] == ')' else 'at most'} {most}"
         if not math.isfinite(self.least): return f" {high}" if math.isfinite(self.most) else ""
         if not math.isfinite(self.most): return f" {low}"
-        return f" between {self.least:g} and {self.most}" if self.ends == "[]" else f" {low} and {high}"
+        return f" between {self.least:g} and {most}" if self.ends == "[]" else f" {low} and {high}"
 
 
 @dataclass(frozen=True)

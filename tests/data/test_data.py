@@ -370,7 +370,7 @@ def test_a_wrong_template_is_not_blamed_on_the_facts(tmp_path, form):
 @pytest.mark.parametrize("form", [None, 3])
 def test_a_template_is_a_text(tmp_path, form):
     (tmp_path / "a.jsonl").write_text(GOOD)
-    with pytest.raises(SubnetError, match="read_facts takes a dictionary, each value of it a text"):
+    with pytest.raises(SubnetError, match="a text or a path or a dictionary, each value of it a text as templates"):
         read_facts(tmp_path / "a.jsonl", templates={"IsA": form})
 
 
