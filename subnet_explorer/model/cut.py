@@ -237,7 +237,8 @@ def shrink(model: PreTrainedModel, layout: Layout, rests: list[Rest]) -> None:
         for role, cut in cuts(layout, rest).items():
             path, _, name = layout.module(rest.layer, role).rpartition(".")
             holder = follow_path(base, path)
-            setattr(holder, name, _cut(getattr(holder, name), cut))
+            matrix = getattr(holder, name)
+            setattr(holder, name, _cut(getattr(matrix, "_orig_mod", matrix), cut))      # it may be compiled alone
         _tell_heads(base, layout, rest)
     crossed = [hasattr(block, "crossattention") for block in blocks]
     kept = [r.layer for r in rests if crossed[r.layer] or not _adds_nothing(layout, r)]

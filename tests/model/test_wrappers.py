@@ -1,6 +1,8 @@
 "Models as people hand them over: compiled, spread, hooked, with adapters; looked through, or refused."
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,21 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from subnet_explorer import (
+    MLM,
     Cloze,
     Mask,
     Space,
     Threshold,
+    compact,
+    evaluate,
     find,
+    fit,
     load,
     masked,
     read_facts,
+    represent,
+    score,
+    task_data,
 )
 from subnet_explorer.core.errors import HiddenWeights, SubnetError, UnknownFamily
 from subnet_explorer.core.layout import body_of, family_of, is_causal, layout_of, unwrap
@@ -153,6 +162,40 @@ def same_answers(wrap, family):
 
 
 # ── what is refused, by name ─────────────────────────────────────────────────────────────────────────────────────────
+
+def found(model, tok) -> dict[str, Any]:
+    "What searches and measurements give, by name."
+    facts, texts = read_facts("pocket", "MadeOf"), ["a robin is a kind of bird .", "the girl met a boy ."]
+    units, weights = Space.of(model, "head+mlp"), Space.of(model, "weight", layers=1)
+    mask, few = Mask.random(units, .7, seed=0), {"steps": 2, "progress": False}
+    under, ranks = {"full": None, "part": mask}, score.importance(model, tok, MLM(texts), units)
+    out = {
+        "heads": find(model, tok, HardConcrete(units, seed=0), Cloze(facts), **few).mask.id,
+        "weights": find(model, tok, Threshold(weights, seed=0), Cloze(facts), **few).mask.id,
+        "answers": evaluate.cloze(model, tok, facts, under).logprob.to_numpy(),
+        "texts": np.asarray(evaluate.text_nll(model, tok, texts)),
+        "held out": evaluate.HeldOut(model, tok, MLM(texts))(mask),
+        "removed": evaluate.removal(model, tok, under, {"facts": facts}).logprob.to_numpy(),
+        "importance": np.concatenate([v.ravel() for v in ranks.values.values()]),
+        "attention": represent.attention_maps(model, tok, texts)[0][0][0][0],
+        "smaller": compact(model, mask).model.num_parameters(),
+    }
+    data = task_data("pocket:entails", train=16, test=16).train
+    return out | {"fine-tuned": fit(model, tok, data, **few).log.loss.to_numpy()}      # last: it changes the model
+
+
+@pytest.fixture(scope="module")
+def plainly() -> dict[str, Any]:
+    return found(*load("pocket-bert"))
+
+
+@same_weights
+def test_searches_and_measurements(wrap, plainly):
+    model, tok = load("pocket-bert")
+    for name, value in found(wrap(model), tok).items():
+        if isinstance(value, str): assert value == plainly[name], name
+        else: assert value == pytest.approx(plainly[name], rel=1e-4, abs=1e-6), name
+
 
 def test_adapters():
     "Heads of an adapted model can be masked; single weights that an adapter is added to cannot."
