@@ -43,7 +43,7 @@ from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
-from .study import Bench, Pairs, Section, Study, recipe
+from .study import Bench, Pairs, Section, Study, few_note, recipe
 
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
@@ -259,7 +259,7 @@ def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: 
         model_name=bench.config["model"].split(" (")[0], seconds=bench.seconds, folder=bench.folder,
         task=s.task, left_out=left_out,
     )
-    return replace(study, notes=tuple(notes(study)))
+    return replace(study, notes=(*notes(study), *few_note("sentences", {"dev": len(s.dev)})))
 
 
 def _mask_of(result: Mapping[str, Any]) -> Any:

@@ -41,7 +41,7 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
-from .study import Bench, Pairs, Section, Study, folder_or_scratch, recipe, settings_of
+from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_running_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
@@ -232,6 +232,7 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], k
     on_the_way = {(*key[:1], density, key[2], step): mask for key, f in made.items() for step, density, mask in f.way}
     curves = [_curve_row(s, key, mask, losses) for key, mask in on_the_way.items()]
     masks = Masks([(_labels(key), _file(f) if kept else f.run.mask) for key, f in made.items()])
+    sizes = {"dev": len(dev), **{name: len(task.test) for name, task in asked["tasks"].items()}}
     tables = {
         "scores": pd.DataFrame([_full_row(losses), *(_score_row(key, f, losses) for key, f in made.items())]),
         "curves": pd.DataFrame(curves, columns=CURVES),
@@ -241,7 +242,7 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], k
     return Tamt(
         masks=masks, tables=tables, config=config_of(bench, s, asked), model_name=s.space.model.name,
         seconds=bench.seconds, folder=bench.folder if kept else None, tasks=asked["tasks"], space=s.space,
-        notes=tuple(said_of_reach(s, asked["methods"])) + _undefined(tables["transfer"]),
+        notes=(*said_of_reach(s, asked["methods"]), *_undefined(tables["transfer"]), *few_note("texts", sizes)),
     )
 
 

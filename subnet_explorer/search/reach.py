@@ -67,7 +67,7 @@ def _from_other_side(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/search/05_reach.ipynb #a18d5dd7
 _STUCK = (
-    "no coordinate of this gate can flip: {steps} steps with these learning rates move a score by at "
+    "no coordinate of this gate can flip: {steps} with these learning rates move a score by at "
     "most {far:.2g}, and none is that near. The mask will be the one it starts from, bit for bit. "
     "Raise lr {times:.3g}-fold or more (now {lr:g} at the peak), or give more steps."
 )
@@ -77,7 +77,8 @@ def warn_if_stuck(gate: Gate, rates: Sequence[float], decay: float = 0.0) -> int
     "Warn of a search that can change nothing."
     count, times = can_flip(gate, rates, decay)
     if not count and math.isfinite(times):
-        said = _STUCK.format(steps=len(rates), far=farthest(rates)[0], times=times, lr=max(rates))
+        steps = f"{len(rates)} step{'s'[:len(rates) - 1]}"
+        said = _STUCK.format(steps=steps, far=farthest(rates)[0], times=times, lr=max(rates))
         warnings.warn(said, stacklevel=2)
     return count
 

@@ -167,7 +167,7 @@ def found(model, tok) -> dict[str, Any]:
     "What searches and measurements give, by name."
     facts, texts = read_facts("pocket", "MadeOf"), ["a robin is a kind of bird .", "the girl met a boy ."]
     units, weights = Space.of(model, "head+mlp"), Space.of(model, "weight", layers=1)
-    mask, few = Mask.random(units, .7, seed=0), {"steps": 2, "progress": False}
+    mask, few = Mask.random(units, .7, seed=0), dict[str, Any](steps=2, progress=False)
     under, ranks = {"full": None, "part": mask}, score.importance(model, tok, MLM(texts), units)
     out = {
         "heads": find(model, tok, HardConcrete(units, seed=0), Cloze(facts), **few).mask.id,
