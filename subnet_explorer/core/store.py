@@ -357,6 +357,7 @@ def given_back(function: F) -> F:
             if folder is not None and free and _is_taken(folder): _unclaim(folder, existed)
             raise
 
+    run.__kwdefaults__ = getattr(function, "__kwdefaults__", None)      # type: ignore[attr-defined]
     return cast(F, run)
 
 

@@ -77,7 +77,7 @@ def warn_if_stuck(gate: Gate, rates: Sequence[float], decay: float = 0.0) -> int
     "Warn of a search that can change nothing."
     count, times = can_flip(gate, rates, decay)
     if not count and math.isfinite(times):
-        steps = f"{len(rates)} step{'s'[:len(rates) - 1]}"
+        steps = "1 step" if len(rates) == 1 else f"{len(rates)} steps"
         said = _STUCK.format(steps=steps, far=farthest(rates)[0], times=times, lr=max(rates))
         warnings.warn(said, stacklevel=2)
     return count
