@@ -282,8 +282,8 @@ def test_lamp(whole_bert, monkeypatch):
 
 
 def test_tamt(whole_bert, texts):
-    study = recipes.tamt(*whole_bert, texts[:4], texts[4:6], densities=(.5,), methods=("omp", "mlm+kd"), steps=2,
-                         batch=2, lr=.05, snapshots=0, embeddings=False, progress=False)
+    study = recipes.tamt(*whole_bert, texts[:2], texts[4:5], densities=(.5,), methods=("omp", "mlm+kd"), steps=2,
+                         batch=1, lr=.05, snapshots=0, embeddings=False, progress=False)
     omp, trained = (study.masks.sel(method=m)[0] for m in ("omp", "mlm+kd"))
     assert omp != trained and all(round(m.density, 6) == .5 for m in (omp, trained))
     assert np.isfinite(study.scores[["mlm_loss", "hidden_loss"]]).all(axis=None)
@@ -292,8 +292,8 @@ def test_tamt(whole_bert, texts):
 def test_critical():
     gpt2 = gpt2_of(12)
     facts = Facts(tuple(f for f in read_facts("pocket", prompt=1) if f.prompt.endswith("[MASK] .")))
-    target, control = Facts(facts.items[:6]), Facts(facts.items[100:130])
-    text = blocks(gpt2[1], read_texts("pocket"), 128)[:10]
+    target, control = Facts(facts.items[:6]), Facts(facts.items[100:115])
+    text = blocks(gpt2[1], read_texts("pocket"), 128)[:4]
     study = recipes.critical(*gpt2, target, control, text, steps=2, batches=(8, 2), checks=1, seeds=(0,), random=1,
                              progress=False)
     assert 0 < study.masks[0].density < 1 and np.isfinite(study.items[["logprob", "nll"]]).all(axis=None)

@@ -208,18 +208,6 @@ def noun(hint: Any) -> str:
     return said
 
 
-def _single(words: str) -> list[str]:
-    "The nouns of a union, if that is all there is."
-    return [words] if "," in words or "each" in words else words.split(" or ")
-
-
-def _plural(item: str) -> str:
-    "The plural of a noun of one or two words; nothing where that would not be plain."
-    article, _, words = item.partition(" ")
-    if article not in ("a", "an"): return item
-    return "" if re.search(r"[,(]| or | of |dictionary|bytes|between|above|positive", words) else f"{words}s"
-
-
 def _with_article(name: str) -> str:
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
@@ -250,6 +238,18 @@ def refusal(door: Callable[..., Any], name: str, hint: Any, value: Any) -> Subne
     if Model in members(hint) and not set(members(hint)) - {Model, NoneType}: return UnknownFamily(no_model(value))
     what = door.__qualname__.removesuffix(".__init__")
     return SubnetError(f"{what} takes {noun(hint)} as {name}, and this is {described(value)}{_advice(hint, value)}")
+
+# %% ../../nbs/core/16_doors.ipynb #198fd5cf
+def _single(words: str) -> list[str]:
+    "The nouns of a union, if that is all there is."
+    return [words] if "," in words or "each" in words else words.split(" or ")
+
+
+def _plural(item: str) -> str:
+    "The plural of a noun of one or two words; nothing where that would not be plain."
+    article, _, words = item.partition(" ")
+    if article not in ("a", "an"): return item
+    return "" if re.search(r"[,(]| or | of |dictionary|bytes|between|above|positive", words) else f"{words}s"
 
 # %% ../../nbs/core/16_doors.ipynb #707659cf
 def in_range(name: str, hint: Any, value: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.doors import checked
 from ..core.errors import check_names
-from ..core.numbers import Count, Seed
+from ..core.numbers import Count, Natural, Seed
 from .facts import Fact, Facts, read_facts
 from .files import BadFacts, numbered_lines, source_path
 from .templates import DETERMINER, TEMPLATES, article, checked_template, filled
@@ -191,7 +191,7 @@ def _base(fact: Fact) -> str: return fact.uuid.split("/")[0]      # of all wordi
 def neighbourhood(
     facts: Facts,
     about: str,          # a subject or object, with or without article
-    n: Count,              # triples; all wordings of a triple come along
+    n: Natural,              # triples; all wordings of a triple come along
     seed: Seed = 0,
 ) -> Facts:              # in the order of `facts`
     "Take `n` triples of the neighbourhood of a concept; raise `BadFacts` if there are fewer."

@@ -165,6 +165,7 @@ def test_real_questions(real):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_questions_are_learned_by_a_real_encoder(real):
     model, tok = load(real / "models" / "minilm-l6-mlm")
     train = read_choices(real / "datasets" / "commonsenseqa" / "train.jsonl.gz")[:48]
@@ -508,7 +509,7 @@ def test_ways_to_train_are_checked(bert):
     goal = Task(QUESTIONS, Chooser(model, QUESTIONS))
     with pytest.raises(UnknownName, match="did you mean lora"): fit(model, tok, goal, train="lore")
     with pytest.raises(UnknownName, match="role of a matrix"): fit(model, tok, goal, train=Lora(roles=("qkv",)))
-    with pytest.raises(SubnetError, match="rank of an update"): fit(model, tok, goal, train=Lora(rank=0))
+    with pytest.raises(SubnetError, match="rank must be a whole number of at least 1"): fit(model, tok, goal, train=Lora(rank=0))
 
 
 # ── transfer ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -312,7 +312,7 @@ OTHER = Mask.full(unit_space(3, 5, mlps=True))
     (lambda: plots.survival(TABLE), UnknownName, "unknown column"),
     (lambda: plots.overlap(compare.overlap(MANY, by="task"), "heads"), UnknownName, "did you mean head"),
     (lambda: plots.consensus(compare.agreement(MANY, by="task")), UnknownName, "unknown column 'seeds'"),
-    (lambda: plots.importance(SCORES, remove=0), SubnetError, "cannot mark 0 of 12 heads"),
+    (lambda: plots.importance(SCORES, remove=0), SubnetError, "remove must be a whole number of at least 1, got 0"),
     (lambda: plots.importance(SCORES, remove=12), SubnetError, "between 1 and 11"),
     (lambda: plots.importance(SCORES, alive=OTHER), SpaceMismatch, "different spaces"),
     (lambda: plots.importance(SCORES, kind="weight"), UnknownName, "Known: head, mlp"),

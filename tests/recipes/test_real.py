@@ -15,6 +15,7 @@ def minilm(real):
     return real / "models" / "minilm-l6-mlm"
 
 
+@pytest.mark.slow
 def test_trex_from_the_shell(real, minilm, tmp_path, capsys):
     lama = real / "datasets" / "lama"
     assert (

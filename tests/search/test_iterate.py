@@ -477,7 +477,7 @@ REFUSED = [
     (dict(schedule="three-phase"), "'head' has no mlp"),
     (dict(limit=0), "at least 1, got 0"),
     (dict(least=float("nan")), "must be a number"),
-    (dict(floor=90), "between 0 and 1"),
+    (dict(floor=90), "above 0 and at most 1"),
     (dict(drop=10), "above 0 and below 1"),
     (dict(least=1.5), "below the floor"),      # the full model itself misses it
 ]

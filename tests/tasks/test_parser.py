@@ -179,7 +179,7 @@ def test_broken_sentences_are_refused(models, change, match):
 def test_bad_settings_are_refused(models):
     model, tok = models["pocket-bert"]
     refused = [
-        (dict(arc=0), "at least 1"), (dict(inner=1.), "below 1"), (dict(dropout=-.1), "dropout is a share"),
+        (dict(arc=0), "at least 1"), (dict(inner=1.), "below 1"), (dict(dropout=-.1), "of at least 0 and below 1"),
         (dict(mlp=0), "at least 1, got 0"), (dict(mlp=True), "got True"),
         (dict(pool="max"), "Known: last, first, mean"),
     ]
