@@ -434,7 +434,7 @@ def test_bad_input(pocket_bert):
     with pytest.raises(SubnetError, match="no room for a text behind the question"):
         SpanFinder(model, length=6).code(tok, data)
     with pytest.raises(SubnetError, match="stride must be a whole number of at least 1"): SpanFinder(model, stride=0)
-    with pytest.raises(SubnetError, match="takes a whole number as length"): SpanFinder(model, length=2.5)
+    with pytest.raises(SubnetError, match="length must be a whole number"): SpanFinder(model, length=2.5)
     with pytest.raises(SubnetError, match="there is nothing to ask"): SpanFinder(model).code(tok, [])
     with pytest.raises(SubnetError, match="limit is a number of examples"): fit(model, tok, data, limit=1)
     with pytest.raises(SubnetError, match="limit goes with a table"):
