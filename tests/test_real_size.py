@@ -293,7 +293,7 @@ def test_critical():
     gpt2 = gpt2_of(12)
     facts = Facts(tuple(f for f in read_facts("pocket", prompt=1) if f.prompt.endswith("[MASK] .")))
     target, control = Facts(facts.items[:6]), Facts(facts.items[100:115])
-    text = blocks(gpt2[1], read_texts("pocket"), 128)[:4]
+    text = blocks(gpt2[1], read_texts("pocket"), 64)[:10]
     study = recipes.critical(*gpt2, target, control, text, steps=2, batches=(8, 2), checks=1, seeds=(0,), random=1,
                              progress=False)
     assert 0 < study.masks[0].density < 1 and np.isfinite(study.items[["logprob", "nll"]]).all(axis=None)
