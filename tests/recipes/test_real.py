@@ -55,6 +55,7 @@ def test_trex_from_the_shell(real, minilm, tmp_path, capsys):
     assert all(0.48 < r["sparsity"] < 0.52 and 0 < r["flips"] < 0.1 for r in out["relations"].values())
 
 
+@pytest.mark.slow
 def test_conceptnet_triples(real, minilm):
     model, tok = load(minilm)
     facts = read_facts(real / "datasets" / "conceptnet100k" / "train.tsv.gz", "MadeOf,PartOf")
