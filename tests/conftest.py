@@ -24,7 +24,7 @@ def pytest_configure(config):
     real = "real: needs the folder named by SUBNET_EXPLORER_DATA, with datasets/ and models/"
     config.addinivalue_line("markers", real)
     config.addinivalue_line("markers", "browser: needs chromium")
-    size = "real_size: a model as large as BERT-base; two of its layers, or with --slow all twelve"
+    size = "real_size: a model as large as BERT-base; recipes with twelve layers, the rest with two (--slow: twelve)"
     config.addinivalue_line("markers", size)
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
 

@@ -273,7 +273,7 @@ def test_tickets(whole_bert):
     assert study.good[0].density < 1 and study.scores.score.between(0, 1).all()
 
 
-def test_lamp(whole_bert, monkeypatch):
+def test_lamp(whole_bert):
     facts = read_facts("pocket")
     some = Facts(tuple(f for r in ("MadeOf", "IsA") for f in facts[r].items[:20]))
     study = recipes.lamp(*whole_bert, some, steps=2, batch=8, random=1, progress=False)

@@ -201,7 +201,7 @@ def consensus(
     kind: str = "head",
     by: str = "task",
     over: str = "seed",
-    level: PartShare = 0.95,           # of the bootstrap interval of kappa
+    level: PartShare = 0.95,       # of the bootstrap interval of kappa
     samples: Count = 1000,
     seed: Seed = 0,
 ) -> pd.DataFrame:  # by, seeds, items, PAIRWISE, prevalence, survivors, super_survivors, votes, notes, empty_pairs

@@ -81,7 +81,7 @@ def check_names(
 def _meant(name: str, known: list[str]) -> str:
     "What somebody may have meant, and the first twenty names that exist."
     alike = [k for k in known if str(k) == str(name)]
-    if alike: return f"here it is the {type(alike[0]).__name__} {alike[0]!r}, not the {type(name).__name__}."
+    if alike: return f"write {alike[0]!r}, not {name!r}."
     folded = {str(k).lower(): k for k in known}
     low = str(name).lower()
     near = [low] if low in folded else difflib.get_close_matches(low, list(folded), 3, 0.5)

@@ -244,7 +244,7 @@ def resized(mask: Mask, density: Share, seed: Seed) -> Mask:
 def to(
     mask: Mask,
     kind: str,                        # kinds joined by "+"
-    keep: str | SomeShare | None = None,    # rule for fine to coarse: "any", "all" or a share in (0, 1]
+    keep: str | SomeShare | None = None,      # rule for fine to coarse: "any", "all" or a share in (0, 1]
     how: str = "minimal",             # map for coarse to fine: "minimal" or "full"
 ) -> Mask:
     "The mask in coordinates of another kind; raise `SubnetError` where that is not possible."

@@ -394,7 +394,7 @@ def _too_few(facts: Facts, relation: str, n: int, shares: tuple[int, int, int]) 
 @checked
 def at_least(
     facts: Facts,
-    n: Count = 10,      # triples
+    n: Count = 10,    # triples
 ) -> Facts:           # the others are counted in `.skipped`
     "Keep the relations with enough triples; raise `BadFacts` if there is none."
     counts = Counter(relation for relation, _, _ in dict.fromkeys(map(_stated, facts)))

@@ -191,7 +191,7 @@ def _base(fact: Fact) -> str: return fact.uuid.split("/")[0]      # of all wordi
 def neighbourhood(
     facts: Facts,
     about: str,          # a subject or object, with or without article
-    n: Natural,              # triples; all wordings of a triple come along
+    n: Natural,          # triples; all wordings of a triple come along
     seed: Seed = 0,
 ) -> Facts:              # in the order of `facts`
     "Take `n` triples of the neighbourhood of a concept; raise `BadFacts` if there are fewer."

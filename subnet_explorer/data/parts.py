@@ -99,7 +99,7 @@ def task_data(
     train: Count | None = None,      # at most so many sentences to train on, the same for every seed
                                      # of a study (`fit` has a limit for others) …
     test: Count | None = None,       # … and to report on …
-    limit_search: Count | None = None,      # … and to search on
+    limit_search: Count | None = None,   # … and to search on
     seed: Seed = 0,
     strict: bool = True,             # False: count broken lines, and move misplaced answers
 ) -> TaskData:

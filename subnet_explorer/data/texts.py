@@ -142,7 +142,7 @@ def _rows(name: str, part: str) -> Iterator[str]:
 class Blocks:
     "Running text as token ids, cut into blocks of equal size."
     ids: np.ndarray      # (block, size) int32, in memory or mapped from a file
-    dropped: Natural         # tokens at the end that filled no block
+    dropped: Natural     # tokens at the end that filled no block
     known: Mapping[str, Any] = field(default_factory=dict, repr=False)   # what a file says: fingerprint, top, notes
 
     @property
@@ -205,7 +205,7 @@ def release(ids: np.ndarray) -> None:
 def blocks(
     tok: Any,                     # tokenizer
     texts: Iterable[str],
-    size: Count = 512,              # tokens of a block, as many as the model reads or fewer
+    size: Count = 512,            # tokens of a block, as many as the model reads or fewer
     between: str = "",            # what ends each text, e.g. "\n"
 ) -> Blocks:
     "Join the token ids of all texts and cut them into blocks; raise `BadTexts` if there is none."
@@ -312,7 +312,7 @@ def _coding(tok: Any) -> str:
 def read_blocks(
     tok: Any,                          # tokenizer
     source: str | Path,                # as in `read_texts`; lines are joined
-    size: Count = 512,                   # tokens of a block
+    size: Count = 512,                 # tokens of a block
     *,
     between: str = "",                 # what ends each line, e.g. "\n"
     part: str = "train",               # which part of a data set

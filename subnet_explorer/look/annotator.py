@@ -37,7 +37,7 @@ class Annotator(Piece):
         ids: Sequence[str] | None = None,                   # names of the maps; None: 0001, 0002, …
         tokens: Sequence[Sequence[str]] | None = None,      # of each map, to be shown at its sides
         texts: Sequence[str] | None = None,                 # shown below
-        seed: Seed | None = None,                            # order of presentation; None: as given
+        seed: Seed | None = None,                           # order of presentation; None: as given
     ) -> None:
         super().__init__(lambda: _annotator_box(self), lambda: annotator_figure(self))
         self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))

@@ -165,7 +165,7 @@ def check_drawable(
 def set_layout(
     fig: go.Figure,
     title: str,
-    width: Count,              # pixels
+    width: Count,            # pixels
     height: Count,
     **more: Any,             # further settings of plotly's layout
 ) -> go.Figure:
@@ -197,7 +197,7 @@ def add_heat(
     at: tuple[int, int] | None = None,    # row and column of the subplot
     numbers: bool = True,                 # write the values into the cells
     small: np.ndarray | None = None,      # text for smaller lines below them
-    digits: Natural = 2,                      # behind the point
+    digits: Natural = 2,                  # behind the point
 ) -> None:
     "Add a labelled heat-map to a figure."
     where = {"row": at[0], "col": at[1]} if at else {}

@@ -134,7 +134,7 @@ def densities(
 @checked
 def importance(
     scores: Scores,
-    remove: Count | None = None,        # how many go next; None: a tenth of all units, as published
+    remove: Count | None = None,      # how many go next; None: a tenth of all units, as published
     alive: Mask | None = None,        # units that are still there
     kind: str | None = None,          # None: the first kind of the scores
     bins: Count = 24,
@@ -203,7 +203,7 @@ def placement(
     table: pd.DataFrame,             # from `compare.placement`
     title: str = "Where the weights lie",
     label: str = "share kept",       # what the numbers are
-    top: SomeShare | None = None,        # upper end of the scale; None: the largest share
+    top: SomeShare | None = None,    # upper end of the scale; None: the largest share
 ) -> Figure:
     "Draw the share of kept weights by layer and matrix, and by attention head."
     check_names(["layer", "matrix", "head", "size", "kept"], table.columns, "column")

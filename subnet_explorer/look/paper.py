@@ -382,10 +382,10 @@ def _fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
     return families, left
 
 
-def _fonts_for(fig: go.Figure, kind: str) -> Any:      # settings of matplotlib, by name
-    "What must be set so that all letters of a figure can be read; raise `CannotDraw` if nothing helps."
+def _fonts_for(canvas: Drawing, kind: str) -> Any:      # settings of matplotlib, by name
+    "What must be set so that all letters of a drawing can be read; raise `CannotDraw` if nothing helps."
     from matplotlib import rcParams
-    missing = _missing_letters(draw(fig))
+    missing = _missing_letters(canvas)
     if not missing: return {}
     families, left = _fonts_with(missing)
     if left and kind != "svg":
@@ -407,9 +407,12 @@ def print_plotly(
         "png": {"Title": title, "Description": alt},
         "pdf": {"Title": title, "Subject": alt, "CreationDate": None},
     }
-    with rc_context(_fonts_for(fig, kind)), warnings.catch_warnings():
+    canvas = draw(fig)
+    fonts = _fonts_for(canvas, kind)
+    with rc_context(fonts), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # left to the reader's machine
-        draw(fig).savefig(
+        if fonts: canvas = draw(fig)
+        canvas.savefig(
             out, format=kind, dpi=200 if kind == "png" else 72, metadata=about[kind],
             bbox_inches="tight", pad_inches=0.15, facecolor="white",
         )

@@ -169,7 +169,7 @@ def digest(model: nn.Module) -> str:
 def compact(
     model: PreTrainedModel,               # stays as it is; the compact model is a copy
     mask: Mask,                           # over whole units; or over weights, with a rule
-    keep: str | SomeShare | None = None,    # a unit stays if "any", "all" or this share of its weights do
+    keep: str | SomeShare | None = None,  # a unit stays if "any", "all" or this share of its weights do
     *,
     check: bool = True,                   # compare the weights with the mask's fingerprint
 ) -> Compact:

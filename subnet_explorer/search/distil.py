@@ -268,7 +268,7 @@ class MLM(Objective):
     "Language modelling on sentences, or on blocks of text: masked or causal, as the model is."
     texts: Texts
     batch: Count | None = None
-    share: SomeShare = 0.15                       # of the tokens, predicted by a masked model
+    share: SomeShare = 0.15                   # of the tokens, predicted by a masked model
     distil: Share = 0.0                       # weight of the distance of hidden states
     static: bool = False                      # draw the masks once, not at every step
     head: LanguageHead | None = None          # predicts instead of the model's own head

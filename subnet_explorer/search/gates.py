@@ -86,7 +86,9 @@ class _Transformed(torch.autograd.Function):
 
 # %% ../../nbs/search/00_gates.ipynb #684e1784
 BelowZero = Annotated[float, Bounds(most=0, ends="[)")]
+"The lower end of a stretch that reaches beyond 0."
 AboveOne = Annotated[float, Bounds(1, ends="()")]
+"The upper end of a stretch that reaches beyond 1."
 Start = float | str | Scores | Mask
 "What logits start from: a constant, 'normal' or 'uniform', or values of their own."
 

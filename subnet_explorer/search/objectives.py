@@ -368,7 +368,7 @@ def _flat(weight: Weight, goal: Objective, kept: bool, complement: bool) -> list
 class Cloze(Objective):
     "Answer cloze facts."
     facts: Facts
-    batch: Count | None = None      # facts a step; None: as many as the search says
+    batch: Count | None = None    # facts a step; None: as many as the search says
 
     def prepare(self, context: Context) -> Loss:
         "Encode the facts."
@@ -472,7 +472,7 @@ class Task(Objective):
     "Predict labels through a trained head."
     examples: Sequence[Any]         # whatever the head understands
     head: Any                       # a task head: a module with the verbs of the table above
-    batch: Count | None = None        # examples a step; None: as many as the search says
+    batch: Count | None = None      # examples a step; None: as many as the search says
 
     def prepare(self, context: Context) -> Loss:
         "Encode the examples, and move the head to where the model is."

@@ -69,8 +69,8 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
 class Lora:
     "Low-rank updates beside matrices, as a way to train; their product starts at zero."
     rank: Count = 8
-    alpha: Positive = 16.0                # updates are multiplied by alpha / rank
-    dropout: Dropout = 0.0               # before the updates, if `fit` is told to use dropout
+    alpha: Positive = 16.0             # updates are multiplied by alpha / rank
+    dropout: Dropout = 0.0             # before the updates, if `fit` is told to use dropout
     roles: tuple[str, ...] = ()        # of the matrices, e.g. ("q", "v"); empty: all of attention and MLP
 
 

@@ -294,7 +294,7 @@ class Classifier(TaskHead):
 
     def __init__(
         self, model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], seed: Seed = 0,
-        length: Count | None = None,      # tokens at most
+        length: Count | None = None,    # tokens at most
     ) -> None:
         super().__init__(model, self._labels(examples), seed)
         self.causal, self.length = is_causal(model), length

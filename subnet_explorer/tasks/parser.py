@@ -240,10 +240,10 @@ class Parser(ArcScorer):
         self, model: PreTrainedModel,
         examples: Sequence[Any],      # with `.words`, `.head`, `.deprel`
         seed: Seed = 0, *, pool: str = "last", mlp: Count | None = None, dropout: Dropout = 0.1,
-        arc: Count = 1024,              # size of the vectors for arcs
-        label: Count = 256,             # size of the vectors for labels
+        arc: Count = 1024,            # size of the vectors for arcs
+        label: Count = 256,           # size of the vectors for labels
         inner: Dropout = 0.33,          # dropout after the layers
-        std: Positive = 1.0,             # of what is bilinear, at first
+        std: Positive = 1.0,          # of what is bilinear, at first
         tree: bool = False,           # read well-formed trees, not the best head of each word
         specials: bool = False,       # learn from [CLS] and [SEP], too
     ) -> None:

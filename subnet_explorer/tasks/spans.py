@@ -103,10 +103,10 @@ class SpanFinder(TaskHead):
 
     def __init__(
         self, model: PreTrainedModel, seed: Seed = 0,
-        length: Count | None = None,      # tokens of a window; None: 384
+        length: Count | None = None,    # tokens of a window; None: 384
         *,
-        stride: Count = 128,              # tokens from one window to the next
-        query: Count = 64,                # tokens of a question
+        stride: Count = 128,            # tokens from one window to the next
+        query: Count = 64,              # tokens of a question
         best: Count = 20, longest: Count = 30,      # see `best_span`
         mlp: Count | None = None, dropout: Dropout = 0.0,
     ) -> None:
