@@ -84,7 +84,7 @@ class library_docs(Processor):
 
 
 def module_of(path: Path) -> str | None:
-    "The module of a chapter: `core.mask` for core/06_mask.ipynb, `docs` for 21_docs.ipynb."
+    "The module of a chapter: `core.mask` for core/08_mask.ipynb, `docs` for 21_docs.ipynb."
     chapter = re.fullmatch(r"\d\d_(\w+)", path.stem)
     if chapter is None: return None
     folder = path.parent.name

@@ -144,7 +144,7 @@ def test_notebooks_go_through_nbdev():
         shown = documented(cells)
         assert all("text/markdown" in out for out in shown), f"{name}: {len(shown)} names"
         assert shown or not re.match(r"\d\d_", Path(name).name), f"{name} documents nothing"
-    shown = [out for _, s, out in made["nbs/core/08_masks.ipynb"] if "show_doc" in s]
+    shown = [out for _, s, out in made["nbs/core/10_masks.ipynb"] if "show_doc" in s]
     assert len(shown) >= 4 and "Keep what at least `share` of the masks keep" in "".join(shown)
     assert "plotly" in json.dumps(made["nbs/gallery.ipynb"])
 

@@ -22,9 +22,10 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.files import MaskFileError, atomic_write, remove
+from ..core.files import atomic_write, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
+from ..core.maskfile import MaskFileError
 from ..core.numbers import Count, SomeShare
 from ..core.space import ModelId, check_model
 from ..data.pocket import pocket_path

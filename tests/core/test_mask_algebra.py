@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 
 from subnet_explorer.core.bits import quantile_bins
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
-from subnet_explorer.core.files import MaskFileError, from_gaps, to_gaps
 from subnet_explorer.core.layout import FAMILIES, Layout
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.maskfile import MaskFileError, from_gaps, to_gaps
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.scores import Scores, kth, top_k
 from subnet_explorer.core.space import Group, ModelId, Space

@@ -12,9 +12,9 @@ from hypothesis import given, settings, strategies as st
 
 from subnet_explorer import compact, load_compact
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownFamily
-from subnet_explorer.core.files import MaskFileError
 from subnet_explorer.core.layout import FAMILIES, family_of
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.maskfile import MaskFileError
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Space
 from subnet_explorer.model.apply import attending, blocks_of, masked
