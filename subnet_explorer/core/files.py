@@ -29,8 +29,8 @@ from .errors import SubnetError
 # %% auto #0
 __all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'DAMAGED', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such',
            'file_name', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder', 'make_folder',
-           'atomic_write', 'add_line', 'remove', 'sweep', 'is_alive', 'DamagedFile', 'checksum', 'write_json',
-           'read_json', 'scratch', 'upload', 'download']
+           'atomic_write', 'add_line', 'create', 'remove', 'sweep', 'is_alive', 'DamagedFile', 'checksum', 'write_json',
+           'as_json', 'read_json', 'scratch', 'upload', 'download']
 
 # %% ../../nbs/core/05_files.ipynb #180a9a15
 class CannotWrite(SubnetError):
@@ -115,7 +115,7 @@ def no_such(path: str | Path, what: str = "file") -> str:
     return f"there is no {what} {path}{above}.{question}"
 
 # %% ../../nbs/core/05_files.ipynb #6dfa5f7b
-MOST_BYTES = 120
+MOST_BYTES = 100
 "Length of the longest name of a file that is made from a text; endings come on top."
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)      # names that Windows keeps for itself
 
@@ -251,6 +251,29 @@ def _last_byte(file: Any) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
 
+
+def create(path: Path, data: str) -> bool:
+    "Write a file unless there is one; whether it was written. Of several processes, one succeeds."
+    make_folder(path.parent)
+    temporary = path.parent / passing_name("writing")
+    with writing(path):
+        _write_new(temporary, data.encode(errors="replace"))
+        try: os.link(temporary, path)
+        except FileExistsError: return False
+        except OSError:                              # no hard links here: the name alone decides
+            return _created_by_name(path, temporary)
+        finally: temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return True
+
+
+def _created_by_name(path: Path, temporary: Path) -> bool:
+    "Whether this process made the file, on a file system without hard links."
+    try: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError: return False
+    os.replace(temporary, path)
+    return True
+
 # %% ../../nbs/core/05_files.ipynb #b7efa525
 def remove(path: Path) -> None:
     "Remove a file or a folder with all that is in it, if it is there."
@@ -312,9 +335,14 @@ def checksum(value: Any) -> str:
 
 def write_json(path: str | Path, value: Mapping[str, Any] | list[Any], indent: int | None = None) -> Path:
     "Write plain data with its checksum."
+    return atomic_write(path, as_json(value, indent))
+
+
+def as_json(value: Mapping[str, Any] | list[Any], indent: int | None = None) -> str:
+    "Plain data as it stands in a file, with its checksum."
     plain = json.loads(json.dumps(value if isinstance(value, list) else dict(value)))
     content = {"rows": plain} if isinstance(plain, list) else plain
-    return atomic_write(path, json.dumps({**content, "checksum": checksum(content)}, indent=indent))
+    return json.dumps({**content, "checksum": checksum(content)}, indent=indent)
 
 
 def read_json(
