@@ -71,6 +71,11 @@ from subnet_explorer.core.files import atomic_write
 open('runs', 'w').close()
 atomic_write('runs/demo/study.json', '{}')
 """,
+    "DamagedFile": """
+from subnet_explorer.core.tensors import open_sealed
+open('weights.safetensors', 'w').close()
+open_sealed('weights.safetensors')
+""",
     "BadFacts": """
 from subnet_explorer import read_facts
 open('facts.jsonl', 'w').write('a sparrow can fly')
