@@ -45,7 +45,7 @@ def show(
     path: str,      # a mask file, a run, a store of runs, or a study
 ) -> Answer:
     "Say what a mask file, run or store holds."
-    from subnet_explorer.core.store import kept_masks, kept_runs
+    from subnet_explorer.core.folders import kept_masks, kept_runs
     here = Path(path)
     if here.is_file(): return _shown_mask(here)
     runs = kept_runs(here)
@@ -155,8 +155,8 @@ def _gaps(tasks: Any, shared: Any) -> list[str]:
 # %% ../nbs/20_cli.ipynb #f58c7837
 def _labelled_masks(folder: Path, where: list[str]) -> tuple[Masks, list[str]]:
     "Masks with the labels task and seed, on one space, and what to say about them."
+    from subnet_explorer.core.folders import kept_masks, kept_runs
     from subnet_explorer.core.formats import read_masks
-    from subnet_explorer.core.store import kept_masks, kept_runs
     runs, notes = kept_runs(folder), []
     masks = kept_masks(folder) if runs else read_masks(folder)
     if waiting := sum(not r.done for r in runs):

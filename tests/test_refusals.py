@@ -19,10 +19,10 @@ from subnet_explorer.cli import main
 from subnet_explorer.core import files
 from subnet_explorer.core.errors import SubnetError, UnknownName, check_names
 from subnet_explorer.core.files import CannotWrite, atomic_write
+from subnet_explorer.core.folders import kept_masks, open_study
 from subnet_explorer.core.maskfile import MaskFileError
 from subnet_explorer.core.numbers import bounded, check_number
 from subnet_explorer.core.space import unit_space
-from subnet_explorer.core.store import kept_masks, open_study
 from subnet_explorer.look.state import collected
 from subnet_explorer.recipes.start import recipe_options, recipe_parser
 from subnet_explorer.recipes.study import all_recipes, recipe

@@ -18,7 +18,6 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from .errors import SubnetError, check_names
 from .files import CannotWrite, create, file_name, is_alive, machine, passing_name
@@ -72,8 +71,10 @@ def holders(folder: str | Path) -> list[Holder]:
     return [holder for path, holder in found if holder is not None and not is_over(path, holder)]
 
 # %% ../../nbs/core/17_lease.ipynb #b221f9d2
-BEAT, SILENCE = 10.0, 120.0
-"Seconds between two signs of life, and without one until a lease is over."
+BEAT = 10.0
+"Seconds between two signs of life."
+SILENCE = 120.0
+"Seconds without one, after which a lease is over."
 
 
 def is_over(path: Path, holder: Holder) -> bool:
@@ -129,7 +130,7 @@ class Lease:
             self.path.unlink()
             self.path.parent.rmdir()
 
-
+# %% ../../nbs/core/17_lease.ipynb #218cd266
 class _Heart:
     "Renews the leases of this process."
 

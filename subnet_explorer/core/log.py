@@ -51,6 +51,7 @@ class Log:
     damage: tuple[str, ...] = ()      # "line 3 is not JSON"
     ended: bool = False               # the run was finished after these rows
     torn: bool = False                # the last line was cut short, as a kill leaves it
+    lines: int = 0                    # that are rows, with those that came twice
 
 
 def read_log(path: Path) -> Log:
@@ -63,7 +64,8 @@ def read_log(path: Path) -> Log:
         if line.strip(): reader.take(number, line)
     torn = bool(tail.strip()) and not reader.whole(tail)
     if tail.strip() and not torn: reader.take(len(lines) + 1, tail)
-    return Log(once(reader.rows), tuple(reader.damage), reader.ended, torn)
+    rows = once(reader.rows)
+    return Log(rows, tuple(reader.damage), reader.ended, torn, reader.next - reader.ended)
 
 # %% ../../nbs/core/16_log.ipynb #bdd7f313
 class _Reader:

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import SubnetError, check_names
+from ..core.folders import kept_masks
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count
 from ..core.space import Group, check_model, same_space
-from ..core.store import kept_masks
 from ..data.facts import Facts
 from ..data.tables import Labelled
 from .masks import ROLE_NAMES, by_layer, cells

@@ -23,9 +23,10 @@ import pandas as pd
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, scratch
+from ..core.folders import cached_table, given_back, open_study
 from ..core.intervals import student_interval
 from ..core.masks import Masks
-from ..core.store import Run, Store, cached_table, given_back, open_study
+from ..core.store import Run, Store
 from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine

@@ -18,11 +18,12 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
+from ..core.folders import given_back
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
 from ..core.space import check_model
-from ..core.store import Run, Store, given_back
+from ..core.store import Run, Store
 from ..model.apply import masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine

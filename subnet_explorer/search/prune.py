@@ -22,13 +22,14 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, reading
+from ..core.folders import given_back
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Number, PartShare, Seed, SomeShare
 from ..core.progress import progress_bar
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
-from ..core.store import Run, Store, given_back
+from ..core.store import Run, Store
 from ..model.apply import masked
 from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective

@@ -21,6 +21,7 @@ import torch
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import atomic_write, read_json, remove, scratch
+from ..core.folders import open_study
 from ..core.intervals import interval
 from ..core.layout import layout_of
 from ..core.mask import Mask
@@ -28,7 +29,6 @@ from ..core.numbers import Count, Positive, Seed, Seeds, Weight
 from ..core.progress import watched
 from ..core.scores import Scores
 from ..core.space import check_model, digest, model_id
-from ..core.store import open_study
 from ..data.facts import Facts
 from ..measure.ask import Answers, Condition, draws_of
 from ..measure.metrics import predict

@@ -11,7 +11,7 @@ import pytest
 from subnet_explorer import Mask, Run, Space, Store, SubnetError
 from subnet_explorer.cli import main
 from subnet_explorer.core.compare import jaccard
-from subnet_explorer.core.store import open_study
+from subnet_explorer.core.folders import open_study
 from subnet_explorer.look import site as site_module
 from subnet_explorer.look.runs import MANIFEST, discover
 from subnet_explorer.look.site import publish
