@@ -15,7 +15,8 @@ _HOMES = {
     "core.mask": ("Mask",),
     "core.scores": ("Scores",),
     "core.masks": ("Masks",),
-    "core.store": ("Run", "Store"),
+    "core.run": ("Run",),
+    "core.store": ("Store",),
     "data.facts": ("Fact", "Facts", "read_facts", "split", "answerable"),
     "data.texts": ("read_texts", "Blocks", "blocks", "read_blocks"),
     "data.sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
@@ -113,9 +114,10 @@ if TYPE_CHECKING:
     from .core.errors import SpaceMismatch as SpaceMismatch, SubnetError as SubnetError
     from .core.mask import Mask as Mask
     from .core.masks import Masks as Masks
+    from .core.run import Run as Run
     from .core.scores import Scores as Scores
     from .core.space import Space as Space
-    from .core.store import Run as Run, Store as Store
+    from .core.store import Store as Store
     from .data.facts import (
         Fact as Fact,
         Facts as Facts,

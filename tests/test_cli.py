@@ -17,7 +17,8 @@ import torch
 from subnet_explorer import __version__
 from subnet_explorer.cli import main
 from subnet_explorer.core.mask import Mask
-from subnet_explorer.core.store import Run, Store
+from subnet_explorer.core.run import Run
+from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import read_facts
 
 COMMAND = Path(sys.executable).with_name("subnet-explorer")

@@ -56,7 +56,7 @@ def _start_of(process: int) -> str:
     try: return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError): return ""
 
-
+# %% ../../nbs/core/17_lease.ipynb #fc8bb72d
 def holder_of(path: Path) -> Holder | None:
     "Who holds a lease; None if nobody does."
     try: text = path.read_text(encoding="utf-8")
@@ -222,7 +222,7 @@ def way() -> str:
     "What to do if another process works in the same folder."
     return _WAY.get()
 
-
+# %% ../../nbs/core/17_lease.ipynb #8be79066
 def lease_path(folder: str | Path, what: str) -> Path:
     "Where the lease of something in a folder is."
     return Path(folder, FOLDER, f"{file_name(what)}.json")

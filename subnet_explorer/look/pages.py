@@ -20,7 +20,7 @@ from ..core.agreement import agreement
 from ..core.compare import jaccard
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.store import Run
+from ..core.run import Run
 from .agreement import jaccard as jaccard_figure, survival as survival_figure
 from .curves import curves
 from .markup import Page, escaped, folded, link_list, note, preformatted, quiet, shown, site_table

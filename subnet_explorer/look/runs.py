@@ -20,7 +20,7 @@ from ..core.errors import SubnetError
 from ..core.files import no_such
 from ..core.layout import layer_text
 from ..core.mask import Mask
-from ..core.store import Run
+from ..core.run import Run
 
 # %% auto #0
 __all__ = ['READ_ERRORS', 'RUN_FILES', 'MANIFEST', 'Entry', 'slug', 'content_key', 'look', 'Collection', 'discover']

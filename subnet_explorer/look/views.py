@@ -33,7 +33,7 @@ from .tables import answers_html
 if TYPE_CHECKING:
     from torch import nn
 
-    from subnet_explorer.core.store import Run
+    from subnet_explorer.core.run import Run
 
 # %% auto #0
 __all__ = ['Under', 'grid_of', 'living', 'still', 'Piece', 'show_widget', 'show', 'compare_view', 'predictions', 'attention',
@@ -334,7 +334,7 @@ def watch(run: Run | str | Path, every: Weight = 1.0) -> Watch:     # every: sec
 
 def _metrics(run: Run | None, folder: Path | None) -> pd.DataFrame:
     "Log entries of a run so far."
-    from subnet_explorer.core.store import read_metrics
+    from subnet_explorer.core.run import read_metrics
     if folder is None: return pd.DataFrame() if run is None else run.metrics
     return pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
 

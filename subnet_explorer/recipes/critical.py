@@ -22,8 +22,8 @@ from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight
+from ..core.run import Run
 from ..core.space import GRANULARITIES, Space, digest, granular
-from ..core.store import Run
 from ..data.facts import Facts, Split, answerable
 from ..data.files import BadFacts, Reading
 from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_triples, triple

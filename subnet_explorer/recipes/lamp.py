@@ -22,9 +22,9 @@ from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds
+from ..core.run import Run
 from ..core.scores import Scores
 from ..core.space import Space
-from ..core.store import Run
 from ..data.facts import Facts, Split, answerable, at_least as frequent, read_facts, split
 from ..look import agreement, curves, masks as mask_figures, models
 from ..measure.ask import Precision, cloze, majority, precision

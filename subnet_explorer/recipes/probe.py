@@ -37,8 +37,8 @@ from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
+from ..core.run import Run
 from ..core.space import granular, grid, model_id
-from ..core.store import Run
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of

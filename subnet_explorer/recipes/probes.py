@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ..core.errors import SubnetError, check_names
+from ..core.run import Run
 from ..core.scores import Scores
 from ..core.space import granular, spread
-from ..core.store import Run, Store
+from ..core.store import Store
 from ..data.sentences import GAP
 from ..measure.metrics import predict, task_scores
 from ..model.apply import evaluating, masked

@@ -26,7 +26,8 @@ from ..core.files import atomic_write, scratch
 from ..core.folders import cached_table, given_back, open_study
 from ..core.intervals import student_interval
 from ..core.masks import Masks
-from ..core.store import Run, Store
+from ..core.run import Run
+from ..core.store import Store
 from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine

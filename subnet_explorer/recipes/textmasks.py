@@ -23,9 +23,10 @@ from ..core.files import atomic_write, read_json, remove
 from ..core.layout import body_of
 from ..core.mask import Mask
 from ..core.numbers import Count, PartShare, Positive, Seed
+from ..core.run import Run, load_state, save_state
 from ..core.scores import Scores
 from ..core.space import Space, digest
-from ..core.store import Run, Store, load_state, save_state
+from ..core.store import Store
 from ..data.texts import Blocks
 from ..model.apply import masked, parameter
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of

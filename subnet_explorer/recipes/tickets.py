@@ -26,9 +26,10 @@ from ..core.kinds import weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
+from ..core.run import Run
 from ..core.scores import Scores
 from ..core.space import Space
-from ..core.store import Run, Store
+from ..core.store import Store
 from ..data.parts import TaskData
 from ..look import agreement, curves, masks as mask_figures
 from ..measure.metrics import TaskScore, majority_label

@@ -22,8 +22,9 @@ from ..core.folders import given_back
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
+from ..core.run import Run
 from ..core.space import check_model
-from ..core.store import Run, Store
+from ..core.store import Store
 from ..model.apply import masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.errors import SubnetError, check_names
 from ..core.progress import progress_bar
-from ..core.store import Run, save_state
+from ..core.run import Run, save_state
 from ..model.apply import evaluating
 from .objectives import Context
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..core.errors import SubnetError
-from ..core.store import Run, load_state, read_state
+from ..core.run import Run, load_state, read_state
 
 # %% auto #0
 __all__ = ['WrongProcesses', 'Processes']

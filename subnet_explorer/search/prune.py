@@ -27,9 +27,10 @@ from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Number, PartShare, Seed, SomeShare
 from ..core.progress import progress_bar
+from ..core.run import Run
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
-from ..core.store import Run, Store
+from ..core.store import Store
 from ..model.apply import masked
 from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective

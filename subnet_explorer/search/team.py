@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.store import Run
+from ..core.run import Run
 from ..model.packed import Packing, run_blocks
 from ..model.sequences import Prompts
 from .adam import PlainOptimizer

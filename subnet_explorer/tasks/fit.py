@@ -23,8 +23,8 @@ from ..core.files import atomic_write, reading, remove
 from ..core.folders import given_back
 from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
+from ..core.run import Run, load_state
 from ..core.space import model_id
-from ..core.store import Run, load_state
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like

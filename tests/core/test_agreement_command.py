@@ -12,8 +12,9 @@ from toys import LAYOUT, write_arrays
 
 from subnet_explorer.cli import main
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import Run
 from subnet_explorer.core.space import Group, ModelId, Space, unit_space
-from subnet_explorer.core.store import Run, Store
+from subnet_explorer.core.store import Store
 
 UNITS = tuple(Group(f"{k}{i}", k, i, k, (n,)) for i in range(2) for k, n in (("head", 4), ("mlp", 1)))
 FIELDS = {

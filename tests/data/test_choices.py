@@ -14,8 +14,8 @@ from subnet_explorer import fit, load, preserved
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.layout import FAMILIES, layout_of
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.grammar import PARTS
 from subnet_explorer.data.pocket import pocket_rows
 from subnet_explorer.data.pocket_tasks import choose

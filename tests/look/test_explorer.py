@@ -501,7 +501,7 @@ SEARCH = """
 import sys, time
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import unit_space
-from subnet_explorer.core.store import Run
+from subnet_explorer.core.run import Run
 run = Run(sys.argv[1], {"steps": 6})
 for step in (2, 4, 6):
     run.log(step=step, loss=1 / step, density=.5, score=step / 10)

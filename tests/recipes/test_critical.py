@@ -16,8 +16,8 @@ from subnet_explorer.cli import main
 from subnet_explorer.core.compare import placement
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import granular
-from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.facts import Fact, Facts, read_facts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.graphs import disjoint, neighbourhood, read_graph, shared_triples, triple, wordings

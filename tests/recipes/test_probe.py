@@ -20,9 +20,9 @@ from subnet_explorer.cli import main
 from subnet_explorer.core.compare import placement
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import GRANULARITIES, Space, granular
-from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.sentences import GAP, gapped, read_conllu, read_ner
 from subnet_explorer.look.curves import pareto
 from subnet_explorer.measure.metrics import entity_scores, task_scores

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from subnet_explorer.cli import main
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun, Run
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun, Run, Store
+from subnet_explorer.core.store import Store
 from subnet_explorer.data.files import BadTexts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.parts import task_data

@@ -19,8 +19,8 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.parts import TaskData, task_data
 from subnet_explorer.data.tables import read_glue
 from subnet_explorer.measure.metrics import majority_label

@@ -20,8 +20,9 @@ import subnet_explorer.search.sites as sites_module
 import subnet_explorer.search.team as team_module
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import read_state
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import Store, read_state
+from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.model.load import load, tiny

@@ -12,9 +12,10 @@ from subnet_explorer import score
 from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun, Store
+from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.measure.ask import Precision
 from subnet_explorer.model.apply import applied, masked

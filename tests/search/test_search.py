@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.layout import FAMILIES
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun, Run
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun, Run, Store
+from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import answerable, read_facts
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load, tiny

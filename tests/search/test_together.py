@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.core.run import OtherRun, Run
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun, Run
 from subnet_explorer.data.facts import Facts, read_facts
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.search.distil import MLM, Hidden, LanguageHead, Maintain

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
-from subnet_explorer.core.store import OtherRun
 from subnet_explorer.data.grammar import PARTS, vocabulary
 from subnet_explorer.data.pocket import TUNING, WORDINGS, pocket_rows
 from subnet_explorer.data.pocket_tasks import POCKET_TASKS, labelled
