@@ -22,6 +22,7 @@ from . import __version__
 from .core.errors import SubnetError, check_names
 from .core.files import CannotWrite, reason
 from .core.progress import Stream
+from .core.signals import Stopped, stopping
 
 if TYPE_CHECKING:
     from subnet_explorer.core.masks import Masks
@@ -406,11 +407,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, err = Stream(sys.stdout), Stream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = _status(list(sys.argv[1:] if argv is None else argv))
+            with stopping(): status = _status(list(sys.argv[1:] if argv is None else argv))
             for stream in (out, err): stream.flush()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as why:
             print("\nsubnet-explorer: stopped. The same command continues where it was.", file=err)
-            return 130
+            return why.status if isinstance(why, Stopped) else 130
         if isinstance(out.lost, BrokenPipeError): return CLOSED_PIPE
         if out.lost: return _refused(CannotWrite(f"cannot write the answer: {reason(out.lost)}."))
     return status

@@ -17,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -28,9 +29,10 @@ from .errors import SubnetError
 
 # %% auto #0
 __all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'DAMAGED', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such',
-           'file_name', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder', 'make_folder',
-           'atomic_write', 'add_line', 'create', 'remove', 'sweep', 'is_alive', 'DamagedFile', 'checksum', 'write_json',
-           'as_json', 'read_json', 'has_checksum', 'scratch', 'upload', 'download']
+           'file_name', 'kept_at', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder',
+           'make_folder', 'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'is_alive',
+           'DamagedFile', 'checksum', 'write_json', 'as_json', 'read_json', 'has_checksum', 'scratch', 'upload',
+           'download']
 
 # %% ../../nbs/core/05_files.ipynb #180a9a15
 class CannotWrite(SubnetError):
@@ -130,6 +132,13 @@ def file_name(text: str) -> str:
     return re.sub("%.?$", "", name[:MOST_BYTES - 17]) + "~" + code
 
 
+def kept_at(folder: Path, text: str, ending: str = "") -> Path:
+    "Where in a folder something is kept that is called after a text, also if an earlier version named it."
+    place, earlier = folder / (file_name(text) + ending), text.replace("/", "_") + ending
+    if place.name == earlier or earlier.startswith(".") or "\0" in earlier or len(earlier.encode()) > 255: return place
+    return folder / earlier if (folder / earlier).exists() else place
+
+
 def text_of(name: str) -> str | None:
     "The text that a name stands for; None for one that was cut."
     if "~" in name: return "" if name == "~" else None
@@ -217,7 +226,16 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+    _WRITTEN.append(path)
     return path
+
+
+_WRITTEN: deque[Path] = deque(maxlen=1)
+
+
+def last_written() -> Path | None:
+    "What this process wrote last."
+    return _WRITTEN[0] if _WRITTEN else None
 
 
 def _holds(path: Path, content: bytes) -> bool:

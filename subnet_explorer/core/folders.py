@@ -20,8 +20,8 @@ from subnet_explorer.core.files import (
     DamagedFile,
     as_json,
     create,
-    file_name,
     inside,
+    kept_at,
     no_such,
     read_json,
     remove,
@@ -42,7 +42,7 @@ from subnet_explorer.core.run import (
 
 from .errors import SubnetError
 from .formats import read_masks
-from .lease import FOLDER as LEASES, held, holder_of, is_over
+from .lease import FOLDER as LEASES, held, holder_of, is_over, release_all
 from .mask import Mask
 from .masks import Masks
 from .store import INDEX, Store
@@ -114,8 +114,11 @@ def given_back(function: F) -> F:
         try:
             with inside(to.folder if isinstance(to, Store) else folder): return function(*given, **named)
         except SubnetError:
+            if folder is not None: release_all(folder)
             if folder is not None and free: _unclaim(folder, existed)
             raise
+        finally:
+            if folder is not None: release_all(folder)
 
     run.__kwdefaults__ = getattr(function, "__kwdefaults__", None)      # type: ignore[attr-defined]
     return cast(F, run)
@@ -147,10 +150,7 @@ def cached_table(to: str | Path | None, name: str, make: Callable[[], pd.DataFra
 
 def table_file(to: str | Path, name: str) -> Path:
     "Where a table is kept."
-    plain = os.path.basename(name) == name and "\0" not in name
-    earlier = Path(to, "tables", f"{name}.json") if plain else None
-    if earlier is not None and len(name) < 200 and earlier.exists(): return earlier
-    return Path(to, "tables", f"{file_name(name)}.json")
+    return kept_at(Path(to, "tables"), name, ".json")
 
 # %% ../../nbs/core/20_folders.ipynb #91f2183e
 def kept_runs(folder: str | Path) -> list[Run]:

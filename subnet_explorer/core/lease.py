@@ -24,7 +24,7 @@ from .files import CannotWrite, create, file_name, is_alive, machine, passing_na
 
 # %% auto #0
 __all__ = ['FOLDER', 'BEAT', 'SILENCE', 'WAYS', 'Holder', 'holder_of', 'holders', 'is_over', 'TakenOver', 'Lease', 'check_leases',
-           'acquire', 'Held', 'waiting', 'way', 'lease_path', 'held', 'wait_for_others', 'release_all']
+           'acquire', 'Held', 'waiting', 'way', 'lease_path', 'held', 'wait_for_others', 'join', 'release_all']
 
 # %% ../../nbs/core/17_lease.ipynb #83913a61
 FOLDER = ".leases"
@@ -259,6 +259,13 @@ def wait_for_others(folder: str | Path) -> None:
         if not said: warnings.warn(f"waiting for {others[0]} ({folder}).", stacklevel=3)
         said = True
         time.sleep(0.5)
+
+
+def join(folder: str | Path | None) -> None:
+    "Wait for others if this process is not to share the work; then be one who works in the folder."
+    if folder is None: return
+    wait_for_others(folder)
+    acquire(lease_path(folder, f"study {secrets.token_hex(4)}"), "the study")
 
 
 def _is_me(holder: Holder) -> bool: return (holder.machine, holder.process) == (machine(), os.getpid())

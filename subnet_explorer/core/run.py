@@ -9,6 +9,7 @@ import json
 import platform
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +36,7 @@ from subnet_explorer.core.files import (
 from .. import __version__
 from .doors import checked
 from .errors import SubnetError
-from .lease import check_leases
+from .lease import check_leases, held
 from .log import Log, read_log, sealed_line, write_log
 from .mask import Mask
 from .maskfile import read_mask_file
@@ -45,8 +46,8 @@ from .space import digest
 from .tensors import BLANK, check_sealed, open_sealed, seal, sealed
 
 # %% auto #0
-__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'differing',
-           'check_empty', 'read_metrics', 'Run', 'asked_of', 'save_state', 'read_state', 'load_state',
+__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'working',
+           'differing', 'check_empty', 'read_metrics', 'Run', 'asked_of', 'save_state', 'read_state', 'load_state',
            'reason_of_damage']
 
 # %% ../../nbs/core/18_run.ipynb #b2202a27
@@ -169,6 +170,13 @@ def _check_same(folder: Path, ident: str, config: Mapping[str, Any]) -> None:
         "Choose another folder, or delete that one.")
 
 # %% ../../nbs/core/18_run.ipynb #5e7b7e13
+def working(folder: str | Path | None) -> AbstractContextManager[None]:
+    "Hold the lease of a run's folder in a block, unless the run is finished."
+    if folder is None or any(Path(folder, name).exists() for name in (MASK, "weights.safetensors")):
+        return nullcontext()
+    return held(folder)
+
+
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     "Settings that differ."
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]

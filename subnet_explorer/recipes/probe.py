@@ -32,7 +32,7 @@ from subnet_explorer.recipes.probes import (
 from ..core.compare import placement
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, read_json
+from ..core.files import DamagedFile, kept_at, read_json, write_json
 from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
@@ -269,14 +269,14 @@ def _mask_of(result: Mapping[str, Any]) -> Any:
 def kept_cell(bench: Bench, s: ProbeSetting, cell: Cell) -> dict[str, Any]:
     "What a cell gave, read if it is already there."
     if bench.folder is None: return run_cell(s, cell, None, bench.line)
-    file = bench.folder / "cells" / f"{cell.name}.json"
+    file = kept_at(bench.folder / "cells", cell.name, ".json")
     if file.exists():
-        out = read_json(file)
+        out = read_json(file, DamagedFile, keys=["score"])
         return {**out, "mask": str(bench.folder / out["mask"])} if "mask" in out else out
     out = run_cell(s, cell, bench.store, bench.line)
     kept = {name: value for name, value in out.items() if name != "_mask"}
     if "mask" in kept: kept["mask"] = str(Path(kept["mask"]).relative_to(bench.folder))
-    atomic_write(file, json.dumps(kept))
+    write_json(file, kept)
     return json.loads(json.dumps(kept)) | {name: out[name] for name in ("mask", "_mask") if name in out}
 
 

@@ -26,6 +26,7 @@ from subnet_explorer.recipes.options import (
 )
 
 from ..core.errors import SubnetError
+from ..core.lease import waiting
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
@@ -37,6 +38,7 @@ def place(
     out: str,                  # folder for masks, tables and the report; the same command continues there
     device: str = "auto",      # cpu, cuda, or auto
     report: bool = True,       # write report.html
+    wait: str = "share",       # if another process works in the folder: share the work, wait, or leave
     quiet: bool = False,       # no progress
 ) -> None:
     "What every recipe can be told."
@@ -80,7 +82,7 @@ class Order:
         read, run = self.recipe.read, self.recipe.run
         data = {} if read is None else read(model, tok, **self._of(read))
         settings = {name: value for name, value in self._of(run).items() if name not in data}
-        study = run(model, tok, **data, **settings, to=v["out"], progress=not v["quiet"])
+        with waiting(v["wait"]): study = run(model, tok, **data, **settings, to=v["out"], progress=not v["quiet"])
         if v["report"]: study.report(Path(v["out"], "report.html"))
         return study
 

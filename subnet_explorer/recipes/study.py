@@ -5,12 +5,11 @@
 # %% ../../nbs/recipes/01_study.ipynb #4da114f4
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.metadata import entry_points
@@ -20,11 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, scratch
-from ..core.folders import cached_table, given_back, open_study
+from ..core.files import atomic_write, inside, scratch, write_json
+from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
 from ..core.intervals import student_interval
+from ..core.lease import join
 from ..core.masks import Masks
 from ..core.run import Run
 from ..core.store import Store
@@ -33,10 +34,10 @@ from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'left_out_of',
+__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'Findings', 'Study', 'save_study', 'left_out_of',
            'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections', 'Pairs', 'TwoRecipes',
-           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch',
-           'settings_of', 'labelled_cells']
+           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'folder_or_scratch', 'settings_of',
+           'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -125,9 +126,7 @@ class Study(Findings):
 
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
-        for name, table in self.tables.items():
-            if len(table): atomic_write(Path(folder, f"{name}.csv"), table.to_csv(index=False))
-        return atomic_write(Path(folder, "results.json"), json.dumps(self.to_json(), indent=1))
+        return save_study(self, Path(folder))
 
     def report(self, path: str | Path) -> Path:
         "Write one page with all sections, which opens without a network."
@@ -145,7 +144,21 @@ class Study(Findings):
 
     def _repr_html_(self) -> str: return self.html() + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
+# %% ../../nbs/recipes/01_study.ipynb #5b768983
+def save_study(study: Study, folder: Path) -> Path:
+    "Write `results.json` and the tables of a study; what is there already is not written again."
+    sums = {}
+    with inside(folder):
+        for name, table in study.tables.items():
+            if not len(table): continue
+            text = table.to_csv(index=False)
+            sums[f"{name}.csv"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+            atomic_write(folder / f"{name}.csv", text)
+        return write_json(folder / "results.json", {**study.to_json(), "files": sums}, indent=1)
+
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
+S = TypeVar("S", bound=Study)
+T = TypeVar("T")
 LEFT_OUT = ["data", "of", "why", "n"]
 "Columns of the table of what was left out: part of the data, relation or part, reason, how many."
 
@@ -317,24 +330,10 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES: check_names([name], all_recipes(), "recipe")
     return RECIPES[name]
 
-# %% ../../nbs/recipes/01_study.ipynb #921b8723
-Labels = dict[str, Any]
-"What names a cell: task, seed, method …"
-T = TypeVar("T")
-S = TypeVar("S", bound=Study)
-
-
-@contextmanager
-def in_processes(cells: Sequence[Labels], do: Callable[[Labels], T], processes: int) -> Iterator[Iterator[T]]:
-    "What every cell gives, in the order of the cells, in processes of joblib; the number of threads is shared out."
-    from joblib import Parallel, cpu_count, delayed, parallel_config
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
-        yield Parallel(return_as="generator")(delayed(do)(labels) for labels in cells)
-
 # %% ../../nbs/recipes/01_study.ipynb #3a60e8a4
 @dataclass
 class Bench:
-    "The place where a study is made."
+    "The place where a study is made; several processes may work in one folder."
     config: Mapping[str, Any]                  # what identifies the study
     to: str | Path | None = None               # its folder; None keeps everything in memory
     progress: bool = True
@@ -344,10 +343,11 @@ class Bench:
         self.store: Store | None = open_study(self.to, self.config)
         self.folder = None if self.to is None else Path(self.to)
         self.line: Any = False      # or a `StudyLine`: hand it to `find`, `fit` and `iterate` as progress
-        self.began = time.monotonic()
+        self.session = Session(self.folder)
+        join(self.folder)
 
     @property
-    def seconds(self) -> float: return time.monotonic() - self.began
+    def seconds(self) -> float: return self.session.total()
 
     def cells(self, what: str, cells: Sequence[Labels]) -> Iterator[Labels]:
         "The cells, one after another, with one line of progress over all of them."
@@ -363,21 +363,43 @@ class Bench:
 
     def work(self, what: str, cells: Sequence[Labels], do: Callable[[Labels], T], processes: int = 1) -> list[T]:
         "What every cell gives, in the order of the cells; several at once if asked, in processes of joblib."
-        if processes == 1 or len(cells) < 2: return [do(labels) for labels in self.cells(what, cells)]
-        with in_processes(cells, do, processes) as results: return [next(results) for _ in self.cells(what, cells)]
+        found: dict[int, T] = {}
+        while left := [i for i in range(len(cells)) if i not in found]:
+            asked = [cells[i] for i in left]
+            results = list(self.tried(what, asked, AtCell(self.folder, what, do), processes))
+            found |= {i: result.value for i, result in zip(left, results, strict=True) if not result.elsewhere}
+            if all(result.elsewhere for result in results): wait_for_cell(self.folder, what, asked[0])
+        return [found[i] for i in range(len(cells))]
+
+    def tried(
+        self, what: str, cells: Sequence[Labels], do: Callable[[Labels], Outcome[T]], processes: int,
+    ) -> Iterator[Outcome[T]]:
+        "Do the cells that no other process is working on."
+        at_once = processes > 1 and len(cells) > 1
+        with in_processes(cells, do, processes, self.folder) if at_once else nullcontext() as results:
+            for labels in self.cells(what, cells):
+                outcome = do(labels) if results is None else next(results)
+                if outcome.wrote: self.session.note()
+                yield outcome
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         "A table that is made once per folder."
-        return cached_table(self.folder, name, make)
+        def timed() -> pd.DataFrame:
+            made = make()
+            self.session.note()
+            return made
+
+        return cached_table(self.folder, name, timed)
 
     def has_table(self, name: str) -> bool:
         "Whether the folder has this table."
-        return self.folder is not None and (self.folder / "tables" / f"{name}.json").exists()
+        return self.folder is not None and table_file(self.folder, name).exists()
 
     def finished(self, study: S) -> S:
         "The study with what was left out of its data, written into its folder if it keeps one."
-        study = with_remarks(study, self.data)
+        study = replace(with_remarks(study, self.data), seconds=self.seconds)
         if study.folder: study.save(study.folder)
+        if self.folder: tidy_leases(self.folder)
         return study
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182

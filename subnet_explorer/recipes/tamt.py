@@ -327,16 +327,17 @@ def jobs_of(
 
 def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping[str, Any]) -> pd.DataFrame:
     "Scores of every task after fine-tuning under every mask."
-    tasks, rows = asked["tasks"], []
-    work = {(name, j, seed): jobs[j] for name in tasks for j in range(len(jobs)) for seed in asked["tuning_seeds"]}
-    cells = [{"task": name, "method": job[0], "density": job[1], "seed": job[2], "tuning_seed": seed}
-             for (name, _, seed), job in work.items()]
-    for _, ((name, _, seed), job) in zip(bench.cells("fine-tuning", cells), work.items(), strict=True):
-        method, density, mask_seed, step, mask = job
-        score = tuned_score(bench, s.model, s.tok, name, tasks[name], mask, seed, asked["tuning"])
-        rows.append({"task": name, "method": method, "density": density, "seed": mask_seed, "step": step,
-                     "tuning_seed": seed, **score})
-    return pd.DataFrame(rows)
+    tasks, masks = asked["tasks"], {job[:4]: job[4] for job in jobs}
+    names = ("method", "density", "seed", "step")
+    cells = [{"task": task, **dict(zip(names, job, strict=True)), "tuning_seed": seed}
+             for task in tasks for job in masks for seed in asked["tuning_seeds"]]
+
+    def score(c: dict[str, Any]) -> dict[str, Any]:
+        mask = masks[tuple(c[name] for name in names)]
+        return tuned_score(bench, s.model, s.tok, c["task"], tasks[c["task"]], mask, c["tuning_seed"], asked["tuning"])
+
+    scores = bench.work("fine-tuning", cells, score)
+    return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
 def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # method, density, seed, step, tuning_seed, score

@@ -5,7 +5,6 @@
 # %% ../../nbs/recipes/11_textmasks.ipynb #aa9834bb
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,11 +18,11 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, read_json, remove
+from ..core.files import read_json, remove, write_json
 from ..core.layout import body_of
 from ..core.mask import Mask
 from ..core.numbers import Count, PartShare, Positive, Seed
-from ..core.run import Run, load_state, save_state
+from ..core.run import Run, load_state, save_state, working
 from ..core.scores import Scores
 from ..core.space import Space, digest
 from ..core.store import Store
@@ -166,8 +165,9 @@ def imp(
                 "horizon": horizon or interval * len(rungs)}
     config = {"method": "imp", "space": space.id, "goal": goal.identity(), "rungs": rungs, "rewind": rewind,
               "scope": scope, "seed": seed, **training}
-    run = Run(to, config, {"method": "imp", "seed": seed})
-    return run if run.done else Ladder(run, model, tok, goal, space, training).climb(progress)
+    with working(to):
+        run = Run(to, config, {"method": "imp", "seed": seed})
+        return run if run.done else Ladder(run, model, tok, goal, space, training).climb(progress)
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #5681cf5b
 class Ladder:
@@ -237,12 +237,12 @@ def write_values(parameters: Iterable[torch.Tensor], values: Sequence[torch.Tens
 @contextmanager
 def timed(file: Path | None) -> Iterator[dict[str, float]]:
     "Seconds that a block took, with those of earlier attempts."
-    before = read_json(file)["seconds"] if file and file.exists() else 0.0
+    before = read_json(file, keys=["seconds"])["seconds"] if file and file.exists() else 0.0
     out, began = {"seconds": before}, time.monotonic()
     try: yield out
     finally:
         out["seconds"] += time.monotonic() - began
-        if file: atomic_write(file, json.dumps(out))
+        if file: write_json(file, out)
 
 # %% ../../nbs/recipes/11_textmasks.ipynb #fd9b659c
 PRUNED_BY = ("steps", "lr", "batch", "clip", "scope", "head", "drop", "rewind", "interval")
@@ -366,7 +366,7 @@ def _seconds_file(s: TamtSetting, run: Run) -> Path:
 
 def _seconds(s: TamtSetting, method: str, density: float, seed: int, run: Run) -> float:
     "What finding a mask took; of a ladder, what it took so far down."
-    if method != "imp": return read_json(_seconds_file(s, run))["seconds"]
+    if method != "imp": return read_json(_seconds_file(s, run), keys=["seconds"])["seconds"]
     t = Run.open(s.folder / "ladders" / _ladder_name(s, seed)).metrics
     return float(t[t.step <= s.cost(density)].seconds.sum())
 

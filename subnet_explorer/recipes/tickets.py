@@ -20,7 +20,7 @@ from torch import nn
 from ..core.agreement import consensus, said_of_empty_pairs
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, read_json, remove
+from ..core.files import DamagedFile, kept_at, read_json, remove, write_json
 from ..core.intervals import defined_interval, left_out
 from ..core.kinds import weight_density
 from ..core.mask import Mask
@@ -83,7 +83,7 @@ class Plan:
 
     def model_folder(self, task: str, seed: int, name: str) -> Path:
         "Where a trained model is kept."
-        return self.folder / "models" / f"{task}-{seed}-{name}".replace("/", "_")
+        return kept_at(self.folder / "models", f"{task}-{seed}-{name}")
 
     def fit(self, model: nn.Module, task: str, seed: int, name: str, epochs: float | None = None) -> TaskHead:
         "Train in place, or read what was trained before; return the head."
@@ -162,7 +162,7 @@ def found_masks(plan: Plan, task: str, seed: int, head: TaskHead) -> dict[str, M
     found = iterate(
         plan.model, plan.tok, None if weights else Task(data, head), TaskScore(data, head), space,
         **plan.pruning, seed=seed, published=plan.published,
-        to=plan.folder / "search" / f"{task}-{seed}".replace("/", "_"),
+        to=kept_at(plan.folder / "search", f"{task}-{seed}"),
         labels={"task": task, "seed": seed}, progress=plan.progress,
     )
     first = {} if weights else found.scores[Mask.full(space).id].values
@@ -181,19 +181,18 @@ def _by_magnitude(plan: Plan, space: Space, good: Mask, seed: int) -> dict[str, 
 
 
 def _note_file(plan: Plan, task: str, seed: int) -> Path:
-    return plan.folder / "search" / f"{task}-{seed}.json".replace("/", "_")
+    return kept_at(plan.folder / "search", f"{task}-{seed}", ".json")
 
 
 def write_note(plan: Plan, task: str, seed: int, **what: Any) -> None:
     "Write what the search of a cell saw: steps, importance, or why nothing was pruned."
-    text = json.dumps({"steps": [], "importance": {}, "skipped": None, **what})
-    atomic_write(_note_file(plan, task, seed), text)
+    write_json(_note_file(plan, task, seed), {"steps": [], "importance": {}, "skipped": None, **what})
 
 
 def read_note(plan: Plan, task: str, seed: int) -> dict[str, Any]:
     "What the search of a cell saw; nothing if it was not searched yet."
     file = _note_file(plan, task, seed)
-    return read_json(file) if file.exists() else {}
+    return read_json(file, DamagedFile, keys=["steps", "importance", "skipped"]) if file.exists() else {}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #7451049c
 SUPER = ("super-good", "super-random", "super-bad")

@@ -99,7 +99,7 @@ def tuned_score(
 
 
 def _table_name(name: str, seed: int, mask: Mask | None, task: TaskData, how: Mapping[str, Any]) -> str:
-    return f"{name}-{seed}-{digest([mask and mask.id, task.identity(), how])}".replace("/", "_")
+    return f"{name}-{seed}-{digest([mask and mask.id, task.identity(), how])}"
 
 
 def _other_spellings(how: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ..core.folders import given_back
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
 from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_values
-from ..core.run import Run
+from ..core.run import Run, working
 from ..core.space import check_model
 from ..core.store import Store
 from ..model.apply import masked, parameter_like
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'check_goal', 'check_search', 'open_run',
-           'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
+__all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'check_goal', 'check_search', 'folder_of', 'leased',
+           'open_run', 'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
 
 # %% ../../nbs/search/09_find.ipynb #496e1ed5
 @given_back
@@ -89,15 +90,17 @@ _Settings = Mapping[str, Any]      # those of `find`, by name
 def search_of(model: PreTrainedModel, tok: Any, gate: Gate, goal: Objective, settings: _Settings) -> Run:
     "`find` with its settings as a dictionary."
     model = unwrap(model)
-    run, team = open_run(model, gate, goal, settings)
-    if run.done:
-        _load_trained(run, goal, settings["along"])
-        return run
-    with frozen(model):
-        search = start(run, team, model, tok, gate, goal, settings)
-        if capturable(search): run_together([search])
-        else: search.loop.go()
-    return close(search, settings["along"])
+    check_search(model, gate, goal, settings)
+    with leased([folder_of(gate, goal, settings)]):
+        run, team = open_run(model, gate, goal, settings)
+        if run.done:
+            _load_trained(run, goal, settings["along"])
+            return run
+        with frozen(model):
+            search = start(run, team, model, tok, gate, goal, settings)
+            if capturable(search): run_together([search])
+            else: search.loop.go()
+        return close(search, settings["along"])
 
 # %% ../../nbs/search/09_find.ipynb #2c14c3aa
 _SAME = (
@@ -192,14 +195,27 @@ def check_search(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settin
         raise SubnetError(f"there is no step {t} to keep the mask of: the search has {s['steps']}.")
 
 # %% ../../nbs/search/09_find.ipynb #d9c3b3ae
+def folder_of(gate: Gate, goal: Objective, s: _Settings) -> Path | None:
+    "Where the run is, if it has a folder."
+    to = s["to"]
+    if isinstance(to, Store): return to.path(s["labels"] or {}, config_of(gate, goal, s))
+    return None if to is None else Path(to)
+
+
+@contextmanager
+def leased(folders: Sequence[Path | None]) -> Iterator[None]:
+    "Hold the leases of several runs; of several processes that share a search, the first one does."
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            for folder in sorted(folder for folder in folders if folder): stack.enter_context(working(folder))
+        yield
+
+# %% ../../nbs/search/09_find.ipynb #25f7c652
 def open_run(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings) -> tuple[Run, Processes]:
-    "Check the settings and open the run they identify; heads and gate go where the model is."
-    check_search(model, gate, goal, s)
-    device, to, labels = parameter_like(model).device, s["to"], s["labels"]
+    "Open the run that settings identify; heads and gate go where the model is."
+    device = parameter_like(model).device
     team = Processes(s["processes"], device)
-    config = config_of(gate, goal, s)
-    folder = to.path(labels or {}, config) if isinstance(to, Store) else to
-    run = team.open(folder, config, labels)
+    run = team.open(folder_of(gate, goal, s), config_of(gate, goal, s), s["labels"])
     for m in goal.modules(): m.to(device)
     gate.to(device).reset()
     if s["along"] is not None: s["along"].reset(model)
@@ -408,9 +424,11 @@ def find_all(
     if settings["cache"] is None: settings["cache"] = {}
     _check_team(gates, goals, labels, settings)
     runs, searches = [], []
-    with frozen(model):
-        for gate, goal, label in zip(gates, goals, labels or [{}] * len(gates), strict=True):
-            mine = {**settings, "labels": label}
+    each = [{**settings, "labels": label} for label in labels or [{}] * len(gates)]
+    for gate, goal, mine in zip(gates, goals, each, strict=True): check_search(model, gate, goal, mine)
+    folders = [folder_of(gate, goal, mine) for gate, goal, mine in zip(gates, goals, each, strict=True)]
+    with leased(folders), frozen(model):
+        for gate, goal, mine in zip(gates, goals, each, strict=True):
             run, team = open_run(model, gate, goal, mine)
             if team.world > 1: raise SubnetError(_ONE_PROCESS)
             runs.append(run)
@@ -418,7 +436,7 @@ def find_all(
         if not all(prompts_of(s).sequences.packed for s in searches):
             raise SubnetError(_NOT_PACKED.format(type(model).__name__))
         if searches: run_together(searches)
-    for s in searches: close(s)
+        for s in searches: close(s)
     return runs
 
 # %% ../../nbs/search/09_find.ipynb #080defc4

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from ..core.errors import SubnetError, check_names
 from ..core.progress import progress_bar
 from ..core.run import Run, save_state
+from ..core.signals import orderly
 from ..model.apply import evaluating
 from .objectives import Context
 
@@ -230,8 +232,10 @@ class Loop:
 
     def go(self) -> None:
         "Run to the end, or until nothing gets better, and put back the best state."
-        with bar_of(self) as bar:
-            while self.running: look(self, one_step(self), bar)
+        with bar_of(self) as bar, orderly(partial(save, self)) as between:
+            while self.running:
+                look(self, one_step(self), bar)
+                between()
         put_back_best(self)
 
 # %% ../../nbs/search/07_loop.ipynb #fca81d90

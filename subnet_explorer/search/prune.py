@@ -27,7 +27,7 @@ from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Number, PartShare, Seed, SomeShare
 from ..core.progress import progress_bar
-from ..core.run import Run
+from ..core.run import Run, working
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
 from ..core.store import Store
@@ -335,13 +335,15 @@ def iterate(
     said = dict(schedule=schedule, drop=drop, floor=floor, least=least, limit=limit)
     rank = _ranking(model, tok, goal, space, scores, measured, published)
     config = _identity(space, goal, monitor, scores, {**said, **measured, "published": published})
-    run = Run(to.path(labels or {}, config) if isinstance(to, Store) else to, config, labels)
-    memory = _Memory(run, Context(model, tok, 1, batch, seed), monitor, rank, scores is None, progress)
-    with closing(memory.bar):
-        full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
-        lowest = _floor(full, floor, least)
-        steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
-    return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
+    place = to.path(labels or {}, config) if isinstance(to, Store) else to
+    with working(place):
+        run = Run(place, config, labels)
+        memory = _Memory(run, Context(model, tok, 1, batch, seed), monitor, rank, scores is None, progress)
+        with closing(memory.bar):
+            full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
+            lowest = _floor(full, floor, least)
+            steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
+        return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
 
 # %% ../../nbs/search/13_prune.ipynb #cd36a7a4
 def _limit(space: Space, asked: int | None) -> int:

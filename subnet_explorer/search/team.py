@@ -18,12 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.run import Run
+from ..core.signals import orderly
 from ..model.packed import Packing, run_blocks
 from ..model.sequences import Prompts
 from .adam import PlainOptimizer
 from .engine import MaskOptimizer
 from .gates import Gate
-from .loop import Loop, advance, bar_of, look, put_back_best, stop
+from .loop import Loop, advance, bar_of, look, put_back_best, save, stop
 from .objectives import Cloze, Context, Objective
 from .sites import MaskedMatrix, multiply
 
@@ -218,11 +219,16 @@ class SharedPass:
         return losses.detach()
 
 # %% ../../nbs/search/11_team.ipynb #4a3f503d
+def _save_all(searches: Sequence[Search]) -> None:
+    for search in searches: save(search.loop)
+
+
 def run_together(searches: Sequence[Search]) -> None:
     "Take all searches to their ends."
     shared: dict[tuple[int, ...], SharedPass] = {}
     with ExitStack() as stack:
         bars = {id(s): stack.enter_context(bar_of(s.loop)) for s in searches}
+        between = stack.enter_context(orderly(partial(_save_all, searches)))
         while left := [s for s in searches if s.loop.running]:
             least = min(s.loop.step for s in left)
             now = [s for s in left if s.loop.step == least]
@@ -230,4 +236,5 @@ def run_together(searches: Sequence[Search]) -> None:
             if key not in shared: shared[key] = SharedPass(now)
             losses = shared[key].one()
             for s, loss in zip(now, losses, strict=True): look(s.loop, loss, bars[id(s)])
+            between()
     for s in searches: put_back_best(s.loop)

@@ -23,7 +23,7 @@ from ..core.files import atomic_write, reading, remove
 from ..core.folders import given_back
 from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
-from ..core.run import Run, load_state
+from ..core.run import Run, load_state, working
 from ..core.space import model_id
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
@@ -273,7 +273,11 @@ def _fit(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, extra:
     "Open the run, take its steps, leave the chosen weights in the model."
     s = {**s, "train": _way(s["train"])}
     _check(goal, s)
-    run = Run(s["to"], config_of(model, goal, s, extra))
+    with working(s["to"]): return _trained(model, tok, goal, s, Run(s["to"], config_of(model, goal, s, extra)))
+
+
+def _trained(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, run: Run) -> pd.DataFrame:
+    "The log of a fine-tuning that was done, or is done now."
     for m in goal.modules(): m.to(next(model.parameters()).device)
     heads = [p for m in goal.modules() for p in m.parameters()]
     with evaluating(model), _changing(model, s["train"], s["seed"]) as body:

@@ -5,7 +5,6 @@
 # %% ../../nbs/tasks/04_relearn.ipynb #887485b1
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,10 +19,11 @@ import torch
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, read_json, remove, scratch
+from ..core.files import kept_at, read_json, remove, scratch, write_json
 from ..core.folders import open_study
 from ..core.intervals import interval
 from ..core.layout import layout_of
+from ..core.lease import held
 from ..core.mask import Mask
 from ..core.numbers import Count, Positive, Seed, Seeds, Weight
 from ..core.progress import watched
@@ -205,10 +205,14 @@ def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
     way = asdict(cell.way) if isinstance(cell.way, Lora) else cell.way
     how = dict(train=way, lr=cell.lr, seed=cell.seed)
     mask_id = "full" if cell.mask is None else cell.mask.id
-    name = f"{mask_id}-{cell.tuning}-{cell.seed}-{digest(how, 8)}".replace("/", "_")
-    weights = folder / "cells" / name
-    file = weights.with_name(name + ".json")
-    if file.exists(): return read_json(file)["choices"]
+    name = f"{mask_id}-{cell.tuning}-{cell.seed}-{digest(how, 8)}"
+    weights, file = (kept_at(folder / "cells", name, ending) for ending in ("", ".json"))
+    with held(folder, name): return _answers_at(setup, cell, weights, file, {**how, "mask": mask_id})
+
+
+def _answers_at(setup: _Setup, cell: _Cell, weights: Path, file: Path, about: dict[str, Any]) -> list[int]:
+    "The answers from their file, or new."
+    if file.exists(): return read_json(file, keys=["choices"])["choices"]
     model, head = setup.model, Chooser(setup.model, setup.train, cell.seed, setup.length)
     more: dict[str, Any] = dict(train=cell.way, lr=cell.lr, head_lr=cell.lr, seed=cell.seed)
     more["progress"] = setup.progress
@@ -216,7 +220,7 @@ def _answered(setup: _Setup, cell: _Cell, folder: Path) -> list[int]:
         goal = Task(setup.train, head)
         fit(model, setup.tok, goal, **setup.settings, **more, to=weights)
         with evaluating(model): chosen = predict(model, head, setup.coded).argmax(-1).tolist()
-    atomic_write(file, json.dumps({**how, "mask": mask_id, "choices": chosen}))
+    write_json(file, {**about, "choices": chosen})
     remove(weights)
     return chosen
 
