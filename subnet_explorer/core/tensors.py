@@ -23,7 +23,7 @@ from .files import reading
 # %% auto #0
 __all__ = ['SIZES', 'BLANK', 'PIECE', 'LONGEST', 'DamagedFile', 'strict_json', 'Entry', 'size_of', 'whole_numbers',
            'parse_header', 'place_of_checksum', 'seal', 'sealed', 'TensorFile', 'unsealing', 'open_sealed',
-           'check_sealed']
+           'check_sealed', 'sealed_torch', 'open_torch']
 
 # %% ../../nbs/core/06_tensors.ipynb #7c730797
 class DamagedFile(SubnetError):
@@ -252,3 +252,22 @@ def check_sealed(
         file = TensorFile(f)
         file.check(earlier)
         return file.about
+
+# %% ../../nbs/core/06_tensors.ipynb #2be7062a
+def sealed_torch(tensors: Mapping[str, Any], about: Mapping[str, str] | None = None) -> bytes:
+    "What a safetensors file of these tensors and texts holds, with its checksum."
+    from safetensors.torch import save
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return seal(save(plain, {**(about or {}), "checksum": BLANK}))
+
+
+def open_torch(
+    path: str | Path,
+    error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
+    expected: str = "a file of tensors",         # what should be there
+    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+) -> tuple[dict[str, Any], dict[str, str]]:
+    "Tensors and texts of a file of tensors; raise `error` if it is not what was written."
+    from safetensors.torch import load_file
+    about = check_sealed(path, error, expected, earlier)
+    with reading(path, error, expected): return load_file(path), about

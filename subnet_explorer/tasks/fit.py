@@ -24,6 +24,7 @@ from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
 from ..core.space import model_id
 from ..core.store import Run, given_back, load_state
+from ..core.tensors import DamagedFile, open_torch, sealed_torch
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like
@@ -279,8 +280,8 @@ def _fit(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, extra:
         params = [*body, *heads]
         file = run.folder / "weights.safetensors" if run.folder else None
         if file and file.exists():
-            from safetensors.torch import load_file
-            with reading(file, expected="trained weights"): copy_into(params, load_file(file), "weight")
+            saved, _ = open_torch(file, expected="trained weights")
+            with reading(file, DamagedFile, "trained weights"): copy_into(params, saved, "weight")
             return run.metrics
         training(run, model, tok, goal, s, body, heads).go()
         if file: _keep(file, params)
@@ -302,9 +303,8 @@ def _fixed(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
 
 def _keep(file: Path, params: Sequence[torch.Tensor]) -> None:
     "Write the weights; what was saved to go on is not needed any more."
-    from safetensors.torch import save
     tensors = {f"weight.{i}": p.detach().cpu().clone() for i, p in enumerate(params)}
-    atomic_write(file, save(tensors))
+    atomic_write(file, sealed_torch(tensors))
     remove(file.parent / "state.safetensors")
 
 # %% ../../nbs/tasks/03_fit.ipynb #b09266e9
