@@ -215,7 +215,7 @@ def _grown(space: Space, gaps: Iterable[str]) -> int:
     "Bytes of the packed bits of some tensors."
     return sum(packed_size(space.by_name[name].size) for name in gaps)
 
-# %% ../../nbs/core/07_maskfile.ipynb #a460de7a
+# %% ../../nbs/core/07_maskfile.ipynb #caec70c4
 FORMATS = ("subnet_explorer.mask/1", "subnet_explorer.mask/2", "subnet_explorer.mask/3")
 "What the library reads; the last of them is what it writes."
 
@@ -269,7 +269,7 @@ def _header(bits: Bits, gaps: Mapping[str, int]) -> str:
         "space": bits.space.to_json(),
         "meta": meta,
         "gaps": dict(gaps),
-    }, allow_nan=False)
+    }, allow_nan=False, separators=(",", ":"))
 
 # %% ../../nbs/core/07_maskfile.ipynb #27b3edc1
 def read_mask_file(

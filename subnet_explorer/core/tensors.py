@@ -166,7 +166,7 @@ def sealed(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bytes
     text += b" " * (-len(text) % 8)
     return _sealed(len(text).to_bytes(8, "little") + text, parts)
 
-# %% ../../nbs/core/06_tensors.ipynb #d5903a8d
+# %% ../../nbs/core/06_tensors.ipynb #5368c24d
 PIECE = 1 << 20
 "Bytes that are read at once where nobody wants them."
 LONGEST = 100_000_000
@@ -210,15 +210,15 @@ class TensorFile:
         self.left -= size
         return found
 
-    def check(self, earlier: Collection[str] = ()) -> None:
+    def check(self, earlier: Collection[str] | None = ()) -> None:      # None: there was never one without checksum
         "Read what is left; raise `ValueError` if this is not what was written."
         if self.checksum is None:
-            if set(self.about) <= set(earlier): return
+            if earlier is not None and set(self.about) <= set(earlier): return
             raise ValueError("it has no checksum")
         while self.left: self.take(min(PIECE, self.left))
         if self._digest.hexdigest() != self.checksum: raise ValueError("it is damaged, since its checksum differs")
 
-# %% ../../nbs/core/06_tensors.ipynb #c9bccca7
+# %% ../../nbs/core/06_tensors.ipynb #1e5e934d
 @contextmanager
 def unsealing(path: str | Path, error: type[SubnetError] = DamagedFile, expected: str = "") -> Iterator[None]:
     "Let the block read a file of tensors; raise `error` with the path and what is wrong."
@@ -231,7 +231,7 @@ def open_sealed(
     path: str | Path,
     error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
     expected: str = "a file of tensors",         # what should be there
-    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     "Arrays and texts of a file of tensors; raise `error` if it is not what was written."
     with unsealing(path, error, expected), Path(path).open("rb") as f:
@@ -245,7 +245,7 @@ def check_sealed(
     path: str | Path,
     error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
     expected: str = "a file of tensors",         # what should be there
-    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
 ) -> dict[str, str]:                             # the texts
     "Check a file that somebody else will read; raise `error` if it is not what was written."
     with unsealing(path, error, expected), Path(path).open("rb") as f:
@@ -253,7 +253,7 @@ def check_sealed(
         file.check(earlier)
         return file.about
 
-# %% ../../nbs/core/06_tensors.ipynb #2be7062a
+# %% ../../nbs/core/06_tensors.ipynb #82cc8f8a
 def sealed_torch(tensors: Mapping[str, Any], about: Mapping[str, str] | None = None) -> bytes:
     "What a safetensors file of these tensors and texts holds, with its checksum."
     from safetensors.torch import save
@@ -265,7 +265,7 @@ def open_torch(
     path: str | Path,
     error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
     expected: str = "a file of tensors",         # what should be there
-    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
 ) -> tuple[dict[str, Any], dict[str, str]]:
     "Tensors and texts of a file of tensors; raise `error` if it is not what was written."
     from safetensors.torch import load_file

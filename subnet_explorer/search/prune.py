@@ -278,7 +278,7 @@ def _stored(memory: _Memory, mask: Mask) -> Scores:
 
 def _read_scores(file: Path) -> dict[str, np.ndarray] | None:
     "Scores by tensor, also where an earlier version wrote them; None if there are none."
-    if file.exists(): return open_sealed(file, expected="scores")[0]
+    if file.exists(): return open_sealed(file, expected="scores", earlier=None)[0]
     earlier = file.with_suffix(".npz")
     if not earlier.exists(): return None
     with reading(earlier, DamagedFile, "scores"), np.load(earlier, allow_pickle=False) as f:
