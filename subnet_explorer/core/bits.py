@@ -79,7 +79,9 @@ class Bits:
     @cached_property
     def id(self) -> str:
         "Hash of space and bits (16 hex digits)."
-        return hashlib.sha256(b"".join([self.space.id.encode(), *self.packed])).hexdigest()[:16]
+        found = hashlib.sha256(self.space.id.encode())
+        for part in self.packed: found.update(part)
+        return found.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool: return isinstance(other, Bits) and self.id == other.id
     def __hash__(self) -> int: return hash(self.id)

@@ -111,9 +111,9 @@ class Mask(CoordinateSet):
         return push_to_hub(self, repo, private)
 
     @staticmethod
-    def load(path: str | Path) -> Mask:
-        "Read a mask file; raise `MaskFileError` if it is not a complete one."
-        return load_mask(path)
+    def load(path: str | Path, trusted: bool = False) -> Mask:
+        "Read a mask file, `trusted` also beyond its bounds; raise `MaskFileError` if it is not a complete one."
+        return load_mask(path, trusted)
 
     @staticmethod
     def from_hub(repo: str, revision: str | None = None) -> Mask:
@@ -296,9 +296,12 @@ def rebase(mask: Mask, space: Space) -> Mask:
     return Mask(space, mask.packed, {**mask.meta, "parents": [mask.id], "operation": "rebase"})
 
 # %% ../../nbs/core/08_mask.ipynb #fed70308
-def load_mask(path: str | Path) -> Mask:
+def load_mask(
+    path: str | Path,
+    trusted: bool = False,      # also read what takes far more memory than the file has bytes
+) -> Mask:
     "Read a mask file; raise `MaskFileError` if it is not a complete one."
-    found = read_mask_file(path)
+    found = read_mask_file(path, trusted)
     return Mask(found.space, found.packed, found.meta)
 
 # %% ../../nbs/core/08_mask.ipynb #4981e2cd

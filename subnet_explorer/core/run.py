@@ -28,7 +28,6 @@ from subnet_explorer.core.files import (
     has_checksum,
     no_such,
     read_json,
-    reading,
     remove,
     write_json,
 )
@@ -43,7 +42,7 @@ from .maskfile import read_mask_file
 from .masks import Masks
 from .scores import Scores
 from .space import digest
-from .tensors import BLANK, check_sealed, open_sealed, seal, sealed
+from .tensors import open_sealed, open_torch, sealed, sealed_torch
 
 # %% auto #0
 __all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'working',
@@ -337,22 +336,17 @@ State = tuple[dict[str, Any], dict[str, Any]]      # tensors by name; informatio
 def save_state(run: Run, tensors: Mapping[str, Any], step: int, **info: Any) -> None:
     "Write what is needed to continue `run` after `step` steps."
     if run.folder is None: return
-    from safetensors.torch import save
     check_leases(run.folder)
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    about = {"state": json.dumps({"step": step, **info, "log": run.rows}), "checksum": BLANK}
-    atomic_write(run.folder / STATE, seal(save(plain, about)))
+    about = {"state": json.dumps({"step": step, **info, "log": run.rows})}
+    atomic_write(run.folder / STATE, sealed_torch(tensors, about))
 
 
 def read_state(folder: Path) -> State | None:
     "Tensors and information of the last state in a run's folder; None if there is none."
-    from safetensors import safe_open
     file = folder / STATE
     if not file.exists(): return None
-    about = check_sealed(file, DamagedFile, "the state of a search", earlier=("state",))
-    with reading(file, DamagedFile, "the state of a search"), safe_open(str(file), "pt") as f:
-        names = list(f.keys())
-        return {name: f.get_tensor(name) for name in names}, json.loads(about["state"])
+    tensors, about = open_torch(file, DamagedFile, "the state of a search", earlier=("state",))
+    return tensors, json.loads(about["state"])
 
 
 def load_state(run: Run) -> State | None:

@@ -18,22 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import SubnetError
-from .files import reading
+from .files import DamagedFile, reading
 
 # %% auto #0
-__all__ = ['SIZES', 'BLANK', 'PIECE', 'LONGEST', 'DamagedFile', 'strict_json', 'Entry', 'size_of', 'whole_numbers',
-           'parse_header', 'place_of_checksum', 'seal', 'sealed', 'TensorFile', 'unsealing', 'open_sealed',
-           'check_sealed']
-
-# %% ../../nbs/core/06_tensors.ipynb #7c730797
-class DamagedFile(SubnetError):
-    """A file of tensors is not what was written.
-
-    Cause: A copy or download was cut off, the disk changed something, or another program wrote the
-        file.
-    Fix: Copy the file again from where it is whole. If it belongs to a run, delete it: the same call
-        makes it anew.
-    """
+__all__ = ['SIZES', 'BLANK', 'PIECE', 'LONGEST', 'strict_json', 'Entry', 'size_of', 'whole_numbers', 'parse_header',
+           'place_of_checksum', 'seal', 'sealed', 'TensorFile', 'unsealing', 'open_sealed', 'check_sealed',
+           'sealed_torch', 'open_torch']
 
 # %% ../../nbs/core/06_tensors.ipynb #a12af586
 def strict_json(text: str) -> Any:
@@ -166,7 +156,7 @@ def sealed(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bytes
     text += b" " * (-len(text) % 8)
     return _sealed(len(text).to_bytes(8, "little") + text, parts)
 
-# %% ../../nbs/core/06_tensors.ipynb #d5903a8d
+# %% ../../nbs/core/06_tensors.ipynb #5368c24d
 PIECE = 1 << 20
 "Bytes that are read at once where nobody wants them."
 LONGEST = 100_000_000
@@ -210,15 +200,15 @@ class TensorFile:
         self.left -= size
         return found
 
-    def check(self, earlier: Collection[str] = ()) -> None:
+    def check(self, earlier: Collection[str] | None = ()) -> None:      # None: there was never one without checksum
         "Read what is left; raise `ValueError` if this is not what was written."
         if self.checksum is None:
-            if set(self.about) <= set(earlier): return
+            if earlier is not None and set(self.about) <= set(earlier): return
             raise ValueError("it has no checksum")
         while self.left: self.take(min(PIECE, self.left))
         if self._digest.hexdigest() != self.checksum: raise ValueError("it is damaged, since its checksum differs")
 
-# %% ../../nbs/core/06_tensors.ipynb #c9bccca7
+# %% ../../nbs/core/06_tensors.ipynb #1e5e934d
 @contextmanager
 def unsealing(path: str | Path, error: type[SubnetError] = DamagedFile, expected: str = "") -> Iterator[None]:
     "Let the block read a file of tensors; raise `error` with the path and what is wrong."
@@ -231,7 +221,7 @@ def open_sealed(
     path: str | Path,
     error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
     expected: str = "a file of tensors",         # what should be there
-    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     "Arrays and texts of a file of tensors; raise `error` if it is not what was written."
     with unsealing(path, error, expected), Path(path).open("rb") as f:
@@ -245,10 +235,29 @@ def check_sealed(
     path: str | Path,
     error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
     expected: str = "a file of tensors",         # what should be there
-    earlier: Collection[str] = (),               # texts of earlier versions, which had no checksum
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
 ) -> dict[str, str]:                             # the texts
     "Check a file that somebody else will read; raise `error` if it is not what was written."
     with unsealing(path, error, expected), Path(path).open("rb") as f:
         file = TensorFile(f)
         file.check(earlier)
         return file.about
+
+# %% ../../nbs/core/06_tensors.ipynb #82cc8f8a
+def sealed_torch(tensors: Mapping[str, Any], about: Mapping[str, str] | None = None) -> bytes:
+    "What a safetensors file of these tensors and texts holds, with its checksum."
+    from safetensors.torch import save
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return seal(save(plain, {**(about or {}), "checksum": BLANK}))
+
+
+def open_torch(
+    path: str | Path,
+    error: type[SubnetError] = DamagedFile,      # what is raised if it cannot be read
+    expected: str = "a file of tensors",         # what should be there
+    earlier: Collection[str] | None = (),        # texts of earlier versions, which had no checksum; None: all had one
+) -> tuple[dict[str, Any], dict[str, str]]:
+    "Tensors and texts of a file of tensors; raise `error` if it is not what was written."
+    from safetensors.torch import load_file
+    about = check_sealed(path, error, expected, earlier)
+    with reading(path, error, expected): return load_file(path), about

@@ -16,8 +16,9 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write
+from ..core.files import DamagedFile, atomic_write, reading
 from ..core.numbers import Count, Positive, Seed
+from ..core.tensors import open_torch, sealed_torch
 from ..data.pocket import pocket_path
 from .maps import ATTENTION_PATTERNS, BadLabels, BadMap, LabelledMaps, check_map
 
@@ -167,34 +168,25 @@ def _ready(cnn: PatternCNN, a: np.ndarray, i: int, n: int | None, fit: str) -> n
 @checked
 def save_cnn(cnn: PatternCNN, path: str | Path) -> Path:
     "Write weights and what goes with them as safetensors."
-    from safetensors.torch import save
-    tensors = {k: v.detach().cpu().contiguous() for k, v in cnn.net.state_dict().items()}
     about = {"patterns": json.dumps(ATTENTION_PATTERNS), "meta": json.dumps(cnn.meta)}
-    return atomic_write(path, save(tensors, about))
+    return atomic_write(path, sealed_torch(cnn.net.state_dict(), about))
 
 
 @checked
 def load_cnn(path: str | Path) -> PatternCNN:
-    "Read what `save_cnn` wrote; raise `SubnetError` for anything else."
-    import torch
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(str(path), "pt") as f:
-            about, names = f.metadata() or {}, f.keys()
-            tensors = {name: f.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as e:
-        raise SubnetError(
-            f"cannot read a pattern classifier from {str(path)!r}: {e}"
-        ) from None
+    "Read what `save_cnn` wrote; raise `DamagedFile` for anything else."
+    tensors, about = open_torch(path, expected="a pattern classifier", earlier=("patterns", "meta"))
     net = network(0)
     want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     shapes = {k: tuple(v.shape) for k, v in tensors.items()}
-    if json.loads(about.get("patterns", "[]")) != list(ATTENTION_PATTERNS) or shapes != want:
-        raise SubnetError(
+    with reading(path, DamagedFile, "a pattern classifier"):
+        patterns, meta = json.loads(about.get("patterns", "[]")), json.loads(about.get("meta", "{}"))
+    if patterns != list(ATTENTION_PATTERNS) or shapes != want or not isinstance(meta, dict):
+        raise DamagedFile(
             f"{str(path)!r} holds no pattern classifier of this library: give a file that PatternCNN.save wrote."
         )
-    net.load_state_dict({k: v.to(torch.float32) for k, v in tensors.items()})
-    return PatternCNN(net, json.loads(about["meta"]))
+    net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return PatternCNN(net, meta)
 
 # %% ../../nbs/measure/07_patterns.ipynb #fd32efb9
 @checked

@@ -22,12 +22,13 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
-from ..core.files import atomic_write, remove
+from ..core.files import atomic_write, read_json, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
 from ..core.maskfile import MaskFileError
 from ..core.numbers import Count, SomeShare
-from ..core.space import ModelId, check_model
+from ..core.space import ModelId, check_model, digest as digest_of
+from ..core.tensors import open_torch, sealed_torch
 from ..data.pocket import pocket_path
 from .apply import masked, parameter, parameter_like
 from .cut import CutModel, first_output, largest_difference, random_batch, remains, shrink
@@ -288,7 +289,6 @@ def save_compact(
     weights: bool = True,      # False: only the mask and the name of the full model
 ) -> Path:                     # the folder
     "Write a compact model; raise `SubnetError` where trained weights would be lost."
-    from safetensors.torch import save
     folder, now = Path(folder), digest(small.model)
     if not weights and now != small.born:
         raise SubnetError(
@@ -296,11 +296,11 @@ def save_compact(
             "file: save it with weights=True."
         )
     if weights:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors_of(small.model).items()}
-        atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        atomic_write(folder / "model.safetensors", sealed_torch(tensors_of(small.model), {"format": "pt"}))
     else: remove(folder / "model.safetensors")
     small.mask.save(folder / "mask.safetensors")
-    text = json.dumps(_described(small, now), indent=1, default=str)
+    info = json.loads(json.dumps(_described(small, now), default=str))
+    text = json.dumps({**info, "checksum": digest_of(info, 64)}, indent=1)
     atomic_write(folder / "compact.json", text)
     return folder
 
@@ -349,21 +349,38 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -
 # %% ../../nbs/model/06_compact.ipynb #735315d6
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Mask, dict[str, torch.Tensor] | None]:
     "What `save_compact` wrote: its description, the mask, and the weights if there are any."
-    from safetensors.torch import load_file
     try:
-        info = json.loads((folder / "compact.json").read_text(encoding="utf-8"))
-        if info["format"] != _FORMAT:
-            newer = "a newer subnet_explorer is needed to read it"
-            raise MaskFileError(f"{folder} has format {info['format']!r}: {newer}.")
-        if info["report"] is not None: info["report"] = pd.DataFrame.from_dict(info["report"], "index")
+        info = _read_info(folder / "compact.json")
         mask, file = Mask.load(folder / "mask.safetensors"), folder / "model.safetensors"
-        return info, mask, load_file(str(file)) if file.exists() else None
-    except MaskFileError: raise
-    except Exception as e:
+        weights = "the weights of a compact model"
+        return info, mask, open_torch(file, MaskFileError, weights, ("format",))[0] if file.exists() else None
+    except MaskFileError as e:
         raise MaskFileError(
-            f"cannot read a compact model from {folder} ({type(e).__name__}: {e}): a folder "
+            f"cannot read a compact model from {folder} ({e}): a folder "
             "written by compact(…).save(folder) is needed."
         ) from e
+
+
+def _read_info(file: Path) -> dict[str, Any]:
+    "The description, if it is what was written."
+    info = read_json(file, MaskFileError)
+    if isinstance(info, dict) and info.get("format", _FORMAT) != _FORMAT:
+        raise MaskFileError(f"{file} has format {str(info['format'])[:80]!r}: a newer subnet_explorer is needed")
+    if not isinstance(info, dict) or info.keys() - {"checksum"} != _FIELDS.keys():
+        raise MaskFileError(f"{file} does not describe a compact model")
+    odd = [name for name, kind in _FIELDS.items() if not isinstance(info[name], kind)]
+    if odd: raise MaskFileError(f"{odd[0]!r} in {file} is nothing that was ever written there")
+    checksum = info.pop("checksum", None)      # which earlier versions did not write
+    if checksum not in (None, digest_of(info, 64)): raise MaskFileError(f"{file} is damaged: its checksum differs")
+    if info["report"] is not None: info["report"] = pd.DataFrame.from_dict(info["report"], "index")
+    return info
+
+
+_FIELDS: dict[str, Any] = {
+    "format": str, "class": str, "base": dict, "keep": (str, int, float, type(None)), "layers": list,
+    "dtype": str, "attention": (str, type(None)), "digest": str, "born": str, "config": dict, "report": (dict, type(None)),
+}
+"What is written down beside mask and weights, by type."
 
 
 def _cut_anew(
@@ -392,7 +409,11 @@ def _refilled(
     small = cls._from_config(config, attn_implementation=info["attention"]).eval()
     shrink(small, layout_of(small), remains(units))
     _fill(small, tensors, folder)
+    if digest(small) != info["digest"]: raise MaskFileError(_OTHER_WEIGHTS.format(folder))
     return Compact(small, mask, units, full_config, info["keep"], model, info["born"])
+
+
+_OTHER_WEIGHTS = "the weights in {} are not those that its compact.json tells of. Was a file replaced?"
 
 
 @checked

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, reading
+from ..core.files import DamagedFile, atomic_write, reading
 from ..core.folders import given_back
 from ..core.layout import body_of, unwrap
 from ..core.mask import Mask
@@ -26,6 +26,7 @@ from ..core.numbers import Count, Natural, Positive, Seed, Share, Weight, check_
 from ..core.run import Run, working
 from ..core.space import check_model
 from ..core.store import Store
+from ..core.tensors import open_torch, sealed_torch
 from ..model.apply import masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine
@@ -388,22 +389,20 @@ def _save_trained(run: Run, goal: Objective, along: Weights | None) -> None:
     "Write what was trained along beside the mask."
     modules = _trained(goal, along)
     if not (run.folder and modules): return
-    from safetensors.torch import save
     tensors = {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    atomic_write(run.folder / "heads.safetensors", data)
+    atomic_write(run.folder / "heads.safetensors", sealed_torch(tensors))
 
 
 def _load_trained(run: Run, goal: Objective, along: Weights | None) -> None:
     "Read it back."
     modules = _trained(goal, along)
     if not (run.folder and modules and (run.folder / "heads.safetensors").exists()): return
-    from safetensors.torch import load_file
     file = run.folder / "heads.safetensors"
-    with reading(file, expected="trained heads"): saved = load_file(file)
-    for name, m in modules.items():
-        own = {k: v for k, v in saved.items() if k.startswith(f"{name}.")}
-        m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})
+    saved, _ = open_torch(file, expected="trained heads")
+    with reading(file, DamagedFile, "trained heads"):
+        for name, m in modules.items():
+            own = {k: v for k, v in saved.items() if k.startswith(f"{name}.")}
+            m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})
 
 # %% ../../nbs/search/09_find.ipynb #f430c3b3
 def find_all(

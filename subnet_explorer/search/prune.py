@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,7 +20,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, reading
+from ..core.files import DamagedFile, atomic_write, reading
 from ..core.folders import given_back
 from ..core.mask import Mask
 from ..core.masks import Masks
@@ -31,6 +30,7 @@ from ..core.run import Run, working
 from ..core.scores import Scores, top_k
 from ..core.space import Space, check_model, same_space
 from ..core.store import Store
+from ..core.tensors import open_sealed, sealed
 from ..model.apply import masked
 from .loop import Monitor, frozen, seen
 from .objectives import Context, Objective
@@ -269,16 +269,22 @@ class _Memory:
 def _stored(memory: _Memory, mask: Mask) -> Scores:
     "Scores within a mask from the run's folder, or computed and put there."
     if memory.run.folder is None: return memory.compute(mask)
-    file = memory.run.folder / "scores" / f"{mask.id}.npz"
-    if file.exists():
-        with reading(file, expected="scores"), np.load(file, allow_pickle=False) as f:
-            values = {name: f[name] for name in f.files}
-        return Scores(mask.space, values, {"method": "importance", "under": mask.id})
+    file = memory.run.folder / "scores" / f"{mask.id}.safetensors"
+    if (found := _read_scores(file)) is not None:
+        with reading(file, DamagedFile, "scores"):
+            return Scores(mask.space, found, {"method": "importance", "under": mask.id})
     scores = memory.compute(mask)
-    out = io.BytesIO()
-    np.savez(out, **cast(dict[str, Any], dict(scores.values)))
-    atomic_write(file, out.getvalue())
+    atomic_write(file, sealed(scores.values, {}))
     return scores
+
+
+def _read_scores(file: Path) -> dict[str, np.ndarray] | None:
+    "Scores by tensor, also where an earlier version wrote them; None if there are none."
+    if file.exists(): return open_sealed(file, expected="scores", earlier=None)[0]
+    earlier = file.with_suffix(".npz")
+    if not earlier.exists(): return None
+    with reading(earlier, DamagedFile, "scores"), np.load(earlier, allow_pickle=False) as f:
+        return {name: f[name] for name in f.files}
 
 # %% ../../nbs/search/13_prune.ipynb #6c905184
 def _identity(space: Space, goal: Objective | None, monitor: Monitor, scores: Scores | None,

@@ -19,12 +19,13 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.files import atomic_write, reading, remove
+from ..core.files import DamagedFile, atomic_write, reading, remove
 from ..core.folders import given_back
 from ..core.layout import body_of, follow_path, layout_of, unwrap
 from ..core.numbers import Count, Dropout, Positive, Seed, Share, Weight
 from ..core.run import Run, load_state, working
 from ..core.space import model_id
+from ..core.tensors import open_torch, sealed_torch
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
 from ..model.apply import evaluating, parameter_like
@@ -284,8 +285,8 @@ def _trained(model: PreTrainedModel, tok: Any, goal: Objective, s: _Settings, ru
         params = [*body, *heads]
         file = run.folder / "weights.safetensors" if run.folder else None
         if file and file.exists():
-            from safetensors.torch import load_file
-            with reading(file, expected="trained weights"): copy_into(params, load_file(file), "weight")
+            saved, _ = open_torch(file, expected="trained weights")
+            with reading(file, DamagedFile, "trained weights"): copy_into(params, saved, "weight")
             return run.metrics
         training(run, model, tok, goal, s, body, heads).go()
         if file: _keep(file, params)
@@ -307,9 +308,8 @@ def _fixed(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
 
 def _keep(file: Path, params: Sequence[torch.Tensor]) -> None:
     "Write the weights; what was saved to go on is not needed any more."
-    from safetensors.torch import save
     tensors = {f"weight.{i}": p.detach().cpu().clone() for i, p in enumerate(params)}
-    atomic_write(file, save(tensors))
+    atomic_write(file, sealed_torch(tensors))
     remove(file.parent / "state.safetensors")
 
 # %% ../../nbs/tasks/03_fit.ipynb #b09266e9

@@ -316,9 +316,42 @@ def test_broken_folders(tmp_path):
     with pytest.raises(MaskFileError, match="cannot read a compact model"): load_compact(folder)
     off(Space.of(MODELS["bert"], "head"), (0, "head", [0, 1])).save(small.save(tmp_path) / "mask.safetensors")
     with pytest.raises(MaskFileError, match="do not fit the mask"): load_compact(folder)
+    small.save(tmp_path)
     info = json.loads((folder / "compact.json").read_text()) | {"class": "Path"}
-    (small.save(tmp_path) / "compact.json").write_text(json.dumps(info))
+    (folder / "compact.json").write_text(json.dumps(info))
+    with pytest.raises(MaskFileError, match="its checksum differs"): load_compact(folder)
+    del info["checksum"]                                                # as earlier versions wrote it
+    (folder / "compact.json").write_text(json.dumps(info))
     with pytest.raises(UnknownModel, match="not a model of transformers"): load_compact(folder)
+
+
+DAMAGE = {
+    "no JSON": "no JSON", "a list": "[]", "nothing": "{}", "deep": "[" * 100_000, "a number": '{"format": 1}',
+    "newer": '{"format": "subnet_explorer.compact/2"}',
+}
+
+
+@pytest.mark.parametrize("text", DAMAGE.values(), ids=DAMAGE)
+def test_descriptions_that_are_none(tmp_path, text):
+    small = compact(MODELS["bert"], off(Space.of(MODELS["bert"], "head"), *CASES["heads"][1]))
+    (small.save(tmp_path) / "compact.json").write_text(text)
+    with pytest.raises(MaskFileError, match="compact"): load_compact(tmp_path)
+
+
+def test_fields_of_another_kind_and_other_weights(tmp_path):
+    "Also where there is no checksum, as in files of earlier versions."
+    small = compact(MODELS["bert"], off(Space.of(MODELS["bert"], "head"), *CASES["heads"][1]))
+    file = small.save(tmp_path) / "compact.json"
+    info = {k: v for k, v in json.loads(file.read_text()).items() if k != "checksum"}
+    file.write_text(json.dumps(info))
+    assert load_compact(tmp_path).mask == small.mask
+    for name in info:
+        file.write_text(json.dumps({k: v for k, v in info.items() if k != name}))
+        with pytest.raises(MaskFileError): load_compact(tmp_path)
+        file.write_text(json.dumps(info | {name: [1] if name != "layers" else 1}))
+        with pytest.raises(MaskFileError): load_compact(tmp_path)
+    file.write_text(json.dumps(info | {"digest": "0" * 16}))
+    with pytest.raises(MaskFileError, match="are not those"): load_compact(tmp_path)
 
 
 # ── plain Hugging Face format ────────────────────────────────────────────────────────────────────────────────────────
