@@ -40,6 +40,7 @@ class Answer:
     "What a command found."
     data: Mapping[str, Any]      # for --json
     text: str                    # for people
+    status: int = 0              # of the command
 
 # %% ../nbs/20_cli.ipynb #b4b36f8c
 def show(
@@ -265,8 +266,25 @@ NEEDED = ("torch", "transformers", "datasets", "safetensors", "zstandard", "conl
           "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget", "jsonargparse")
 
 
-def doctor() -> Answer:
-    "Say which versions and devices there are, and what is missing."
+def doctor(
+    folder: str | None = None,      # a study, store or run to be checked and repaired
+    look_only: bool = False,        # say what is wrong with the folder, and leave it as it is
+) -> Answer:
+    "Check a folder and repair it; without one, say which versions and devices there are, and what is missing."
+    return _installed() if folder is None else _examined(folder, look_only)
+
+
+def _examined(folder: str, look_only: bool) -> Answer:
+    "What was wrong with a folder, and what was done about it."
+    from subnet_explorer.core.doctor import examine
+    found = examine(folder, repair=not look_only)
+    data = {"folder": folder, "found": [{"path": str(f.path), "what": f.what, "done": f.done} for f in found]}
+    lines = [str(finding) for finding in found] or [f"nothing is wrong with {folder}."]
+    return Answer(data, "\n".join(lines), int(any(not finding.done for finding in found)))
+
+
+def _installed() -> Answer:
+    "Versions, devices, and what is missing."
     import torch
     needed, optional = {name: _version(name) for name in NEEDED}, _optional()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -426,7 +444,7 @@ def _status(words: Sequence[str]) -> int:
     except SubnetError as error: return _refused(error)
     except OSError as error: return _refused(SubnetError(f"the system refuses: {_said(error)}."))
     print(json.dumps(answer.data) if "--json" in words else answer.text)
-    return 0
+    return answer.status
 
 
 def _refused(error: SubnetError) -> int:

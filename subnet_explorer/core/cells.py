@@ -105,6 +105,15 @@ class Session:
         self.worked = True
         if self.places: write_json(self.places / self.name, {"seconds": round(time.monotonic() - self.began, 1)})
 
+    def noting(self, make: Callable[[], T]) -> Callable[[], T]:
+        "A function that notes the time when it has made something."
+        def timed() -> T:
+            made = make()
+            self.note()
+            return made
+
+        return timed
+
     def total(self) -> float:
         "Seconds of all sessions; where nobody has noted any, since this one began."
         if self.places is None: return time.monotonic() - self.began

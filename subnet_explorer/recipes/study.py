@@ -36,7 +36,7 @@ from .progress import StudyLine
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'Findings', 'Study', 'save_study', 'left_out_of',
            'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections', 'Pairs', 'TwoRecipes',
-           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'folder_or_scratch', 'settings_of',
+           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'folder_or_scratch', 'settings_of',
            'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
@@ -363,33 +363,11 @@ class Bench:
 
     def work(self, what: str, cells: Sequence[Labels], do: Callable[[Labels], T], processes: int = 1) -> list[T]:
         "What every cell gives, in the order of the cells; several at once if asked, in processes of joblib."
-        found: dict[int, T] = {}
-        while left := [i for i in range(len(cells)) if i not in found]:
-            asked = [cells[i] for i in left]
-            results = list(self.tried(what, asked, AtCell(self.folder, what, do), processes))
-            found |= {i: result.value for i, result in zip(left, results, strict=True) if not result.elsewhere}
-            if all(result.elsewhere for result in results): wait_for_cell(self.folder, what, asked[0])
-        return [found[i] for i in range(len(cells))]
-
-    def tried(
-        self, what: str, cells: Sequence[Labels], do: Callable[[Labels], Outcome[T]], processes: int,
-    ) -> Iterator[Outcome[T]]:
-        "Do the cells that no other process is working on."
-        at_once = processes > 1 and len(cells) > 1
-        with in_processes(cells, do, processes, self.folder) if at_once else nullcontext() as results:
-            for labels in self.cells(what, cells):
-                outcome = do(labels) if results is None else next(results)
-                if outcome.wrote: self.session.note()
-                yield outcome
+        return shared_work(self, what, cells, AtCell(self.folder, what, do), processes)
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         "A table that is made once per folder."
-        def timed() -> pd.DataFrame:
-            made = make()
-            self.session.note()
-            return made
-
-        return cached_table(self.folder, name, timed)
+        return cached_table(self.folder, name, self.session.noting(make))
 
     def has_table(self, name: str) -> bool:
         "Whether the folder has this table."
@@ -401,6 +379,31 @@ class Bench:
         if study.folder: study.save(study.folder)
         if self.folder: tidy_leases(self.folder)
         return study
+
+# %% ../../nbs/recipes/01_study.ipynb #59f736b2
+def shared_work(
+    bench: Bench, what: str, cells: Sequence[Labels], do: AtCell[T], processes: int = 1,
+) -> list[T]:
+    "What every cell gives, in the order of the cells, whoever did it."
+    found: dict[int, T] = {}
+    while left := [i for i in range(len(cells)) if i not in found]:
+        asked = [cells[i] for i in left]
+        outcomes = list(_tried(bench, what, asked, do, processes))
+        found |= {i: outcome.value for i, outcome in zip(left, outcomes, strict=True) if not outcome.elsewhere}
+        if all(outcome.elsewhere for outcome in outcomes): wait_for_cell(bench.folder, what, asked[0])
+    return [found[i] for i in range(len(cells))]
+
+
+def _tried(
+    bench: Bench, what: str, cells: Sequence[Labels], do: AtCell[T], processes: int,
+) -> Iterator[Outcome[T]]:
+    "Do the cells that no other process is working on."
+    at_once = processes > 1 and len(cells) > 1
+    with in_processes(cells, do, processes, bench.folder) if at_once else nullcontext() as results:
+        for labels in bench.cells(what, cells):
+            outcome = do(labels) if results is None else next(results)
+            if outcome.wrote: bench.session.note()
+            yield outcome
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
