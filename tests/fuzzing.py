@@ -321,7 +321,8 @@ def _paths() -> Mapping[str, Iterable[Path]]:
 def _tensors() -> list[bytes]:
     "Some files of tensors."
     rng = np.random.default_rng(0)
-    arrays = {"a": rng.random((3, 5)), "b": np.arange(7, dtype=np.int16), "c": np.array(True), "d": np.zeros((0, 2))}
+    arrays: dict[str, np.ndarray] = {"a": rng.random((3, 5)), "b": np.arange(7, dtype=np.int16)}
+    arrays |= {"c": np.array(True), "d": np.zeros((0, 2))}
     return [sealed(arrays, {"state": json.dumps({"step": 3})}), sealed({"x": rng.random(200)}, {})]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,20 +15,21 @@ from .doors import checked
 from .errors import SubnetError, check_names
 from .kinds import footprints
 from .mask import Mask, table
-from .masks import Masks, aligned, overlaps
+from .masks import Masks, aligned, kept_counts, overlaps, shared
 from .numbers import Share
 from .scores import Scores
 from .space import WHOLE_UNITS, Group, Space, same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement', 'stability']
+__all__ = ['WORK', 'CACHE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement',
+           'stability']
 
 # %% ../../nbs/core/12_compare.ipynb #5f0b68bc
 @checked
 def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance of two masks, 0 (equal) … 1 (disjoint); two empty masks have distance 0."
     both = overlaps(Masks([({}, a), ({}, b)])).astype(float)  # (mask, mask, tensor)
-    return _distance(both[0, 1], both[0, 0] + both[1, 1] - both[0, 1], average)
+    return float(_average(both[0, 1], both[0, 0] + both[1, 1] - both[0, 1], average))
 
 
 @checked
@@ -35,20 +37,26 @@ def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
     "Jaccard distance expected of random masks with the same counts, as `random_like` draws them."
     same_space(a.space, b.space, "compare")
     p, q = _shares(a.space, np.array([a.counts, b.counts], float))
-    return _expected(_sizes(a.space), p, q, average)
+    return float(_expected(_sizes(a.space), p, q, average))
 
 
-def _distance(both: np.ndarray, either: np.ndarray, average: str) -> float:  # counts by tensor
-    "Jaccard distance of what two masks keep both, and either."
+def _average(both: np.ndarray, either: np.ndarray, average: str) -> np.ndarray:  # counts (…, tensor) -> (…)
+    "Jaccard distances of what two masks keep both, and either."
     check_names([average], ["micro", "macro"], "average")
-    if average == "micro": both, either = both.sum(keepdims=True), either.sum(keepdims=True)
-    shares = np.divide(both, either, out=np.ones_like(both), where=either > 0)
-    return float(1 - np.mean(shares))
+    if average == "micro": both, either = both.sum(-1, keepdims=True), either.sum(-1, keepdims=True)
+    return _distance(both, either)
 
 
-def _expected(sizes: np.ndarray, p: np.ndarray, q: np.ndarray, average: str) -> float:
-    "Distance of random masks that keep shares `p` and `q` of every tensor (arrays by tensor)."
-    return _distance(sizes * p * q, sizes * (p + q - p * q), average)
+def _distance(both: np.ndarray, either: np.ndarray) -> np.ndarray:  # counts (…, tensor) -> (…)
+    "Means over tensors; where neither mask keeps anything, they are equal."
+    empty = either <= 0
+    if empty.any(): both, either = np.where(empty, 1.0, both), np.where(empty, 1.0, either)
+    return 1 - (both / either).mean(-1)
+
+
+def _expected(sizes: np.ndarray, p: np.ndarray, q: np.ndarray, average: str) -> np.ndarray:
+    "Distance of random masks that keep shares `p` and `q` of every tensor (arrays (…, tensor))."
+    return _average(sizes * p * q, sizes * (p + q - p * q), average)
 
 # %% ../../nbs/core/12_compare.ipynb #aee551ac
 def _sizes(space: Space) -> np.ndarray:      # float (tensor,)
@@ -76,23 +84,76 @@ def jaccard(
 ) -> pd.DataFrame:           # columns a, b, distance, chance, empty: share of pairs of which both keep nothing
     "Jaccard distance of every pair of masks, with its chance value; of two empty masks it is 0."
     check_names([by], masks.index.columns, "label")
-    names, both = masks.index[by].tolist(), overlaps(masks).astype(float)
-    kept, sizes = np.einsum("iit->it", both), _sizes(masks[0].space)
-    shares = _shares(masks[0].space, kept)
+    check_names([average], ["micro", "macro"], "average")
+    names = masks.index[by].tolist()
+    found, _ = aligned(masks, "compare")
+    kept = kept_counts(found).astype(float)
+    empty: np.ndarray = kept.sum(1) == 0
+    return _by_names(names, {
+        "distance": _distances(found, kept, average),
+        "chance": _chances(found[0].space, kept, average),
+        "empty": (empty[:, None] & empty).astype(float),
+    })
+
+
+def _by_names(names: Sequence[Any], values: Mapping[str, np.ndarray]) -> pd.DataFrame:      # values: (mask, mask)
+    "A row for each pair of names: the mean over the pairs of masks that have them, none with itself."
     order = list(dict.fromkeys(names))
     alone = len(order) == len(names)
+    code = pd.Series(names).map({name: i for i, name in enumerate(order)}).to_numpy()
+    named = pd.Series(names).notna().to_numpy()
+    pairs = np.outer(named, named)
+    if not alone: np.fill_diagonal(pairs, False)
+    one, other = np.nonzero(pairs)
+    rows = pd.DataFrame({"a": code[one], "b": code[other], **{key: v[pairs] for key, v in values.items()}})
+    if not alone: rows = rows.groupby(["a", "b"]).mean().reset_index()
+    label = pd.Series(order)
+    return rows.assign(a=label.take(rows.a).array, b=label.take(rows.b).array)
 
-    def row(i: int, j: int) -> dict[str, object]:
-        "What is said of one pair."
-        distance = _distance(both[i, j], kept[i] + kept[j] - both[i, j], average)
-        chance = _expected(sizes, shares[i], shares[j], average)
-        empty = float(not kept[i].any() and not kept[j].any())
-        return dict(a=names[i], b=names[j], distance=distance, chance=chance, empty=empty)
+# %% ../../nbs/core/12_compare.ipynb #c6279726
+WORK, CACHE = 1 << 22, 1 << 16
+"Numbers in a block of counts, and in what is computed from them at once."
 
-    n = range(len(names))
-    pairs = pd.DataFrame([row(i, j) for i in n for j in n if i != j or alone])
-    out = pairs.groupby(["a", "b"], sort=False).mean().reset_index()
-    return out.sort_values(["a", "b"], key=lambda names: names.map(order.index), ignore_index=True)
+
+def _blocks(n: int, wide: int, most: int) -> Iterator[range]:
+    "Rows from 0 to `n`, as many at once as there may be with `wide` numbers each."
+    step = max(1, most // wide)
+    return (range(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _distances(masks: Sequence[Mask], kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
+    "Jaccard distances of all pairs; `kept` are the counts by mask and tensor."
+    n, tensors = kept.shape
+    if average == "micro": return _row_distances(masks, range(n), kept.sum(1, keepdims=True), [range(tensors)])
+    alone = [range(t, t + 1) for t in range(tensors)]
+    parts = [_row_distances(masks, part, kept, alone) for part in _blocks(n, n * tensors, WORK)]
+    return np.concatenate(parts)
+
+
+def _row_distances(
+    masks: Sequence[Mask],
+    part: range,                   # the rows
+    kept: np.ndarray,              # counts by mask and pool
+    pools: Sequence[range],        # tensors that are counted as one
+) -> np.ndarray:                   # (part, mask)
+    "Jaccard distances of some masks to all, means over pools."
+    counts = np.zeros((len(pools), len(part), len(masks)))
+    for i, pool in enumerate(pools):
+        for t in pool: counts[i] += shared(masks, t, part)
+    found = []
+    for rows in _blocks(len(part), kept.size, CACHE):
+        both = np.ascontiguousarray(np.moveaxis(counts[:, rows.start:rows.stop], 0, -1))
+        found.append(_distance(both, kept[part][rows.start:rows.stop, None] + kept - both))
+    return np.concatenate(found)
+
+
+def _chances(space: Space, kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
+    "Distances of all pairs that are expected of random masks."
+    sizes = _sizes(space)
+    shares, which = np.unique(_shares(space, kept), axis=0, return_inverse=True)      # masks are often equally large
+    blocks = _blocks(len(shares), shares.size, CACHE)
+    chances = [_expected(sizes, shares[part][:, None], shares, average) for part in blocks]
+    return np.concatenate(chances)[np.ix_(which, which)]
 
 # %% ../../nbs/core/12_compare.ipynb #fc7b8240
 @checked
@@ -113,8 +174,8 @@ def against(
         n, both = _counted(theirs, starts), _counted(own & theirs, starts)
         q = _shares(space, n)
         yield dict(
-            distance=_distance(both, kept + n - both, average),
-            chance=_expected(sizes, p, q, average),
+            distance=float(_average(both, kept + n - both, average)),
+            chance=float(_expected(sizes, p, q, average)),
             shared=float(both.sum()),
             shared_chance=float((sizes * p * q).sum()),
             size=float(n.sum()),

@@ -23,7 +23,7 @@ from .scores import Scores
 from .space import Group, Space, same_space
 
 # %% auto #0
-__all__ = ['MaskList', 'Masks', 'aligned', 'overlaps', 'votes', 'majority', 'survival']
+__all__ = ['FEW', 'MaskList', 'Masks', 'aligned', 'overlaps', 'shared', 'kept_counts', 'votes', 'majority', 'survival']
 
 # %% ../../nbs/core/10_masks.ipynb #8999060d
 class MaskList:
@@ -179,25 +179,71 @@ def _words(masks: Sequence[Mask], tensor: int, block: int = 1 << 13) -> Iterator
 def overlaps(masks: Masks) -> np.ndarray:      # (mask, mask, tensor), int64
     "Coordinates that two masks both keep, for every pair; the diagonal holds what each keeps."
     found, groups = aligned(masks, "compare")
-    both = np.zeros((len(found), len(found), len(groups)), np.int64)
-    for t in range(len(groups)):
-        for rows in _words(found, t, 1 << 16): both[:, :, t] += _shared(rows)
-    return np.maximum(both, both.transpose(1, 0, 2))
+    both = np.empty((len(found), len(found), len(groups)), np.int64)
+    for t in range(len(groups)): both[:, :, t] = shared(found, t)
+    return both
 
 
-def _shared(rows: Sequence[np.ndarray]) -> np.ndarray:      # (mask, mask), on and above the diagonal
-    "Bits that two rows of words share."
-    n, words = len(rows), len(rows[0])
-    if words < 2048:  # small tensors: all partners of a mask at once
-        every = np.stack(rows)
-        return np.stack([np.bitwise_count(every & r).sum(1, dtype=np.int64) for r in rows])
-    out = np.zeros((n, n), np.int64)
-    met, bits = np.empty(words, np.uint64), np.empty(words, np.uint8)
-    for i, a in enumerate(rows):
-        for j in range(i, n):
-            np.bitwise_count(np.bitwise_and(a, rows[j], out=met), out=bits)
-            out[i, j] = np.add.reduce(bits, dtype=np.uint32)
+def shared(
+    masks: Sequence[Mask],
+    tensor: int,
+    part: range | None = None,      # masks that are compared with all; None: every one
+) -> np.ndarray:                    # (part, mask), whole numbers
+    "Coordinates of one tensor that two masks both keep."
+    part = part or range(len(masks))
+    if len(masks[0].packed[tensor]) <= FEW: return _shared_few(masks, tensor, part)
+    out = np.zeros((len(part), len(masks)), np.int64)
+    for rows in _words(masks, tensor, 1 << 16):
+        out += _shared_rows(rows, part) if len(rows[0]) < 2048 else _shared_pairs(rows, part)
+    for k, i in enumerate(part): out[k, i] = masks[i].counts[tensor]
     return out
+
+
+def kept_counts(masks: Sequence[Mask]) -> np.ndarray:      # (mask, tensor), int64
+    "Coordinates that each mask keeps of each tensor."
+    few = [len(p) <= FEW for p in masks[0].packed]
+    found = [_kept(masks, t) if few[t] else [m.counts[t] for m in masks] for t in range(len(few))]
+    return np.array(found, np.int64).reshape(len(few), len(masks)).T
+
+
+def _kept(masks: Sequence[Mask], tensor: int) -> np.ndarray:      # (mask,)
+    "Coordinates that each mask keeps of a small tensor."
+    return np.bitwise_count(_stacked(masks, tensor)).sum(1, dtype=np.int64)
+
+
+def _stacked(masks: Sequence[Mask], tensor: int) -> np.ndarray:      # uint8 (mask, byte)
+    "Packed bits of a small tensor, a row for each mask."
+    packed = b"".join(m.packed[tensor] for m in masks)
+    return np.frombuffer(packed, np.uint8).reshape(len(masks), len(masks[0].packed[tensor]))
+
+
+FEW = 512
+"Bytes of a tensor whose pairs are counted as a product of matrices."
+
+
+def _shared_few(masks: Sequence[Mask], tensor: int, part: range) -> np.ndarray:      # (part, mask)
+    "Bits that two masks share in a small tensor; float32 holds such counts exactly."
+    bits = np.unpackbits(_stacked(masks, tensor), axis=1).astype(np.float32)
+    return bits[part.start:part.stop] @ bits.T
+
+
+def _shared_rows(rows: Sequence[np.ndarray], part: range) -> np.ndarray:      # (part, mask)
+    "Bits that two rows of words share, all partners of a row at once."
+    every = np.stack(rows)
+    return np.stack([np.bitwise_count(every & rows[i]).sum(1, dtype=np.int64) for i in part])
+
+
+def _shared_pairs(rows: Sequence[np.ndarray], part: range) -> np.ndarray:      # (part, mask)
+    "Bits that two rows of words share, pair by pair, since long rows fill the cache; none of a row with itself."
+    n, words = len(rows), len(rows[0])
+    out = np.zeros((len(part), n), np.int64)
+    met, bits = np.empty(words, np.uint64), np.empty(words, np.uint8)
+    whole = len(part) == n                                                    # each pair is counted once
+    for k, i in enumerate(part):
+        for j in range(i + 1 if whole else 0, n):
+            np.bitwise_count(np.bitwise_and(rows[i], rows[j], out=met), out=bits)
+            out[k, j] = np.add.reduce(bits, dtype=np.uint32)
+    return np.maximum(out, out.T) if whole else out
 
 # %% ../../nbs/core/10_masks.ipynb #673d0487
 def _planes(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

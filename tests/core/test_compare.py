@@ -1,7 +1,11 @@
 "Overlap of masks: scikit-learn's and scipy's numbers, the value expected by chance, and the axioms of a distance."
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
@@ -9,12 +13,13 @@ from scipy.spatial.distance import jaccard as scipy_jaccard
 from sklearn.metrics import jaccard_score
 from toys import LAYOUT, MODEL
 
+from subnet_explorer.core import compare
 from subnet_explorer.core.compare import jaccard, jaccard_chance, jaccard_distance
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.intervals import student_interval
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks, overlaps, survival, votes
-from subnet_explorer.core.space import Group, ModelId, Space
+from subnet_explorer.core.space import WHOLE_UNITS, Group, ModelId, Space, unit_space
 
 TENSORS = Group("a", "weight", 0, "q", (7, 3)), Group("b", "weight", 1, "q", (10,)), Group("c", "head", 1, "head", (1,))
 SPACE = Space(TENSORS, LAYOUT, MODEL)                                           # no multiple of eight
@@ -179,7 +184,6 @@ def test_many_masks_and_many_blocks(n):
 
 def test_counting_leaves_masks_packed(tmp_path):
     "Nothing but the packed bits of masks stays in memory, and files are read on first use."
-    import tracemalloc
     space = Space((Group("g", "weight", 0, "q", (1000, 8000)),), LAYOUT, MODEL)
     files = [Mask.random(space, .5, s).save(tmp_path / f"{s}.mask") for s in range(4)]
     tracemalloc.start()
@@ -191,6 +195,91 @@ def test_counting_leaves_masks_packed(tmp_path):
     tracemalloc.stop()
     assert kept < 4.2e6 and most < 8e6                                          # four masks of 1 MB; unpacked 32 MB
     with pytest.raises(SubnetError, match="no mask to compare"): overlaps(Masks([]))
+
+
+# ── all pairs at once ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def one_by_one(many: Masks, by: str, average: str) -> pd.DataFrame:
+    "The table of all pairs as it was once made: a pair after the other, in Python."
+    names, both = many.index[by].tolist(), overlaps(many).astype(float)
+    kept, sizes = np.einsum("iit->it", both), np.array([g.size for g in many[0].space.groups], float)
+    pool = np.array([g.kind if g.kind in WHOLE_UNITS else g.name for g in many[0].space.groups])
+    together = (pool[:, None] == pool).astype(float)
+    shares = kept @ together / (sizes @ together)
+    order, n = list(dict.fromkeys(names)), range(len(names))
+
+    def distance(both, either):
+        if average == "micro": both, either = both.sum(keepdims=True), either.sum(keepdims=True)
+        return float(1 - np.mean(np.divide(both, either, out=np.ones_like(both), where=either > 0)))
+
+    def row(i, j):
+        p, q = shares[i], shares[j]
+        return dict(a=names[i], b=names[j], distance=distance(both[i, j], kept[i] + kept[j] - both[i, j]),
+                    chance=distance(sizes * p * q, sizes * (p + q - p * q)),
+                    empty=float(not kept[i].any() and not kept[j].any()))
+
+    pairs = pd.DataFrame([row(i, j) for i in n for j in n if i != j or len(order) == len(names)])
+    out = pairs.groupby(["a", "b"], sort=False).mean().reset_index()
+    return out.sort_values(["a", "b"], key=lambda names: names.map(order.index), ignore_index=True)
+
+
+def unlike(space: Space, n: int, seed: int) -> list[Mask]:
+    "Masks of any density, some of them empty or full."
+    rng, found = np.random.default_rng(seed), [Mask.full(space, False), Mask.full(space, False), Mask.full(space)]
+    for density in rng.random(n - 3):
+        found.append(Mask.of(space, {g.name: rng.random(g.shape) < density for g in space.groups}))
+    return [found[i] for i in rng.permutation(n)]
+
+
+WIDE = tuple(Group(f"w{i}", "weight", i, "q", (5000 + 7 * i,)) for i in range(3))
+LONG = (Group("l", "weight", 0, "q", (64 * (1 << 17) + 9,)), Group("s", "weight", 0, "k", (3,)))
+MANY = tuple(Group(f"t{i}", "weight", i, "q", (i + 1,)) for i in range(140))      # more than are summed in one go
+
+
+@average
+@pytest.mark.parametrize("name", ["unique", "seeds", "numbers"])
+@pytest.mark.parametrize("groups, n", [(unit_space(12, 12, mlps=True).groups, 40), (TENSORS, 5), (WIDE, 12),
+                                       (LONG, 4), (MANY, 12)], ids=["units", "small", "wide", "long", "many"])
+def test_all_pairs_are_those_of_one_after_the_other(average, name, groups, n):
+    "To the last bit, with empty masks, several seeds, and names of any kind."
+    labels = {"unique": [f"t{i}" for i in range(n)], "seeds": ["zab"[i % 3] for i in range(n)],
+              "numbers": [i % 4 for i in range(n)]}[name]
+    ms = unlike(Space(groups, LAYOUT, MODEL), n, seed=n)
+    many = Masks([({"task": label}, m) for label, m in zip(labels, ms, strict=True)])
+    pd.testing.assert_frame_equal(jaccard(many, "task", average), one_by_one(many, "task", average),
+                                  check_exact=True)
+
+
+@average
+def test_blocks_of_pairs(average, monkeypatch):
+    "The size of blocks changes nothing."
+    space = unit_space(12, 12, mlps=True)
+    many = Masks([({"task": i}, m) for i, m in enumerate(unlike(space, 30, seed=1))])
+    whole = jaccard(many, "task", average)
+    for work in (1, 10_000):
+        monkeypatch.setattr(compare, "WORK", work)
+        monkeypatch.setattr(compare, "CACHE", work // 3)
+        pd.testing.assert_frame_equal(jaccard(many, "task", average), whole, check_exact=True)
+
+
+def test_masks_without_a_name_are_left_out():
+    ms = unlike(SPACE, 5, seed=0)
+    many = Masks([({"task": "a"}, ms[0]), ({"task": "b"}, ms[1]), ({}, ms[2]), ({}, ms[3])])
+    assert jaccard(many, "task").distance.tolist() == one_by_one(many, "task", "micro").distance.tolist()
+
+
+@average
+def test_a_thousand_masks_take_little_memory_and_time(average):
+    space = unit_space(12, 12, mlps=True)
+    many = Masks([({"task": i}, Mask.random(space, (i % 9 + 1) / 10, i)) for i in range(1000)])
+    began = time.perf_counter()
+    table = jaccard(many, "task", average)
+    seconds = time.perf_counter() - began
+    tracemalloc.start()
+    jaccard(many, "task", average)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(table) == 1_000_000 and seconds < 5 and most < 256e6
 
 
 # ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
