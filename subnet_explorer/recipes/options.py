@@ -184,6 +184,9 @@ def _add(heading: Any, option: Option) -> None:
         heading.add_argument(option.flag, type=option.type, default=SUPPRESS, help=text, **_OPEN[option.place])
         return
     default, text = _listed(option.default), option.help
+    if not option.flag.startswith("-"):
+        heading.add_argument(option.flag, type=_or_none(option.type, None), default=None, nargs="?", help=text)
+        return
     if option.type is bool:
         heading.add_argument(option.flag, action=ActionYesNo(no_prefix="no-"), default=default, help=text)
     else: heading.add_argument(option.flag, type=_or_none(option.type, default), default=default, help=text)

@@ -369,9 +369,7 @@ class Bench:
         "A table that is made once per folder."
         return cached_table(self.folder, name, self.session.noting(make))
 
-    def has_table(self, name: str) -> bool:
-        "Whether the folder has this table."
-        return self.folder is not None and table_file(self.folder, name).exists()
+    def has_table(self, name: str) -> bool: return bool(self.folder and table_file(self.folder, name).exists())
 
     def finished(self, study: S) -> S:
         "The study with what was left out of its data, written into its folder if it keeps one."

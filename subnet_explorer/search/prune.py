@@ -345,13 +345,18 @@ def iterate(
     with working(place):
         run = Run(place, config, labels)
         memory = _Memory(run, Context(model, tok, 1, batch, seed), monitor, rank, scores is None, progress)
-        with closing(memory.bar):
-            full, most = memory.rate(Mask.full(space), "full"), _limit(space, limit)
-            lowest = _floor(full, floor, least)
-            steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
-        return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
+        return _walked(run, memory, space, said, published)
 
 # %% ../../nbs/search/13_prune.ipynb #cd36a7a4
+def _walked(run: Run, memory: _Memory, space: Space, said: Mapping[str, Any], published: bool) -> Pruned:
+    "Go down as settings say, from the full model to the floor."
+    with closing(memory.bar):
+        full, most = memory.rate(Mask.full(space), "full"), _limit(space, said["limit"])
+        lowest, schedule, drop = _floor(full, said["floor"], said["least"]), said["schedule"], said["drop"]
+        steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
+    return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
+
+
 def _limit(space: Space, asked: int | None) -> int:
     "How many steps a phase may have: as many as there are, unless it is a ladder of weights."
     return asked or (9 if _weights_only(space) else space.size)
