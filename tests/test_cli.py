@@ -16,6 +16,7 @@ import torch
 
 from subnet_explorer import __version__
 from subnet_explorer.cli import main
+from subnet_explorer.core.files import read_json
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import Run
 from subnet_explorer.core.store import Store
@@ -97,8 +98,9 @@ def test_json_is_one_object_and_nothing_else(straight):
     } == set(result["macro"]["p_at_1"])
     assert {r: Mask.load(d["masks"][0]).id for r, d in result["relations"].items()} == ids(out)
     assert "MadeOf" in log and "48/48" in log and "· done" in log and "Traceback" not in log
-    assert json.loads((out / "results.json").read_text()) == result
-    assert {p.name for p in out.iterdir()} == {"study.json", "runs", "items.csv", "results.json"} and {
+    written = read_json(out / "results.json")
+    assert set(written.pop("files")) == {"items.csv"} and written == result
+    assert {p.name for p in out.iterdir()} == {"study.json", "runs", "sessions", "items.csv", "results.json"} and {
         p.name for p in out.parent.iterdir()
     } == {"out"}
 

@@ -43,9 +43,10 @@ COMMANDS = {name: as_said_now(words) for name, words in EARLIER_COMMANDS.items()
 NEW_TABLES = {
     "tickets/steps.csv", "critical/curves.csv", "critical/left_out.csv",
     "tamt/curves.csv", "tamt/transfer.csv", "tamt/distances.csv",
+    *(f"{name}/runs/.index.json" for name in COMMANDS),
 }
 "What is now written beside the tables of that time."
-NEW_RESULTS = {"notes", "left_out", "kept"}
+NEW_RESULTS = {"notes", "left_out", "kept", "files", "checksum"}
 "What `results.json` now says besides."
 NEW_COLUMNS = {"density_weights"}
 "What tables now say besides."
