@@ -209,7 +209,8 @@ def _edited(data: bytes, rng: random.Random) -> bytes:
 
 
 WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    _flip, _flip, _overwrite, _truncate, _insert, _duplicate, _remove, _zero, _swap, _header_length, _edit, _edit, _edit,
+    _flip, _flip, _overwrite, _truncate, _insert, _duplicate, _remove, _zero, _swap, _header_length,
+    _edit, _edit, _edit,
 )
 
 

@@ -111,8 +111,10 @@ def _by_names(names: Sequence[Any], values: Mapping[str, np.ndarray]) -> pd.Data
     return rows.assign(a=label.take(rows.a).array, b=label.take(rows.b).array)
 
 # %% ../../nbs/core/12_compare.ipynb #c6279726
-WORK, CACHE = 1 << 22, 1 << 16
-"Numbers in a block of counts, and in what is computed from them at once."
+WORK = 1 << 22
+"Numbers in a block of counts."
+CACHE = 1 << 16
+"Numbers that are computed from them at once."
 
 
 def _blocks(n: int, wide: int, most: int) -> Iterator[range]:

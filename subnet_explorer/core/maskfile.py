@@ -179,10 +179,12 @@ def _check_header(said: dict[str, Any], version: int) -> None:
     if unknown: raise ValueError(f"it has gaps of {min(unknown)[:80]!r}, which is no tensor of it")
 
 # %% ../../nbs/core/07_maskfile.ipynb #f2e55f2d
-LONGEST = 1 << 20
+LONGEST = 1 << 19
 "Bytes of the longest header."
-ROOM, GROWTH = 32 << 20, 16
-"Packed bits that gaps may become: bytes in any file, and times the size of the file."
+ROOM = 32 << 20
+"Bytes of packed bits that the gaps of any file may become."
+GROWTH = 16
+"Bytes that they may become besides, for each byte of the file."
 
 
 class MaskFileError(SubnetError):
@@ -239,7 +241,7 @@ def mask_bytes(bits: Bits) -> bytes:
     if length <= LONGEST: return data
     raise SubnetError(f"what is said of this mask takes {length:,} bytes, more than {LONGEST:,}: shorten its meta.")
 
-
+# %% ../../nbs/core/07_maskfile.ipynb #a5ea2458
 def _stored(bits: Bits) -> tuple[dict[str, bytes], dict[str, int]]:
     "What is written of each tensor, and which of them are gaps."
     names = [g.name for g in bits.space.groups]

@@ -198,7 +198,7 @@ def shared(
     for k, i in enumerate(part): out[k, i] = masks[i].counts[tensor]
     return out
 
-
+# %% ../../nbs/core/10_masks.ipynb #ed973029
 def kept_counts(masks: Sequence[Mask]) -> np.ndarray:      # (mask, tensor), int64
     "Coordinates that each mask keeps of each tensor."
     few = [len(p) <= FEW for p in masks[0].packed]
@@ -226,7 +226,7 @@ def _shared_few(masks: Sequence[Mask], tensor: int, part: range) -> np.ndarray: 
     bits = np.unpackbits(_stacked(masks, tensor), axis=1).astype(np.float32)
     return bits[part.start:part.stop] @ bits.T
 
-
+# %% ../../nbs/core/10_masks.ipynb #8b6d65af
 def _shared_rows(rows: Sequence[np.ndarray], part: range) -> np.ndarray:      # (part, mask)
     "Bits that two rows of words share, all partners of a row at once."
     every = np.stack(rows)

@@ -21,7 +21,7 @@ from .errors import SubnetError
 from .files import DamagedFile, reading
 
 # %% auto #0
-__all__ = ['SIZES', 'BLANK', 'PIECE', 'LONGEST', 'strict_json', 'Entry', 'size_of', 'whole_numbers', 'parse_header',
+__all__ = ['SIZES', 'LONGEST', 'PIECE', 'BLANK', 'strict_json', 'Entry', 'size_of', 'whole_numbers', 'parse_header',
            'place_of_checksum', 'seal', 'sealed', 'TensorFile', 'unsealing', 'open_sealed', 'check_sealed',
            'sealed_torch', 'open_torch']
 
@@ -92,6 +92,12 @@ def _entry(name: str, said: Any, most: int) -> Entry:
     return Entry(dtype, tuple(said["shape"]), *place)
 
 # %% ../../nbs/core/06_tensors.ipynb #bac93aa1
+LONGEST = 100_000_000
+"Bytes of the longest header that safetensors reads."
+PIECE = 1 << 20
+"Bytes that are read at once where nobody wants them."
+
+
 def parse_header(text: bytes, most: int) -> tuple[dict[str, Entry], dict[str, str]]:      # most: bytes after it
     "Tensors in the order of their bytes, and texts; raise `ValueError` for what is no header."
     try: said = strict_json(text.decode())
@@ -157,12 +163,6 @@ def sealed(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bytes
     return _sealed(len(text).to_bytes(8, "little") + text, parts)
 
 # %% ../../nbs/core/06_tensors.ipynb #5368c24d
-PIECE = 1 << 20
-"Bytes that are read at once where nobody wants them."
-LONGEST = 100_000_000
-"Bytes of the longest header that safetensors reads."
-
-
 class TensorFile:
     "A file of tensors, read once from the beginning to the end; whatever is wrong is a `ValueError`."
 

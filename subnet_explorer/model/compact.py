@@ -378,11 +378,12 @@ def _read_info(file: Path) -> dict[str, Any]:
 
 _FIELDS: dict[str, Any] = {
     "format": str, "class": str, "base": dict, "keep": (str, int, float, type(None)), "layers": list,
-    "dtype": str, "attention": (str, type(None)), "digest": str, "born": str, "config": dict, "report": (dict, type(None)),
+    "dtype": str, "attention": (str, type(None)), "digest": str, "born": str, "config": dict,
+    "report": (dict, type(None)),
 }
 "What is written down beside mask and weights, by type."
 
-
+# %% ../../nbs/model/06_compact.ipynb #4aacfd24
 def _cut_anew(
     info: Mapping[str, Any], mask: Mask, model: PreTrainedModel | None, folder: Path
 ) -> Compact:

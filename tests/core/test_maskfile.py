@@ -73,9 +73,9 @@ def some(version: int = 3, densities: tuple[float, ...] = (.5, .5)) -> tuple[dic
 
 def cost(data: bytes) -> tuple[int, float]:
     "Most memory beyond the file, in bytes, and seconds of a reading that may fail."
-    began = time.perf_counter()
+    began = time.process_time()
     with suppress(MaskFileError): read(data)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     tracemalloc.start()
     with suppress(MaskFileError): read(data)
     most = tracemalloc.get_traced_memory()[1]
@@ -104,8 +104,9 @@ def test_every_way_of_storing_is_among_the_vectors():
     assert {"weight", "block", "head", "mlp"} <= {g["kind"] for head in heads for g in head["space"]["groups"]}
 
 
+numbers = st.integers(-2 ** 70, 2 ** 70) | st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-2 ** 70, 2 ** 70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | numbers | st.text(),
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(), inside, max_size=3), max_leaves=8)
 shapes = st.lists(st.sampled_from([(), (1,), (7,), (8,), (3, 5), (1001,), (64, 65), (2, 3, 4)]), min_size=1, max_size=4)
 
@@ -253,7 +254,7 @@ def test_beyond_the_bounds_where_a_file_is_trusted(tmp_path):
     long = Bits(space_of((9,)), (bytes(2),), {"note": "a"})
     head = head_of(mask_bytes(long)) | {"meta": {"note": "a" * LONGEST}, "format": "subnet_explorer.mask/2"}
     (tmp_path / "m").write_bytes(written(head, tensors_of(mask_bytes(long)), 2))
-    with pytest.raises(MaskFileError, match="more than 1,048,576"): Mask.load(tmp_path / "m")
+    with pytest.raises(MaskFileError, match="more than 524,288"): Mask.load(tmp_path / "m")
     assert Mask.load(tmp_path / "m", trusted=True) == long
 
 
@@ -352,13 +353,13 @@ def test_headers_that_are_no_headers():
 @pytest.mark.parametrize("fill", ["[]", "{}", "[[[[]]]]", "1.5", '"a"', '{"a":0}', "0"])
 def test_headers_that_fill_the_memory(fill):
     n = (LONGEST - 3000) // (len(fill) + 2 * fill.count('"') + 1)
-    check_harmless(written(json.dumps(HEAD).replace('"meta": {', f'"meta": {{"a": [{",".join([fill] * n)}], '), TENSORS))
-    groups = f'"groups": [{",".join([fill] * n)}'
-    assert check_harmless(written(json.dumps(HEAD).replace('"groups": [', groups + ", "), TENSORS))
+    many, text = ",".join([fill] * n), json.dumps(HEAD)
+    check_harmless(written(text.replace('"meta": {', f'"meta": {{"a": [{many}], '), TENSORS))
+    assert check_harmless(written(text.replace('"groups": [', f'"groups": [{many}, '), TENSORS))
 
 
 def test_as_many_tensors_as_a_header_can_hold():
-    groups = [{**HEAD["space"]["groups"][0], "name": f"{i:x}", "shape": [8]} for i in range(4500)]
+    groups = [{**HEAD["space"]["groups"][0], "name": f"{i:x}", "shape": [8]} for i in range(2200)]
     head = copy.deepcopy(HEAD)
     head["space"]["groups"], head["gaps"] = groups, {}
     space = Space.from_json(head["space"])
