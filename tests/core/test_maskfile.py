@@ -343,8 +343,10 @@ def test_odd_values_anywhere_in_a_header(path):
 def test_headers_that_are_no_headers():
     text = json.dumps(HEAD)
     deep = "[" * 100_000 + "]" * 100_000
-    for odd in ("", "{", "null", "[]", text + "}", text[:-1] + "," + text[1:], text.replace('"seed": 0', '"seed": NaN'), deep,
-                text.replace('"meta": {', '"meta": {"a": 1e999, ', 1), text.replace('"meta": {', '"meta": {"a": Infinity, '),
+    for odd in ("", "{", "null", "[]", text + "}", text[:-1] + "," + text[1:], deep,
+                text.replace('"seed": 0', '"seed": NaN'),
+                text.replace('"meta": {', '"meta": {"a": 1e999, '),
+                text.replace('"meta": {', '"meta": {"a": Infinity, '),
                 text.replace('"meta": {', '"meta": {"a": ' + "9" * 5000 + ", "),
                 text.replace('"meta": {', '"meta": {"a": ' + deep + ", "), '{"a":' * 50_000):
         assert check_harmless(written(odd, TENSORS)), odd[:100]
