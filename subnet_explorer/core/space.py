@@ -30,6 +30,7 @@ from subnet_explorer.core.layout import (
 
 from .doors import checked
 from .errors import HiddenWeights, SpaceMismatch, SubnetError, check_names
+from .escape import visible
 
 # %% auto #0
 __all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space',
@@ -274,7 +275,7 @@ def _described(space: Space) -> str:
     where = f"layers {layers} of {space.layout.n_layers}"
     if -1 in space.layers: where += " + embeddings"
     size = f"{space.size:,} coordinates in {len(space.groups)} tensors"
-    return f"Space({space.kind} of {space.model}, {where}: {size})"
+    return visible(f"Space({space.kind} of {space.model}, {where}: {size})")
 
 # %% ../../nbs/core/02_space.ipynb #e31b46fe
 def spread(

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html, visible
 from ..core.files import atomic_write
 from ..core.numbers import Count, Positive, Seed
 from ..data.pocket import pocket_path
@@ -120,7 +121,7 @@ class PatternCNN:
 
     def __repr__(self) -> str:
         plain = [f"{k}={v}" for k, v in self.meta.items() if not isinstance(v, (dict, list))]
-        return f"PatternCNN({', '.join(plain)})"
+        return visible(f"PatternCNN({', '.join(plain)})")
 
 # %% ../../nbs/measure/07_patterns.ipynb #69b058f9
 def _probabilities(
@@ -211,12 +212,12 @@ class PatternReport:
 
     def _repr_html_(self) -> str:
         low, high = self.interval
-        numbers = (
-            f"<b>weighted F1 {self.f1:.3f}</b> [{low:.3f}, {high:.3f}], accuracy {self.accuracy:.3f}; "
+        said = (
+            f"[{low:.3f}, {high:.3f}], accuracy {self.accuracy:.3f}; "
             f"always the most frequent: {self.majority:.3f}, drawn by frequency: {self.chance:.3f}"
         )
-        table = self.table.to_html(index=False, float_format="{:.3f}".format)
-        return numbers + table + self.confusion.to_html()
+        tables = table_html(self.table, 3, index=False) + table_html(self.confusion)
+        return Html("<b>weighted F1 {:.3f}</b> {}{}").format(self.f1, said, tables)
 
 # %% ../../nbs/measure/07_patterns.ipynb #4768f825
 @checked

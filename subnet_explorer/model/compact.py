@@ -22,6 +22,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import visible
 from ..core.files import atomic_write, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
@@ -113,7 +114,7 @@ class Compact(CutModel):
             f"{heads} of {layout.n_layers * layout.n_heads} heads",
             f"{neurons:,} of {layout.n_layers * layout.inner:,} neurons",
         ]
-        return f"Compact({type(self.model).__name__} of {space.model}: {', '.join(parts)})"
+        return visible(f"Compact({type(self.model).__name__} of {space.model}: {', '.join(parts)})")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import atomic_write, scratch
 from ..core.intervals import student_interval
 from ..core.masks import Masks
@@ -124,7 +124,7 @@ class Study(Findings):
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
         for name, table in self.tables.items():
-            if len(table): atomic_write(Path(folder, f"{name}.csv"), table.to_csv(index=False))
+            if len(table): atomic_write(Path(folder, f"{name}.csv"), csv_text(table))
         return atomic_write(Path(folder, "results.json"), json.dumps(self.to_json(), indent=1))
 
     def report(self, path: str | Path) -> Path:
@@ -137,11 +137,14 @@ class Study(Findings):
         "What the shell prints, before what a reader must be told."
         return self.summary().to_string(float_format="{:.3f}".format, na_rep="–")
 
-    def html(self) -> str:
+    def html(self) -> str:      # `Html`; other text is shown as text
         "What a notebook shows, before what a reader must be told."
-        return f"<b>{escape(self.recipe.title)} of {escape(self.model_name)}</b>{self.summary().to_html()}"
+        title = f"{self.recipe.title} of {self.model_name}"
+        return Html("<b>{}</b>{}").format(title, table_html(self.summary()))
 
-    def _repr_html_(self) -> str: return self.html() + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+    def _repr_html_(self) -> str:
+        notes = Html("").join(Html("<p>{}</p>").format(note) for note in self.notes)
+        return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(self.html(), notes)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
 LEFT_OUT = ["data", "of", "why", "n"]
@@ -272,7 +275,7 @@ class Recipe:
     read: Callable[..., Mapping[str, Any]] | None = None             # (model, tok, *, options) -> data for `run`
     pocket: Mapping[str, Any] = field(default_factory=dict)          # settings that suit the pocket models
 
-    def __repr__(self) -> str: return f"Recipe({self.name}: {self.title}; {self.paper})"
+    def __repr__(self) -> str: return visible(f"Recipe({self.name}: {self.title}; {self.paper})")
 
 
 RECIPES: dict[str, Recipe] = {}
