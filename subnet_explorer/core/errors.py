@@ -53,6 +53,7 @@ class HiddenWeights(SubnetError):
         adapters, remove pruning, weight norm and parametrizations; the message says how.
     """
 
+# %% ../../nbs/core/00_errors.ipynb #4511beb0
 class UnknownName(SubnetError):
     """A name (relation, role, kind, column …) does not exist; the nearest ones are given.
 

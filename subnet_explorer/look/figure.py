@@ -53,7 +53,7 @@ _PAGE = Html(
 _CARD = Html('<figure class="paper" tabindex="0">{}{}</figure>')
 _IN_WORDS = Html("<details><summary>In words</summary>{}</details>")
 
-
+# %% ../../nbs/look/02_figure.ipynb #da4c2920
 @checked
 def html_page(
     title: str,
@@ -237,5 +237,4 @@ def _hover(place: Html, name: str, value: str, small: str | None) -> Html:
 def _with_small(value: str, small: str) -> Html:      # small: lines
     "Put smaller lines below a value, where there are both."
     if not value or not small: return Html.escape(value)
-    below = Html("<br>").join(small.split("\n"))
-    return Html('{}<br><span style="font-size:75%">{}</span>').format(value, below)
+    return Html('{}<br><span style="font-size:75%">{}</span>').format(value, Html("<br>").join(small.split("\n")))

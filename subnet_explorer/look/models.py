@@ -42,8 +42,7 @@ def predictions(
     check_drawable(table.probability, "probabilities")
     names, data = list(dict.fromkeys(table.under)), table.reset_index(drop=True)
     grid = data.pivot(index="rank", columns="under", values="probability")[names]
-    tokens = data.assign(token=data.token.map(safe_text))
-    words = tokens.pivot(index="rank", columns="under", values="token")[names]
+    words = data.pivot(index="rank", columns="under", values="token")[names]
     scale = color_axis(0, max(1e-9, float(data.probability.max())), "probability")
     width, height = 260 + 120 * max(3, len(names)), 170 + 34 * max(3, len(grid))
     fig = set_layout(go.Figure(), title, width, height, coloraxis=scale)

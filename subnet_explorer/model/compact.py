@@ -278,7 +278,7 @@ def _described(small: Compact, now: str) -> dict[str, Any]:      # now: digest o
         "attention": small.model.config._attn_implementation,
         "digest": now,
         "born": small.born,
-        "config": small.config.to_dict(),
+        "config": {k: v for k, v in small.config.to_dict().items() if k != "_name_or_path"},
         "report": None if small.saved is None else small.saved.to_dict("index"),
     }
 
@@ -322,7 +322,7 @@ def _full_model(info: Mapping[str, Any]) -> PreTrainedModel:
     "The full model, read by its name."
     base, cls = ModelId(**info["base"]), _class(info)
     pocket = base.name in ("pocket-bert", "pocket-gpt2")
-    source = str(pocket_path(base.name.removeprefix("pocket-"))) if pocket else base.name
+    source = str(pocket_path(base.name.removeprefix("pocket-"))) if pocket else info["base"]["name"]
     how = dict(revision=base.revision, attn_implementation=info["attention"], trust_remote_code=False)
     try: model = cls.from_pretrained(source, dtype=getattr(torch, info["dtype"]), **how)
     except Exception as e:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,10 +32,10 @@ from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'Findings', 'Study', 'left_out_of',
-           'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections', 'Pairs', 'TwoRecipes',
-           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'in_processes', 'Bench', 'folder_or_scratch',
-           'settings_of', 'labelled_cells']
+__all__ = ['Section', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'Labels', 'T', 'S', 'plain', 'without_places', 'Findings', 'Study',
+           'save_study', 'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed',
+           'remark_sections', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'in_processes',
+           'Bench', 'folder_or_scratch', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -47,6 +48,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic): value = value.item()
     if not isinstance(value, float): return value
     return round(value, 6) if np.isfinite(value) else None
+
+
+def without_places(value: Any, folder: str | Path | None) -> Any:      # folder: of the study
+    "Plain data to be handed on: what lies in the folder by its path there, other files by their names."
+    if isinstance(value, Mapping): return {k: without_places(v, folder) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [without_places(v, folder) for v in value]
+    if isinstance(value, Path): value = str(value)
+    if not isinstance(value, str): return value
+    if folder is not None and value.startswith(f"{folder}{os.sep}"): return Path(value).relative_to(folder).as_posix()
+    return os.path.basename(value) if os.path.isabs(value) and os.path.exists(value) else value
 
 # %% ../../nbs/recipes/01_study.ipynb #06c10d56
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +134,13 @@ class Study(Findings):
 
     def save(self, folder: str | Path) -> Path:
         "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
-        for name, table in self.tables.items():
-            if len(table): atomic_write(Path(folder, f"{name}.csv"), csv_text(table))
-        return atomic_write(Path(folder, "results.json"), json.dumps(self.to_json(), indent=1))
+        return save_study(self, folder)
 
     def report(self, path: str | Path) -> Path:
         "Write one page with all sections, which opens without a network."
         sections = [*self.sections(), *remark_sections(self)]
         title = f"{self.recipe.title} of {self.model_name}"
-        return write_report(path, title, [s for s in sections if s[2]], self.config)
+        return write_report(path, title, [s for s in sections if s[2]], without_places(self.config, self.folder))
 
     def shown(self) -> str:
         "What the shell prints, before what a reader must be told."
@@ -139,12 +148,24 @@ class Study(Findings):
 
     def html(self) -> str:      # `Html`; other text is shown as text
         "What a notebook shows, before what a reader must be told."
-        title = f"{self.recipe.title} of {self.model_name}"
-        return Html("<b>{}</b>{}").format(title, table_html(self.summary()))
+        return Html("<b>{} of {}</b>{}").format(self.recipe.title, self.model_name, table_html(self.summary()))
 
-    def _repr_html_(self) -> str:
-        notes = Html("").join(Html("<p>{}</p>").format(note) for note in self.notes)
-        return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(self.html(), notes)
+    def _repr_html_(self) -> str: return study_html(self)
+
+# %% ../../nbs/recipes/01_study.ipynb #6b1d0c02
+def save_study(study: Study, folder: str | Path) -> Path:
+    "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
+    for name, table in study.tables.items():
+        told = table.map(lambda value: without_places(value, study.folder))
+        if len(table): atomic_write(Path(folder, f"{name}.csv"), csv_text(told))
+    found = without_places(study.to_json(), study.folder)
+    return atomic_write(Path(folder, "results.json"), json.dumps(found, indent=1))
+
+
+def study_html(study: Study) -> Html:
+    "What a notebook shows, with what a reader must be told."
+    notes = Html("").join(Html("<p>{}</p>").format(note) for note in study.notes)
+    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(study.html(), notes)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
 LEFT_OUT = ["data", "of", "why", "n"]

@@ -360,7 +360,6 @@ class Tickets(TicketData):
         return tickets_text(self)
 
     def html(self) -> str:
-        "The table of the paper."
         said = f"{len(self.plan.tasks)} tasks × {self.scores.seed.nunique()} seeds, {self.config['kind']}"
         return Html("<b>{}</b>{}").format(said, table_html(self.table()))
 
