@@ -66,7 +66,8 @@ def as_cell(value: Any) -> Any:
     value = as_plain(value)
     if isinstance(value, (list, dict)): value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str): return value
-    return ("'" if _FORMULA.match(value) else "") + visible(value)
+    text = visible(value)
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_cell(text: str) -> str:

@@ -330,9 +330,10 @@ def card(mask: Mask) -> str:
     for r in table(mask).itertuples():
         rows.append(f"| {r.layer} | {markdown_text(r.role)} | {r.size:,} | {r.kept:,} | {r.density:.3f} |")
     model = mask.space.model
+    name = " ".join(visible(model.name).split())
     return _CARD.format(
-        head=yaml_text({"library_name": "subnet_explorer", "base_model": model.name}),
-        name=repr(visible(model.name)), model=markdown_text(model), kind=mask.space.kind, density=mask.density,
+        head=yaml_text({"library_name": "subnet_explorer", "base_model": name}), name=repr(name),
+        model=markdown_text(model), kind=mask.space.kind, density=mask.density,
         layers=layer_text(i for i in mask.space.layers if i >= 0), rows="\n".join(rows),
         made="\n".join(f"- {markdown_text(k)}: {markdown_text(v)}" for k, v in _told(mask).items()))
 

@@ -173,7 +173,7 @@ def annotator_figure(a: Annotator) -> Figure:
     fig = go.Figure(go.Heatmap(
         z=a.maps[i].astype(float), x=shown, y=shown, colorscale="Viridis", zmin=0,
         colorbar=dict(title=dict(text="attention", side="right")),
-        hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
+        hovertemplate=Html("from %{y} to %{x}: %{z:.3f}<extra></extra>"),
     ))
     title = dict(text=safe_text(f"Map {a.ids[i]}: {a.status}"), font_size=16)
     margin = dict(l=90, r=90, t=70, b=80)

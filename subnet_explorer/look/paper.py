@@ -15,7 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ..core.errors import SubnetError, check_names
-from ..core.escape import Html
+from ..core.escape import Html, visible
 from .style import DASHES, MARKERS, PALETTE, is_dark, plain_text
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ def print_plotly(
 ) -> bytes:
     "Draw a plotly figure as SVG, PNG or PDF with the description inside."
     from matplotlib import rc_context
-    out, title = io.BytesIO(), plain_text(fig.layout.title.text)
+    out, title, alt = io.BytesIO(), plain_text(fig.layout.title.text), visible(alt)
     about: dict[str, dict[str, Any]] = {
         "svg": {"Title": title, "Description": alt, "Date": None},
         "png": {"Title": title, "Description": alt},

@@ -207,8 +207,8 @@ class PatternReport:
     accuracy: float
     majority: float                          # weighted F1 of the most frequent label
     chance: float                            # weighted F1 of labels drawn with their frequencies, expected
-    table: pd.DataFrame                      # pattern, precision, recall, f1, n
-    confusion: pd.DataFrame                  # rows: labels, columns: answers
+    table: pd.DataFrame = field(repr=False)          # pattern, precision, recall, f1, n
+    confusion: pd.DataFrame = field(repr=False)      # rows: labels, columns: answers
 
     def _repr_html_(self) -> str:
         low, high = self.interval
