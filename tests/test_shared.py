@@ -141,3 +141,19 @@ def test_files_are_said_by_their_names(tmp_path):
     told = {"facts": str(tmp_path / "x.jsonl"), "mask": str(tmp_path / "out" / "runs" / "a"), "text": "/no/such", "n": 1}
     assert without_places(told, tmp_path / "out") == {"facts": "x.jsonl", "mask": "runs/a", "text": "/no/such", "n": 1}
     assert without_places([Path("out/runs/a")], Path("out")) == ["runs/a"] and without_places("outer/a", Path("out")) == "outer/a"
+
+
+def test_sites_about_earlier_runs(home, model, tmp_path):
+    "Configurations of earlier runs hold the path of the model; their pages do not."
+    mask = Mask.random(Space.of(model[0], "head"), .5, seed=0)
+    earlier = str(mask.space.model).replace("mini", str(home / "models" / "mini"))
+    for i in range(2):
+        run = Run(tmp_path / "runs" / f"{i}", {"model": earlier, "goal": {"teacher": earlier}, "n": i}, {"seed": i})
+        run.log(step=1, loss=1.)
+        run.finish(mask)
+    (tmp_path / "runs" / "study.json").write_text(json.dumps({"config": {"model": earlier}}), encoding="utf-8")
+    (tmp_path / "runs" / "1" / "mask.safetensors").write_bytes(b"torn")
+    publish(tmp_path / "runs", tmp_path / "site")
+    check_private(tmp_path / "site", home)
+    text = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "mini (weights" in text and str(tmp_path) not in text

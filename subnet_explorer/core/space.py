@@ -34,9 +34,9 @@ from .errors import HiddenWeights, SpaceMismatch, SubnetError, check_names
 from .escape import visible
 
 # %% auto #0
-__all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'shared_name', 'same_model', 'same_settings', 'model_id',
-           'fingerprint', 'Group', 'Groups', 'Space', 'groups_of', 'spread', 'granular', 'grid', 'unit_space',
-           'same_space', 'check_model', 'tensors_by_kind']
+__all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'shared_name', 'same_model', 'shared_settings',
+           'same_settings', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space', 'groups_of', 'spread', 'granular',
+           'grid', 'unit_space', 'same_space', 'check_model', 'tensors_by_kind']
 
 # %% ../../nbs/core/02_space.ipynb #c8ec8194
 def digest(what: Any, digits: int = 16, *, sort: bool = True) -> str:      # hexadecimal
@@ -78,6 +78,14 @@ def same_model(before: str, now: str) -> bool:      # as `str` of a `ModelId` sa
     earlier, later = _IN_WORDS.fullmatch(before), _IN_WORDS.fullmatch(now)
     if earlier is None or later is None or earlier[2] != later[2]: return False
     return later[1] in (shared_name(earlier[1]), re.split(r"[/\\]", earlier[1])[-1])
+
+
+def shared_settings(settings: Any) -> Any:      # plain data, as JSON has it
+    "Settings with the models that were said by their paths, earlier, said by their names."
+    if isinstance(settings, dict): return {key: shared_settings(value) for key, value in settings.items()}
+    if isinstance(settings, list): return [shared_settings(value) for value in settings]
+    found = _IN_WORDS.fullmatch(settings) if isinstance(settings, str) else None
+    return settings if found is None else shared_name(found[1]) + found[2]
 
 
 def same_settings(before: Any, now: Any) -> bool:      # plain data, as JSON has it

@@ -19,8 +19,10 @@ import pandas as pd
 from ..core.agreement import agreement
 from ..core.compare import jaccard
 from ..core.escape import Html
+from ..core.files import reason
 from ..core.mask import Mask
 from ..core.masks import Masks
+from ..core.space import shared_settings
 from ..core.store import Run
 from .agreement import jaccard as jaccard_figure, survival as survival_figure
 from .curves import curves
@@ -76,7 +78,7 @@ def run_page(entry: Entry, found: Collection, trail: Links, related: Links) -> s
         tensors = mask.table().drop(columns="kind")
         page.add(site_table(tensors, _TENSORS, name="tensors"), "Density of every tensor")
     page.add(_loading(entry, run), "How to load it")
-    page.add(_indented(run.config, "Configuration") + _environment(run), "What it was asked")
+    page.add(_indented(shared_settings(run.config), "Configuration") + _environment(run), "What it was asked")
     return page.html()
 
 # %% ../../nbs/look/17_pages.ipynb #6599ffb4
@@ -284,10 +286,10 @@ MOST_TABLES = 40
 def study_page(study: Path, found: Collection, to: Path, trail: Links) -> str:
     "Write the page of one study; `to` is the folder of the pages."
     page, runs = Page(study_name(study, found), trail), found.of(study)
-    try: about = _read_json(study / "study.json")
+    try: about = shared_settings(_read_json(study / "study.json"))
     except (OSError, ValueError) as e:
         about = {}
-        page.add(note(str(e), "study.json cannot be read."))
+        page.add(note(reason(e), "study.json cannot be read."))
     counted = _counted(Counter(e.state for e in runs))
     page.say(counted if runs else "This study keeps no masks.")
     made = [name for name in STUDY_FILES if (study / name).is_file()]
@@ -323,7 +325,7 @@ MOST_ROWS = 100
 def _study_table(file: Path, name: str) -> Html:
     "One of a study's tables, folded away."
     try: table = pd.DataFrame(_read_json(file))
-    except (OSError, ValueError, TypeError) as e: return quiet(f"{file.name} cannot be read: {e}")
+    except (OSError, ValueError, TypeError) as e: return quiet(f"{file.name} cannot be read: {reason(e)}")
     n = len(table)
     more = f", the first {MOST_ROWS} of {n:,} rows" if n > MOST_ROWS else ""
     some = _plain(table.head(MOST_ROWS))
@@ -335,7 +337,7 @@ def _cells(study: Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for file in sorted(study.glob("cells/*.json")):
         try: found = _read_json(file)
-        except (OSError, ValueError) as e: found = {"error": str(e)}
+        except (OSError, ValueError) as e: found = {"error": reason(e)}
         parts = found if isinstance(found, list) else [found]
         rows += [{"cell": file.stem, **_values(part)} for part in parts]
     return pd.DataFrame(rows)
