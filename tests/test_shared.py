@@ -138,9 +138,10 @@ def test_compact_models(home, model, tmp_path):
 
 def test_files_are_said_by_their_names(tmp_path):
     (tmp_path / "x.jsonl").touch()
-    told = {"facts": str(tmp_path / "x.jsonl"), "mask": str(tmp_path / "out" / "runs" / "a"), "text": "/no/such", "n": 1}
-    assert without_places(told, tmp_path / "out") == {"facts": "x.jsonl", "mask": "runs/a", "text": "/no/such", "n": 1}
-    assert without_places([Path("out/runs/a")], Path("out")) == ["runs/a"] and without_places("outer/a", Path("out")) == "outer/a"
+    out, here = tmp_path / "out", Path("out")
+    told = {"facts": str(tmp_path / "x.jsonl"), "mask": str(out / "runs" / "a"), "text": "/no/such", "n": 1}
+    assert without_places(told, out) == {"facts": "x.jsonl", "mask": "runs/a", "text": "/no/such", "n": 1}
+    assert without_places([Path("out/runs/a")], here) == ["runs/a"] and without_places("outer/a", here) == "outer/a"
 
 
 def test_sites_about_earlier_runs(home, model, tmp_path):

@@ -45,13 +45,16 @@ HOSTILE = [
     f'" onmouseover="{HIT}" autofocus onfocus="{HIT}', f"' onfocus='{HIT}' autofocus='", f"x autofocus onfocus={HIT} y",
     f"</script><script>{HIT}</script>", f"</style><script>{HIT}</script>", f"</title><script>{HIT}</script>",
     f"</textarea><img src=x onerror={HIT}>", f"<!--><img src=x onerror={HIT}>-->", f"]]><img src=x onerror={HIT}>",
-    f"&lt;img src=x onerror={HIT}&gt;", "&amp;&#60;b&#62;&nbsp;", f"<details open ontoggle={HIT}>", f"<body onload={HIT}>",
+    f"&lt;img src=x onerror={HIT}&gt;", "&amp;&#60;b&#62;&nbsp;", f"<details open ontoggle={HIT}>",
+    f"<body onload={HIT}>",
     f"<style>@import 'http://hit.example/a';</style><img src=http://hit.example/x onload={HIT}>",
     f"`${{{HIT}}}`", f"{{{{constructor.constructor('{HIT}')()}}}}", "{0} {x} {x.__class__} %s %(x)s %n", "%{y} %{text}",
     f"$x$ $$\\href{{javascript:{HIT}}}{{y}}$$ \\(z\\)", "\u202etxt.exe\u2066", "nul\0nul", "\ufeffmark",
     "x\n---\nlicense: stolen\n# Owned\n", '=HYPERLINK("http://hit.example","b")', "@SUM(1,2)", "+cmd|' /C calc'!A0",
-    "-2+3", "\t=1+1", "\r=1+1", "word " * 40 + "end", "👩‍👩‍👧 e\u0301 \u200b \u2028 \u2029", "../../etc/passwd%00.txt",
-    "__proto__ constructor toString", "\x1b[31mred\x1b]0;title\x07\x9b2J", "[x](javascript:1) ![y](http://hit.example/z) | `c`",
+    "-2+3", "\t=1+1", "\r=1+1", "word " * 40 + "end",
+    "👩‍👩‍👧 e\u0301 \u200b \u2028 \u2029", "../../etc/passwd%00.txt",
+    "__proto__ constructor toString", "\x1b[31mred\x1b]0;title\x07\x9b2J",
+    "[x](javascript:1) ![y](http://hit.example/z) | `c`",
 ]
 ALL = [*HOSTILE, "half \ud800 pair"]      # the last of them cannot be in a table
 PARTS = [" ".join(HOSTILE[i::5]) for i in range(5)]      # all of them in five labels
@@ -88,7 +91,7 @@ class Example(Study):
 
 
 def study(cls: type = Example, **more: Any) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     told = dict(masks=Masks([]), tables={"scores": FRAME.assign(seed=0)}, seconds=1., model_name=PARTS[0], folder=None,
                 notes=tuple(HOSTILE), config={"recipe": "lamp", "kind": PARTS[1], "made": HOSTILE}, **more)
     for name, value in told.items(): object.__setattr__(made, name, value)
@@ -179,9 +182,14 @@ STRANGE = """() => [...document.querySelectorAll('*')].filter(e =>
 
 def harmless(browser, page: Path, wait: int = 300) -> Any:
     "Open a page: nothing of the data runs, is asked for, or becomes an element; gives the page."
-    seen, asked, dialogs = browser.new_context(offline=True).new_page(), [], []
+    seen = browser.new_context(offline=True).new_page()
+    asked: list[str] = []
+    dialogs: list[str] = []
+    def dismiss(dialog: Any) -> None:
+        dialogs.append(dialog.message)
+        dialog.dismiss()
     seen.on("request", lambda r: asked.append(r.url))
-    seen.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
+    seen.on("dialog", dismiss)
     seen.goto(page.as_uri(), wait_until="load")
     seen.wait_for_timeout(wait)
     here = page.parent.parent.as_uri()
@@ -211,7 +219,8 @@ def test_forms_show_text(browser, tmp_path):
 
 
 COURSE = pd.DataFrame({"step": [1, 2, 3], "loss": [3., 2., 1.], "density": .5})
-MANY = Masks([({"task": text, "seed": seed}, mask(seed=5 * i + seed)) for i, text in enumerate(PARTS) for seed in (0, 1)])
+CASES = [(text, seed) for text in PARTS for seed in (0, 1)]
+MANY = Masks([({"task": text, "seed": seed}, mask(seed=i)) for i, (text, seed) in enumerate(CASES)])
 
 
 def two(columns: tuple[str, ...], *values: Any) -> pd.DataFrame:
@@ -248,7 +257,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         two(("task", "kind", "stage", "seed", "score"), ..., PARTS[0], "pruned", PARTS[1], .5),
         two(("task", "kind", "stage", "seed", "score"), ..., "full", "full", PARTS[1], .7)]), label=PARTS[2]),
     "removal": lambda: plots.removal(two(("under", "data", "ratio"), ..., PARTS[1], 1.5)),
-    "pareto": lambda: plots.pareto(two(("probe", "granularity", "lam", "rank", "score", "bits"), ..., PARTS[1], 1., 0, .5, 9)),
+    "pareto": lambda: plots.pareto(
+        two(("probe", "granularity", "lam", "rank", "score", "bits"), ..., PARTS[1], 1., 0, .5, 9)),
     "scatter": lambda: plots.scatter(two(("method", "loss", "score"), ..., 1., .5), "loss", "score", "method"),
     "curves": lambda: plots.curves(dict.fromkeys(PARTS, COURSE), PARTS[0]),
     "tradeoff": lambda: plots.tradeoff(course()),
@@ -339,7 +349,8 @@ def test_tables_hold_no_formula(tmp_path):
         for cell in (cell for row in rows for cell in row):
             assert cell == "-1.5" or not cell.startswith(tuple("=+-@\t\r\n"))
         back = pd.read_csv(file)
-        assert list(back.number) == [-1.5] * len(HOSTILE) and list(map(from_cell, back.text)) == list(map(visible, HOSTILE))
+        assert list(back.number) == [-1.5] * len(HOSTILE)
+        assert list(map(from_cell, back.text)) == list(map(visible, HOSTILE))
 
 
 def replace_tables(made: Any, tables: dict[str, pd.DataFrame]) -> Any:
@@ -429,9 +440,10 @@ def test_html_is_written_as_html(module):
         if not isinstance(node, ast.Call): continue
         called = ast.unparse(node.func)
         assert called not in ("html.escape", "escape") and not called.endswith((".to_html_string", ".to_markdown"))
-        if called.endswith(".to_html"): assert module in ("core.escape", "look.figure"), f"line {node.lineno}: table_html"
-        if called.endswith(".to_csv"): assert module == "core.escape", f"line {node.lineno}: csv_text"
-        if called.startswith("yaml.") and "dump" in called: assert module == "core.escape" and called == "yaml.safe_dump"
+        where = f"line {node.lineno}"
+        if called.endswith(".to_html"): assert module in ("core.escape", "look.figure"), f"{where}: table_html"
+        if called.endswith(".to_csv"): assert module == "core.escape", f"{where}: csv_text"
+        if re.match(r"yaml\..*dump", called): assert (module, called) == ("core.escape", "yaml.safe_dump"), where
         if called == "Html" and not isinstance(node.args[0], ast.Constant):
             assert module in MAKES_HTML and not isinstance(node.args[0], ast.JoinedStr), f"line {node.lineno}"
 
