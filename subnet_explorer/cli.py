@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .core.errors import SubnetError, check_names
+from .core.escape import visible
 from .core.files import CannotWrite, reason
 from .core.progress import Stream
 from .core.signals import Stopped, stopping
@@ -443,7 +444,7 @@ def _status(words: Sequence[str]) -> int:
         answer = started([word for word in words if word != "--json"])
     except SubnetError as error: return _refused(error)
     except OSError as error: return _refused(SubnetError(f"the system refuses: {_said(error)}."))
-    print(json.dumps(answer.data) if "--json" in words else answer.text)
+    print(json.dumps(answer.data) if "--json" in words else visible(answer.text))
     return answer.status
 
 

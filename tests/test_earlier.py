@@ -16,6 +16,7 @@ from fixtures.make_earlier import EARLIER, described, searches
 
 from subnet_explorer import Mask, Run, Store
 from subnet_explorer.cli import main
+from subnet_explorer.recipes.study import without_places
 
 EXPECTED = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
 EARLIER_COMMANDS, RESULTS, RUNS = EXPECTED["commands"], EXPECTED["results"], EXPECTED["runs"]
@@ -98,6 +99,7 @@ def read(path: Path) -> pd.DataFrame:
 def check_table(name: str) -> None:
     "The same table as before. Words that are nearly tied may be ranked the other way round by another machine."
     got, wanted = read(Path(name)), read(EARLIER / name)
+    wanted = wanted.map(lambda value: without_places(value, Path(name).parent))
     ranks = [c for c in wanted if c in ("rank", "filtered")]
     got = got.drop(columns=[c for c in got if c in NEW_COLUMNS and c not in wanted])
     assert list(got) == list(wanted) and len(got) == len(wanted)
@@ -168,7 +170,7 @@ def test_the_same_command_has_nothing_left_to_do(earlier, untrained, study):
     assert {p for p in before if after[p] != before[p]} <= written
     results = json.loads(Path(study, "results.json").read_text())
     assert isinstance(results.pop("seconds"), float)
-    check_alike(results, RESULTS[study])
+    check_alike(results, without_places(RESULTS[study], study))      # masks by where they lie in the study
     for table in tables: check_table(table)
 
 

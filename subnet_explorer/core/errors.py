@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .escape import visible
+
 # %% auto #0
 __all__ = ['SubnetError', 'SpaceMismatch', 'UnknownFamily', 'HiddenWeights', 'UnknownName', 'LayerRange', 'check_names']
 
@@ -20,6 +22,8 @@ class SubnetError(ValueError):
     Fix: Follow the message. Catch this class to catch all errors below it; anything else that is
         raised is a bug.
     """
+
+    def __init__(self, *said: object) -> None: super().__init__(*map(visible, said))
 
 class SpaceMismatch(SubnetError):
     """Two masks, or a mask and a model, do not belong to the same space.
@@ -49,6 +53,7 @@ class HiddenWeights(SubnetError):
         adapters, remove pruning, weight norm and parametrizations; the message says how.
     """
 
+# %% ../../nbs/core/00_errors.ipynb #4511beb0
 class UnknownName(SubnetError):
     """A name (relation, role, kind, column …) does not exist; the nearest ones are given.
 

@@ -5,7 +5,6 @@
 # %% ../../nbs/core/08_mask.ipynb #7b75aa8c
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import pandas as pd
 from .bits import Bits, draw, pack, quantile_bins, shuffled_within, split_by_group
 from .doors import checked
 from .errors import SubnetError, check_names
+from .escape import Html, markdown_text, visible, yaml_text
 from .files import download, upload
 from .kinds import blocks_to_weights, share_kept, space_to, units_to_weights
 from .layout import layer_text
@@ -149,7 +149,7 @@ def _described(mask: Mask) -> str:
     blocks = "\n".join(f"  layer {i:>2} {''.join(map(_block, row))}" for i, row in rows)
     kept = f"{mask.count:,} of {mask.space.size:,} kept"
     about = f"Mask({mask.id}, density {mask.density:.3f}: {kept})"
-    return f"{about}\n{mask.space!r}\n{blocks}   ({' '.join(grid.columns)})"
+    return visible(f"{about}\n{mask.space!r}\n{blocks}   ({' '.join(grid.columns)})")
 
 
 def _block(density: float) -> str:
@@ -157,27 +157,29 @@ def _block(density: float) -> str:
     return "·" if np.isnan(density) else " ▁▂▃▄▅▆▇█"[round(density * 8)]
 
 
-def _heat(mask: Mask) -> str:
+_HEAT = Html('<div class="tex2jax_ignore mathjax_ignore"><b>{} mask</b> {} of {}: {}{}'
+             "<table><tr><th></th>{}</tr>{}</table></div>")
+
+
+def _heat(mask: Mask) -> Html:
     "A mask as HTML: a shaded table with numbers."
-    grid = _grid(mask)
-    kind, model = html.escape(mask.space.kind), html.escape(str(mask.space.model))
+    grid, nothing = _grid(mask), Html("")
     kept = f"density {mask.density:.3f}, {mask.count:,} of {mask.space.size:,} kept"
-    about = f"<b>{kind} mask</b> {mask.id} of {model}: {kept}"
-    made = " · ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in _told(mask).items())
-    if made: made = f"<br>{made}"
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in grid.columns)
-    body = ""
+    made = " · ".join(f"{k} {v}" for k, v in _told(mask).items())
+    told = Html("<br>{}").format(made) if made else nothing
+    head = nothing.join(Html("<th>{}</th>").format(column) for column in grid.columns)
+    body = nothing
     for layer, row in zip(grid.index, grid.to_numpy(), strict=True):
-        body += f"<tr><th>layer {layer}</th>{''.join(map(_cell, row))}</tr>"
-    return f"<div>{about}{made}<table><tr><th></th>{head}</tr>{body}</table></div>"
+        body += Html("<tr><th>layer {}</th>{}</tr>").format(layer, nothing.join(map(_cell, row)))
+    return _HEAT.format(mask.space.kind, mask.id, mask.space.model, kept, told, head, body)
 
 
-def _cell(density: float) -> str:
+def _cell(density: float) -> Html:
     "A cell of the table, darker where more is kept."
-    if np.isnan(density): return '<td style="text-align:center;"></td>'
+    if np.isnan(density): return Html('<td style="text-align:center;"></td>')
     text = "#fff" if density > .85 else "#111"
     shade = f"background:rgba(0,90,160,{0.08 + 0.62 * density:.2f});color:{text}"
-    return f'<td style="text-align:center;{shade}">{density:.2f}</td>'
+    return Html('<td style="text-align:center;{}">{:.2f}</td>').format(shade, density)
 
 
 def _told(mask: Mask) -> dict[str, str]:
@@ -306,9 +308,7 @@ def load_mask(
 
 # %% ../../nbs/core/08_mask.ipynb #4981e2cd
 _CARD = """---
-library_name: subnet_explorer
-base_model: {name}
----
+{head}---
 # A subnetwork of {model}
 
 {kind} mask, layers {layers}, density {density:.3f}.
@@ -321,7 +321,7 @@ base_model: {name}
 
 ```python
 from subnet_explorer import load, Mask, masked
-model, tok = load("{name}")
+model, tok = load({name})
 with masked(model, Mask.from_hub("…")): ...
 ```
 """
@@ -331,11 +331,14 @@ def card(mask: Mask) -> str:
     "Markdown card of a mask: what it is, density per layer, how to apply it."
     rows = []
     for r in table(mask).itertuples():
-        rows.append(f"| {r.layer} | {r.role} | {r.size:,} | {r.kept:,} | {r.density:.3f} |")
+        rows.append(f"| {r.layer} | {markdown_text(r.role)} | {r.size:,} | {r.kept:,} | {r.density:.3f} |")
+    model = mask.space.model
+    name = " ".join(visible(model.name).split())
     return _CARD.format(
-        name=mask.space.model.name, model=mask.space.model, kind=mask.space.kind, density=mask.density,
-        layers=layer_text(i for i in mask.space.layers if i >= 0),
-        made="\n".join(f"- {k}: {v}" for k, v in _told(mask).items()), rows="\n".join(rows))
+        head=yaml_text({"library_name": "subnet_explorer", "base_model": name}), name=repr(name),
+        model=markdown_text(model), kind=mask.space.kind, density=mask.density,
+        layers=layer_text(i for i in mask.space.layers if i >= 0), rows="\n".join(rows),
+        made="\n".join(f"- {markdown_text(k)}: {markdown_text(v)}" for k, v in _told(mask).items()))
 
 
 def push_to_hub(mask: Mask, repo: str, private: bool = False) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from .doors import checked
 from .errors import SubnetError, check_names
+from .escape import Html, table_html, visible
 from .mask import Mask, load_mask
 from .numbers import SomeShare
 from .scores import Scores
@@ -63,7 +64,7 @@ class MaskList:
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{c} ({self.index[c].nunique()})" for c in self.index.columns)
-        return f"Masks({len(self)}: {axes or 'no labels'})"
+        return visible(f"Masks({len(self)}: {axes or 'no labels'})")
 
 # %% ../../nbs/core/10_masks.ipynb #bb3947f5
 @checked
@@ -110,7 +111,7 @@ class Masks(MaskList):
         return survival(self)
 
     def _repr_html_(self) -> str:
-        return f"<b>{len(self)} masks</b>" + self.table().to_html(index=False, float_format="{:.3f}".format)
+        return Html("<b>{} masks</b>{}").format(len(self), table_html(self.table(), 3, index=False))
 
 # %% ../../nbs/core/10_masks.ipynb #f68a13d9
 def _chosen(index: pd.DataFrame, labels: Mapping[str, Any]) -> np.ndarray:      # bool (row,)

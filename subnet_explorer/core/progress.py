@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
+from .escape import visible
+
 # %% auto #0
 __all__ = ['Cell', 'Line', 'progress_bar', 'watched', 'Stream']
 
@@ -35,7 +37,7 @@ def progress_bar(
     "A bar from `done` to `total`, moved with `update`; it is drawn twice a second at most."
     if not isinstance(show, bool): return show.bar(what, total, done)
     from tqdm.auto import tqdm
-    return tqdm(desc=what, total=total, initial=done, unit=unit, disable=not show, mininterval=0.5)
+    return tqdm(desc=visible(what), total=total, initial=done, unit=unit, disable=not show, mininterval=0.5)
 
 
 def watched(

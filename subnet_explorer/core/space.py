@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,10 +31,12 @@ from subnet_explorer.core.layout import (
 
 from .doors import checked
 from .errors import HiddenWeights, SpaceMismatch, SubnetError, check_names
+from .escape import visible
 
 # %% auto #0
-__all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space',
-           'groups_of', 'spread', 'granular', 'grid', 'unit_space', 'same_space', 'check_model', 'tensors_by_kind']
+__all__ = ['KINDS', 'WHOLE_UNITS', 'GRANULARITIES', 'digest', 'ModelId', 'shared_name', 'same_model', 'shared_settings',
+           'same_settings', 'model_id', 'fingerprint', 'Group', 'Groups', 'Space', 'groups_of', 'spread', 'granular',
+           'grid', 'unit_space', 'same_space', 'check_model', 'tensors_by_kind']
 
 # %% ../../nbs/core/02_space.ipynb #c8ec8194
 def digest(what: Any, digits: int = 16, *, sort: bool = True) -> str:      # hexadecimal
@@ -45,15 +48,53 @@ def digest(what: Any, digits: int = 16, *, sort: bool = True) -> str:      # hex
 @dataclass(frozen=True)
 class ModelId:
     "Identity of a base model."
-    name: str
+    name: str     # of a folder the last part: where it lies is nobody else's business
     revision: str | None
     config: str   # hash of the configuration (16 hex digits)
     weights: str  # hash of the block and embedding weights (16 hex digits); empty if nobody knows
+
+    def __post_init__(self) -> None: object.__setattr__(self, "name", shared_name(self.name))
 
     def __str__(self) -> str:
         revision = f"@{self.revision[:7]}" if self.revision else ""
         weights = f" (weights {self.weights[:6]}…)" if self.weights else ""
         return f"{self.name}{revision}{weights}"
+
+# %% ../../nbs/core/02_space.ipynb #5e1f0a02
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_IN_WORDS = re.compile(r"(?s)(.*?)((?:@\w{1,7})? \(weights \w{6}…\))")      # name, and what `ModelId` says behind it
+
+
+def shared_name(name: str) -> str:
+    "A name of a model as others may see it: a hub name as it is, of a path the last part."
+    if _HUB_NAME.fullmatch(name): return name
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    return parts[-1] if parts else "model"
+
+
+def same_model(before: str, now: str) -> bool:      # as `str` of a `ModelId` says them
+    "Whether two models are the same, or `before` is the path of `now` as it was said earlier."
+    if before == now: return True
+    earlier, later = _IN_WORDS.fullmatch(before), _IN_WORDS.fullmatch(now)
+    if earlier is None or later is None or earlier[2] != later[2]: return False
+    return later[1] in (shared_name(earlier[1]), re.split(r"[/\\]", earlier[1])[-1])
+
+
+def shared_settings(settings: Any) -> Any:      # plain data, as JSON has it
+    "Settings with the models that were said by their paths, earlier, said by their names."
+    if isinstance(settings, dict): return {key: shared_settings(value) for key, value in settings.items()}
+    if isinstance(settings, list): return [shared_settings(value) for value in settings]
+    found = _IN_WORDS.fullmatch(settings) if isinstance(settings, str) else None
+    return settings if found is None else shared_name(found[1]) + found[2]
+
+
+def same_settings(before: Any, now: Any) -> bool:      # plain data, as JSON has it
+    "Whether two configurations are equal, but for paths of models in the earlier one."
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(same_settings(before[k], now[k]) for k in now)
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(same_settings, before, now))
+    return same_model(before, now) if isinstance(before, str) and isinstance(now, str) else before == now
 
 # %% ../../nbs/core/02_space.ipynb #2901a408
 def model_id(model: Any, layout: Layout) -> ModelId:
@@ -63,6 +104,7 @@ def model_id(model: Any, layout: Layout) -> ModelId:
     settings = model.config.to_dict()
     config = {k: v for k, v in settings.items() if not k.startswith("_") and k not in passing}
     name = model.config._name_or_path or type(model).__name__
+    if os.path.isdir(name): name = os.path.basename(os.path.abspath(name))
     revision = getattr(model.config, "_commit_hash", None)
     return ModelId(name, revision, digest(config), fingerprint(model, layout))
 
@@ -274,7 +316,7 @@ def _described(space: Space) -> str:
     where = f"layers {layers} of {space.layout.n_layers}"
     if -1 in space.layers: where += " + embeddings"
     size = f"{space.size:,} coordinates in {len(space.groups)} tensors"
-    return f"Space({space.kind} of {space.model}, {where}: {size})"
+    return visible(f"Space({space.kind} of {space.model}, {where}: {size})")
 
 # %% ../../nbs/core/02_space.ipynb #e31b46fe
 def spread(

@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html, visible
 from ..core.numbers import Count, Natural, Seed
 from .files import BadFacts, numbered_sources, parse_json, source_path
 from .templates import DETERMINER, TEMPLATES, article, filled, read_templates
@@ -112,18 +112,17 @@ class Facts:
 
     def __repr__(self) -> str:
         lost = f"; {self.left_out():,} left out" if self.skipped else ""
-        return f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations{lost})"
+        return visible(f"Facts({self.name}: {len(self):,} in {len(self.relations)} relations{lost})")
 
 # %% ../../nbs/data/01_facts.ipynb #e65764c8
-def _facts_html(facts: Facts) -> str:
+def _facts_html(facts: Facts) -> Html:
     "Make a table with one row per relation."
-    name = escape(str(facts.name))
-    if not facts.items: return f"<b>0 facts</b> from {name}"
+    if not facts.items: return Html("<b>0 facts</b> from {}").format(facts.name)
     lost = f", {facts.left_out():,} left out" if facts.skipped else ""
     shown = dict(facts=("uuid", "size"), objects=("obj", "nunique"), example=("prompt", "first"))
     rows = facts.table().groupby("relation", sort=False).agg(**shown)
     if facts.skipped: rows["left out"] = [sum(facts.skipped.get(r, {}).values()) for r in rows.index]
-    return f"<b>{len(facts):,} facts</b> from {name}{lost}" + rows.to_html()
+    return Html("<b>{:,} facts</b> from {}{}{}").format(len(facts), facts.name, lost, table_html(rows))
 
 # %% ../../nbs/data/01_facts.ipynb #29ad81b8
 @checked

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import visible
 from ..core.numbers import Bounds, Count, Seed
 from .questions import is_squad, read_squad, squad_files, without_prefix
 from .tables import Labelled, LabelTask, read_glue
@@ -81,7 +82,7 @@ class TaskData:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(data):,} to {name}" for name, data in self.parts.items())
-        return f"TaskData({self.train.name}: {sizes}; {self.metric})"
+        return visible(f"TaskData({self.train.name}: {sizes}; {self.metric})")
 
 # %% ../../nbs/data/07_parts.ipynb #87fa4a17
 SearchShare = Annotated[float, Bounds(0, 0.5, "()")]

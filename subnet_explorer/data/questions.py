@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import visible
 from .files import dataset_parts, file_text, parse_json, source_path
 from .tables import Labelled, LabelTask
 
@@ -67,7 +68,7 @@ class Questions(Labelled):
 
     def __repr__(self) -> str:
         texts = {row["context"] for row in self}
-        return f"Questions({self.name}: {len(self):,} about {len(texts):,} texts)"
+        return visible(f"Questions({self.name}: {len(self):,} about {len(texts):,} texts)")
 
 # %% ../../nbs/data/06_questions.ipynb #f3d2672a
 MISPLACED = ("raise", "move", "drop")

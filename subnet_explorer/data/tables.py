@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html, visible
 from ..core.numbers import Natural, Seed
 from ..core.space import digest
 from .files import numbered_lines, numbered_sources, parse_json, source_path
@@ -118,11 +118,11 @@ class Labelled:
         "Make a table with one row per example."
         return pd.DataFrame(list(self.items))
 
-    def _repr_html_(self) -> str: return f"<b>{escape(repr(self))}</b>" + self.table().head().to_html()
+    def _repr_html_(self) -> str: return Html("<b>{!r}</b>{}").format(self, table_html(self.table().head()))
 
     def __repr__(self) -> str:
         lost = f"; {sum(self.skipped.values()):,} left out" if self.skipped else ""
-        return f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)}{lost})"
+        return visible(f"Labelled({self.name}, {self.task.name}: {len(self):,} rows; {_kinds(self)}{lost})")
 
 # %% ../../nbs/data/05_tables.ipynb #f3087ca9
 def _kinds(data: Labelled) -> str:

@@ -176,7 +176,7 @@ def _below(r: pd.Series, same: bool) -> str:
     "Write the smaller lines of a cell: the standard deviation and, of two tasks, chance."
     lines = [f"± {r['std']:.1f}"] if pd.notna(r["std"]) else []
     if not same and pd.notna(r.chance): lines.append(f"({r.chance:.1f})")
-    return "<br>".join(lines)
+    return "\n".join(lines)
 
 
 def _pair(r: pd.Series) -> str:

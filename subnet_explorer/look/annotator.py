@@ -5,7 +5,6 @@
 # %% ../../nbs/look/14_annotator.ipynb #25bf6376
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import plotly.graph_objects as go
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, as_cell, visible
 from ..core.files import atomic_write
 from ..core.numbers import Seed
 from ..measure.maps import ATTENTION_PATTERNS, BadLabels, check_map, picture, read_labels
 from .figure import Figure
+from .style import safe_text
 from .views import Piece
 
 # %% auto #0
@@ -40,7 +41,7 @@ class Annotator(Piece):
         seed: Seed | None = None,                           # order of presentation; None: as given
     ) -> None:
         super().__init__(lambda: _annotator_box(self), lambda: annotator_figure(self))
-        self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(str, ids))
+        self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(visible, ids))
         self.maps = [check_map(m, i) for m, i in zip(maps, self.ids, strict=False)]
         self.to, self.tokens, self.texts = Path(to), tokens, texts
         _check_parts(maps, self.ids, tokens, texts)
@@ -71,7 +72,7 @@ class Annotator(Piece):
         "The picture of the map that is shown; empty at the end."
         return _image(self)
 
-    def __repr__(self) -> str: return f"Annotator({self.status}, {self.to.name})"
+    def __repr__(self) -> str: return visible(f"Annotator({self.status}, {self.to.name})")
 
 # %% ../../nbs/look/14_annotator.ipynb #6a3a63c8
 HEADER = "file\tlabel"
@@ -149,7 +150,7 @@ def _undo(a: Annotator) -> None:
 def _write(a: Annotator, labels: dict[str, str]) -> None:
     "Change the labels, in the file and here."
     if labels == a.labels: return
-    lines = [HEADER, *(f"{name}\t{labels[name]}" for name in a.ids if name in labels)]
+    lines = [HEADER, *(f"{as_cell(name)}\t{labels[name]}" for name in a.ids if name in labels)]
     atomic_write(a.to, "\n".join(lines) + "\n")
     a.labels = labels
 
@@ -168,13 +169,13 @@ def annotator_figure(a: Annotator) -> Figure:
     if i is None: raise SubnetError(f"there is no map to show: {a.status}.")
     names = [str(k + 1) for k in range(len(a.maps[i]))]
     if a.tokens: names = [f"{k + 1} {token}" for k, token in enumerate(a.tokens[i])]
-    shown = [html.escape(name, quote=False) for name in names]
+    shown = list(map(safe_text, names))
     fig = go.Figure(go.Heatmap(
         z=a.maps[i].astype(float), x=shown, y=shown, colorscale="Viridis", zmin=0,
         colorbar=dict(title=dict(text="attention", side="right")),
-        hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
+        hovertemplate=Html("from %{y} to %{x}: %{z:.3f}<extra></extra>"),
     ))
-    title = dict(text=html.escape(f"Map {a.ids[i]}: {a.status}", quote=False), font_size=16)
+    title = dict(text=safe_text(f"Map {a.ids[i]}: {a.status}"), font_size=16)
     margin = dict(l=90, r=90, t=70, b=80)
     fig.update_layout(template="simple_white", width=620, height=600, title=title, margin=margin)
     fig.update_xaxes(title="to", type="category", tickangle=-90)
@@ -194,7 +195,7 @@ def _annotator_box(a: Annotator) -> Any:
     def take(key: str) -> None:
         message.value = ""
         try: a.press(key)
-        except SubnetError as e: message.value = f"<span role='alert'>{html.escape(str(e))}</span>"
+        except SubnetError as e: message.value = Html("<span role='alert'>{}</span>").format(e)
     def typed(change: Mapping[str, Any]) -> None:
         if not change["new"]: return
         field.value = ""
@@ -222,8 +223,8 @@ def _key_button(key: str, name: str, take: Callable[[str], None]) -> Any:
 def _show_state(a: Annotator, parts: Mapping[str, Any]) -> None:
     "Let the parts of the widget show the present state."
     i = a.current
-    parts["status"].value = html.escape(a.status if i is None else f"{a.status}; map {a.ids[i]}")
+    parts["status"].value = Html.escape(a.status if i is None else f"{a.status}; map {a.ids[i]}")
     parts["image"].value = a.image
     parts["image"].layout.display = "none" if i is None else None
     text = "" if i is None or a.texts is None else str(a.texts[i])
-    parts["text"].value = html.escape(text)
+    parts["text"].value = Html.escape(text)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +15,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import Html
 from ..core.numbers import Count
 from .explorer import Explorer, heat
 from .figure import print_figure
@@ -77,7 +77,7 @@ def explore(
     return App(masks, model, data, tok=tok, head=head, to=to, batch=batch)
 
 # %% ../../nbs/look/13_app.ipynb #f7540e85
-_ALERT = '<span role="alert" style="color:#a03000;background:#fff4e8">{}</span>'
+_ALERT = Html('<span role="alert" style="color:#a03000;background:#fff4e8">{}</span>')
 
 
 def _try(a: App, act: Callable[[], Any]) -> None:
@@ -90,7 +90,7 @@ def _try(a: App, act: Callable[[], Any]) -> None:
 def _say(a: App, message: str) -> None:
     "Put a message into the message line."
     a.message = message
-    a._box.parts["message"].value = _ALERT.format(html.escape(message)) if message else ""
+    a._box.parts["message"].value = _ALERT.format(message) if message else ""
 
 
 def _heard(a: App, part: Any, act: Callable[[Any], Any]) -> None:
@@ -167,7 +167,7 @@ def _refilter(a: App) -> None:
     a._box.axes = _axes_shown(a)
 
 # %% ../../nbs/look/13_app.ipynb #60c0a656
-_NO_UNITS = ("<small>Weights are shown by matrix: whole heads can be switched after "
+_NO_UNITS = Html("<small>Weights are shown by matrix: whole heads can be switched after "
              'mask.to("head+mlp", keep=…).</small>')
 
 
@@ -320,10 +320,10 @@ def _show_choices(a: App) -> None:
     options = tuple((a.label(i), i) for i in shown)
     if p["list"].options != options: p["list"].options = options
     p["list"].value = a.at if a.at in shown else None
-    p["count"].value = f"<b>{len(shown)}</b> of {len(a.masks)} masks"
+    p["count"].value = Html("<b>{}</b> of {} masks").format(len(shown), len(a.masks))
     p["shade"].value = a.shade
     p["prompt"].value, p["sentence"].value = a.prompt, a.sentence
-    p["status"].value = html.escape(status(a))
+    p["status"].value = Html.escape(status(a))
     _say(a, a.message)
 
 # %% ../../nbs/look/13_app.ipynb #a2a5e123
@@ -348,9 +348,9 @@ def _draw_scores(a: App, found: pd.DataFrame) -> None:
 
 def _draw_answers(a: App, found: pd.DataFrame) -> None:
     "Write the prompt with the most probable token under each condition."
-    answers = [f"{html.escape(r.under)}: <b>{html.escape(r.token)}</b> {r.probability:.2f}"
+    answers = [Html("{}: <b>{}</b> {:.2f}").format(r.under, r.token, r.probability)
                for r in found[found["rank"] == 1].itertuples()]
-    a._box.parts["answers"].value = html.escape(a.prompt) + "<br>" + " · ".join(answers)
+    a._box.parts["answers"].value = Html("{}<br>{}").format(a.prompt, Html(" · ").join(answers))
 
 
 def _draw_tab(a: App, tab: str, found: Any) -> None:
@@ -360,7 +360,7 @@ def _draw_tab(a: App, tab: str, found: Any) -> None:
     if tab == "map": _draw_points(a, found)
 
 # %% ../../nbs/look/13_app.ipynb #697253d7
-_HOW_TO_PICK = ("<small>Drag a frame around points, or press the name of a relation, "
+_HOW_TO_PICK = Html("<small>Drag a frame around points, or press the name of a relation, "
                 "to pick them under both conditions.</small>")
 MOST_PICKED = 30
 "So many of the picked facts are listed."
@@ -375,7 +375,7 @@ def _draw_points(a: App, found: pd.DataFrame) -> None:
         p["points"].picked = list(a.picked)
     else: p["points"].value = print_figure(a.figure("map"), "svg").decode()
     picked = facts[facts["item"].isin(a.picked)].head(MOST_PICKED)
-    rows = [[html.escape(str(v)) for v in (r.relation, r.sub, r.obj)] for r in picked.itertuples()]
+    rows = [[r.relation, r.sub, r.obj] for r in picked.itertuples()]
     table = html_table(["relation", "subject", "object"], rows, f"{len(a.picked)} picked")
     p["picked"].value = table if rows else _HOW_TO_PICK
 
@@ -412,7 +412,7 @@ def _steps(a: App, jobs: Jobs) -> Iterator[str]:
     for what, draw in jobs:
         try: yield from _step(a, what, draw)
         except SubnetError as problem:
-            if what in TABS: a._box.parts[f"tab {what}"].value = f"<p>{html.escape(str(problem))}</p>"
+            if what in TABS: a._box.parts[f"tab {what}"].value = Html("<p>{}</p>").format(problem)
             else: _say(a, str(problem))
         except Exception as problem: _say(a, f"{what}: {type(problem).__name__}: {problem}")
     a._box.parts["busy"].layout.display = "none"

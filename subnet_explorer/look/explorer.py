@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html
 from ..core.numbers import Count
 from . import models
 from .agreement import consensus as consensus_figure
@@ -99,10 +100,11 @@ def nearby(table: pd.DataFrame, most: Count = 40) -> Figure:    # table: of the 
     return Figure(fig, table, _nearby_in_words(table, most))
 
 
-def _overlap_text(r: Any) -> str:      # r: a row
+def _overlap_text(r: Any) -> Html:      # r: a row
     "What the pointer says over a mark."
-    return (f"{safe_text(r.label)}<br>distance {r.distance:.3f}, chance {r.chance:.3f}<br>"
-            f"{r.shared:,.0f} shared, {r.shared_chance:,.1f} by chance")
+    lines = [r.label, f"distance {r.distance:.3f}, chance {r.chance:.3f}",
+             f"{r.shared:,.0f} shared, {r.shared_chance:,.1f} by chance"]
+    return Html("<br>").join(lines)
 
 
 def _nearby_in_words(table: pd.DataFrame, most: int) -> str:

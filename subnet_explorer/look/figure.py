@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.doors import checked
+from ..core.escape import Html, visible
 from ..core.files import atomic_write
 from ..core.numbers import Count, Natural, Number
 from .paper import CannotDraw, print_plotly
@@ -27,7 +27,7 @@ __all__ = ['STYLE', 'POLICY', 'html_page', 'html_card', 'View', 'Figure', 'html_
            'set_layout', 'color_axis', 'add_heat']
 
 # %% ../../nbs/look/02_figure.ipynb #ead391cf
-STYLE = (
+STYLE = Html(
     "<style>"
     ":root{color-scheme:light dark}"
     "body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}\n"
@@ -44,31 +44,35 @@ POLICY = (
 )
 
 
+_PAGE = Html(
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    '<meta name="viewport" content="width=device-width">'
+    "<title>{title}</title>{style}{script}</head><body>{body}</body></html>"
+)
+_CARD = Html('<figure class="paper" tabindex="0">{}{}</figure>')
+_IN_WORDS = Html("<details><summary>In words</summary>{}</details>")
+
+# %% ../../nbs/look/02_figure.ipynb #da4c2920
 @checked
 def html_page(
     title: str,
-    body: str,               # HTML
-) -> str:
+    body: str,               # `Html`; other text is shown as text
+) -> Html:
     "Wrap HTML into a complete document, with plotly.js when something needs it."
     from plotly.offline import get_plotlyjs
-    script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
-    head = (
-        '<meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title>{STYLE}{script}"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
+    script = Html("")
+    if "plotly-graph-div" in body: script = Html("<script>{}</script>").format(Html(get_plotlyjs()))
+    return _PAGE.format(policy=Html(POLICY), title=title, style=STYLE, script=script, body=body)
 
 
 @checked
 def html_card(
-    body: str,               # HTML
+    body: str,               # `Html`; other text is shown as text
     alt: str | None = None,  # what it shows, in words
-) -> str:
+) -> Html:
     "Put HTML on white paper, with its description to unfold below."
-    if alt is not None: body += f"<details><summary>In words</summary>{html.escape(alt)}</details>"
-    return f'<figure class="paper" tabindex="0">{body}</figure>'
+    return _CARD.format(body, Html("") if alt is None else _IN_WORDS.format(alt))
 
 # %% ../../nbs/look/02_figure.ipynb #f51e613d
 @checked
@@ -85,11 +89,11 @@ class View:
                 f"cannot save a view as {Path(path).name!r}: "
                 "use .html, or mask_attention(…) for a figure that can be printed."
             )
-        return atomic_write(path, html_page("Attention", html_card(self.html, self.alt)))
+        return atomic_write(path, html_page("Attention", html_card(Html(self.html), self.alt)))
 
     def _repr_html_(self) -> str: return self.html
 
-    def __repr__(self) -> str: return f"View: {self.alt}"
+    def __repr__(self) -> str: return visible(f"View: {self.alt}")
 
 # %% ../../nbs/look/02_figure.ipynb #a7091b17
 @checked
@@ -113,24 +117,25 @@ class Figure:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         values = self.plotly.to_json()
-        page = html_figure(self) if len(values) < 140_000 else f"<p>{html.escape(self.alt)}</p>"
-        return {"application/vnd.plotly.v1+json": json.loads(values), "text/html": page, "text/plain": self.alt}
+        page = html_figure(self) if len(values) < 140_000 else Html("<p>{}</p>").format(self.alt)
+        plain = visible(self.alt)
+        return {"application/vnd.plotly.v1+json": json.loads(values), "text/html": page, "text/plain": plain}
 
-    def __repr__(self) -> str: return f"Figure: {self.alt}"
+    def __repr__(self) -> str: return visible(f"Figure: {self.alt}")
 
 
 @checked
 def html_figure(
     fig: Figure,
     name: str = "",          # unique in the page; "": made from the values
-) -> str:
+) -> Html:
     "Write a figure as HTML that expects plotly.js in the page."
     name = name or "figure-" + hashlib.sha256(fig.plotly.to_json().encode()).hexdigest()[:12]
     body = fig.plotly.to_html(
         full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name,
         config={"displaylogo": False},
     )
-    return f'<div role="figure" aria-label="{html.escape(fig.alt, quote=True)}">{body}</div>'
+    return Html('<div role="figure" aria-label="{}">{}</div>').format(fig.alt, Html(body))
 
 # %% ../../nbs/look/02_figure.ipynb #cae36cd6
 @checked
@@ -206,10 +211,10 @@ def add_heat(
     said = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.{digits}f}", otypes=[str])(cells)
     below = np.full(cells.shape, None) if small is None else small
     hover = [
-        [_hover(f"{r}, {c}", name, said[i, j], below[i, j]) for j, c in enumerate(cols)]
+        [_hover(Html("{}, {}").format(r, c), name, said[i, j], below[i, j]) for j, c in enumerate(cols)]
         for i, r in enumerate(rows)
     ]
-    text = said if small is None else np.vectorize(_with_small, otypes=[str])(said, small)
+    text = said if small is None else np.vectorize(_with_small, otypes=[object])(said, small)
     fig.add_trace(go.Heatmap(
         z=cells, coloraxis="coloraxis", showscale=True, xgap=1, ygap=1,
         hovertext=hover, hoverinfo="text",
@@ -223,12 +228,13 @@ def add_heat(
     fig.update_yaxes(tickvals=down, ticktext=rows, autorange="reversed", **bare, **where)
 
 
-def _hover(place: str, name: str, value: str, small: str | None) -> str:
+def _hover(place: Html, name: str, value: str, small: str | None) -> Html:
     "Say what a cell holds."
-    said = f"{place}<br>{safe_text(name)} {value or 'missing'}"
-    return said + ("" if small is None else f" {small.replace('<br>', ' ')}")
+    said = Html("{}<br>{} {}").format(place, name, value or "missing")
+    return said if small is None else said + " " + Html(" ").join(small.split("\n"))
 
 
-def _with_small(value: str, small: str) -> str:
-    "Put a smaller line below a value, where there are both."
-    return f'{value}<br><span style="font-size:75%">{small}</span>' if value and small else value
+def _with_small(value: str, small: str) -> Html:      # small: lines
+    "Put smaller lines below a value, where there are both."
+    if not value or not small: return Html.escape(value)
+    return Html('{}<br><span style="font-size:75%">{}</span>').format(value, Html("<br>").join(small.split("\n")))

@@ -5,7 +5,6 @@
 # %% ../../nbs/look/16_markup.ipynb #8e6fd93a
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,19 +15,15 @@ import pandas as pd
 
 from .. import __version__
 from ..core.errors import SubnetError
+from ..core.escape import Html, in_script, visible
 from .figure import Figure
 from .style import plain_text
 
 # %% auto #0
-__all__ = ['SITE_POLICY', 'Trail', 'MOST_OPTIONS', 'escaped', 'shown', 'link_list', 'note', 'quiet', 'folded', 'preformatted',
+__all__ = ['SITE_POLICY', 'Trail', 'MOST_OPTIONS', 'shown', 'link_list', 'note', 'quiet', 'marked', 'folded', 'preformatted',
            'document', 'figure_html', 'Page', 'site_table']
 
 # %% ../../nbs/look/16_markup.ipynb #d1dfea53
-def escaped(value: Any) -> str:
-    "Any value as text that is safe in HTML, also between quotes."
-    return html.escape(str(value), quote=True)
-
-
 def shown(value: Any) -> str:
     "A value as a reader wants to see it."
     if value is None or value is pd.NA: return "–"
@@ -40,42 +35,46 @@ def shown(value: Any) -> str:
     return f"{number:.4g}" if abs(number) < 1e5 else f"{number:.3e}"
 
 
-def link_list(links: Iterable[tuple[str, str]], css: str = "") -> str:      # links: text, address
+def link_list(links: Iterable[tuple[str, str]], css: str = "") -> Html:      # links: text, address in the site
     "Write a list of links."
-    return (f'<ul class="{css}">' if css else "<ul>") + _items(links) + "</ul>"
+    return Html('<ul class="{}">{}</ul>').format(css, _items(links))
 
 
-def _items(links: Iterable[tuple[str, str]]) -> str:      # text, address
+def _items(links: Iterable[tuple[str, str]]) -> Html:      # text, address
     "Links as the items of a list."
-    return "".join(f'<li><a href="{escaped(to)}">{escaped(text)}</a></li>' for text, to in links)
+    return Html("").join(Html('<li><a href="{}">{}</a></li>').format(to, text) for text, to in links)
 
 
-def note(text: str, strong: str = "") -> str:      # strong: said first, of an error
+def note(text: str, strong: str = "") -> Html:      # strong: said first, of an error
     "Write a note that stands out; all is text."
-    if not strong: return f'<div class="note" role="note"><p>{escaped(text)}</p></div>'
-    said = f"<strong>{escaped(strong)}</strong> {escaped(text)}"
-    return f'<div class="note error" role="note"><p>{said}</p></div>'
+    if not strong: return Html('<div class="note" role="note"><p>{}</p></div>').format(text)
+    return Html('<div class="note error" role="note"><p><strong>{}</strong> {}</p></div>').format(strong, text)
 
 
-def quiet(text: str) -> str:
+
+def quiet(text: str) -> Html:
     "Write a remark in small letters."
-    return f'<p class="quiet">{escaped(text)}</p>'
+    return Html('<p class="quiet">{}</p>').format(text)
 
 
-def folded(summary: str, body: str) -> str:      # body: HTML
+def marked(css: str, text: str) -> Html:
+    "Write a few words with a class."
+    return Html('<span class="{}">{}</span>').format(css, text)
+
+
+def folded(summary: str, body: Html) -> Html:
     "Write something that is folded away."
-    return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
+    return Html("<details><summary>{}</summary>{}</details>").format(summary, body)
 
 
-def preformatted(text: str, what: str) -> str:      # what: said to screen readers
+def preformatted(text: str, what: str) -> Html:      # what: said to screen readers
     "Write code or data as it is."
-    code = f"<code>{escaped(text)}</code>"
-    return f'<pre tabindex="0" role="region" aria-label="{escaped(what)}">{code}</pre>'
+    return Html('<pre tabindex="0" role="region" aria-label="{}"><code>{}</code></pre>').format(what, text)
 
 # %% ../../nbs/look/16_markup.ipynb #4c072415
 SITE_POLICY = ("default-src 'none'; script-src 'self' file:; style-src 'self' file: 'unsafe-inline'; "
                "img-src 'self' data: blob:; font-src data:; base-uri 'none'; form-action 'none'")
-_DOCUMENT = """<!doctype html>
+_DOCUMENT = Html("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">\
 <meta http-equiv="Content-Security-Policy" content="{policy}">\
 <meta name="viewport" content="width=device-width, initial-scale=1">\
@@ -85,23 +84,23 @@ _DOCUMENT = """<!doctype html>
 {body}</main>
 <footer><p>Made by subnet_explorer {version}. \
 Shares are fractions of what the space holds; density is the share kept.</p></footer></body></html>
-"""
-_HEADER = '<header><nav aria-label="Where you are"><ol>{}</ol></nav></header>'
+""")
+_HEADER = Html('<header><nav aria-label="Where you are"><ol>{}</ol></nav></header>')
+_SCRIPT = Html('<script src="{}assets/{}" defer></script>')
 Trail = Sequence[tuple[str, str]]      # text and address of the pages above
 
 
-def document(title: str, body: str, up: str = "", trail: Trail = (), figures: bool = False) -> str:
+def document(title: str, body: Html, up: str = "", trail: Trail = (), figures: bool = False) -> Html:
     "Write a complete document; `up` leads to the folder of the index."
     names = ["plotly.min.js", "site.js"] if figures else ["site.js"]
-    scripts = "".join(f'<script src="{up}assets/{name}" defer></script>' for name in names)
+    scripts = Html("").join(_SCRIPT.format(up, name) for name in names)
     header = _HEADER.format(_items(trail)) if trail else ""
     return _DOCUMENT.format(
-        policy=SITE_POLICY, title=escaped(title), up=up, scripts=scripts, header=header,
-        body=body, version=escaped(__version__),
+        policy=Html(SITE_POLICY), title=title, up=up, scripts=scripts, header=header, body=body, version=__version__,
     )
 
 # %% ../../nbs/look/16_markup.ipynb #e27eded6
-_FIGURE = (
+_FIGURE = Html(
     '<figure><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
     '<div class="plot" id="{name}" role="img" aria-label="{alt}" '
     'style="width:{width}px;min-height:{height}px"></div>'
@@ -111,13 +110,12 @@ _FIGURE = (
 )
 
 
-def figure_html(figure: Figure, name: str) -> str:      # name: id in the page
+def figure_html(figure: Figure, name: str) -> Html:      # name: id in the page
     "Write a figure that site.js draws, with its description in words."
     layout = figure.plotly.layout
     return _FIGURE.format(
-        title=escaped(plain_text(layout.title.text) or "Figure"), name=name, alt=escaped(figure.alt),
-        width=layout.width or 700, height=layout.height or 400,
-        values=figure.plotly.to_json().replace("<", "\\u003c"),
+        title=plain_text(layout.title.text) or "Figure", name=name, alt=figure.alt,
+        width=layout.width or 700, height=layout.height or 400, values=in_script(figure.plotly.to_json()),
     )
 
 # %% ../../nbs/look/16_markup.ipynb #21e91043
@@ -126,12 +124,17 @@ class Page:
 
     def __init__(self, title: str, trail: Trail = (), up: str = "../") -> None:      # up: leads to the index
         self.title, self.trail, self.up = title, trail, up
-        self.parts: list[str] = []
+        self.parts: list[Html] = []
         self.figures: list[str] = []      # names of the figures that were drawn
 
-    def add(self, part: str, heading: str = "") -> None:      # part: HTML
+    def add(self, part: Html | None = None, heading: str = "") -> None:
         "Append a piece, below a heading if there is one."
-        self.parts.append(f"<h2>{escaped(heading)}</h2>{part}" if heading else part)
+        if heading: self.parts.append(Html("<h2>{}</h2>").format(heading))
+        if part is not None: self.parts.append(part)
+
+    def say(self, text: str, heading: str = "") -> None:      # text, or `Html`
+        "Append a paragraph, below a heading if there is one."
+        self.add(Html("<p>{}</p>").format(text), heading)
 
     def draw(self, make: Callable[[], Figure], name: str) -> None:
         "Append a figure, or why there is none."
@@ -139,14 +142,14 @@ class Page:
         except SubnetError as e: self.parts.append(quiet(f"No figure: {e}"))
         else: self.figures.append(name)
 
-    def html(self) -> str:
+    def html(self) -> Html:
         "The complete document."
-        return document(self.title, "\n".join(self.parts), self.up, self.trail, bool(self.figures))
+        return document(self.title, Html("\n").join(self.parts), self.up, self.trail, bool(self.figures))
 
 # %% ../../nbs/look/16_markup.ipynb #faf66645
-_TABLE = ('{form}<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
-          "<table{id}><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
-          "<tbody>{rows}</tbody></table></div>")
+_TABLE = Html('{form}<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+              "<table{id}><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
+              "<tbody>{rows}</tbody></table></div>")
 
 
 def site_table(
@@ -156,19 +159,19 @@ def site_table(
     classes: Mapping[str, Sequence[str]] = {},    # column → class of every row
     name: str = "",                               # id; sortable if given
     filters: pd.DataFrame | None = None,          # values that rows can be filtered by, in a form above
-) -> str:
+) -> Html:
     "Write a table with caption, column headers and right-aligned numbers."
     numeric = {c: _is_numeric(table[c]) for c in table}
-    head = "".join(_header(c, numeric[c], bool(name)) for c in table)
-    marks = [""] * len(table) if filters is None else list(map(_row_mark, _rows(filters)))
+    head = Html("").join(_header(c, numeric[c], bool(name)) for c in table)
+    marks = [Html("")] * len(table) if filters is None else list(map(_row_mark, _rows(filters)))
     rows = []
     for i, row in enumerate(_rows(table)):
         cells = [_cell(value, numeric[c], _at(links, c, i), _at(classes, c, i))
                  for c, value in zip(table, row, strict=True)]
-        rows.append(f"<tr{marks[i]}>{''.join(cells)}</tr>")
+        rows.append(Html("<tr{}>{}</tr>").format(marks[i], Html("").join(cells)))
     form = "" if filters is None else _form(filters, name)
-    return _TABLE.format(form=form, caption=escaped(caption), id=f" id={name}" if name else "",
-                         head=head, rows="\n".join(rows))
+    ident = Html(' id="{}"').format(name) if name else ""
+    return _TABLE.format(form=form, caption=caption, id=ident, head=head, rows=Html("\n").join(rows))
 
 
 def _rows(table: pd.DataFrame) -> Iterable[tuple[Any, ...]]:
@@ -186,31 +189,33 @@ def _is_numeric(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 # %% ../../nbs/look/16_markup.ipynb #be6f6c95
-def _header(column: str, numeric: bool, sortable: bool) -> str:
+_SORTED = Html('<th scope="col"{} aria-sort="none"><button type="button">{}</button></th>')
+
+
+def _header(column: str, numeric: bool, sortable: bool) -> Html:
     "The header of a column; a button where the table can be sorted."
-    css, text = " class=n" if numeric else "", escaped(column)
-    if not sortable: return f'<th scope="col"{css}>{text}</th>'
-    return f'<th scope="col"{css} aria-sort="none"><button type="button">{text}</button></th>'
+    css = Html(" class=n") if numeric else ""
+    return (_SORTED if sortable else Html('<th scope="col"{}>{}</th>')).format(css, column)
 
 
-def _cell(value: Any, numeric: bool, link: str, css: str) -> str:
+def _cell(value: Any, numeric: bool, link: str, css: str) -> Html:
     "One cell."
-    text = escaped(shown(value))
-    if link: text = f'<a href="{escaped(link)}">{text}</a>'
-    if css: text = f'<span class="{escaped(css)}">{text}</span>'
+    text = Html.escape(shown(value))
+    if link: text = Html('<a href="{}">{}</a>').format(link, text)
+    if css: text = marked(css, text)
     if numeric:
         raw = "" if shown(value) == "–" else value
-        return f'<td class=n data-v="{escaped(raw)}">{text}</td>'
-    wide = " class=wide" if isinstance(value, str) and len(value) > 60 else ""
-    return f"<td{wide}>{text}</td>"
+        return Html('<td class=n data-v="{}">{}</td>').format(raw, text)
+    wide = Html(" class=wide") if isinstance(value, str) and len(value) > 60 else ""
+    return Html("<td{}>{}</td>").format(wide, text)
 
 
-def _row_mark(row: Iterable[Any]) -> str:
-    "What a row is filtered by, for site.js."
-    return f' data-f="{escaped(json.dumps([shown(v) for v in row]))}"'
+def _row_mark(row: Iterable[Any]) -> Html:
+    "What a row is filtered by, for site.js; as the lists of the form show it."
+    return Html(' data-f="{}"').format(json.dumps([visible(shown(v)) for v in row]))
 
 # %% ../../nbs/look/16_markup.ipynb #885e1561
-_FORM = (
+_FORM = Html(
     '<form class="filters" data-table="{name}" hidden aria-label="Filter the table">'
     '<label>search<input type="search" name="search" autocomplete="off"></label>{lists}'
     '<button type="reset">Show all</button><output aria-live="polite"></output></form>'
@@ -219,11 +224,11 @@ MOST_OPTIONS = 60
 "A column with more values than this has no list."
 
 
-def _form(table: pd.DataFrame, name: str) -> str:      # name: id of the table that is filtered
+def _form(table: pd.DataFrame, name: str) -> Html:      # name: id of the table that is filtered
     "Write a form that site.js makes useful: a search, and one list for each column."
     lists = [_options(column, n, sorted({shown(v) for v in table[column]}, key=_in_order))
              for n, column in enumerate(table)]
-    return _FORM.format(name=name, lists="".join(lists))
+    return _FORM.format(name=name, lists=Html("").join(lists))
 
 
 def _in_order(text: str) -> list[int | str]:
@@ -231,9 +236,11 @@ def _in_order(text: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def _options(column: str, n: int, values: Sequence[str]) -> str:
+_CHOOSE = Html('<label>{}<select data-column="{}"><option value="">all</option>{}</select></label>')
+
+
+def _options(column: str, n: int, values: Sequence[str]) -> Html:
     "A list of the values of a column; empty if there is nothing to choose."
-    if not 1 < len(values) <= MOST_OPTIONS: return ""
-    options = "".join(f"<option>{escaped(v)}</option>" for v in values)
-    choose = f'<select data-column="{n}"><option value="">all</option>{options}</select>'
-    return f"<label>{escaped(column)}{choose}</label>"
+    if not 1 < len(values) <= MOST_OPTIONS: return Html("")
+    options = Html("").join(Html('<option value="{}">{}</option>').format(v, v) for v in values)
+    return _CHOOSE.format(column, n, options)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import base64
-import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, in_script, visible
 from ..measure.attention import from_mask
 from ..measure.maps import check_maps
 from .figure import Figure, View, add_heat, check_drawable, color_axis, set_layout
@@ -41,18 +42,16 @@ def predictions(
     check_drawable(table.probability, "probabilities")
     names, data = list(dict.fromkeys(table.under)), table.reset_index(drop=True)
     grid = data.pivot(index="rank", columns="under", values="probability")[names]
-    tokens = data.assign(token=data.token.map(safe_text))
-    words = tokens.pivot(index="rank", columns="under", values="token")[names]
+    words = data.pivot(index="rank", columns="under", values="token")[names]
     scale = color_axis(0, max(1e-9, float(data.probability.max())), "probability")
     width, height = 260 + 120 * max(3, len(names)), 170 + 34 * max(3, len(grid))
     fig = set_layout(go.Figure(), title, width, height, coloraxis=scale)
     add_heat(fig, grid, "probability", numbers=False)
     text, hover = [], []
     for rank in grid.index:
-        place = f"number {rank}<br>"
         row = list(zip(names, words.loc[rank], grid.loc[rank], strict=True))
-        text.append([f'{word}<br><span style="font-size:75%">{p:.3f}</span>' for _, word, p in row])
-        hover.append([f"{safe_text(n)}, {place}{word}, probability {p:.4f}" for n, word, p in row])
+        text.append([_ANSWER.format(word, p) for _, word, p in row])
+        hover.append([_HOVER.format(n, rank, word, p) for n, word, p in row])
     fig.update_traces(text=text, texttemplate="%{text}", hovertext=hover)
     fig.update_yaxes(title_text="rank")
     said = []
@@ -60,6 +59,10 @@ def predictions(
         answers = [f"{r.token} {r.probability:.3f}" for r in data[data.under == name].itertuples()]
         said.append(f"{name}: {', '.join(answers)}")
     return Figure(fig, data, f"{title}. {'; '.join(said)}.")
+
+
+_ANSWER = Html('{}<br><span style="font-size:75%">{:.3f}</span>')
+_HOVER = Html("{}, number {}<br>{}, probability {:.4f}")
 
 # %% ../../nbs/look/06_models.ipynb #bd9ba42f
 @checked
@@ -267,34 +270,35 @@ def attention_pair(
     parts = []
     for i, (name, (values, tokens)) in enumerate(maps.items()):
         shown = _head_view(check_maps(values, tokens, name), tokens, layers, f"view-{i}")
-        parts.append(f"<section><b>{html.escape(name)}</b>{shown}</section>")
-    page = "".join([_HEADER, _script("jquery.min.js"), _script("d3.min.js"), UNPACKED, _REQUIRE, *parts])
+        parts.append(Html("<section><b>{}</b>{}</section>").format(name, shown))
+    page = Html("").join([_HEADER, _script("jquery.min.js"), _script("d3.min.js"), UNPACKED, _REQUIRE, *parts])
     sentences = "; ".join(f"{name}: {' '.join(tokens)}" for name, (_, tokens) in maps.items())
     alt = f"Attention of {len(next(iter(maps.values()))[0])} layers, side by side: {sentences}."
     height = 130 + 23 * max(len(tokens) for _, tokens in maps.values())
-    inside = f'title="{html.escape(alt, quote=True)}" srcdoc="{html.escape(page, quote=True)}"'
-    return View(f'<iframe {inside} style="width:100%;height:{height}px;border:0"></iframe>', alt)
+    return View(_FRAME.format(alt, str(page), height), alt)
 
 
-def _script(name: str) -> str:
+_FRAME = Html('<iframe title="{}" srcdoc="{}" style="width:100%;height:{}px;border:0"></iframe>')
+
+
+def _script(name: str) -> Html:
     "Read a script that comes with the library, as HTML."
     text = (files("subnet_explorer") / "static" / name).read_text("utf-8")
-    safe = text.replace("</script", "<\\/script")
-    return f"<script>{safe}</script>"
+    return Html("<script>{}</script>").format(Html(re.sub("(?i)<(?=/script)", r"<\\", text)))
 
 
-_HEADER = (
+_HEADER = Html(
     '<!doctype html><meta charset="utf-8"><title>Attention</title><style>'
     "body{display:flex;gap:1rem;margin:.5rem;font:14px sans-serif;background:#fff;color:#111}"
     "</style><body>"
 )
-_REQUIRE = (
+_REQUIRE = Html(
     "<script>window.require={config(){}};"
     "window.requirejs=(names,f)=>f(window.jQuery,window.d3);</script>"
 )
 
 # %% ../../nbs/look/06_models.ipynb #95baf5e8
-UNPACKED = (
+UNPACKED = Html(
     "<script>function unpacked(code, shape, top) {\n"
     "  const bytes = Uint8Array.from(atob(code), c => c.charCodeAt(0)); let at = 0;\n"
     "  const part = d => d === shape.length ? +(bytes[at++] * top / 255).toFixed(3) : "
@@ -307,10 +311,11 @@ UNPACKED = (
 
 def _head_view(
     maps: np.ndarray, tokens: list[str], layers: Sequence[int] | None, name: str,
-) -> str:
+) -> Html:
     "Write bertviz's head view without its script addresses, values packed into bytes."
     import torch
     from bertviz import head_view
+    from bertviz.util import format_special_chars
     shown = list(range(len(maps))) if layers is None else [i - 1 for i in layers]
     if not shown or not all(0 <= i < len(maps) for i in shown):
         asked = [i + 1 for i in shown]
@@ -318,11 +323,13 @@ def _head_view(
     part = np.stack([np.asarray(maps[i], float) for i in shown])      # (layer, head, from, to)
     top = max(1.0, float(part.max()))
     code = base64.b64encode(np.round(part * (255 / top)).astype(np.uint8).tobytes()).decode()
-    shapes, safe = [torch.zeros(1, *np.shape(m)) for m in maps], [t.replace("<", "\ue000") for t in tokens]
-    page = head_view(shapes, safe, include_layers=shown, html_action="return").data
+    shapes, places = [torch.zeros(1, *np.shape(m)) for m in maps], [f"token {i}" for i in range(len(tokens))]
+    page = head_view(shapes, places, include_layers=shown, html_action="return").data
     page = re.sub(r"// HACK:[^\n]*", "", page)      # a comment with all values once more
     packed = f'"attn": unpacked("{code}", {list(part.shape)}, {top:.6g})'
     page = re.sub(r'"attn": \[[\[\]0-9., ]*\](?=, "left_text")', lambda _: packed, page)
-    page = re.sub(r'<script src="https?://[^"]*"></script>', "", page).replace("\\ue000", "\\u003c")
+    page = re.sub(Html(r'<script src="https?://[^"]*"></script>'), "", page)
     page = re.sub(r"bertviz-[0-9a-f]{32}", name, page)
-    return page.replace(".text(layer)", ".text(layer + 1)")      # layers are one-based here
+    page = page.replace(".text(layer)", ".text(layer + 1)")      # layers are one-based here
+    words = in_script(json.dumps(format_special_chars([visible(t) for t in tokens])))
+    return Html(page.replace(json.dumps(places), words))         # last: tokens are text, whatever they say

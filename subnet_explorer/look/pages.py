@@ -18,12 +18,15 @@ import pandas as pd
 
 from ..core.agreement import agreement
 from ..core.compare import jaccard
+from ..core.escape import Html
+from ..core.files import reason
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.run import Run
+from ..core.space import shared_settings
 from .agreement import jaccard as jaccard_figure, survival as survival_figure
 from .curves import curves
-from .markup import Page, escaped, folded, link_list, note, preformatted, quiet, shown, site_table
+from .markup import Page, folded, link_list, marked, note, preformatted, quiet, shown, site_table
 from .masks import density as density_figure
 from .runs import READ_ERRORS, Collection, Entry
 
@@ -40,7 +43,7 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _indented(value: Any, what: str) -> str:
+def _indented(value: Any, what: str) -> Html:
     "Plain data as it would be written by hand."
     return preformatted(json.dumps(value, indent=1, ensure_ascii=False), what)
 
@@ -59,8 +62,7 @@ _TENSORS = "Kept coordinates by tensor; layers count from 1, 0 is the embedding"
 def run_page(entry: Entry, found: Collection, trail: Links, related: Links) -> str:
     "Write the page of one run; whatever cannot be read is said, and the rest is shown."
     page = Page(entry.name, trail)
-    state = f'<span class="{entry.state}">{entry.state}</span>'
-    page.add(f"<p>State: {state}. {escaped(_state_text(entry))}</p>")
+    page.add(Html("<p>State: {}. {}</p>").format(marked(entry.state, entry.state), _state_text(entry)))
     if entry.error: page.add(note(entry.error, "This run cannot be read completely."))
     if related: page.add(link_list(related, "links"))
     page.add(_facts_list(entry))
@@ -68,15 +70,15 @@ def run_page(entry: Entry, found: Collection, trail: Links, related: Links) -> s
     except READ_ERRORS: return page.html()
     mask = run.mask if entry.state == "done" else None
     if mask is not None:
-        page.add("<h2>Where the subnetwork is</h2>")
+        page.add(heading="Where the subnetwork is")
         page.draw(partial(density_figure, mask), "density")
-    page.add("<h2>How the search went</h2>")
+    page.add(heading="How the search went")
     _add_search(page, run.metrics)
     if mask is not None:
         tensors = mask.table().drop(columns="kind")
         page.add(site_table(tensors, _TENSORS, name="tensors"), "Density of every tensor")
     page.add(_loading(entry, run), "How to load it")
-    page.add(_indented(run.config, "Configuration") + _environment(run), "What it was asked")
+    page.add(_indented(shared_settings(run.config), "Configuration") + _environment(run), "What it was asked")
     return page.html()
 
 # %% ../../nbs/look/17_pages.ipynb #6599ffb4
@@ -92,7 +94,7 @@ def _state_text(entry: Entry) -> str:
     }[entry.state]
 
 
-def _facts_list(entry: Entry) -> str:
+def _facts_list(entry: Entry) -> Html:
     "Labels and numbers of a run as a list of definitions."
     facts = entry.facts
     kept = f"{facts['kept']:,} of {facts['size']:,}" if "kept" in facts else None
@@ -102,12 +104,12 @@ def _facts_list(entry: Entry) -> str:
         "mask": facts.get("mask"), "started": facts.get("started"), "folder": entry.path,
     }
     known = {name: value for name, value in said.items() if value not in (None, "")}
-    return "<dl>" + "".join(_definition(name, value) for name, value in known.items()) + "</dl>"
+    return Html("<dl>{}</dl>").format(Html("").join(_definition(name, value) for name, value in known.items()))
 
 
-def _definition(name: str, value: Any) -> str:
+def _definition(name: str, value: Any) -> Html:
     "One entry of a list of definitions."
-    return f"<dt>{escaped(name)}</dt><dd>{escaped(shown(value))}</dd>"
+    return Html("<dt>{}</dt><dd>{}</dd>").format(name, shown(value))
 
 # %% ../../nbs/look/17_pages.ipynb #d97afbcf
 LAST_ENTRIES = 200
@@ -144,12 +146,12 @@ run = Run.open({path})
 model, tok = load({name})
 with masked(model, run.subnetwork):
     ...          # here the model is the subnetwork"""
-_HERE = "<p>From the folder of runs:</p>"
-_SAME_MODEL = ("<p>From the folder of runs; the model must be the one the mask was found on, "
-               "bit for bit, or <code>masked</code> says what differs:</p>")
+_HERE = Html("<p>From the folder of runs:</p>")
+_SAME_MODEL = Html("<p>From the folder of runs; the model must be the one the mask was found on, "
+                   "bit for bit, or <code>masked</code> says what differs:</p>")
 
 
-def _loading(entry: Entry, run: Run) -> str:
+def _loading(entry: Entry, run: Run) -> Html:
     "Code that opens the run, and runs a model as its subnetwork."
     path = json.dumps(entry.path if entry.path != "." else "", ensure_ascii=False)
     if entry.state != "done": return _HERE + preformatted(_OPEN.format(path=path), "Code")
@@ -157,18 +159,18 @@ def _loading(entry: Entry, run: Run) -> str:
     return _SAME_MODEL + preformatted(_APPLY.format(path=path, name=name), "Code")
 
 
-def _environment(run: Run) -> str:
+def _environment(run: Run) -> Html:
     "Versions, folded away; empty if they are not known."
-    if run.folder is None: return ""
+    if run.folder is None: return Html("")
     try: found = _read_json(run.folder / "env.json")
-    except (OSError, ValueError): return ""
+    except (OSError, ValueError): return Html("")
     return folded("Versions", _indented(found, "Versions"))
 
 # %% ../../nbs/look/17_pages.ipynb #adbab9ba
 ONE_BY_ONE = 30                # masks
 MOST_WORK = 60_000_000_000     # bytes that a comparison may read: about half a minute
-_TOO_LARGE = ("<p>They are too large and too many for a page. Compare some of them: "
-              "<code>compare.jaccard(Store(…).masks(…), by=…)</code>.</p>")
+_TOO_LARGE = Html("<p>They are too large and too many for a page. Compare some of them: "
+                  "<code>compare.jaccard(Store(…).masks(…), by=…)</code>.</p>")
 _OTHER_WEIGHTS = ("These masks were found on models with different weights (fine-tuned copies); "
                   "coordinates are compared by their place.")
 
@@ -177,9 +179,9 @@ def compare_page(entries: Sequence[Entry], found: Collection, trail: Links) -> s
     "Write the page that compares masks on the same coordinates."
     facts = entries[0].facts
     page = Page("Comparison: " + facts["where"].split(", layers")[0], trail)
-    page.add(f"<p>{len(entries)} {escaped(facts['where'])}: {facts['size']:,} coordinates.</p>")
+    page.say(f"{len(entries)} {facts['where']}: {facts['size']:,} coordinates.")
     if len(entries) ** 2 / 2 * facts["bytes"] > MOST_WORK:
-        page.parts[0] += _TOO_LARGE
+        page.add(_TOO_LARGE)
         return page.html()
     labels = list(dict.fromkeys(k for e in entries for k in e.labels))
     masks = _read_masks(entries, found, labels)
@@ -223,16 +225,16 @@ def _groupings(masks: Masks, varied: Sequence[str]) -> dict[str, str]:      # co
 def _add_overlap(page: Page, masks: Masks, groupings: Mapping[str, str]) -> None:
     "Append the Jaccard distance of pairs, with chance."
     means = _MEANS if any(groupings.values()) else ""
-    page.add(f"<p>{_OVERLAP}{means}</p>", "Overlap")
-    for column, word in groupings.items():
+    page.say(f"{_OVERLAP}{means}", "Overlap")
+    for i, (column, word) in enumerate(groupings.items()):
         table = jaccard(masks, column)
         by = f" by {word}" if word else ""
-        page.draw(partial(jaccard_figure, table, f"Jaccard distance{by}"), f"jaccard-{column}")
+        page.draw(partial(jaccard_figure, table, f"Jaccard distance{by}"), f"jaccard-{i}")
         if (table.a == table.b).all(): continue
         pairs = table if word else table[table.a != table.b]
         pairs = pairs.assign(**{"below chance": pairs.chance - pairs.distance})
         caption = "Jaccard distance of pairs, with chance"
-        page.add(folded(f"The numbers{by}", site_table(pairs, caption, name=f"pairs-{column}")))
+        page.add(folded(f"The numbers{by}", site_table(pairs, caption, name=f"pairs-{i}")))
 
 # %% ../../nbs/look/17_pages.ipynb #c6f23fbd
 _KAPPA = ("Fleiss' κ with its bootstrap interval (95 %), beside prevalence and raw agreement: "
@@ -244,7 +246,7 @@ def _add_survival(page: Page, masks: Masks, varied: Sequence[str]) -> None:
     kinds = {g.kind for g in masks[0].space.groups}
     if not varied or not kinds <= {"head", "mlp", "layer"}: return
     over = "seed" if "seed" in masks.index else varied[0]
-    page.add("<p>How often every unit is kept.</p>", "Survival")
+    page.say("How often every unit is kept.", "Survival")
     for i, (title, some) in enumerate(_not_averaged(masks, varied)):
         make = partial(survival_figure, some, over=over, title=title)
         if len(some) > 1: page.draw(make, f"survival-{i}")
@@ -272,7 +274,8 @@ def _add_agreement(page: Page, masks: Masks, labels: Sequence[str]) -> None:
     table = agreement(Masks(rows), "seed", by="case")
     table = table.rename(columns={"low": "κ low", "high": "κ high", "kappa": "κ", "alpha": "α"})
     numbers = site_table(table, "Agreement over seeds", name="agreement")
-    page.add(f"<p>{_KAPPA}</p>{numbers}", "Agreement of seeds")
+    page.say(_KAPPA, "Agreement of seeds")
+    page.add(numbers)
 
 # %% ../../nbs/look/17_pages.ipynb #58f42926
 STUDY_FILES = ("report.html", "results.json", "items.csv", "scores.csv")
@@ -283,12 +286,12 @@ MOST_TABLES = 40
 def study_page(study: Path, found: Collection, to: Path, trail: Links) -> str:
     "Write the page of one study; `to` is the folder of the pages."
     page, runs = Page(study_name(study, found), trail), found.of(study)
-    try: about = _read_json(study / "study.json")
+    try: about = shared_settings(_read_json(study / "study.json"))
     except (OSError, ValueError) as e:
         about = {}
-        page.add(note(str(e), "study.json cannot be read."))
+        page.add(note(reason(e), "study.json cannot be read."))
     counted = _counted(Counter(e.state for e in runs))
-    page.add(f"<p>{counted}</p>" if runs else "<p>This study keeps no masks.</p>")
+    page.say(counted if runs else "This study keeps no masks.")
     made = [name for name in STUDY_FILES if (study / name).is_file()]
     place = os.path.relpath(study, to / "study").replace(os.sep, "/")
     if made: page.add(link_list([(name, quote(f"{place}/{name}")) for name in made], "links"))
@@ -307,22 +310,22 @@ def study_name(study: Path, found: Collection) -> str:
     return f"Study {study.resolve().name or 'here'}"
 
 
-def _counted(count: Mapping[str, int]) -> str:
+def _counted(count: Mapping[str, int]) -> Html:
     "How many runs are in which state."
     total = sum(count.values())
     states = [s for s in ("done", "unfinished", "broken") if count.get(s)]
-    said = ", ".join(f'<span class="{s}">{count[s]} {s}</span>' for s in states)
-    return f"{total} run{'s' * (total != 1)}: {said}."
+    said = Html(", ").join(marked(s, f"{count[s]} {s}") for s in states)
+    return Html("{} run{}: {}.").format(total, "s" * (total != 1), said)
 
 # %% ../../nbs/look/17_pages.ipynb #b703c560
 MOST_ROWS = 100
 "So many rows of a study's table are shown."
 
 
-def _study_table(file: Path, name: str) -> str:
+def _study_table(file: Path, name: str) -> Html:
     "One of a study's tables, folded away."
     try: table = pd.DataFrame(_read_json(file))
-    except (OSError, ValueError, TypeError) as e: return quiet(f"{file.name} cannot be read: {e}")
+    except (OSError, ValueError, TypeError) as e: return quiet(f"{file.name} cannot be read: {reason(e)}")
     n = len(table)
     more = f", the first {MOST_ROWS} of {n:,} rows" if n > MOST_ROWS else ""
     some = _plain(table.head(MOST_ROWS))
@@ -334,7 +337,7 @@ def _cells(study: Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for file in sorted(study.glob("cells/*.json")):
         try: found = _read_json(file)
-        except (OSError, ValueError) as e: found = {"error": str(e)}
+        except (OSError, ValueError) as e: found = {"error": reason(e)}
         parts = found if isinstance(found, list) else [found]
         rows += [{"cell": file.stem, **_values(part)} for part in parts]
     return pd.DataFrame(rows)
@@ -356,7 +359,7 @@ FACTS = {
 NUMBERS = ("density", "step", "loss", "score")
 
 
-def runs_table(runs: Sequence[Entry], found: Collection, up: str) -> str:      # up: leads to the index
+def runs_table(runs: Sequence[Entry], found: Collection, up: str) -> Html:      # up: leads to the index
     "Write the table of runs with its filters."
     labels = list(dict.fromkeys(k for e in runs for k in e.labels))
     same_labels = len({tuple(e.labels) for e in runs if e.state != "broken"}) < 2
@@ -371,7 +374,7 @@ def runs_table(runs: Sequence[Entry], found: Collection, up: str) -> str:      #
     said = ", ".join(f"{name} {value}" for name, value in alike.items())
     links, states = {"run": [up + e.page for e in runs]}, {"state": [e.state for e in runs]}
     table = site_table(t, "Runs; press a header to sort", links, states, "runs", by)
-    return (quiet(f"The same for all: {said}.") if alike else "") + table
+    return (quiet(f"The same for all: {said}.") if alike else Html("")) + table
 
 
 def _run_row(e: Entry, found: Collection, labels: Sequence[str], same_labels: bool) -> dict[str, Any]:
@@ -400,7 +403,7 @@ def index_page(found: Collection, titles: Mapping[str, str]) -> str:
     page = Page(f"Runs of {found.root.resolve().name or 'here'}", up="")
     counted = _counted(Counter(e.state for e in found.runs))
     if found.models: counted += f" {found.models} fine-tuned models are kept by studies and not listed."
-    page.add(f"<p>{counted}</p>")
+    page.say(counted)
     for folder, heading in (("study/", "Studies"), ("compare/", "Comparisons")):
         links = [(title, address) for address, title in titles.items() if address.startswith(folder)]
         if links: page.add(link_list(links), heading)

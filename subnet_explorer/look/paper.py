@@ -5,7 +5,6 @@
 # %% ../../nbs/look/01_paper.ipynb #fa8fc6de
 from __future__ import annotations
 
-import html
 import io
 import re
 import warnings
@@ -16,6 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, visible
 from .style import DASHES, MARKERS, PALETTE, is_dark, plain_text
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ def print_plotly(
 ) -> bytes:
     "Draw a plotly figure as SVG, PNG or PDF with the description inside."
     from matplotlib import rc_context
-    out, title = io.BytesIO(), plain_text(fig.layout.title.text)
+    out, title, alt = io.BytesIO(), plain_text(fig.layout.title.text), visible(alt)
     about: dict[str, dict[str, Any]] = {
         "svg": {"Title": title, "Description": alt, "Date": None},
         "png": {"Title": title, "Description": alt},
@@ -417,5 +417,5 @@ def print_plotly(
             bbox_inches="tight", pad_inches=0.15, facecolor="white",
         )
     if kind != "svg": return out.getvalue()
-    label = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" '
-    return out.getvalue().replace(b"<svg ", label.encode(), 1)
+    label = Html('<svg role="img" aria-label="{}" ').format(alt)
+    return out.getvalue().replace(Html("<svg ").encode(), label.encode(), 1)

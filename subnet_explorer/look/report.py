@@ -5,8 +5,8 @@
 # %% ../../nbs/look/07_report.ipynb #318a31f5
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import Html, table_html
 from ..core.files import atomic_write
 from .figure import Figure, View, html_card, html_figure, html_page
 from .paper import CannotDraw
@@ -22,23 +23,23 @@ from .paper import CannotDraw
 __all__ = ['report']
 
 # %% ../../nbs/look/07_report.ipynb #9d7bc990
-def _card(item: Any, n: int) -> str:
+def _card(item: Any, n: int) -> Html:
     "Write the n-th item of a report as HTML."
-    if isinstance(item, pd.DataFrame): return f'<figure tabindex="0">{_table(item)}</figure>'
+    if isinstance(item, pd.DataFrame): return Html('<figure tabindex="0">{}</figure>').format(_table(item))
     if isinstance(item, Figure): return html_card(html_figure(item, f"figure-{n}"), item.alt)
-    if isinstance(item, View): return html_card(item.html, item.alt)
-    if hasattr(item, "_repr_html_"): return html_card(item._repr_html_())
+    if isinstance(item, View): return html_card(Html(item.html), item.alt)
+    if hasattr(item, "_repr_html_"): return html_card(Html(item._repr_html_()))
     raise SubnetError(
         f"cannot put a {type(item).__name__} into a page: "
         "give a Figure, a View, a DataFrame, or something with an HTML form."
     )
 
 
-def _table(table: pd.DataFrame) -> str:
+def _table(table: pd.DataFrame) -> Html:
     "Write a table as HTML, without row numbers."
     named = not isinstance(table.index, pd.RangeIndex)
     with pd.option_context("display.max_colwidth", None):
-        return table.to_html(border=0, index=named, float_format="{:.3f}".format, na_rep="–")
+        return table_html(table, 3, border=0, index=named, na_rep="–")
 
 # %% ../../nbs/look/07_report.ipynb #b1d0e897
 @checked
@@ -55,12 +56,10 @@ def report(
     if settings:
         made = pd.DataFrame({"setting": list(settings), "value": [str(v) for v in settings.values()]})
         sections.append(("How it was made", "", [made]))
-    body, n = [f"<h1>{html.escape(title)}</h1>"], 0
+    parts, number = [Html("<h1>{}</h1>").format(title)], count()
     for heading, prose, items in sections:
-        paragraphs = [f"<p>{html.escape(p)}</p>" for p in prose.split("\n\n") if p.strip()]
-        body.append(f"<section><h2>{html.escape(heading)}</h2>" + "".join(paragraphs))
-        for item in items:
-            body.append(_card(item, n))
-            n += 1
-        body.append("</section>")
-    return atomic_write(path, html_page(title, "\n".join(body)))
+        paragraphs = [Html("<p>{}</p>").format(p) for p in prose.split("\n\n") if p.strip()]
+        cards = [_card(item, next(number)) for item in items]
+        body = Html("\n").join([Html("").join(paragraphs), *cards])
+        parts.append(Html("<section><h2>{}</h2>{}</section>").format(heading, body))
+    return atomic_write(path, html_page(title, Html("\n").join(parts)))

@@ -21,6 +21,7 @@ from ..core.files import no_such
 from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.run import Run
+from ..core.space import shared_settings
 
 # %% auto #0
 __all__ = ['READ_ERRORS', 'RUN_FILES', 'MANIFEST', 'Entry', 'slug', 'content_key', 'look', 'Collection', 'discover']
@@ -82,7 +83,8 @@ def look(
     except READ_ERRORS as e:
         entry.state = "broken"
         said = f"{type(e).__name__}: {e}"
-        entry.error = said.replace(str(folder), path)      # pages travel: no folders of this machine
+        for place in (folder, folder.resolve()): said = said.replace(str(place), path)
+        entry.error = said.replace(str(folder.parent.resolve()), "…")      # pages travel: no folders of this machine
     return entry
 
 
@@ -101,7 +103,7 @@ def _search_facts(run: Run, folder: Path) -> dict[str, Any]:
     "What the index knows about a search."
     rows = run.metrics.to_dict("records")
     return {
-        "method": _method(run.config), "model": str(run.config.get("model") or ""),
+        "method": _method(run.config), "model": str(shared_settings(run.config.get("model")) or ""),
         "steps": _last(rows, "step"), "of": run.config.get("steps"),
         "loss": _last(rows, "loss"), "score": _last(rows, "score"), "density": _last(rows, "density"),
         "started": _started(folder),

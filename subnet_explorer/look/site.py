@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import SubnetError
+from ..core.escape import visible
 from ..core.files import atomic_write, remove
 from .pages import STUDY_FILES, compare_page, index_page, run_page, study_name, study_page
 from .runs import MANIFEST, Collection, Entry, content_key, discover, slug
@@ -37,7 +38,7 @@ class Site:
         said = f"{self.runs} runs, {self.written} pages written, {self.kept} unchanged"
         if self.removed: said += f", {self.removed} removed"
         if self.broken: said += f", {len(self.broken)} runs broken"
-        return f"Site({self.index}: {said})"
+        return visible(f"Site({self.index}: {said})")
 
 
 def publish(

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import SubnetError, check_names
+from ..core.escape import visible
 from ..core.folders import kept_masks
 from ..core.mask import Mask
 from ..core.masks import Masks
@@ -212,7 +213,7 @@ class Editor(Selection):
 
     def __repr__(self) -> str:
         shown = f"{len(self.shown)} of {len(self.masks)} masks"
-        return f"{type(self).__name__}({shown}; {status(self)})"
+        return visible(f"{type(self).__name__}({shown}; {status(self)})")
 
 # %% ../../nbs/look/08_state.ipynb #c9edc671
 _SHOWN_BY_MATRIX = ("this is a mask of {}: its density is shown by matrix, "

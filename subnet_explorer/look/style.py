@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..core.escape import Html
+
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'DASHES', 'style', 'shades', 'is_dark', 'safe_text', 'plain_text']
 
@@ -56,13 +58,13 @@ def is_dark(
 # %% ../../nbs/look/00_style.ipynb #5d368207
 def safe_text(
     value: Any,              # anything from data
-) -> str:
-    "Write a value as text for plotly, with markup made harmless."
-    return html.escape(str(value), quote=False)
+) -> Html:
+    "Write a value as text for plotly, with markup and formulas made harmless."
+    return Html.escape(value)
 
 
 def plain_text(
     text: str | None,        # as plotly takes it
 ) -> str:
     "Read plotly's text without its markup."
-    return html.unescape(re.sub(r"<[^>]+>", "", (text or "").replace("<br>", "\n")))
+    return html.unescape(re.sub(r"<[^>]+>", "", re.sub(Html("<br>"), "\n", text or "")))

@@ -5,13 +5,13 @@
 # %% ../../nbs/look/11_tables.ipynb #97976073
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..core.escape import Html
 from .figure import View
 from .masks import UNIT_NAMES
 from .state import State
@@ -20,16 +20,16 @@ from .state import State
 __all__ = ['MOST_ROWS', 'TAB_TABLES', 'bar', 'html_table', 'answers_html', 'tab_html']
 
 # %% ../../nbs/look/11_tables.ipynb #d0a24ddf
-_BAR = ('<span style="display:inline-block;width:70px;height:.7em;background:#8883;position:relative">'
+_BAR = Html('<span style="display:inline-block;width:70px;height:.7em;background:#8883;position:relative">'
         '<span style="display:block;height:100%;width:{width};background:#0072b2"></span>'
         "{chance}</span> {number}")
-_CHANCE = ('<span style="position:absolute;left:{left};top:-2px;bottom:-2px;'
+_CHANCE = Html('<span style="position:absolute;left:{left};top:-2px;bottom:-2px;'
            'border-left:2px solid #d55e00" title="chance {mark:.3f}"></span>')
 
 
-def bar(value: float | None, mark: float | None = None, digits: int = 3) -> str:
+def bar(value: float | None, mark: float | None = None, digits: int = 3) -> Html:
     "Write a number with a bar from 0 to 1, and a mark for chance."
-    if value is None or np.isnan(value): return "–"
+    if value is None or np.isnan(value): return Html("–")
     marked = mark is not None and np.isfinite(mark)
     chance = _CHANCE.format(left=_percent(mark), mark=mark) if marked else ""
     return _BAR.format(width=_percent(value), chance=chance, number=f"{value:.{digits}f}")
@@ -40,32 +40,32 @@ def _percent(value: Any) -> str:
     return f"{100 * min(1, max(0, value)):.1f}%"
 
 
-_TABLE = ('<table style="font-variant-numeric:tabular-nums;line-height:1.7">'
+_TABLE = Html('<table class="tex2jax_ignore mathjax_ignore" style="font-variant-numeric:tabular-nums;line-height:1.7">'
           '<thead style="border-bottom:1px solid #8888"><tr>{columns}</tr></thead>'
           "<tbody>{body}</tbody></table>{note}")
-_CELL = ('<{tag} style="text-align:left;padding:0 .6em;font-weight:normal;vertical-align:middle">'
+_CELL = Html('<{tag} style="text-align:left;padding:0 .6em;font-weight:normal;vertical-align:middle">'
          "{cell}</{tag}>")
 
 
-def html_table(columns: Iterable[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    "Write an HTML table; the cells of its rows are HTML, names of columns and the note are text."
-    below = f"<p><small>{html.escape(note)}</small></p>" if note else ""
-    body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
-    return _TABLE.format(columns=_cells("th", map(html.escape, columns)), body=body, note=below)
+def html_table(columns: Iterable[str], rows: Iterable[Sequence[str]], note: str = "") -> Html:
+    "Write an HTML table; cells are text, or `Html`."
+    below = Html("<p><small>{}</small></p>").format(note) if note else ""
+    body = Html("").join(Html("<tr>{}</tr>").format(_cells("td", row)) for row in rows)
+    return _TABLE.format(columns=_cells("th", columns), body=body, note=below)
 
 
-def _cells(tag: str, row: Iterable[str]) -> str:
+def _cells(tag: str, row: Iterable[str]) -> Html:
     "One row of a table."
-    return "".join(_CELL.format(tag=tag, cell=cell) for cell in row)
+    return Html("").join(_CELL.format(tag=tag, cell=cell) for cell in row)
 
 
-def answers_html(table: pd.DataFrame) -> str:      # columns under, rank, token, probability
+def answers_html(table: pd.DataFrame) -> Html:      # columns under, rank, token, probability
     "Write predictions under every condition, side by side."
     names = list(dict.fromkeys(table.under))
     rows = []
     for rank, part in table.groupby("rank"):
         answers = [r for name in names for r in part[part.under == name].itertuples()]
-        said = [f"{html.escape(r.token)} &nbsp; {bar(r.probability)}" for r in answers]
+        said = [Html("{} &nbsp; {}").format(r.token, bar(r.probability)) for r in answers]
         rows.append([str(rank), *said])
     return html_table(["", *names], rows)
 
@@ -74,12 +74,7 @@ MOST_ROWS = 40
 "So many of the nearest masks are listed."
 
 
-def _text(value: Any) -> str:
-    "Any value as text that is safe in HTML."
-    return html.escape(str(value))
-
-
-def _overlap(e: State, found: pd.DataFrame) -> str:
+def _overlap(e: State, found: pd.DataFrame) -> Html:
     "The nearest masks, with chance beside each distance."
     columns = ["mask", "Jaccard distance (line: chance)", "chance", "shared", "by chance", "keeps"]
     rows = [_overlap_row(r) for r in found.head(MOST_ROWS).itertuples()]
@@ -97,7 +92,7 @@ def _overlap(e: State, found: pd.DataFrame) -> str:
 
 def _overlap_row(r: Any) -> list[str]:
     "One of the other masks."
-    return [_text(r.label), bar(r.distance, r.chance), f"{r.chance:.3f}",
+    return [r.label, bar(r.distance, r.chance), f"{r.chance:.3f}",
             f"{r.shared:,.0f}", f"{r.shared_chance:,.1f}", f"{r.size:,.0f}"]
 
 # %% ../../nbs/look/11_tables.ipynb #e922164d
@@ -105,7 +100,7 @@ _READ_KAPPA = ("κ corrects agreement for chance; it is low where nearly all uni
                "so read it with the prevalence.")
 
 
-def _agreement(e: State, found: pd.DataFrame) -> str:
+def _agreement(e: State, found: pd.DataFrame) -> Html:
     "How far masks agree, a row for each group and kind of unit."
     columns = ["masks", "units", "raters", "prevalence", "raw agreement",
                "Fleiss' κ, 95 % interval", "Jaccard distance (line: chance)"]
@@ -115,12 +110,12 @@ def _agreement(e: State, found: pd.DataFrame) -> str:
 def _agreement_row(r: Any) -> list[str]:
     "Agreement in one group."
     kappa = f"{r.kappa:.3f} ({r.low:.3f} to {r.high:.3f})"
-    if np.isnan(r.kappa): kappa = _text(r.notes.get("kappa", "undefined"))
-    return [_text(r.group), _text(r.kind), str(len(r.seeds)), f"{r.prevalence:.3f}",
+    if np.isnan(r.kappa): kappa = r.notes.get("kappa", "undefined")
+    return [r.group, r.kind, str(len(r.seeds)), f"{r.prevalence:.3f}",
             f"{r.raw_agreement:.3f}", kappa, bar(r.mean_jaccard_distance, r.jaccard_chance)]
 
 
-def _profile(e: State, found: pd.DataFrame) -> str:
+def _profile(e: State, found: pd.DataFrame) -> Html:
     "Density by layer, a column for each kind of unit and each set of masks."
     wide = found.pivot_table(index="layer", columns=["part", "under"], values="density", sort=False)
     columns = ["layer", *(f"{UNIT_NAMES.get(part, part)}, {under}" for part, under in wide.columns)]
@@ -128,42 +123,42 @@ def _profile(e: State, found: pd.DataFrame) -> str:
     return html_table(columns, _bars(layers, wide))
 
 
-def _bars(names: Sequence[str], wide: pd.DataFrame) -> list[list[str]]:      # names: HTML
+def _bars(names: Sequence[str], wide: pd.DataFrame) -> list[list[str]]:
     "A row of bars for each name."
     return [[name, *map(bar, row)] for name, row in zip(names, wide.to_numpy(), strict=True)]
 
 # %% ../../nbs/look/11_tables.ipynb #c791081b
 _NAMED_BY = "Named by a small network that was trained on drawn maps; removed heads have no pattern."
-_HEAD_ALONE = ("<p><small>Double click a colour to see one head alone; "
-               "values are stored in steps of 1/255.</small></p>")
+_HEAD_ALONE = Html("<p><small>Double click a colour to see one head alone; "
+                   "values are stored in steps of 1/255.</small></p>")
 
 
-def _predictions(e: State, found: pd.DataFrame) -> str:
+def _predictions(e: State, found: pd.DataFrame) -> Html:
     "What is said at the gap of the prompt."
     return answers_html(found)
 
 
-def _patterns(e: State, found: pd.DataFrame) -> str:
+def _patterns(e: State, found: pd.DataFrame) -> Html:
     "How often each pattern occurs among the attention maps."
     wide = found.pivot(index="pattern", columns="under", values="share")
     wide = wide.loc[found.pattern.unique(), found.under.unique()]
     counts = found.groupby("under", sort=False)["n"].first()
     columns = ["pattern", *(f"{under}, share of {counts[under]:,} maps" for under in wide.columns)]
-    return html_table(columns, _bars([_text(name) for name in wide.index], wide), _NAMED_BY)
+    return html_table(columns, _bars(list(wide.index), wide), _NAMED_BY)
 
 
-def _attention(e: State, found: View) -> str:
+def _attention(e: State, found: View) -> Html:
     "Attention maps side by side."
-    return found.html + _HEAD_ALONE
+    return Html(found.html) + _HEAD_ALONE
 
 
-TAB_TABLES: dict[str, Callable[[State, Any], str]] = {
+TAB_TABLES: dict[str, Callable[[State, Any], Html]] = {
     "overlap": _overlap, "agreement": _agreement, "profile": _profile,
     "predictions": _predictions, "patterns": _patterns, "attention": _attention,
 }
 "How each tab is written; the map has a widget of its own."
 
 
-def tab_html(e: State, tab: str, found: Any) -> str:
+def tab_html(e: State, tab: str, found: Any) -> Html:
     "Write what a tab found as HTML; for attention, `found` is its view."
     return TAB_TABLES[tab](e, found)

@@ -5,7 +5,6 @@
 # %% ../../nbs/look/12_views.ipynb #c5a41f85
 from __future__ import annotations
 
-import html
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ import pandas as pd
 from ..core.compare import against
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import Html, visible
 from ..core.mask import Mask
 from ..core.numbers import Count, Weight
 from ..core.scores import Scores
@@ -102,26 +102,26 @@ def _static(file: str) -> str:
     return (files("subnet_explorer") / "static" / file).read_text("utf-8")
 
 
-_STILL = '<table aria-label="{title}"><tr><td></td>{columns}</tr>{rows}</table><small>{label}</small>'
-_STILL_CELL = '<td title="{note}" style="text-align:center;background:rgba(0,90,160,{opacity:.2f})">{text}</td>'
+_STILL = Html('<table class="tex2jax_ignore mathjax_ignore" aria-label="{title}"><tr><td></td>{columns}</tr>{rows}'
+              "</table><small>{label}</small>")
+_STILL_CELL = Html('<td title="{}" style="text-align:center;background:rgba(0,90,160,{:.2f})">{}</td>')
 
 
 @checked
-def still(grid: Mapping[str, Any]) -> str:      # what `grid_of` gives
+def still(grid: Mapping[str, Any]) -> Html:      # what `grid_of` gives
     "Write the heat-map as plain HTML."
-    columns = "".join(f"<th>{html.escape(c.removeprefix('head '))}</th>" for c in grid["columns"])
+    nothing = Html("")
+    columns = nothing.join(Html("<th>{}</th>").format(c.removeprefix("head ")) for c in grid["columns"])
     rows = []
     for name, *row in zip(grid["rows"], grid["values"], grid["texts"], grid["notes"], strict=True):
-        line = "".join(_still_cell(*cell) for cell in zip(*row, strict=True))
-        rows.append(f"<tr><th>{html.escape(name)}</th>{line}</tr>")
-    title = html.escape(grid["title"], quote=True)
-    return _STILL.format(title=title, columns=columns, rows="".join(rows), label=html.escape(grid["label"]))
+        line = nothing.join(_still_cell(*cell) for cell in zip(*row, strict=True))
+        rows.append(Html("<tr><th>{}</th>{}</tr>").format(name, line))
+    return _STILL.format(title=grid["title"], columns=columns, rows=nothing.join(rows), label=grid["label"])
 
 
-def _still_cell(value: float | None, text: str, note: str) -> str:
+def _still_cell(value: float | None, text: str, note: str) -> Html:
     "One cell of the still heat-map."
-    opacity = .05 + .6 * (value or 0)
-    return _STILL_CELL.format(note=html.escape(note, quote=True), opacity=opacity, text=html.escape(text))
+    return _STILL_CELL.format(note, .05 + .6 * (value or 0), text)
 
 # %% ../../nbs/look/12_views.ipynb #eda21bf4
 @checked
@@ -164,7 +164,7 @@ class Piece:
         return self.figure.save(path)
 
     def _ipython_display_(self) -> None: show_widget(self)
-    def __repr__(self) -> str: return f"Piece: {self.alt}"
+    def __repr__(self) -> str: return visible(f"Piece: {self.alt}")
 
 # %% ../../nbs/look/12_views.ipynb #c58919ef
 @checked
@@ -202,9 +202,10 @@ def compare_view(a: Mask, b: Mask, names: tuple[str, str] = ("a", "b")) -> Piece
     def build() -> Any:
         import ipywidgets as w
         def panel(name: str, mask: Mask) -> Any:
-            return w.VBox([w.HTML(f"<b>{html.escape(name)}</b>"), _board(by_layer(cells(mask)), name, "share kept")])
+            heading = w.HTML(Html("<b>{}</b>").format(name))
+            return w.VBox([heading, _board(by_layer(cells(mask)), name, "share kept")])
         panels = [panel(name, mask) for name, mask in masks.items()]
-        return w.VBox([w.HTML(html.escape(said)), w.HBox(panels, layout=w.Layout(flex_flow="row wrap"))])
+        return w.VBox([w.HTML(Html.escape(said)), w.HBox(panels, layout=w.Layout(flex_flow="row wrap"))])
     return Piece(build, lambda: densities(masks, f"{names[0]} and {names[1]}", said))
 
 # %% ../../nbs/look/12_views.ipynb #2489994b
@@ -221,7 +222,7 @@ def _conditions(under: Under, complement: bool) -> dict[str, Mask | Scores | Non
     return named
 
 
-def _typed(label: str, text: str, answer: Callable[[str], str]) -> Callable[[], Any]:
+def _typed(label: str, text: str, answer: Callable[[str], Html]) -> Callable[[], Any]:
     "A field for text, with what comes of it below."
     def build() -> Any:
         import ipywidgets as w
@@ -229,7 +230,7 @@ def _typed(label: str, text: str, answer: Callable[[str], str]) -> Callable[[], 
         field, out = w.Text(value=text, description=label, continuous_update=False, layout=wide), w.HTML()
         def ask(_: Any = None) -> None:
             try: out.value = answer(field.value)
-            except SubnetError as problem: out.value = f"<p role='alert'>{html.escape(str(problem))}</p>"
+            except SubnetError as problem: out.value = Html("<p role='alert'>{}</p>").format(problem)
         field.observe(ask, "value")
         ask()
         box = w.VBox([field, out])
@@ -250,7 +251,7 @@ def predictions(
     from subnet_explorer.measure.ask import predictions as ask
     conditions = _conditions(under, True)
     now: dict[str, Any] = {"prompt": prompt, "table": ask(model, tok, prompt, conditions, k)}
-    def answer(text: str) -> str:
+    def answer(text: str) -> Html:
         if text != now["prompt"]: now.update(table=ask(model, tok, text, conditions, k), prompt=text)
         return answers_html(now["table"])
     return Piece(_typed("Prompt", prompt, answer), lambda: predictions_figure(now["table"], now["prompt"]))
@@ -271,9 +272,9 @@ def attention(
         return {name: read(model, tok, sentence, mask) for name, mask in conditions.items()}
     now: dict[str, Any] = {"text": text, "maps": ask(text)}
     def page() -> View: return attention_pair(now["maps"], layers)
-    def answer(typed: str) -> str:
+    def answer(typed: str) -> Html:
         if typed != now["text"]: now.update(maps=ask(typed), text=typed)
-        return page().html
+        return Html(page().html)
     return Piece(_typed("Sentence", text, answer), lambda: attention_figure(now["maps"]), page)
 
 # %% ../../nbs/look/12_views.ipynb #f4dfa507
@@ -322,7 +323,7 @@ class Watch:
     def _ipython_display_(self) -> None: show_widget(self)
     def __repr__(self) -> str:
         state = "done" if self.done else "not done"
-        return f"Watch({self.folder or 'in memory'}: {len(self.metrics)} log entries, {state})"
+        return visible(f"Watch({self.folder or 'in memory'}: {len(self.metrics)} log entries, {state})")
 
 # %% ../../nbs/look/12_views.ipynb #3ce1e482
 @checked
@@ -390,7 +391,7 @@ def _state(folder: Path | None, done: bool, entries: int) -> str:
     return "waiting for the first log entry" if folder is None or folder.exists() else f"waiting for {folder}"
 
 # %% ../../nbs/look/12_views.ipynb #64f959ca
-_CURVE = (
+_CURVE = Html(
     '<figure style="display:inline-block;margin:0 1em 0 0">'
     "<figcaption>{name} {last:.4g} (from {low:.4g} to {high:.4g})</figcaption>"
     '<svg width="{width}" height="{height}" role="img" aria-label="{name} over {n} entries" '
@@ -399,17 +400,17 @@ _CURVE = (
 )
 
 
-def _lines(metrics: pd.DataFrame, state: str) -> str:
+def _lines(metrics: pd.DataFrame, state: str) -> Html:
     "Small curves as HTML."
     drawn = [_line(metrics[["step", name]], name) for name in metrics.columns if name != "step"]
     step = f", step {int(metrics.step.iloc[-1]):,}" if len(metrics) else ""
-    return f'<div><p role="status">{html.escape(state)}{step}</p>{"".join(drawn)}</div>'
+    return Html('<div><p role="status">{}{}</p>{}</div>').format(state, step, Html("").join(drawn))
 
 
-def _line(metrics: pd.DataFrame, name: str, width: int = 260, height: int = 130) -> str:      # pixels
+def _line(metrics: pd.DataFrame, name: str, width: int = 260, height: int = 130) -> Html:      # pixels
     "One small curve; empty if there is no number."
     some = metrics.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
-    if some.empty: return ""
+    if some.empty: return Html("")
     steps, values = some["step"].to_numpy(), some[name].to_numpy()
     places = zip(_places(steps, width), _places(values, height), strict=True)
     points = " ".join(f"{x:.1f},{height - y:.1f}" for x, y in places)

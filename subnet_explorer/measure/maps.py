@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import from_cell
 from ..core.numbers import Count, Positive, Seed, Share
 from ..data.files import numbered_lines
 from ..data.pocket import pocket_path
@@ -220,7 +221,7 @@ def _names_and_labels(line: str, where: str) -> list[tuple[str, str]]:
     "Part a line in either layout."
     if "\t" in line:
         name, label = line.split("\t")[:2]
-        return [(name.strip(), label)]
+        return [(from_cell(name.strip()), label)]
     if "=" not in line:
         raise BadLabels(
             f"{where}: found {line[:60]!r}, expected 'label = id,id,…' or 'file<TAB>label'."

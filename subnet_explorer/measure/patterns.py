@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html, visible
 from ..core.files import DamagedFile, atomic_write, reading
 from ..core.numbers import Count, Positive, Seed
 from ..core.tensors import open_torch, sealed_torch
@@ -121,7 +122,7 @@ class PatternCNN:
 
     def __repr__(self) -> str:
         plain = [f"{k}={v}" for k, v in self.meta.items() if not isinstance(v, (dict, list))]
-        return f"PatternCNN({', '.join(plain)})"
+        return visible(f"PatternCNN({', '.join(plain)})")
 
 # %% ../../nbs/measure/07_patterns.ipynb #69b058f9
 def _probabilities(
@@ -198,17 +199,17 @@ class PatternReport:
     accuracy: float
     majority: float                          # weighted F1 of the most frequent label
     chance: float                            # weighted F1 of labels drawn with their frequencies, expected
-    table: pd.DataFrame                      # pattern, precision, recall, f1, n
-    confusion: pd.DataFrame                  # rows: labels, columns: answers
+    table: pd.DataFrame = field(repr=False)          # pattern, precision, recall, f1, n
+    confusion: pd.DataFrame = field(repr=False)      # rows: labels, columns: answers
 
     def _repr_html_(self) -> str:
         low, high = self.interval
-        numbers = (
-            f"<b>weighted F1 {self.f1:.3f}</b> [{low:.3f}, {high:.3f}], accuracy {self.accuracy:.3f}; "
+        said = (
+            f"[{low:.3f}, {high:.3f}], accuracy {self.accuracy:.3f}; "
             f"always the most frequent: {self.majority:.3f}, drawn by frequency: {self.chance:.3f}"
         )
-        table = self.table.to_html(index=False, float_format="{:.3f}".format)
-        return numbers + table + self.confusion.to_html()
+        tables = table_html(self.table, 3, index=False) + table_html(self.confusion)
+        return Html("<b>weighted F1 {:.3f}</b> {}{}").format(self.f1, said, tables)
 
 # %% ../../nbs/measure/07_patterns.ipynb #4768f825
 @checked

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError
+from ..core.escape import visible
 from ..core.files import atomic_write, read_json, remove
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
@@ -114,7 +115,7 @@ class Compact(CutModel):
             f"{heads} of {layout.n_layers * layout.n_heads} heads",
             f"{neurons:,} of {layout.n_layers * layout.inner:,} neurons",
         ]
-        return f"Compact({type(self.model).__name__} of {space.model}: {', '.join(parts)})"
+        return visible(f"Compact({type(self.model).__name__} of {space.model}: {', '.join(parts)})")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -278,7 +279,7 @@ def _described(small: Compact, now: str) -> dict[str, Any]:      # now: digest o
         "attention": small.model.config._attn_implementation,
         "digest": now,
         "born": small.born,
-        "config": small.config.to_dict(),
+        "config": {k: v for k, v in small.config.to_dict().items() if k != "_name_or_path"},
         "report": None if small.saved is None else small.saved.to_dict("index"),
     }
 
@@ -321,7 +322,7 @@ def _full_model(info: Mapping[str, Any]) -> PreTrainedModel:
     "The full model, read by its name."
     base, cls = ModelId(**info["base"]), _class(info)
     pocket = base.name in ("pocket-bert", "pocket-gpt2")
-    source = str(pocket_path(base.name.removeprefix("pocket-"))) if pocket else base.name
+    source = str(pocket_path(base.name.removeprefix("pocket-"))) if pocket else info["base"]["name"]
     how = dict(revision=base.revision, attn_implementation=info["attention"], trust_remote_code=False)
     try: model = cls.from_pretrained(source, dtype=getattr(torch, info["dtype"]), **how)
     except Exception as e:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from ..core.compare import jaccard, placement as placed
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html
 from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
@@ -174,7 +174,7 @@ class Critical(Study):
         "Material, summary, sparsity and overlap."
         return critical_text(self)
 
-    def html(self) -> str: return f"<b>{escape(repr(self.material))}</b>{self.summary().to_html()}"
+    def html(self) -> str: return Html("<b>{!r}</b>{}").format(self.material, table_html(self.summary()))
 
 # %% ../../nbs/recipes/08_critical.ipynb #008899e1
 @checked

@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..core.errors import SubnetError, check_names
+from ..core.escape import yaml_text
 from ..core.files import no_such
 from ..core.numbers import check_number, has_bounds, types_of
 from ..data.files import numbered_pieces, source_path
@@ -321,4 +322,4 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def as_yaml(values: Mapping[str, Any]) -> str:
     "Settings as the text of a file that `read_yaml` reads."
-    return yaml.safe_dump({k: _listed(v) for k, v in values.items()}, sort_keys=False, allow_unicode=True, width=100)
+    return yaml_text({k: _listed(v) for k, v in values.items()})

@@ -32,6 +32,7 @@ from subnet_explorer.recipes.probes import (
 from ..core.compare import placement
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, write_json
 from ..core.intervals import student_interval
 from ..core.layout import layout_of
@@ -98,8 +99,8 @@ class Probing(Study):
 
     def html(self) -> str:
         "The summary."
-        table = self.summary().dropna(axis=1, how="all").to_html()
-        return f"<b>{TASKS[self.task]}, {self.scores.seed.nunique()} seeds</b>{table}"
+        said = f"{TASKS[self.task]}, {self.scores.seed.nunique()} seeds"
+        return Html("<b>{}</b>{}").format(said, table_html(self.summary().dropna(axis=1, how="all")))
 
 # %% ../../nbs/recipes/10_probe.ipynb #7a374f03
 POCKET: dict[str, Any] = {

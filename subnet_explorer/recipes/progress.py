@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..core.escape import visible
+
 # %% auto #0
 __all__ = ['StudyLine', 'in_words', 'InnerBar', 'short']
 
@@ -57,7 +59,7 @@ class StudyLine:
         "Show it, twice a second at most."
         if not now and time.monotonic() - self.drawn < 0.5: return
         self.drawn = time.monotonic()
-        self.shown.set_description_str(self.text())
+        self.shown.set_description_str(visible(self.text()).replace("\n", " "))
 
     def close(self) -> None:
         "End the line."

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import pandas as pd
 from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import atomic_write, inside, scratch, write_json
 from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
 from ..core.intervals import student_interval
@@ -34,10 +35,10 @@ from ..look.report import report as write_report
 from .progress import StudyLine
 
 # %% auto #0
-__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'Findings', 'Study', 'save_study', 'left_out_of',
-           'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections', 'Pairs', 'TwoRecipes',
-           'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'folder_or_scratch', 'settings_of',
-           'labelled_cells']
+__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
+           'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections',
+           'Pairs', 'TwoRecipes', 'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work',
+           'folder_or_scratch', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -50,6 +51,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic): value = value.item()
     if not isinstance(value, float): return value
     return round(value, 6) if np.isfinite(value) else None
+
+
+def without_places(value: Any, folder: str | Path | None) -> Any:      # folder: of the study
+    "Plain data to be handed on: what lies in the folder by its path there, other files by their names."
+    if isinstance(value, Mapping): return {k: without_places(v, folder) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [without_places(v, folder) for v in value]
+    if isinstance(value, Path): value = str(value)
+    if not isinstance(value, str): return value
+    if folder is not None and value.startswith(f"{folder}{os.sep}"): return Path(value).relative_to(folder).as_posix()
+    return os.path.basename(value) if os.path.isabs(value) and os.path.exists(value) else value
 
 # %% ../../nbs/recipes/01_study.ipynb #06c10d56
 @dataclass(frozen=True, kw_only=True)
@@ -132,29 +143,36 @@ class Study(Findings):
         "Write one page with all sections, which opens without a network."
         sections = [*self.sections(), *remark_sections(self)]
         title = f"{self.recipe.title} of {self.model_name}"
-        return write_report(path, title, [s for s in sections if s[2]], self.config)
+        return write_report(path, title, [s for s in sections if s[2]], without_places(self.config, self.folder))
 
     def shown(self) -> str:
         "What the shell prints, before what a reader must be told."
         return self.summary().to_string(float_format="{:.3f}".format, na_rep="–")
 
-    def html(self) -> str:
+    def html(self) -> str:      # `Html`; other text is shown as text
         "What a notebook shows, before what a reader must be told."
-        return f"<b>{escape(self.recipe.title)} of {escape(self.model_name)}</b>{self.summary().to_html()}"
+        return Html("<b>{} of {}</b>{}").format(self.recipe.title, self.model_name, table_html(self.summary()))
 
-    def _repr_html_(self) -> str: return self.html() + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+    def _repr_html_(self) -> str: return study_html(self)
 
-# %% ../../nbs/recipes/01_study.ipynb #5b768983
+# %% ../../nbs/recipes/01_study.ipynb #6b1d0c02
 def save_study(study: Study, folder: Path) -> Path:
-    "Write `results.json` and the tables of a study; what is there already is not written again."
+    "Write `results.json` and a .csv file for every table that is not empty; return the path of the first."
     sums = {}
     with inside(folder):
         for name, table in study.tables.items():
             if not len(table): continue
-            text = table.to_csv(index=False)
+            text = csv_text(table.map(lambda value: without_places(value, study.folder)))
             sums[f"{name}.csv"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
             atomic_write(folder / f"{name}.csv", text)
-        return write_json(folder / "results.json", {**study.to_json(), "files": sums}, indent=1)
+        found = without_places(study.to_json(), study.folder)
+        return write_json(folder / "results.json", {**found, "files": sums}, indent=1)
+
+
+def study_html(study: Study) -> Html:
+    "What a notebook shows, with what a reader must be told."
+    notes = Html("").join(Html("<p>{}</p>").format(note) for note in study.notes)
+    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(study.html(), notes)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
 S = TypeVar("S", bound=Study)
@@ -287,7 +305,7 @@ class Recipe:
     read: Callable[..., Mapping[str, Any]] | None = None             # (model, tok, *, options) -> data for `run`
     pocket: Mapping[str, Any] = field(default_factory=dict)          # settings that suit the pocket models
 
-    def __repr__(self) -> str: return f"Recipe({self.name}: {self.title}; {self.paper})"
+    def __repr__(self) -> str: return visible(f"Recipe({self.name}: {self.title}; {self.paper})")
 
 
 RECIPES: dict[str, Recipe] = {}

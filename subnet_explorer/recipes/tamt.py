@@ -29,6 +29,7 @@ from subnet_explorer.recipes.textmasks import (
 
 from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html
 from ..core.intervals import defined_interval, left_out
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
@@ -394,10 +395,10 @@ def mean_pairs(study: Tamt) -> Pairs:
     return Pairs(rows, units, ["density"], contrasts, under="method")
 
 
-def tamt_html(study: Tamt) -> str:
+def tamt_html(study: Tamt) -> Html:
     "What a notebook shows."
     title = f"{len(study.masks)} masks of {study.model_name}, {len(study.tasks)} tasks"
-    return f"<b>{title}</b>{study.summary().to_html(index=False)}"
+    return Html("<b>{}</b>{}").format(title, table_html(study.summary(), index=False))
 
 
 def tamt_text(study: Tamt) -> str:

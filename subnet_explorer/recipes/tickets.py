@@ -20,6 +20,7 @@ from torch import nn
 from ..core.agreement import consensus, said_of_empty_pairs
 from ..core.compare import overlap as shared_units
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, remove, write_json
 from ..core.intervals import defined_interval, left_out
 from ..core.kinds import weight_density
@@ -359,9 +360,8 @@ class Tickets(TicketData):
         return tickets_text(self)
 
     def html(self) -> str:
-        "The table of the paper."
-        seeds = self.scores.seed.nunique()
-        return f"<b>{len(self.plan.tasks)} tasks × {seeds} seeds, {self.config['kind']}</b>{self.table().to_html()}"
+        said = f"{len(self.plan.tasks)} tasks × {self.scores.seed.nunique()} seeds, {self.config['kind']}"
+        return Html("<b>{}</b>{}").format(said, table_html(self.table()))
 
 # %% ../../nbs/recipes/07_tickets.ipynb #03bae476
 def collected(

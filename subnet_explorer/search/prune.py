@@ -20,6 +20,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, atomic_write, reading
 from ..core.folders import given_back
 from ..core.mask import Mask
@@ -194,8 +195,7 @@ class Pruned:
     def _repr_html_(self) -> str:
         kept = f"{self.mask.count} of {self.mask.space.size} kept"
         scores = f"score {self.score:.3f} (full {self.full:.3f}, floor {self.floor:.3f})"
-        table = self.table.to_html(index=False, float_format="{:.3f}".format)
-        return f"<b>{kept}</b>, {scores}{table}"
+        return Html("<b>{}</b>, {}{}").format(kept, scores, table_html(self.table, 3, index=False))
 
 # %% ../../nbs/search/13_prune.ipynb #1f35964c
 def _pruned(run: Run, steps: Sequence[Step], memory: _Memory, full: float, floor: float) -> Pruned:

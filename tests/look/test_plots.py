@@ -1,7 +1,6 @@
 "Figures: what they show is what was computed, in every format, with any label."
 from __future__ import annotations
 
-import html
 import json
 import re
 import warnings
@@ -14,6 +13,7 @@ import pytest
 
 from subnet_explorer import compare, plots
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
+from subnet_explorer.core.escape import Html
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.scores import Scores
@@ -132,7 +132,7 @@ def test_every_format(name, tmp_path):
         assert f.save(tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
     assert svg.count("<svg ") == 1
     for text in (page, svg):
-        assert "<script>alert" not in text and html.escape(f.alt, quote=True) in text
+        assert "<script>alert" not in text and Html.escape(f.alt) in text
     assert isinstance(f.data, pd.DataFrame) and len(f.data) and "nan" not in f.alt
     assert len(json.dumps(f._repr_mimebundle_())) < 300_000
     size = f.plotly.layout
