@@ -5,6 +5,7 @@
 # %% ../../nbs/core/17_lease.ipynb #a84fa735
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -170,7 +171,10 @@ def acquire(path: Path, what: str) -> Lease | Holder:
     while True:
         me = _myself(what)
         try: made = create(path, json.dumps(asdict(me)))
-        except CannotWrite: return Lease(None, me)
+        except CannotWrite as why:
+            if _number(why) == errno.ENOENT: continue      # somebody has just removed the empty folder
+            if _number(why) not in (errno.EROFS, errno.EACCES, errno.EPERM): raise
+            return Lease(None, me)
         if made:
             lease = Lease(path, me)
             _HEART.take(lease)
@@ -179,6 +183,11 @@ def acquire(path: Path, what: str) -> Lease | Holder:
         if holder is None: continue
         if not is_over(path, holder): return holder
         _take_away(path, holder)
+
+
+def _number(error: CannotWrite) -> int | None:
+    "What the system said."
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 
 def _take_away(path: Path, holder: Holder) -> None:

@@ -41,7 +41,7 @@ from .mask import Mask
 from .maskfile import read_mask_file
 from .masks import Masks
 from .scores import Scores
-from .space import digest
+from .space import digest, same_settings
 from .tensors import open_sealed, open_torch, sealed, sealed_torch
 
 # %% auto #0
@@ -162,8 +162,8 @@ def _take(folder: Path, ident: str, config: Mapping[str, Any], labels: Mapping[s
 def _check_same(folder: Path, ident: str, config: Mapping[str, Any]) -> None:
     "Raise `OtherRun` if the folder belongs to a run with another configuration."
     found = asked_of(folder)
-    if found["id"] == ident: return
     odd = differing(found["config"], config)
+    if found["id"] == ident or not odd: return
     raise OtherRun(
         f"{folder} holds another run ({found['id']}, this would be {ident}; they differ in {', '.join(odd)}). "
         "Choose another folder, or delete that one.")
@@ -177,8 +177,8 @@ def working(folder: str | Path | None) -> AbstractContextManager[None]:
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    "Settings that differ."
-    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    "Settings that differ; a model that was called by its path, as earlier versions did, is the same model."
+    return [key for key in {**before, **after} if not same_settings(before.get(key), after.get(key))]
 
 # %% ../../nbs/core/18_run.ipynb #14cb0ab9
 def check_empty(folder: Path, what: str) -> None:      # what: "run", "study"

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/19_store.ipynb #3f37a3c5
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from .files import CannotWrite, file_name, read_json, write_json
 from .formats import read_masks
 from .masks import Masks
 from .run import CONFIG, LOG, MASK, Run, asked_of, reason_of_damage
+from .space import same_settings
 
 # %% auto #0
 __all__ = ['INDEX', 'Store', 'index']
@@ -68,12 +70,19 @@ def _place(labels: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 def _earlier_place(folder: Path, labels: Mapping[str, Any], config: Mapping[str, Any]) -> Path | None:
     "Where an earlier version put the run, if it did."
-    words = [str(v).replace("/", "_").replace(" ", "_") for v in labels.values()]
-    name = "-".join([*words, Run(None, config).id[:8]])
-    if name == _place(labels, config) or name.startswith(".") or len(name.encode()) > 255: return None
-    try: found = asked_of(folder / name)
-    except (SubnetError, ValueError): return None
-    return folder / name if found["labels"] == labels else None
+    if (folder / _place(labels, config)).exists() or not folder.is_dir(): return None
+    asked = Run(None, config, labels)
+    begins = {_place(labels, config)[:-8], "".join(f"{v}-".replace("/", "_").replace(" ", "_") for v in labels.values())}
+    for place in sorted(folder.iterdir()):
+        if place.name[:-8] in begins and _is_same(place, asked): return place
+    return None
+
+
+def _is_same(place: Path, asked: Run) -> bool:
+    "Whether a folder holds a run that was asked for in the words of an earlier version."
+    try: found = asked_of(place)
+    except SubnetError: return False
+    return found["labels"] == json.loads(json.dumps(asked.labels)) and same_settings(found["config"], asked.config)
 
 
 def _names(folder: Path) -> list[str]: return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
