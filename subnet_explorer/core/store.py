@@ -72,7 +72,8 @@ def _earlier_place(folder: Path, labels: Mapping[str, Any], config: Mapping[str,
     "Where an earlier version put the run, if it did."
     if (folder / _place(labels, config)).exists() or not folder.is_dir(): return None
     asked = Run(None, config, labels)
-    begins = {_place(labels, config)[:-8], "".join(f"{v}-".replace("/", "_").replace(" ", "_") for v in labels.values())}
+    words = [str(v).replace("/", "_").replace(" ", "_") for v in labels.values()]
+    begins = {_place(labels, config)[:-8], "".join(f"{word}-" for word in words)}
     for place in sorted(folder.iterdir()):
         if place.name[:-8] in begins and _is_same(place, asked): return place
     return None
