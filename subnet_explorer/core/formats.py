@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import SpaceMismatch, SubnetError, check_names
-from .files import atomic_write
+from .files import atomic_write, file_name, inside, text_of
 from .mask import Mask
 from .masks import Masks
 from .space import Space, unit_space
@@ -85,7 +85,8 @@ def _seed(place: Path) -> Published:
         raise BadMasks(
             f"{place}: head_mask.npy has {layers['head']} layers and mlp_mask.npy has "
             f"{layers['mlp']}.")
-    return Published(place.parent.name, int(named[1]), place, arrays)
+    task = text_of(place.parent.name) or place.parent.name
+    return Published(task, int(named[1]), place, arrays)
 
 # %% ../../nbs/core/11_formats.ipynb #a792b1ac
 def read_masks(
@@ -188,11 +189,12 @@ def write_masks(masks: Masks, folder: str | Path, format: str = "npy") -> Path:
     if masks.index.duplicated(["task", "seed"]).any():
         raise SubnetError("several masks have the same task and seed: select with .sel(…) first.")
     folder = Path(folder)
-    for labels, mask in masks:
-        place = folder / str(labels["task"]).replace("/", "_") / f"seed_{int(labels['seed'])}"
-        for kind, rows in _by_kind(mask).items():
-            array = np.stack(rows) if kind == "head" else np.concatenate(rows)
-            _save(place / f"{kind}_mask.npy", array.astype(np.float32))
+    with inside(folder):
+        for labels, mask in masks:
+            place = folder / file_name(str(labels["task"])) / f"seed_{int(labels['seed'])}"
+            for kind, rows in _by_kind(mask).items():
+                array = np.stack(rows) if kind == "head" else np.concatenate(rows)
+                _save(place / f"{kind}_mask.npy", array.astype(np.float32))
     return folder
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from .. import __version__
 from ..core.errors import SubnetError
 from ..core.escape import visible
-from ..core.files import atomic_write, remove
+from ..core.files import atomic_write, inside, read_json, remove, write_json
 from .pages import STUDY_FILES, compare_page, index_page, run_page, study_name, study_page
 from .runs import MANIFEST, Collection, Entry, content_key, discover, slug
 
@@ -80,19 +80,20 @@ def _write(
 ) -> int:                          # how many were written
     "Write the pages that are not done, and remove those that are gone."
     written = 0
-    _note(to, found, done)
-    _assets(to)
-    try:
-        for address, page in pages.items():
-            if done.get(address) == page.key: continue
-            atomic_write(to / address, page.make())
-            done[address] = page.key
-            written += 1
-            if written % NOTE_EVERY == 0: _note(to, found, done)
-        for address in gone:
-            remove(to / address)
-            done.pop(address, None)
-    finally: _note(to, found, done)
+    with inside(to):
+        _note(to, found, done)
+        _assets(to)
+        try:
+            for address, page in pages.items():
+                if done.get(address) == page.key: continue
+                atomic_write(to / address, page.make())
+                done[address] = page.key
+                written += 1
+                if written % NOTE_EVERY == 0: _note(to, found, done)
+            for address in gone:
+                remove(to / address)
+                done.pop(address, None)
+        finally: _note(to, found, done)
     return written
 
 # %% ../../nbs/look/18_site.ipynb #bffe4602
@@ -108,14 +109,13 @@ def _note(to: Path, found: Collection, done: dict[str, str]) -> None:
     "Write down which pages are done, and what is known about runs."
     entries = {e.path: vars(e) for e in found.runs}
     noted = {"version": __version__, "pages": done, "entries": entries}
-    atomic_write(to / MANIFEST, json.dumps(noted))
+    write_json(to / MANIFEST, noted)
 
 
 def _manifest(to: Path) -> dict[str, Any]:
     "What an earlier call wrote."
-    try: found = json.loads((to / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
+    try: return read_json(to / MANIFEST, keys=("pages", "entries"))
+    except SubnetError: return {}
 
 # %% ../../nbs/look/18_site.ipynb #8dfabdb7
 OWN_ASSETS = ("site.css", "site.js")
