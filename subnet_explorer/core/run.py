@@ -35,6 +35,7 @@ from subnet_explorer.core.files import (
 from .. import __version__
 from .doors import checked
 from .errors import SubnetError
+from .escape import visible
 from .lease import check_leases, held
 from .log import Log, read_log, sealed_line, write_log
 from .mask import Mask
@@ -327,7 +328,7 @@ def _described(run: Run) -> str:
     state = f"{len(run.metrics)} log entries, not finished"
     if run.done: state = f"done, density {run.mask.density:.3f}"
     labels = ", ".join(f"{k}={v}" for k, v in run.labels.items())
-    return f"Run({run.id}, {labels or run.folder or 'in memory'}: {state})"
+    return visible(f"Run({run.id}, {labels or run.folder or 'in memory'}: {state})")
 
 # %% ../../nbs/core/18_run.ipynb #ee5de061
 State = tuple[dict[str, Any], dict[str, Any]]      # tensors by name; information, with "step" among it

@@ -5,7 +5,6 @@
 # %% ../../nbs/look/18_site.ipynb #ebc353e3
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
