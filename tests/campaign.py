@@ -1,0 +1,301 @@
+"""Studies that are killed, refused, cut short, told to stop, shared and damaged: nothing of what they find may change.
+
+`python tests/campaign.py --minutes 30` does as much as fits into half an hour; `--only kills --seed 17` does trial 17 of
+one part again, `--trials` as many as are asked for. A table of counts stands at the end, and the status is 1 if anything
+differed; the folders of such trials are kept. See benchmarks/RELIABILITY.md.
+"""
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import disk
+import fuzzing
+import tiny
+
+from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.core.log import read_log
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.store import Store
+
+LONG = 300.0      # seconds after which a child that was not disturbed is said to hang
+PATIENCE = 5.0    # seconds in which a signal must be obeyed
+
+
+# ── what a study is compared by ──────────────────────────────────────────────────────────────────────────────────────
+
+UNLIKE = re.compile(r"(^|/)(env\.json|\.index\.json)$|^sessions/")
+"Files that say when and where something was made."
+LEFT = re.compile(r"(^|/)(\.(writing|removing)-.*|\.leases|cycle-\d+)(/|$)")
+"What is there only while somebody works."
+
+
+def paths(study: Path) -> dict[str, Path]:
+    "All that is in a study, by its path from there; folders that are empty, too."
+    return {path.relative_to(study).as_posix(): path for path in sorted(study.rglob("*"))}
+
+
+def content(path: Path) -> Any:
+    "What a file says, but for times."
+    if path.is_dir(): return "a folder"
+    if path.name not in ("study.json", "results.json"): return path.read_bytes()
+    found = json.loads(path.read_text())
+    return {k: v for k, v in found.items() if k not in ("seconds", "checksum", "environment")}
+
+
+def differences(study: Path, wanted: Path) -> list[str]:
+    "What is not as in an undisturbed study: files that are there or not, what they say, logs, stores."
+    ours, theirs = ({k: p for k, p in paths(s).items() if not UNLIKE.search(k)} for s in (study, wanted))
+    said = [f"left over: {name}" for name in paths(study) if LEFT.search(name)]
+    said += [f"missing: {name}" for name in theirs if name not in ours]
+    said += [f"too much: {name}" for name in ours if name not in theirs and not LEFT.search(name)]
+    said += [f"differs: {name}" for name in ours if name in theirs and content(ours[name]) != content(theirs[name])]
+    return said + unreadable(study)
+
+
+def unreadable(study: Path) -> list[str]:
+    "Runs that cannot be read, and logs that are not whole."
+    said = []
+    for config in sorted(study.rglob("config.json")):
+        log = read_log(config.parent / "metrics.jsonl")
+        whole = not log.damage and not log.torn and log.lines == len(log.rows)
+        finished = (config.parent / "mask.safetensors").exists()
+        if not whole or (finished and not log.ended): said.append(f"log: {config.parent.relative_to(study)}: {log}"[:300])
+    if (study / "runs").is_dir():
+        said += [f"broken: {folder.name}: {why}" for folder, why in Store(study / "runs").broken.items()]
+        said += [f"not finished: {run.folder}" for run in Store(study / "runs") if not run.done]
+    return said
+
+
+# ── a trial ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclass
+class Trial:
+    "A folder for one study, the chance in it, and what came of it."
+    part: str
+    seed: int
+    recipe: str
+    folder: Path
+    reference: Path
+    seconds: float                                             # that the study takes if nobody disturbs it
+    counts: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(f"{self.part} {self.seed}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def study(self) -> Path: return self.folder / "study"
+
+    def start(self, do: Callable[[], Any] | None = None, at: float = 0.0) -> tiny.Child:
+        "A child that makes the study, or does something else."
+        return tiny.Child(self.folder, do or partial(tiny.study, self.recipe), at)
+
+    def fail(self, why: str) -> None: self.failed.append(why)
+
+    def ended(self, child: tiny.Child, wanted: int = tiny.FINE) -> bool:
+        "Whether a child ends as it should."
+        status = child.wait(LONG)
+        if status == wanted: return True
+        if status is None:
+            child.kill()
+            status = "hang"
+        self.fail(f"status {status}, not {wanted}: {child.said[-1500:]}")
+        return False
+
+    def finish(self) -> None:
+        "Let an undisturbed child do the rest, and compare."
+        if self.ended(self.start()): self.compare()
+
+    def compare(self) -> None:
+        "Compare with the undisturbed study."
+        self.counts["studies"] += 1
+        self.failed += differences(self.study, self.reference)
+
+    def check_done_once(self, kills: int) -> None:
+        "Whether no cell, table or training was done again, but for those in flight at kills."
+        told = tiny.events(self.folder)
+        done = Counter((e["what"], e["name"]) for e in told if e["what"] in ("cell", "table"))
+        done += Counter(("trained", e["run"]) for e in told if e["what"] == "trained" and e["run"] and e["first"] < e["at"])
+        again = {what: n - 1 for what, n in done.items() if n > 1}
+        self.counts["cells done"] += sum(n for (what, _), n in done.items() if what == "cell")
+        self.counts["done twice"] += sum(again.values())
+        if sum(again.values()) > kills: self.fail(f"done again, with {kills} kills: {again}")
+
+
+# ── 1 and 2: kills ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def kills(trial: Trial) -> None:
+    "Kills at random times."
+    for _ in range(trial.rng.randint(3, 8)):
+        child = trial.start()
+        if child.wait(trial.rng.uniform(0.02, 0.5 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
+        elif not trial.ended(child): return
+        else: break
+    trial.finish()
+    trial.check_done_once(trial.counts["kills"])
+
+
+PLACES = [(what, when) for what in disk.CHANGES for when in ("before", "after")] + [("write", "half")] * 2
+"Where a process may be killed in what it does to the disk."
+
+
+def operations(trial: Trial) -> None:
+    "Kills before, after and in the middle of what is done to the disk."
+    links = trial.rng.random() < 0.8
+    if not links: trial.counts["without hard links"] += 1
+    for _ in range(trial.rng.randint(3, 7)):
+        what, when = trial.rng.choice(PLACES)
+        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
+        moment: disk.Watch = disk.Moment(what, number, when)
+        child = trial.start(partial(under, moment if links else disk.NoLinks(moment), trial.recipe))
+        if child.wait(LONG) == -signal.SIGKILL:
+            trial.counts["kills"] += 1
+            trial.counts[f"kills {when} {what}"] += 1
+        elif not trial.ended(child): return trial.fail(f"{what} {number} {when}, links {links}")
+    if trial.failed: return None
+    trial.finish()
+    return trial.check_done_once(trial.counts["kills"])
+
+
+_MOST = {"write": 80, "fsync": 80, "fsync-folder": 80, "replace": 60, "open": 80, "link": 12, "rename": 2, "unlink": 20,
+         "mkdir": 8, "rmdir": 8}
+"How often a small study does something, about."
+
+
+def under(watch: disk.Watch, recipe: str) -> None:
+    "Make a study while something watches its folder."
+    with disk.watched(Path("study"), watch): tiny.study(recipe)
+
+
+# ── the program ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PARTS: dict[str, tuple[Callable[[Trial], None], float]] = {
+    "kills": (kills, 3.0), "operations": (operations, 3.0),
+}
+"What is done, and what share of the time it gets."
+
+
+@dataclass
+class Campaign:
+    "Trials in a folder, and what came of them."
+    place: Path
+    keep: Path
+    recipes: list[str]
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def get_ready(self) -> None:
+        "Make the studies that all others are compared with, twice, so that nothing in them is left to chance."
+        tiny.get_ready(self.recipes, self.place / "inputs")
+        for recipe in self.recipes:
+            for again in (True, False):
+                trial, began = self.trial("reference", int(again), recipe), time.monotonic()
+                if not trial.ended(trial.start()): raise SystemExit(f"{recipe}: {trial.failed}")
+                if again: shutil.copytree(trial.study, self.place / "references" / recipe)
+                if again: tiny.take_over(trial.folder)
+                else: self.seconds[recipe] = time.monotonic() - began
+            trial.compare()
+            self.note(trial)
+
+    def trial(self, part: str, seed: int, recipe: str) -> Trial:
+        "A new one."
+        folder, reference = self.place / f"{part}-{seed}", self.place / "references" / recipe
+        return Trial(part, seed, recipe, folder, reference, self.seconds.get(recipe, 5.0))
+
+    def do(self, part: str, seed: int) -> None:
+        "One trial."
+        trial = self.trial(part, seed, self.recipes[seed % len(self.recipes)])
+        try: PARTS[part][0](trial)
+        except Exception as error: trial.fail(f"the campaign itself: {type(error).__name__}: {error}")
+        self.note(trial)
+
+    def note(self, trial: Trial) -> None:
+        "Add what came of a trial, and keep its folder if anything was wrong."
+        counts = self.counts.setdefault(trial.part, Counter())
+        counts.update({**trial.counts, "trials": 1, "failed": bool(trial.failed), f"trials {trial.recipe}": 1})
+        if trial.failed:
+            kept = self.keep / trial.folder.name
+            shutil.rmtree(kept, ignore_errors=True)
+            if trial.folder.exists(): shutil.copytree(trial.folder, kept)
+            self.failed.append({"part": trial.part, "seed": trial.seed, "recipe": trial.recipe, "why": trial.failed})
+            print(f"FAILED {trial.part} --seed {trial.seed} ({trial.recipe}), kept in {kept}:", *trial.failed, sep="\n  ",
+                  flush=True)
+        shutil.rmtree(trial.folder, ignore_errors=True)
+
+    def go(self, parts: list[str], minutes: float, seed: int, trials: int | None) -> None:
+        "As many trials as fit into the time, or as were asked for."
+        whole = sum(PARTS[part][1] for part in parts)
+        for part in parts:
+            until = time.monotonic() + 60 * minutes * PARTS[part][1] / whole
+            for number in seeds(seed, trials):
+                if trials is None and time.monotonic() >= until: break
+                self.do(part, number)
+            print(part, dict(self.counts.get(part, {})), flush=True)
+
+    def table(self) -> str:
+        "Everything that was counted."
+        rows = [(part, name, n) for part, counts in self.counts.items() for name, n in sorted(counts.items())]
+        return "\n".join(f"{part:12} {name:36} {n:10,}" for part, name, n in rows)
+
+
+def seeds(first: int, trials: int | None) -> Iterator[int]:
+    "The numbers of trials."
+    number = first
+    while trials is None or number < first + trials:
+        yield number
+        number += 1
+
+
+def arguments() -> argparse.Namespace:
+    "What the command line says."
+    given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given.add_argument("--minutes", type=float, default=10.0, help="how long all of it takes, about")
+    given.add_argument("--seed", type=int, default=0, help="number of the first trial")
+    given.add_argument("--trials", type=int, help="trials of every part, however long they take")
+    given.add_argument("--only", choices=list(PARTS), action="append", help="a part; may be given several times")
+    given.add_argument("--recipes", default=",".join(tiny.COMMANDS), help="separated by commas")
+    given.add_argument("--json", type=Path, help="file for counts and failures")
+    given.add_argument("--keep", type=Path, default=Path("build/campaign"), help="folder for trials that failed")
+    given.add_argument("--place", type=Path, help="folder for trials; in memory if nothing is said")
+    given.add_argument("--short", action="store_true", help="one trial of every part, with two recipes")
+    return given.parse_args()
+
+
+def main() -> int:
+    "Run it as the command line says; the status is 1 if anything differed."
+    asked = arguments()
+    warnings.simplefilter("ignore")
+    memory = Path("/dev/shm")
+    above = asked.place or (memory if memory.is_dir() else None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-", dir=above))
+    campaign = Campaign(place, asked.keep.absolute(), asked.recipes.split(","))
+    given = asked.json and asked.json.absolute()
+    try:
+        campaign.get_ready()
+        campaign.go(asked.only or list(PARTS), asked.minutes, asked.seed, 1 if asked.short else asked.trials)
+    finally: shutil.rmtree(place, ignore_errors=True)
+    print(campaign.table())
+    if given: given.write_text(json.dumps({"counts": campaign.counts, "failed": campaign.failed}, indent=1) + "\n")
+    return int(bool(campaign.failed))
+
+
+if __name__ == "__main__": sys.exit(main())
