@@ -30,9 +30,11 @@ import fuzzing
 import tiny
 
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.core.files import read_json
 from subnet_explorer.core.log import read_log
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.store import Store
+from subnet_explorer.core.tensors import open_sealed
 
 LONG = 300.0      # seconds after which a child that was not disturbed is said to hang
 PATIENCE = 5.0    # seconds in which a signal must be obeyed
@@ -185,10 +187,247 @@ def under(watch: disk.Watch, recipe: str) -> None:
     with disk.watched(Path("study"), watch): tiny.study(recipe)
 
 
+# ── 3: several processes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def crowd(trial: Trial, size: int) -> None:
+    "Processes that begin at the same moment in one folder; in half of the trials some are killed."
+    at = time.monotonic() + 0.3
+    children = [trial.start(at=at) for _ in range(size)]
+    dying = trial.rng.sample(children, trial.rng.randint(1, size)) if trial.rng.random() < 0.5 else []
+    for child in dying:
+        if child.wait(trial.rng.uniform(0.3, trial.seconds)) is None and child.kill():
+            trial.counts["kills"] += 1
+            if trial.rng.random() < 0.5: children.append(trial.start())
+    trial.counts["processes"] += len(children)
+    for child in children:
+        if child.status != -signal.SIGKILL: trial.ended(child)
+    if trial.failed: return
+    if trial.counts["kills"]: trial.finish()
+    else: trial.compare()
+    trial.check_done_once(trial.counts["kills"])
+
+
+# ── 4: what the system refuses ───────────────────────────────────────────────────────────────────────────────────────
+
+_FULL, _FORBIDDEN = [errno.ENOSPC, errno.EDQUOT], [errno.EACCES, errno.EROFS]
+ERRORS = {"write": [*_FULL, errno.EIO], "fsync": [*_FULL, errno.EIO], "fsync-folder": [errno.EIO],
+          "open": [*_FULL, *_FORBIDDEN], "replace": [*_FULL, *_FORBIDDEN], "link": [*_FULL, *_FORBIDDEN],
+          "mkdir": [*_FULL, *_FORBIDDEN], "unlink": _FORBIDDEN, "rename": _FORBIDDEN}
+"What a system may say."
+
+
+def refusals(trial: Trial) -> None:
+    "A full disk, or no permission, at some change: a named error, nothing half-written, and the next start goes on."
+    for _ in range(2):
+        what = trial.rng.choice(sorted(ERRORS))
+        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
+        error, lasting = trial.rng.choice(ERRORS[what]), trial.rng.random() < 0.5
+        when = "half" if what == "write" and trial.rng.random() < 0.7 else "before"
+        told = f"{errno.errorcode[error]} at {what} {number}, {when}, lasting {lasting}"
+        child = trial.start(partial(refused, trial.recipe, disk.Refuse(what, number, when, 0, error, lasting)))
+        status = child.wait(LONG)
+        happened = [e["times"] for e in tiny.events(trial.folder) if e["what"] == "refused"][-1:]
+        if happened and happened[0]: trial.counts[f"{errno.errorcode[error]} at {what}"] += 1
+        check_refused(trial, child, status, what, told)
+        if trial.failed: return
+    trial.finish()
+
+
+def refused(recipe: str, watch: disk.Refuse) -> None:
+    "Make a study on a disk that refuses something."
+    try: under(watch, recipe)
+    finally: tiny.tell(what="refused", times=len(watch.happened))
+
+
+def check_refused(trial: Trial, child: tiny.Child, status: int | None, what: str, told: str) -> None:
+    "Whether a process ended well, or said what it could not write."
+    if status is None: child.kill()
+    if status == tiny.FINE: trial.counts["went on"] += 1
+    elif status == tiny.REFUSED and "study" in child.said: trial.counts["named errors"] += 1
+    else: return trial.fail(f"{told}: status {status}: {child.said[-1500:]}")
+    left = [name for name in paths(trial.study) if "/.writing-" in f"/{name}"] if trial.study.exists() else []
+    if left and what != "unlink": trial.fail(f"{told}: half-written: {left}")
+    return None
+
+
+# ── 5: power cuts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def power(trial: Trial) -> None:
+    "The power fails: what was not sent to the disk is lost, in part or as a whole."
+    built = trial.folder / "after the cut"
+    for _ in range(trial.rng.randint(2, 4)):
+        number, chance = math.ceil(math.exp(trial.rng.uniform(0, math.log(400)))), trial.rng.randrange(1 << 30)
+        child = trial.start(partial(until_cut, trial.recipe, number, chance, built))
+        if child.wait(LONG) != -signal.SIGKILL:
+            if not trial.ended(child): return trial.fail(f"at change {number}")
+            break
+        shutil.rmtree(trial.study, ignore_errors=True)
+        if (built / "study").exists(): (built / "study").rename(trial.study)
+        shutil.rmtree(built)
+        trial.counts["power cuts"] += 1
+    trial.finish()
+    return None
+
+
+def until_cut(recipe: str, number: int, chance: int, built: Path) -> None:
+    "Make a study until the power fails."
+    under(disk.PowerCut(Path("study").absolute(), number, random.Random(chance), built), recipe)
+
+
+# ── 6: signals ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def signals(trial: Trial) -> None:
+    "A command that is told to stop saves, leaves in time, and goes on at the same step."
+    for _ in range(trial.rng.randint(2, 5)):
+        child = trial.start(partial(tiny.command, trial.recipe))
+        if not wait_for(trial.study / "study.json", child): break
+        if child.wait(trial.rng.uniform(0.0, 0.6 * trial.seconds)) is not None: break
+        number = trial.rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        if not check_signal(trial, child, number): return
+    if child.status is None or child.status >= 128: trial.finish()
+    elif trial.ended(child): trial.compare()
+    check_steps(trial)
+
+
+def wait_for(file: Path, child: tiny.Child) -> bool:
+    "Wait until there is a file; whether the child is still there then."
+    while not file.exists():
+        if child.wait(0.005) is not None: return False
+    return True
+
+
+def check_signal(trial: Trial, child: tiny.Child, number: signal.Signals) -> bool:
+    "Send a signal; whether the child leaves as it should."
+    child.signal(number)
+    sent = time.monotonic()
+    status = child.wait(LONG)
+    took = time.monotonic() - sent
+    trial.counts[f"signals {number.name}"] += 1
+    trial.counts["longest, milliseconds"] = max(trial.counts["longest, milliseconds"], round(1000 * took))
+    late = status in (0, -number) and (trial.study / "results.json").exists()      # it was over already
+    if late: trial.counts["after the end"] += 1
+    elif status != 128 + number: trial.fail(f"{number.name}: status {status}: {child.said[-1500:]}")
+    if took > PATIENCE: trial.fail(f"{number.name}: left after {took:.1f} s")
+    return not trial.failed and not late
+
+
+def check_steps(trial: Trial) -> None:
+    "Whether every training that was stopped goes on at the same step."
+    told = tiny.events(trial.folder)
+    for i, stop in enumerate(told):
+        if stop["what"] != "stopped" or stop["run"] is None: continue
+        later = next((e for e in told[i + 1:] if e["what"] == "training" and e["run"] == stop["run"]), None)
+        if later is None: continue
+        trial.counts["stopped in a training"] += 1
+        if later["at"] != stop["at"]: trial.fail(f"{stop['run']}: stopped at {stop['at']}, goes on at {later['at']}")
+
+
+# ── 7: damage ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_WAYS = [way for way in fuzzing.WAYS if way.__name__ != "_edit"]
+"Ways to damage bytes; checksums that are computed anew are a lie and no damage."
+
+
+def damaged(trial: Trial) -> None:
+    "Files of a study that are damaged: a named error, or the right results; and other runs are served all the same."
+    if trial.rng.random() < 0.5: shutil.copytree(trial.reference, trial.study)
+    else:
+        child = trial.start()
+        if child.wait(trial.rng.uniform(0.2, 0.9) * trial.seconds) is None: child.kill()
+    files = [path for path in paths(trial.study).values() if path.is_file() and path.stat().st_size]
+    before = {path: path.read_bytes() for path in trial.rng.sample(files, min(len(files), trial.rng.choice((1, 1, 2))))}
+    for path, data in before.items(): path.write_bytes(trial.rng.choice(_WAYS)(data, trial.rng))
+    told = ", ".join(path.relative_to(trial.study).as_posix() for path in before)
+    check_store(trial, told)
+    child = trial.start()
+    status = child.wait(LONG)
+    trial.counts["files damaged"] += len(before)
+    if status == tiny.FINE: trial.failed += [f"{told}: {why}" for why in other_results(trial)]
+    elif status != tiny.REFUSED or "study" not in child.said: trial.fail(f"{told}: {status}: {child.said[-1500:]}")
+    trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
+    for path, data in before.items(): path.write_bytes(data)
+    if status == tiny.REFUSED: trial.finish()
+
+
+def other_results(trial: Trial) -> list[str]:
+    "Results and tables that are not as they should be."
+    names = [path.name for path in trial.reference.iterdir() if path.suffix == ".csv"]
+    return [f"other {name}" for name in ["results.json", *names]
+            if content(trial.study / name) != content(trial.reference / name)]
+
+
+def check_store(trial: Trial, told: str) -> None:
+    "Whether a store serves what is not damaged, says what is, and never serves anything else."
+    folder = trial.study / "runs"
+    if not folder.is_dir(): return
+    store = Store(folder)
+    runs, there = store.runs(), len(list(folder.glob("*/config.json")))
+    trial.counts["runs served"] += len(runs)
+    trial.counts["runs named as broken"] += len(store.broken)
+    if len(runs) + len(store.broken) != there: trial.fail(f"{told}: {len(runs)} runs of {there}, {store.broken}")
+    for run in runs:
+        assert run.folder is not None
+        if not run.done: continue
+        wanted = Mask.load(trial.reference / "runs" / run.folder.name / "mask.safetensors").id
+        try: found = run.mask.id
+        except SubnetError: continue
+        if found != wanted: trial.fail(f"{told}: another mask in {run.folder.name}")
+
+
+# ── damaged files by the thousand ────────────────────────────────────────────────────────────────────────────────────
+
+KINDS = ("mask", "json", "log", "tensors", "sealed", "earlier")
+ROUND = 2000      # files of a trial
+
+
+def files(trial: Trial) -> None:
+    "Damaged files of one kind: see tests/fuzzing.py."
+    kind = KINDS[trial.seed % len(KINDS)]
+    child = trial.start(partial(fuzzed, kind, trial.seed, trial.reference.parent))
+    trial.ended(child)
+    for told in tiny.events(trial.folder):
+        for outcome, n in told["counts"].items(): trial.counts[f"{kind}: {outcome}"] += n
+
+
+def fuzzed(kind: str, seed: int, references: Path) -> int:
+    "Damage and read; the status is 1 if anything bad came of it."
+    found, reader = fuzzing.of_kind(kind) if kind in ("mask", "earlier", "tensors") else own_files(kind, references)
+    counts = fuzzing.fuzz(kind, found, reader, ROUND, seed, Path("bad"))
+    tiny.tell(what="fuzzed", counts=counts)
+    return int(any(counts[bad] for bad in fuzzing.BAD))
+
+
+def own_files(kind: str, references: Path) -> tuple[list[tuple[bytes, Any]], fuzzing.Reader]:
+    "Files of studies with what they say, and their reader."
+    pattern, read = {"json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of)}[kind]
+    file = Path("file").absolute()
+
+    def reader(data: bytes) -> Any:
+        file.write_bytes(data)
+        return read(file)
+    found = [path.read_bytes() for path in sorted(references.rglob(pattern)) if path.name != ".index.json"]
+    return [(data, reader(data)) for data in dict.fromkeys(found)], reader
+
+
+def whole_log(file: Path) -> Any:
+    "Rows of a log that was ended; whatever else is said of it is a named error here."
+    log = read_log(file)
+    if log.damage or log.torn or not log.ended or log.lines != len(log.rows): raise SubnetError(str(log.damage))
+    return log.rows
+
+
+def all_of(file: Path) -> Any:
+    "Arrays and texts of a file of tensors or a mask."
+    arrays, about = open_sealed(file, earlier=None)
+    return {name: values.tobytes() for name, values in arrays.items()}, about
+
+
 # ── the program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PARTS: dict[str, tuple[Callable[[Trial], None], float]] = {
-    "kills": (kills, 3.0), "operations": (operations, 3.0),
+    "kills": (kills, 3.0), "operations": (operations, 3.0), "pairs": (partial(crowd, size=2), 2.0),
+    "quadruples": (partial(crowd, size=4), 1.0), "refusals": (refusals, 2.0), "power": (power, 2.0),
+    "signals": (signals, 1.0), "damaged": (damaged, 1.0), "files": (files, 1.0),
 }
 "What is done, and what share of the time it gets."
 

@@ -146,9 +146,10 @@ def _observe() -> None:
         first = self.step
         tell(what="training", run=run, at=first)
         try: go(self)
-        except BaseException: tell(what="stopped", run=run, at=self.step)
-        else: return tell(what="trained", run=run, first=first, at=self.step)
-        raise
+        except BaseException:
+            tell(what="stopped", run=run, at=self.step)
+            raise
+        tell(what="trained", run=run, first=first, at=self.step)
 
     def told_work(self: Any, labels: Any) -> Any:
         outcome = work(self, labels)
@@ -214,6 +215,8 @@ def _live(folder: Path, do: Callable[[], Any], at: float) -> None:
         os.chdir(folder)
         out = os.open(f"said-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for number in (1, 2): os.dup2(out, number)
+        for name in (signal.SIGTERM, signal.SIGHUP): signal.signal(name, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _TOLD[:] = [os.open("events", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
         if at: time.sleep(max(0.0, at - time.monotonic()))
         status = _status(do)
