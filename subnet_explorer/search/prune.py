@@ -271,7 +271,7 @@ def _stored(memory: _Memory, mask: Mask) -> Scores:
     if memory.run.folder is None: return memory.compute(mask)
     file = memory.run.folder / "scores" / f"{mask.id}.safetensors"
     if (found := _read_scores(file)) is not None:
-        asked = {name: memory.run.config[name] for name in ("mode", "normalise", "seed")}
+        asked = {name: memory.run.config[name] for name in ("mode", "seed", "normalise")}
         told = {name: value for name, value in asked.items() if value is not None}
         with reading(file, DamagedFile, "scores"):
             return Scores(mask.space, found, {"method": "importance", **told, "under": mask.id})
