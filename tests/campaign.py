@@ -7,6 +7,7 @@ differed; the folders of such trials are kept. See benchmarks/RELIABILITY.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import errno
 import json
 import math
@@ -53,12 +54,24 @@ def paths(study: Path) -> dict[str, Path]:
     return {path.relative_to(study).as_posix(): path for path in sorted(study.rglob("*"))}
 
 
+TIMES = ("seconds", "seal", "checksum", "environment", "files")
+"Parts of files that say how long something took, or follow from that."
+
+
+def without_times(value: Any) -> Any:
+    "Plain data without how long anything took."
+    if isinstance(value, list): return [without_times(v) for v in value]
+    if not isinstance(value, dict): return value
+    return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+
+
 def content(path: Path) -> Any:
     "What a file says, but for times."
     if path.is_dir(): return "a folder"
-    if path.name not in ("study.json", "results.json"): return path.read_bytes()
-    found = json.loads(path.read_text())
-    return {k: v for k, v in found.items() if k not in ("seconds", "checksum", "environment")}
+    if path.suffix == ".json": return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl": return without_times(read_log(path).rows)
+    if path.suffix != ".csv": return path.read_bytes()
+    with path.open(newline="") as file: return without_times(list(csv.DictReader(file)))
 
 
 def differences(study: Path, wanted: Path) -> list[str]:
