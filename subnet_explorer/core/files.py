@@ -251,11 +251,15 @@ _PIECE = 1 << 20      # bytes that are compared at once
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    "Write a new file and send it to the disk."
-    with open(path, "xb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
+    "Write a new file and send it to the disk; nothing of it stays if that fails."
+    try:
+        with open(path, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 # %% ../../nbs/core/05_files.ipynb #5962b64a
 def add_line(path: Path, line: str) -> None:
