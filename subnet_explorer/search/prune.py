@@ -271,8 +271,10 @@ def _stored(memory: _Memory, mask: Mask) -> Scores:
     if memory.run.folder is None: return memory.compute(mask)
     file = memory.run.folder / "scores" / f"{mask.id}.safetensors"
     if (found := _read_scores(file)) is not None:
+        asked = {name: memory.run.config[name] for name in ("mode", "seed", "normalise")}
+        told = {name: value for name, value in asked.items() if value is not None}
         with reading(file, DamagedFile, "scores"):
-            return Scores(mask.space, found, {"method": "importance", "under": mask.id})
+            return Scores(mask.space, found, {"method": "importance", **told, "under": mask.id})
     scores = memory.compute(mask)
     atomic_write(file, sealed(scores.values, {}))
     return scores
