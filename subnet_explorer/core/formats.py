@@ -85,8 +85,8 @@ def _seed(place: Path) -> Published:
         raise BadMasks(
             f"{place}: head_mask.npy has {layers['head']} layers and mlp_mask.npy has "
             f"{layers['mlp']}.")
-    task = text_of(place.parent.name) or place.parent.name
-    return Published(task, int(named[1]), place, arrays)
+    task = text_of(place.parent.name)
+    return Published(place.parent.name if task is None else task, int(named[1]), place, arrays)
 
 # %% ../../nbs/core/11_formats.ipynb #a792b1ac
 def read_masks(
@@ -134,7 +134,7 @@ def _check_together(found: list[Published], folder: Path) -> None:
         if (one.task, one.seed) in seen:
             raise BadMasks(f"{folder / one.task} has seed {one.seed} twice.")
         seen.add((one.task, one.seed))
-    tasks = {one.task for one in found}
+    tasks = {one.place.parent.name for one in found}
     empty = [task.name for task in _inside(folder) if task.name not in tasks]
     if empty:
         raise BadMasks(f"{folder / empty[0]} holds no folder of a seed (seed_ and a whole number).")
