@@ -76,6 +76,15 @@ from subnet_explorer.core.tensors import open_sealed
 open('weights.safetensors', 'w').close()
 open_sealed('weights.safetensors')
 """,
+    "OutsideFolder": """
+from subnet_explorer.core.files import atomic_write, inside
+import os
+os.makedirs('study')
+os.symlink('/', 'study/runs')
+with inside('study'): atomic_write('study/runs/mask', 'text')
+""",
+    "Held": None,               # takes two processes
+    "TakenOver": None,          # takes two processes, one of which sleeps for minutes
     "BadFacts": """
 from subnet_explorer import read_facts
 open('facts.jsonl', 'w').write('a sparrow can fly')

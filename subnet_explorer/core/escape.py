@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% auto #0
 __all__ = ['visible', 'Html', 'in_script', 'table_html', 'as_cell', 'from_cell', 'as_plain', 'csv_text', 'yaml_text',
@@ -31,6 +29,8 @@ def visible(value: Any) -> str:
 class Html(Markup):
     "HTML; what is formatted, joined or added to it is escaped unless it is HTML, too."
 
+    def __new__(cls, html: Any = "") -> Html: return super().__new__(cls, html)
+
     @classmethod
     def escape(cls, s: Any, /) -> Html:
         "Any value as HTML that shows it as text, also between quotes."
@@ -45,7 +45,6 @@ def in_script(text: str) -> Html:      # text: JSON
 # %% ../../nbs/core/26_escape.ipynb #79007343
 def table_html(table: pd.DataFrame, digits: int | None = None, **how: Any) -> Html:     # how: of `to_html`
     "A table as HTML, all of it text; floats with so many digits."
-    import pandas as pd
     if digits is not None: how["float_format"] = f"{{:.{digits}f}}".format
     safe = table.map(_seen).rename(columns=_seen, index=_seen)
     safe.index.names = [_seen(name) for name in table.index.names]
@@ -85,7 +84,6 @@ def as_plain(value: Any) -> Any:
 # %% ../../nbs/core/26_escape.ipynb #1af4422a
 def csv_text(table: pd.DataFrame, between: str = ",") -> str:
     "A table as a .csv file without row numbers that a spreadsheet shows and does not compute."
-    import pandas as pd
     columns = {i: _cells(table.iloc[:, i]) for i in range(table.shape[1])}
     header = [str(as_cell(str(name))) for name in table.columns]
     return pd.DataFrame(columns).to_csv(sep=between, index=False, header=header, lineterminator="\n")

@@ -86,9 +86,10 @@ def test_processes_share_a_study_cell_by_cell(tmp_path):
 
     def work(name: str) -> None:
         bench = Bench({"recipe": "mine"}, tmp_path, progress=False)
+        store = Store(tmp_path / "runs")
 
         def cell(labels: dict) -> str:
-            run = Run(bench.store.path(labels, labels), labels, labels)
+            run = Run(store.path(labels, labels), labels, labels)
             if not run.done:
                 done.append(labels["seed"])
                 time.sleep(.05)
@@ -235,10 +236,11 @@ def test_a_finished_study_opens_where_nothing_can_be_written(tmp_path, monkeypat
     "Also for root, who may write everywhere: whatever would change the folder is refused."
     def study() -> pd.DataFrame:
         bench = Bench({"recipe": "mine"}, tmp_path, progress=False)
+        store = Store(tmp_path / "runs")
         cells = [{"seed": seed} for seed in range(2)]
 
         def cell(labels: dict) -> Run:
-            run = Run(bench.store.path(labels, labels), labels, labels)
+            run = Run(store.path(labels, labels), labels, labels)
             return run if run.done else run.finish(Mask.random(SPACE, .5, seed=labels["seed"]))
 
         runs = bench.work("mask", cells, cell)
@@ -275,6 +277,7 @@ def test_names_from_data_stay_in_their_folder(tmp_path, text):
     folder = tmp_path / "a" / "b" / "study"
     cached_table(folder, f"fine-tuned-{text}", lambda: pd.DataFrame([{"x": 1}]))
     store = open_study(folder / "s", {"recipe": "mine"})
+    assert store is not None
     Run(store.path({"task": text}, {}), {}, {"task": text}).finish(Mask.random(SPACE, .5, seed=0))
     masks = Masks([({"task": text, "seed": 0}, Mask.random(SPACE, .5, seed=0))])
     write_masks(masks, folder / "published")
