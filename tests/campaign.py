@@ -109,6 +109,7 @@ class Trial:
     folder: Path
     reference: Path
     seconds: float                                             # that the study takes if nobody disturbs it
+    short: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
 
@@ -118,6 +119,10 @@ class Trial:
 
     @property
     def study(self) -> Path: return self.folder / "study"
+
+    def times(self, least: int, most: int) -> range:
+        "How often something is done to the study."
+        return range(1 if self.short else self.rng.randint(least, most))
 
     def start(self, do: Callable[[], Any] | None = None, at: float = 0.0) -> tiny.Child:
         "A child that makes the study, or does something else."
@@ -159,7 +164,7 @@ class Trial:
 
 def kills(trial: Trial) -> None:
     "Kills at random times."
-    for _ in range(trial.rng.randint(3, 8)):
+    for _ in trial.times(3, 8):
         child = trial.start()
         if child.wait(trial.rng.uniform(0.02, 0.5 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
         elif not trial.ended(child): return
@@ -176,7 +181,7 @@ def operations(trial: Trial) -> None:
     "Kills before, after and in the middle of what is done to the disk."
     links = trial.rng.random() < 0.8
     if not links: trial.counts["without hard links"] += 1
-    for _ in range(trial.rng.randint(3, 7)):
+    for _ in trial.times(3, 7):
         what, when = trial.rng.choice(PLACES)
         number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
         moment: disk.Watch = disk.Moment(what, number, when)
@@ -231,7 +236,7 @@ ERRORS = {"write": [*_FULL, errno.EIO], "fsync": [*_FULL, errno.EIO], "fsync-fol
 
 def refusals(trial: Trial) -> None:
     "A full disk, or no permission, at some change: a named error, nothing half-written, and the next start goes on."
-    for _ in range(2):
+    for _ in trial.times(2, 2):
         what = trial.rng.choice(sorted(ERRORS))
         number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
         error, lasting = trial.rng.choice(ERRORS[what]), trial.rng.random() < 0.5
@@ -268,7 +273,7 @@ def check_refused(trial: Trial, child: tiny.Child, status: int | None, what: str
 def power(trial: Trial) -> None:
     "The power fails: what was not sent to the disk is lost, in part or as a whole."
     built = trial.folder / "after the cut"
-    for _ in range(trial.rng.randint(2, 4)):
+    for _ in trial.times(2, 4):
         number, chance = math.ceil(math.exp(trial.rng.uniform(0, math.log(400)))), trial.rng.randrange(1 << 30)
         child = trial.start(partial(until_cut, trial.recipe, number, chance, built))
         if child.wait(LONG) != -signal.SIGKILL:
@@ -291,7 +296,7 @@ def until_cut(recipe: str, number: int, chance: int, built: Path) -> None:
 
 def signals(trial: Trial) -> None:
     "A command that is told to stop saves, leaves in time, and goes on at the same step."
-    for _ in range(trial.rng.randint(2, 5)):
+    for _ in trial.times(2, 5):
         child = trial.start(partial(tiny.command, trial.recipe))
         if not wait_for(trial.study / "study.json", child): break
         if child.wait(trial.rng.uniform(0.0, 0.6 * trial.seconds)) is not None: break
@@ -445,12 +450,17 @@ PARTS: dict[str, tuple[Callable[[Trial], None], float]] = {
 "What is done, and what share of the time it gets."
 
 
+SHORT = [part for part in PARTS if part not in ("quadruples", "files")]
+"What is done in short."
+
+
 @dataclass
 class Campaign:
     "Trials in a folder, and what came of them."
     place: Path
     keep: Path
     recipes: list[str]
+    short: bool = False
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     failed: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -459,19 +469,19 @@ class Campaign:
         "Make the studies that all others are compared with, twice, so that nothing in them is left to chance."
         tiny.get_ready(self.recipes, self.place / "inputs")
         for recipe in self.recipes:
-            for again in (True, False):
-                trial, began = self.trial("reference", int(again), recipe), time.monotonic()
+            for first in (True,) if self.short else (True, False):
+                trial, began = self.trial("reference", int(first), recipe), time.monotonic()
                 if not trial.ended(trial.start()): raise SystemExit(f"{recipe}: {trial.failed}")
-                if again: shutil.copytree(trial.study, self.place / "references" / recipe)
-                if again: tiny.take_over(trial.folder)
-                else: self.seconds[recipe] = time.monotonic() - began
+                self.seconds[recipe] = time.monotonic() - began
+                if first: shutil.copytree(trial.study, trial.reference)
+                tiny.take_over(trial.folder)
             trial.compare()
             self.note(trial)
 
     def trial(self, part: str, seed: int, recipe: str) -> Trial:
         "A new one."
         folder, reference = self.place / f"{part}-{seed}", self.place / "references" / recipe
-        return Trial(part, seed, recipe, folder, reference, self.seconds.get(recipe, 5.0))
+        return Trial(part, seed, recipe, folder, reference, self.seconds.get(recipe, 5.0), self.short)
 
     def do(self, part: str, seed: int) -> None:
         "One trial."
@@ -524,12 +534,15 @@ def arguments() -> argparse.Namespace:
     given.add_argument("--seed", type=int, default=0, help="number of the first trial")
     given.add_argument("--trials", type=int, help="trials of every part, however long they take")
     given.add_argument("--only", choices=list(PARTS), action="append", help="a part; may be given several times")
-    given.add_argument("--recipes", default=",".join(tiny.COMMANDS), help="separated by commas")
+    given.add_argument("--recipes", help="separated by commas; all if nothing is said")
     given.add_argument("--json", type=Path, help="file for counts and failures")
     given.add_argument("--keep", type=Path, default=Path("build/campaign"), help="folder for trials that failed")
     given.add_argument("--place", type=Path, help="folder for trials; in memory if nothing is said")
-    given.add_argument("--short", action="store_true", help="one trial of every part, with two recipes")
-    return given.parse_args()
+    given.add_argument("--short", action="store_true", help="one small trial of most parts, with one recipe")
+    asked = given.parse_args()
+    if asked.short:
+        asked.recipes, asked.trials, asked.only = asked.recipes or "critical", 1, asked.only or list(SHORT)
+    return asked
 
 
 def main() -> int:
@@ -539,11 +552,12 @@ def main() -> int:
     memory = Path("/dev/shm")
     above = asked.place or (memory if memory.is_dir() else None)
     place = Path(tempfile.mkdtemp(prefix="campaign-", dir=above))
-    campaign = Campaign(place, asked.keep.absolute(), asked.recipes.split(","))
+    recipes = asked.recipes.split(",") if asked.recipes else list(tiny.COMMANDS)
+    campaign = Campaign(place, asked.keep.absolute(), recipes, asked.short)
     given = asked.json and asked.json.absolute()
     try:
         campaign.get_ready()
-        campaign.go(asked.only or list(PARTS), asked.minutes, asked.seed, 1 if asked.short else asked.trials)
+        campaign.go(asked.only or list(PARTS), asked.minutes, asked.seed, asked.trials)
     finally: shutil.rmtree(place, ignore_errors=True)
     print(campaign.table())
     if given: given.write_text(json.dumps({"counts": campaign.counts, "failed": campaign.failed}, indent=1) + "\n")
