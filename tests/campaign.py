@@ -134,10 +134,8 @@ class Trial:
         "Whether a child ends as it should."
         status = child.wait(LONG)
         if status == wanted: return True
-        if status is None:
-            child.kill()
-            status = "hang"
-        self.fail(f"status {status}, not {wanted}: {child.said[-1500:]}")
+        if status is None: child.kill()
+        self.fail(f"status {'none: it hangs' if status is None else status}, not {wanted}: {child.said[-1500:]}")
         return False
 
     def finish(self) -> None:
@@ -417,7 +415,10 @@ def fuzzed(kind: str, seed: int, references: Path) -> int:
 
 def own_files(kind: str, references: Path) -> tuple[list[tuple[bytes, Any]], fuzzing.Reader]:
     "Files of studies with what they say, and their reader."
-    pattern, read = {"json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of)}[kind]
+    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of),
+    }
+    pattern, read = readers[kind]
     file = Path("file").absolute()
 
     def reader(data: bytes) -> Any:
