@@ -62,7 +62,8 @@ def get_ready(names: list[str], place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     os.chdir(place)
     _write_inputs()
-    models = {name: _cut(*loading.load(name)) for name in ("pocket-bert", "pocket-gpt2")}
+    needed = {COMMANDS[name][COMMANDS[name].index("--model") + 1] for name in names}
+    models = {name: _cut(*loading.load(name)) for name in sorted(needed)}
     loading.load = lambda name, **how: models[str(name)]
     for door in (find, fit): _defaults(door)["checkpoint"] = 0.0
     _keep_data(names)
