@@ -179,16 +179,16 @@ def operations(trial: Trial) -> None:
     "Kills before, after and in the middle of what is done to the disk."
     links = trial.rng.random() < 0.8
     if not links: trial.counts["without hard links"] += 1
-    for _ in trial.times(3, 7):
+    for _ in trial.times(5, 9):
         what, when = trial.rng.choice(PLACES)
-        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
+        number = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.5) ** 1.5))
         moment: disk.Watch = disk.Moment(what, number, when)
         child = trial.start(partial(under, moment if links else disk.NoLinks(moment), trial.recipe))
         if child.wait(LONG) == -signal.SIGKILL:
             trial.counts["kills"] += 1
             trial.counts[f"kills {when} {what}"] += 1
         elif not trial.ended(child): return trial.fail(f"{what} {number} {when}, links {links}")
-    if trial.failed: return None
+        elif trial.rng.random() < 0.5: break      # it is finished; if not, something of a finished one is killed
     trial.finish()
     return trial.check_done_once(trial.counts["kills"])
 
