@@ -230,14 +230,14 @@ ERRORS = {"write": [*_FULL, errno.EIO], "fsync": [*_FULL, errno.EIO], "fsync-fol
           "open": [*_FULL, *_FORBIDDEN], "replace": [*_FULL, *_FORBIDDEN], "link": [*_FULL, *_FORBIDDEN],
           "mkdir": [*_FULL, *_FORBIDDEN], "unlink": _FORBIDDEN, "rename": _FORBIDDEN}
 "What a system may say."
+_PAIRS = [(what, error) for what in ERRORS for error in ERRORS[what]]
 
 
 def refusals(trial: Trial) -> None:
     "A full disk, or no permission, at some change: a named error, nothing half-written, and the next start goes on."
-    for _ in trial.times(2, 2):
-        what = trial.rng.choice(sorted(ERRORS))
-        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
-        error, lasting = trial.rng.choice(ERRORS[what]), trial.rng.random() < 0.5
+    for i in trial.times(4, 4):
+        what, error = _PAIRS[(4 * trial.seed + i) % len(_PAIRS)]
+        number, lasting = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.7) ** 2)), trial.rng.random() < 0.5
         when = "half" if what == "write" and trial.rng.random() < 0.7 else "before"
         told = f"{errno.errorcode[error]} at {what} {number}, {when}, lasting {lasting}"
         child = trial.start(partial(refused, trial.recipe, disk.Refuse(what, number, when, 0, error, lasting)))
@@ -245,8 +245,8 @@ def refusals(trial: Trial) -> None:
         happened = [e["times"] for e in tiny.events(trial.folder) if e["what"] == "refused"][-1:]
         if happened and happened[0]: trial.counts[f"{errno.errorcode[error]} at {what}"] += 1
         check_refused(trial, child, status, what, told)
-        if trial.failed: return
-    trial.finish()
+        if trial.failed or (trial.study / "results.json").exists(): break
+    if not trial.failed: trial.finish()
 
 
 def refused(recipe: str, watch: disk.Refuse) -> None:
