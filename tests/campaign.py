@@ -1,8 +1,8 @@
 """Studies that are killed, refused, cut short, told to stop, shared and damaged: nothing of what they find may change.
 
-`python tests/campaign.py --minutes 30` does as much as fits into half an hour; `--only kills --seed 17` does trial 17 of
-one part again, `--trials` as many as are asked for. A table of counts stands at the end, and the status is 1 if anything
-differed; the folders of such trials are kept. See benchmarks/RELIABILITY.md.
+`python tests/campaign.py --minutes 30` does as much as fits into half an hour; `--only kills --seed 17 --trials 1` does
+trial 17 of one part again. A table of counts stands at the end, and the status is 1 if anything differed; the folders of
+such trials are kept. See benchmarks/RELIABILITY.md.
 """
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ class Trial:
         "Whether no cell, table or training was done again, but for those in flight at kills."
         told = tiny.events(self.folder)
         done = Counter((e["what"], e["name"]) for e in told if e["what"] in ("cell", "table"))
-        done += Counter(("trained", e["run"]) for e in told if e["what"] == "trained" and e["run"] and e["first"] < e["at"])
+        trained = [e for e in told if e["what"] == "trained" and e["run"] and e["first"] < e["at"]]
+        done += Counter(("trained", e["run"]) for e in trained)
         again = {what: n - 1 for what, n in done.items() if n > 1}
         self.counts["cells done"] += sum(n for (what, _), n in done.items() if what == "cell")
         self.counts["done twice"] += sum(again.values())
