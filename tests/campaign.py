@@ -1,8 +1,8 @@
 """Studies that are killed, refused, cut short, told to stop, shared and damaged: nothing of what they find may change.
 
-`python tests/campaign.py --minutes 30` does as much as fits into half an hour; `--only kills --seed 17 --trials 1` does
-trial 17 of one part again. A table of counts stands at the end, and the status is 1 if anything differed; the folders of
-such trials are kept. See benchmarks/RELIABILITY.md.
+`python tests/campaign.py --minutes 30` does as much as fits into half an hour; with `--only kills --seed 17 --trials 1`
+it does trial 17 of one part again. A table of counts stands at the end, and the status is 1 if anything differed; the
+folders of such trials are kept. See benchmarks/RELIABILITY.md.
 """
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def unreadable(study: Path) -> list[str]:
         log = read_log(config.parent / "metrics.jsonl")
         whole = not log.damage and not log.torn and log.lines == len(log.rows)
         finished = (config.parent / "mask.safetensors").exists()
-        if not whole or (finished and not log.ended): said.append(f"log: {config.parent.relative_to(study)}: {log}"[:300])
+        if whole and (log.ended or not finished): continue
+        said.append(f"log: {config.parent.relative_to(study)}: {log}"[:300])
     if (study / "runs").is_dir():
         said += [f"broken: {folder.name}: {why}" for folder, why in Store(study / "runs").broken.items()]
         said += [f"not finished: {run.folder}" for run in Store(study / "runs") if not run.done]
@@ -163,9 +164,9 @@ class Trial:
 
 def kills(trial: Trial) -> None:
     "Kills at random times."
-    for _ in trial.times(3, 8):
+    for _ in trial.times(5, 14):
         child = trial.start()
-        if child.wait(trial.rng.uniform(0.02, 0.5 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
+        if child.wait(trial.rng.uniform(0.02, 0.3 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
         elif not trial.ended(child): return
         else: break
     trial.finish()
@@ -180,9 +181,9 @@ def operations(trial: Trial) -> None:
     "Kills before, after and in the middle of what is done to the disk."
     links = trial.rng.random() < 0.8
     if not links: trial.counts["without hard links"] += 1
-    for _ in trial.times(5, 9):
+    for _ in trial.times(8, 14):
         what, when = trial.rng.choice(PLACES)
-        number = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.5) ** 1.5))
+        number = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.4) ** 1.5))
         moment: disk.Watch = disk.Moment(what, number, when)
         child = trial.start(partial(under, moment if links else disk.NoLinks(moment), trial.recipe))
         if child.wait(LONG) == -signal.SIGKILL:
@@ -501,8 +502,8 @@ class Campaign:
             shutil.rmtree(kept, ignore_errors=True)
             if trial.folder.exists(): shutil.copytree(trial.folder, kept)
             self.failed.append({"part": trial.part, "seed": trial.seed, "recipe": trial.recipe, "why": trial.failed})
-            print(f"FAILED {trial.part} --seed {trial.seed} ({trial.recipe}), kept in {kept}:", *trial.failed, sep="\n  ",
-                  flush=True)
+            told = f"FAILED {trial.part} --seed {trial.seed} ({trial.recipe}), kept in {kept}:"
+            print(told, *trial.failed, sep="\n  ", flush=True)
         shutil.rmtree(trial.folder, ignore_errors=True)
 
     def go(self, parts: list[str], minutes: float, seed: int, trials: int | None) -> None:
