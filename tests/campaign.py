@@ -1,8 +1,8 @@
 """Studies that are killed, refused, cut short, told to stop, shared and damaged: nothing of what they find may change.
 
-`python tests/campaign.py --minutes 30` does as much as fits into half an hour; `--only kills --seed 17` does trial 17 of
-one part again, `--trials` as many as are asked for. A table of counts stands at the end, and the status is 1 if anything
-differed; the folders of such trials are kept. See benchmarks/RELIABILITY.md.
+`python tests/campaign.py --minutes 30` does as much as fits into half an hour; with `--only kills --seed 17 --trials 1`
+it does trial 17 of one part again. A table of counts stands at the end, and the status is 1 if anything differed; the
+folders of such trials are kept. See benchmarks/RELIABILITY.md.
 """
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def unreadable(study: Path) -> list[str]:
         log = read_log(config.parent / "metrics.jsonl")
         whole = not log.damage and not log.torn and log.lines == len(log.rows)
         finished = (config.parent / "mask.safetensors").exists()
-        if not whole or (finished and not log.ended): said.append(f"log: {config.parent.relative_to(study)}: {log}"[:300])
+        if whole and (log.ended or not finished): continue
+        said.append(f"log: {config.parent.relative_to(study)}: {log}"[:300])
     if (study / "runs").is_dir():
         said += [f"broken: {folder.name}: {why}" for folder, why in Store(study / "runs").broken.items()]
         said += [f"not finished: {run.folder}" for run in Store(study / "runs") if not run.done]
@@ -109,6 +110,7 @@ class Trial:
     folder: Path
     reference: Path
     seconds: float                                             # that the study takes if nobody disturbs it
+    short: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
 
@@ -118,6 +120,10 @@ class Trial:
 
     @property
     def study(self) -> Path: return self.folder / "study"
+
+    def times(self, least: int, most: int) -> range:
+        "How often something is done to the study."
+        return range(1 if self.short else self.rng.randint(least, most))
 
     def start(self, do: Callable[[], Any] | None = None, at: float = 0.0) -> tiny.Child:
         "A child that makes the study, or does something else."
@@ -129,10 +135,8 @@ class Trial:
         "Whether a child ends as it should."
         status = child.wait(LONG)
         if status == wanted: return True
-        if status is None:
-            child.kill()
-            status = "hang"
-        self.fail(f"status {status}, not {wanted}: {child.said[-1500:]}")
+        if status is None: child.kill()
+        self.fail(f"status {'none: it hangs' if status is None else status}, not {wanted}: {child.said[-1500:]}")
         return False
 
     def finish(self) -> None:
@@ -148,7 +152,8 @@ class Trial:
         "Whether no cell, table or training was done again, but for those in flight at kills."
         told = tiny.events(self.folder)
         done = Counter((e["what"], e["name"]) for e in told if e["what"] in ("cell", "table"))
-        done += Counter(("trained", e["run"]) for e in told if e["what"] == "trained" and e["run"] and e["first"] < e["at"])
+        trained = [e for e in told if e["what"] == "trained" and e["run"] and e["first"] < e["at"]]
+        done += Counter(("trained", e["run"]) for e in trained)
         again = {what: n - 1 for what, n in done.items() if n > 1}
         self.counts["cells done"] += sum(n for (what, _), n in done.items() if what == "cell")
         self.counts["done twice"] += sum(again.values())
@@ -159,9 +164,9 @@ class Trial:
 
 def kills(trial: Trial) -> None:
     "Kills at random times."
-    for _ in range(trial.rng.randint(3, 8)):
+    for _ in trial.times(5, 14):
         child = trial.start()
-        if child.wait(trial.rng.uniform(0.02, 0.5 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
+        if child.wait(trial.rng.uniform(0.02, 0.3 * trial.seconds)) is None and child.kill(): trial.counts["kills"] += 1
         elif not trial.ended(child): return
         else: break
     trial.finish()
@@ -176,16 +181,16 @@ def operations(trial: Trial) -> None:
     "Kills before, after and in the middle of what is done to the disk."
     links = trial.rng.random() < 0.8
     if not links: trial.counts["without hard links"] += 1
-    for _ in range(trial.rng.randint(3, 7)):
+    for _ in trial.times(8, 14):
         what, when = trial.rng.choice(PLACES)
-        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
+        number = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.4) ** 1.5))
         moment: disk.Watch = disk.Moment(what, number, when)
         child = trial.start(partial(under, moment if links else disk.NoLinks(moment), trial.recipe))
         if child.wait(LONG) == -signal.SIGKILL:
             trial.counts["kills"] += 1
             trial.counts[f"kills {when} {what}"] += 1
         elif not trial.ended(child): return trial.fail(f"{what} {number} {when}, links {links}")
-    if trial.failed: return None
+        elif trial.rng.random() < 0.5: break      # it is finished; if not, something of a finished one is killed
     trial.finish()
     return trial.check_done_once(trial.counts["kills"])
 
@@ -227,14 +232,14 @@ ERRORS = {"write": [*_FULL, errno.EIO], "fsync": [*_FULL, errno.EIO], "fsync-fol
           "open": [*_FULL, *_FORBIDDEN], "replace": [*_FULL, *_FORBIDDEN], "link": [*_FULL, *_FORBIDDEN],
           "mkdir": [*_FULL, *_FORBIDDEN], "unlink": _FORBIDDEN, "rename": _FORBIDDEN}
 "What a system may say."
+_PAIRS = [(what, error) for what in ERRORS for error in ERRORS[what]]
 
 
 def refusals(trial: Trial) -> None:
     "A full disk, or no permission, at some change: a named error, nothing half-written, and the next start goes on."
-    for _ in range(2):
-        what = trial.rng.choice(sorted(ERRORS))
-        number = math.ceil(math.exp(trial.rng.uniform(0, math.log(_MOST[what]))))
-        error, lasting = trial.rng.choice(ERRORS[what]), trial.rng.random() < 0.5
+    for i in trial.times(4, 4):
+        what, error = _PAIRS[(4 * trial.seed + i) % len(_PAIRS)]
+        number, lasting = max(1, round(_MOST[what] * trial.rng.uniform(0, 0.7) ** 2)), trial.rng.random() < 0.5
         when = "half" if what == "write" and trial.rng.random() < 0.7 else "before"
         told = f"{errno.errorcode[error]} at {what} {number}, {when}, lasting {lasting}"
         child = trial.start(partial(refused, trial.recipe, disk.Refuse(what, number, when, 0, error, lasting)))
@@ -242,8 +247,8 @@ def refusals(trial: Trial) -> None:
         happened = [e["times"] for e in tiny.events(trial.folder) if e["what"] == "refused"][-1:]
         if happened and happened[0]: trial.counts[f"{errno.errorcode[error]} at {what}"] += 1
         check_refused(trial, child, status, what, told)
-        if trial.failed: return
-    trial.finish()
+        if trial.failed or (trial.study / "results.json").exists(): break
+    if not trial.failed: trial.finish()
 
 
 def refused(recipe: str, watch: disk.Refuse) -> None:
@@ -268,7 +273,7 @@ def check_refused(trial: Trial, child: tiny.Child, status: int | None, what: str
 def power(trial: Trial) -> None:
     "The power fails: what was not sent to the disk is lost, in part or as a whole."
     built = trial.folder / "after the cut"
-    for _ in range(trial.rng.randint(2, 4)):
+    for _ in trial.times(2, 4):
         number, chance = math.ceil(math.exp(trial.rng.uniform(0, math.log(400)))), trial.rng.randrange(1 << 30)
         child = trial.start(partial(until_cut, trial.recipe, number, chance, built))
         if child.wait(LONG) != -signal.SIGKILL:
@@ -291,7 +296,7 @@ def until_cut(recipe: str, number: int, chance: int, built: Path) -> None:
 
 def signals(trial: Trial) -> None:
     "A command that is told to stop saves, leaves in time, and goes on at the same step."
-    for _ in range(trial.rng.randint(2, 5)):
+    for _ in trial.times(2, 5):
         child = trial.start(partial(tiny.command, trial.recipe))
         if not wait_for(trial.study / "study.json", child): break
         if child.wait(trial.rng.uniform(0.0, 0.6 * trial.seconds)) is not None: break
@@ -412,7 +417,10 @@ def fuzzed(kind: str, seed: int, references: Path) -> int:
 
 def own_files(kind: str, references: Path) -> tuple[list[tuple[bytes, Any]], fuzzing.Reader]:
     "Files of studies with what they say, and their reader."
-    pattern, read = {"json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of)}[kind]
+    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of),
+    }
+    pattern, read = readers[kind]
     file = Path("file").absolute()
 
     def reader(data: bytes) -> Any:
@@ -445,12 +453,17 @@ PARTS: dict[str, tuple[Callable[[Trial], None], float]] = {
 "What is done, and what share of the time it gets."
 
 
+SHORT = [part for part in PARTS if part not in ("quadruples", "files")]
+"What is done in short."
+
+
 @dataclass
 class Campaign:
     "Trials in a folder, and what came of them."
     place: Path
     keep: Path
     recipes: list[str]
+    short: bool = False
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     failed: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -459,19 +472,19 @@ class Campaign:
         "Make the studies that all others are compared with, twice, so that nothing in them is left to chance."
         tiny.get_ready(self.recipes, self.place / "inputs")
         for recipe in self.recipes:
-            for again in (True, False):
-                trial, began = self.trial("reference", int(again), recipe), time.monotonic()
+            for first in (True,) if self.short else (True, False):
+                trial, began = self.trial("reference", int(first), recipe), time.monotonic()
                 if not trial.ended(trial.start()): raise SystemExit(f"{recipe}: {trial.failed}")
-                if again: shutil.copytree(trial.study, self.place / "references" / recipe)
-                if again: tiny.take_over(trial.folder)
-                else: self.seconds[recipe] = time.monotonic() - began
+                self.seconds[recipe] = time.monotonic() - began
+                if first: shutil.copytree(trial.study, trial.reference)
+                tiny.take_over(trial.folder)
             trial.compare()
             self.note(trial)
 
     def trial(self, part: str, seed: int, recipe: str) -> Trial:
         "A new one."
         folder, reference = self.place / f"{part}-{seed}", self.place / "references" / recipe
-        return Trial(part, seed, recipe, folder, reference, self.seconds.get(recipe, 5.0))
+        return Trial(part, seed, recipe, folder, reference, self.seconds.get(recipe, 5.0), self.short)
 
     def do(self, part: str, seed: int) -> None:
         "One trial."
@@ -489,8 +502,8 @@ class Campaign:
             shutil.rmtree(kept, ignore_errors=True)
             if trial.folder.exists(): shutil.copytree(trial.folder, kept)
             self.failed.append({"part": trial.part, "seed": trial.seed, "recipe": trial.recipe, "why": trial.failed})
-            print(f"FAILED {trial.part} --seed {trial.seed} ({trial.recipe}), kept in {kept}:", *trial.failed, sep="\n  ",
-                  flush=True)
+            told = f"FAILED {trial.part} --seed {trial.seed} ({trial.recipe}), kept in {kept}:"
+            print(told, *trial.failed, sep="\n  ", flush=True)
         shutil.rmtree(trial.folder, ignore_errors=True)
 
     def go(self, parts: list[str], minutes: float, seed: int, trials: int | None) -> None:
@@ -524,12 +537,15 @@ def arguments() -> argparse.Namespace:
     given.add_argument("--seed", type=int, default=0, help="number of the first trial")
     given.add_argument("--trials", type=int, help="trials of every part, however long they take")
     given.add_argument("--only", choices=list(PARTS), action="append", help="a part; may be given several times")
-    given.add_argument("--recipes", default=",".join(tiny.COMMANDS), help="separated by commas")
+    given.add_argument("--recipes", help="separated by commas; all if nothing is said")
     given.add_argument("--json", type=Path, help="file for counts and failures")
     given.add_argument("--keep", type=Path, default=Path("build/campaign"), help="folder for trials that failed")
     given.add_argument("--place", type=Path, help="folder for trials; in memory if nothing is said")
-    given.add_argument("--short", action="store_true", help="one trial of every part, with two recipes")
-    return given.parse_args()
+    given.add_argument("--short", action="store_true", help="one small trial of most parts, with one recipe")
+    asked = given.parse_args()
+    if asked.short:
+        asked.recipes, asked.trials, asked.only = asked.recipes or "critical", 1, asked.only or list(SHORT)
+    return asked
 
 
 def main() -> int:
@@ -539,11 +555,12 @@ def main() -> int:
     memory = Path("/dev/shm")
     above = asked.place or (memory if memory.is_dir() else None)
     place = Path(tempfile.mkdtemp(prefix="campaign-", dir=above))
-    campaign = Campaign(place, asked.keep.absolute(), asked.recipes.split(","))
+    recipes = asked.recipes.split(",") if asked.recipes else list(tiny.COMMANDS)
+    campaign = Campaign(place, asked.keep.absolute(), recipes, asked.short)
     given = asked.json and asked.json.absolute()
     try:
         campaign.get_ready()
-        campaign.go(asked.only or list(PARTS), asked.minutes, asked.seed, 1 if asked.short else asked.trials)
+        campaign.go(asked.only or list(PARTS), asked.minutes, asked.seed, asked.trials)
     finally: shutil.rmtree(place, ignore_errors=True)
     print(campaign.table())
     if given: given.write_text(json.dumps({"counts": campaign.counts, "failed": campaign.failed}, indent=1) + "\n")

@@ -62,8 +62,9 @@ def get_ready(names: list[str], place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     os.chdir(place)
     _write_inputs()
-    models = {name: _cut(*loading.load(name)) for name in ("pocket-bert", "pocket-gpt2")}
-    loading.load = lambda name, **how: models[str(name)]      # type: ignore[assignment, misc]
+    needed = {COMMANDS[name][COMMANDS[name].index("--model") + 1] for name in names}
+    models = {name: _cut(*loading.load(name)) for name in sorted(needed)}
+    loading.load = lambda name, **how: models[str(name)]
     for door in (find, fit): _defaults(door)["checkpoint"] = 0.0
     _keep_data(names)
     _observe()
@@ -180,7 +181,8 @@ class Child:
 
     def __init__(self, folder: Path, do: Callable[[], Any], at: float = 0.0) -> None:      # at: when, by the clock
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.status, self.began = folder, None, time.monotonic()
+        self.folder = folder
+        self.status: int | None = None
         sys.stdout.flush()
         self.process = os.fork()
         if not self.process: _live(folder, do, at)

@@ -60,7 +60,7 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
     if to is None: return None
     folder, wanted = Path(to), json.loads(json.dumps(dict(config)))
     if not (folder / STUDY).exists():
-        check_empty(folder, "study")
+        check_empty(folder, "study", STUDY)
         create(folder / STUDY, as_json({"config": wanted, "environment": environment()}, indent=1))
     found = read_json(folder / STUDY, OtherRun, keys=("config",))["config"]
     if odd := differing(found, wanted):

@@ -60,10 +60,12 @@ def _start_of(process: int) -> str:
 # %% ../../nbs/core/17_lease.ipynb #fc8bb72d
 def holder_of(path: Path) -> Holder | None:
     "Who holds a lease; None if nobody does."
-    try: text = path.read_text(encoding="utf-8")
+    try: text = path.read_text(encoding="utf-8", errors="replace")
     except OSError: return None
-    try: return Holder(**json.loads(text))
-    except (ValueError, TypeError): return Holder(path.stem, "unknown", 0, "unknown", "", "", "")
+    try: found = Holder(**json.loads(text))
+    except (ValueError, TypeError, RecursionError): found = None
+    if found and type(found.process) is int and 0 < found.process < 1 << 31: return found
+    return Holder(path.stem, "unknown", 0, "unknown", "", "", "")
 
 
 def holders(folder: str | Path) -> list[Holder]:

@@ -182,11 +182,11 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [key for key in {**before, **after} if not same_settings(before.get(key), after.get(key))]
 
 # %% ../../nbs/core/18_run.ipynb #14cb0ab9
-def check_empty(folder: Path, what: str) -> None:      # what: "run", "study"
-    "Raise `OtherRun` if there is anything in a folder but hidden files, or it is a file."
+def check_empty(folder: Path, what: str, claim: str = CONFIG) -> None:      # what: "run", "study"
+    "Raise `OtherRun` if there is anything in a folder but hidden files, or it is a file; unless it was claimed just now."
     if folder.is_file(): raise OtherRun(f"{folder} is a file: give a folder.")
     if not folder.exists() or (folder / ASIDE).exists(): return
-    if any(not f.name.startswith(".") for f in folder.iterdir()):
+    if any(not f.name.startswith(".") for f in folder.iterdir()) and not (folder / claim).exists():
         raise OtherRun(f"{folder} is not empty and holds no {what}. Choose an empty or new folder.")
 
 
