@@ -285,22 +285,42 @@ def create(path: Path, data: str) -> bool:
     make_folder(path.parent)
     temporary = path.parent / passing_name("writing")
     with writing(path):
-        _write_new(temporary, data.encode(errors="replace"))
-        try: os.link(temporary, path)
-        except FileExistsError: return False
-        except OSError:                              # no hard links here: the name alone decides
-            return _created_by_name(path, temporary)
+        try:
+            _write_new(temporary, data.encode(errors="replace"))
+            made = _named(temporary, path)
         finally: temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
-    return True
+    return made
 
 
-def _created_by_name(path: Path, temporary: Path) -> bool:
-    "Whether this process made the file, on a file system without hard links."
-    try: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+def _named(temporary: Path, path: Path) -> bool:
+    "Give a file its name, unless there is one of this name."
+    try: os.link(temporary, path)
     except FileExistsError: return False
-    os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES): raise
+        return _named_alone(temporary, path)                  # there are no hard links here
     return True
+
+# %% ../../nbs/core/05_files.ipynb #d6332b22
+def _named_alone(temporary: Path, path: Path) -> bool:
+    "The same where a file has one name only: one process at a time looks and renames."
+    turn = path.parent / f".writing-{hashlib.sha256(path.name.encode()).hexdigest()[:8]}"
+    while True:
+        try: os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if time.time() - turn.stat().st_mtime > _TURN: turn.unlink()
+            time.sleep(0.01)
+            continue
+        try:
+            if path.exists(): return False
+            os.replace(temporary, path)
+            return True
+        finally: turn.unlink(missing_ok=True)
+
+
+_TURN = 10.0      # seconds after which whoever had the turn is gone
 
 # %% ../../nbs/core/05_files.ipynb #b7efa525
 def remove(path: Path) -> None:

@@ -357,6 +357,16 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_several_claims_one_succeeds_also_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*args, **kw): raise OSError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    made = []
+    threads = [threading.Thread(target=lambda i=i: made.append(files.create(tmp_path / "claim", str(i)))) for i in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert sorted(made) == [False] * 7 + [True] and [file.name for file in tmp_path.iterdir()] == ["claim"]
+
+
 # ── stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Interrupted(Cloze):
