@@ -183,7 +183,7 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 # %% ../../nbs/core/18_run.ipynb #14cb0ab9
 def check_empty(folder: Path, what: str, claim: str = CONFIG) -> None:      # what: "run", "study"
-    "Raise `OtherRun` if there is anything in a folder but hidden files, or it is a file; unless it was claimed just now."
+    "Raise `OtherRun` for a file, and for a folder in which is more than hidden files, unless it was just claimed."
     if folder.is_file(): raise OtherRun(f"{folder} is a file: give a folder.")
     if not folder.exists() or (folder / ASIDE).exists(): return
     if any(not f.name.startswith(".") for f in folder.iterdir()) and not (folder / claim).exists():

@@ -361,7 +361,8 @@ def test_of_several_claims_one_succeeds_also_without_hard_links(tmp_path, monkey
     def refuse(*args, **kw): raise OSError(1, "Operation not permitted")
     monkeypatch.setattr(os, "link", refuse)
     made = []
-    threads = [threading.Thread(target=lambda i=i: made.append(files.create(tmp_path / "claim", str(i)))) for i in range(8)]
+    def claim() -> None: made.append(files.create(tmp_path / "claim", "text"))
+    threads = [threading.Thread(target=claim) for _ in range(8)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     assert sorted(made) == [False] * 7 + [True] and [file.name for file in tmp_path.iterdir()] == ["claim"]
