@@ -249,7 +249,8 @@ def test_a_finished_study_opens_where_nothing_can_be_written(tmp_path, monkeypat
     first = study()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     def refuse(*args, **kw): raise OSError(30, "Read-only file system")
-    for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime"): monkeypatch.setattr(os, name, refuse)
+    changes = ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime")
+    for name in changes: monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(files, "_write_new", refuse)
     again = study()
     monkeypatch.undo()
