@@ -392,6 +392,7 @@ def read_json(
 # %% ../../nbs/core/05_files.ipynb #c32d2d4f
 DAMAGED = "{path} is damaged: {why}. Copy it again, or run: subnet-explorer doctor {path}"
 _REMAINS = re.compile(r"(?i)checksum|sha25|[0-9a-f]{10}")      # what is left of a checksum that was damaged
+_IDENTITY = re.compile(r"[a-z]+ [0-9a-f]{16}")
 
 
 def has_checksum(path: Path) -> bool:
@@ -402,8 +403,8 @@ def has_checksum(path: Path) -> bool:
 def _is_sealed(found: Mapping[str, Any]) -> bool:
     "Whether a file has its checksum where it should be, or is one of an earlier version."
     if "checksum" in found: return True
-    texts = [f"{name} {value}" for name, value in found.items() if isinstance(value, str) and name != "id"]
-    return not any(_REMAINS.search(text) for text in texts)
+    texts = [f"{name} {value}" for name, value in found.items() if isinstance(value, str)]
+    return not any(_REMAINS.search(text) and not _IDENTITY.fullmatch(text) for text in texts)
 
 
 def _kind(value: Any) -> str: return "a list" if isinstance(value, list) else "a single value"
