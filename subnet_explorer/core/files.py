@@ -392,7 +392,7 @@ def read_json(
 # %% ../../nbs/core/05_files.ipynb #c32d2d4f
 DAMAGED = "{path} is damaged: {why}. Copy it again, or run: subnet-explorer doctor {path}"
 _REMAINS = re.compile(r"(?i)checksum|sha25|[0-9a-f]{10}")      # what is left of a checksum that was damaged
-_IDENTITY = re.compile(r"[a-z]+ [0-9a-f]{16}")
+_IDENTITY = re.compile(r"[a-z_]+ [0-9a-f]{16}")
 
 
 def has_checksum(path: Path) -> bool:
