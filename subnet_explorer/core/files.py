@@ -411,7 +411,8 @@ def read_json(
 
 # %% ../../nbs/core/05_files.ipynb #c32d2d4f
 DAMAGED = "{path} is damaged: {why}. Copy it again, or run: subnet-explorer doctor {path}"
-_CHECKSUM = re.compile(r"(?i)sha256:[0-9a-f]{64}")
+_REMAINS = re.compile(r"(?i)checksum|sha25|[0-9a-f]{10}")      # what is left of a checksum that was damaged
+_IDENTITY = re.compile(r"[a-z_]+ [0-9a-f]{16}")
 
 
 def has_checksum(path: Path) -> bool:
@@ -422,13 +423,8 @@ def has_checksum(path: Path) -> bool:
 def _is_sealed(found: Mapping[str, Any]) -> bool:
     "Whether a file has its checksum where it should be, or is one of an earlier version."
     if "checksum" in found: return True
-    return not any(_like_checksum(name, value) for name, value in found.items() if isinstance(value, str))
-
-
-def _like_checksum(name: str, value: str) -> bool:
-    "Whether this may have been a checksum before it was damaged."
-    if _CHECKSUM.fullmatch(value) or "sha256" in name: return True
-    return len(value) > 40 and bool(difflib.get_close_matches(name, ["checksum"], 1, 0.5))
+    texts = [f"{name} {value}" for name, value in found.items() if isinstance(value, str)]
+    return not any(_REMAINS.search(text) and not _IDENTITY.fullmatch(text) for text in texts)
 
 
 def _kind(value: Any) -> str: return "a list" if isinstance(value, list) else "a single value"
