@@ -1,7 +1,6 @@
 "Overlap of masks: scikit-learn's and scipy's numbers, the value expected by chance, and the axioms of a distance."
 from __future__ import annotations
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -269,17 +268,14 @@ def test_masks_without_a_name_are_left_out():
 
 
 @average
-def test_a_thousand_masks_take_little_memory_and_time(average):
+def test_a_thousand_masks_take_little_memory(average):
     space = unit_space(12, 12, mlps=True)
     many = Masks([({"task": i}, Mask.random(space, (i % 9 + 1) / 10, i)) for i in range(1000)])
-    began = time.perf_counter()
-    table = jaccard(many, "task", average)
-    seconds = time.perf_counter() - began
     tracemalloc.start()
-    jaccard(many, "task", average)
+    table = jaccard(many, "task", average)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(table) == 1_000_000 and seconds < 5 and most < 256e6
+    assert len(table) == 1_000_000 and most < 256e6
 
 
 # ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
