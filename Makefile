@@ -2,7 +2,7 @@
 # make test   set up .venv and run every test: notebooks (nbdev_test) and tests/ (pytest)
 # make lint   ruff and mypy over library, tests and benchmarks
 # make test-slow   what takes minutes and is left out of make test
-# make test-real-size   models as large as BERT-base on both sides of every rule about size, with all layers (make test: recipes with all, rules with two)
+# make test-real-size   models as large as BERT-base on both sides of every rule about size, with all layers (make test: two recipes with all, rules with two)
 # make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
 PYTHON ?= python3
 VENV   := .venv

@@ -1,8 +1,8 @@
 """What works at pocket size works at the size of BERT-base and GPT-2 small, on both sides of every rule about size.
 
 Weights are random, widths and vocabulary are real; tokenizers are those of the pocket models, whose tokens fit.
-As part of the suite every recipe runs once on all twelve layers, and memory rules are crossed with two of them;
-with --slow everything has twelve, and the rest of the library runs, too.
+As part of the suite two recipes run on all twelve layers, and memory rules are crossed with two of them;
+with --slow everything has twelve, and the other recipes and the rest of the library run, too.
 """
 from __future__ import annotations
 
@@ -281,6 +281,7 @@ def test_lamp(whole_bert):
     assert set(study.items.under) == {"full", "subnetwork", "random", "mismatched", "majority"}
 
 
+@pytest.mark.slow
 def test_tamt(whole_bert, texts):
     study = recipes.tamt(*whole_bert, texts[:2], texts[4:5], densities=(.5,), methods=("omp", "mlm+kd"), steps=2,
                          batch=1, lr=.05, snapshots=0, embeddings=False, progress=False)
@@ -289,6 +290,7 @@ def test_tamt(whole_bert, texts):
     assert np.isfinite(study.scores[["mlm_loss", "hidden_loss"]]).all(axis=None)
 
 
+@pytest.mark.slow
 def test_critical():
     gpt2 = gpt2_of(12)
     facts = Facts(tuple(f for f in read_facts("pocket", prompt=1) if f.prompt.endswith("[MASK] .")))
@@ -299,6 +301,7 @@ def test_critical():
     assert 0 < study.masks[0].density < 1 and np.isfinite(study.items[["logprob", "nll"]]).all(axis=None)
 
 
+@pytest.mark.slow
 def test_probe(whole_bert):
     train, dev = (read_conllu("pocket", part=part)[:6] for part in ("train", "dev"))
     study = recipes.probe(*whole_bert, "pos", train, dev, granularity=("neuron", "weight"), steps=2, lr=1.0, batch=6,
