@@ -363,8 +363,10 @@ def damaged(trial: Trial) -> None:
     if status == tiny.FINE: trial.failed += [f"{told}: {why}" for why in other_results(trial)]
     elif status != tiny.REFUSED or "study" not in child.said: trial.fail(f"{told}: {status}: {child.said[-1500:]}")
     trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
-    for path, data in before.items(): path.write_bytes(data)
-    if status == tiny.REFUSED: trial.finish()
+    if status != tiny.REFUSED: return
+    for path, data in before.items():
+        if path.parent.exists(): path.write_bytes(data)
+    trial.finish()
 
 
 def other_results(trial: Trial) -> list[str]:

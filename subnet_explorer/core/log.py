@@ -75,6 +75,7 @@ class _Reader:
         self.rows: list[dict[str, Any]] = []
         self.damage: list[str] = []
         self.next, self.sealed, self.ended = 0, False, False
+        self.plain = 0      # rows without a seal, as earlier versions wrote them
 
     def take(self, number: int, line: bytes) -> None:
         "Believe a line, or say what is wrong with it."
@@ -90,7 +91,9 @@ class _Reader:
     def keep(self, row: dict[str, Any], place: int | None) -> None:
         "Believe a row."
         self.sealed = self.sealed or place is not None
+        self.plain += place is None
         self.ended = place is not None and list(row) == ["end"]
+        if self.ended and self.plain: self.damage.append(f"{self.plain} of its rows have lost their seals")
         if not self.ended: self.rows.append(row)
         self.next = (self.next if place is None else place) + 1
 
