@@ -131,7 +131,10 @@ def _findings(folder: Path, repair: bool) -> Iterator[Finding]:
 
 def _plain(file: Path, why: str) -> str:
     "A reason without the path, which stands before it, and without advice to come here."
-    return why.removeprefix(f"cannot read {file}: ").removeprefix(f"{file} is damaged: ").split(". Copy it")[0]
+    said = [f"{file.parent} is not a run: ", f"cannot read a mask from {file}: ", f"cannot read {file}: ",
+            f"{file} is damaged: "]
+    for beginning in said: why = why.removeprefix(beginning)
+    return why.split(". Copy it")[0]
 
 # %% ../../nbs/core/23_doctor.ipynb #8503b656
 def _repaired(folder: Path, file: Path) -> str:
