@@ -23,12 +23,12 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError
 from ..core.escape import visible
-from ..core.files import atomic_write, read_json, remove
+from ..core.files import DamagedFile, atomic_write, read_json, remove, write_json
 from ..core.layout import layout_of, unwrap
 from ..core.mask import Mask
 from ..core.maskfile import MaskFileError
 from ..core.numbers import Count, SomeShare
-from ..core.space import ModelId, check_model, digest as digest_of
+from ..core.space import ModelId, check_model
 from ..core.tensors import open_torch, sealed_torch
 from ..data.pocket import pocket_path
 from .apply import masked, parameter, parameter_like
@@ -301,8 +301,7 @@ def save_compact(
     else: remove(folder / "model.safetensors")
     small.mask.save(folder / "mask.safetensors")
     info = json.loads(json.dumps(_described(small, now), default=str))
-    text = json.dumps({**info, "checksum": digest_of(info, 64)}, indent=1)
-    atomic_write(folder / "compact.json", text)
+    write_json(folder / "compact.json", info, indent=1)
     return folder
 
 # %% ../../nbs/model/06_compact.ipynb #34ffd0e6
@@ -364,15 +363,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Mask, dict[str, torch.Te
 
 def _read_info(file: Path) -> dict[str, Any]:
     "The description, if it is what was written."
-    info = read_json(file, MaskFileError)
-    if isinstance(info, dict) and info.get("format", _FORMAT) != _FORMAT:
+    try: info = read_json(file, MaskFileError)
+    except DamagedFile as why: raise MaskFileError(str(why)) from why
+    if info.get("format", _FORMAT) != _FORMAT:
         raise MaskFileError(f"{file} has format {str(info['format'])[:80]!r}: a newer subnet_explorer is needed")
-    if not isinstance(info, dict) or info.keys() - {"checksum"} != _FIELDS.keys():
+    if info.keys() != _FIELDS.keys():
         raise MaskFileError(f"{file} does not describe a compact model")
     odd = [name for name, kind in _FIELDS.items() if not isinstance(info[name], kind)]
     if odd: raise MaskFileError(f"{odd[0]!r} in {file} is nothing that was ever written there")
-    checksum = info.pop("checksum", None)      # which earlier versions did not write
-    if checksum not in (None, digest_of(info, 64)): raise MaskFileError(f"{file} is damaged: its checksum differs")
     if info["report"] is not None: info["report"] = pd.DataFrame.from_dict(info["report"], "index")
     return info
 
