@@ -500,7 +500,9 @@ class Campaign:
     def note(self, trial: Trial) -> None:
         "Add what came of a trial, and keep its folder if anything was wrong."
         counts = self.counts.setdefault(trial.part, Counter())
+        most = {name: max(n, counts[name]) for name, n in trial.counts.items() if name.startswith("longest")}
         counts.update({**trial.counts, "trials": 1, "failed": bool(trial.failed), f"trials {trial.recipe}": 1})
+        for name, n in most.items(): counts[name] = n
         if trial.failed:
             kept = self.keep / trial.folder.name
             shutil.rmtree(kept, ignore_errors=True)
