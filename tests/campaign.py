@@ -362,7 +362,7 @@ def damaged(trial: Trial) -> None:
     trial.counts["files damaged"] += len(before)
     if status == tiny.FINE: trial.failed += [f"{told}: {why}" for why in other_results(trial)]
     elif status != tiny.REFUSED or "study" not in child.said: trial.fail(f"{told}: {status}: {child.said[-1500:]}")
-    trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
+    if not trial.failed: trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
     if status != tiny.REFUSED: return
     for path, data in before.items():
         if path.parent.exists(): path.write_bytes(data)
