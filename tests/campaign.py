@@ -362,7 +362,7 @@ def damaged(trial: Trial) -> None:
     trial.counts["files damaged"] += len(before)
     if status == tiny.FINE: trial.failed += [f"{told}: {why}" for why in other_results(trial)]
     elif status != tiny.REFUSED or "study" not in child.said: trial.fail(f"{told}: {status}: {child.said[-1500:]}")
-    trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
+    if not trial.failed: trial.counts["right results" if status == tiny.FINE else "named errors"] += 1
     if status != tiny.REFUSED: return
     for path, data in before.items():
         if path.parent.exists(): path.write_bytes(data)
@@ -500,7 +500,9 @@ class Campaign:
     def note(self, trial: Trial) -> None:
         "Add what came of a trial, and keep its folder if anything was wrong."
         counts = self.counts.setdefault(trial.part, Counter())
+        most = {name: max(n, counts[name]) for name, n in trial.counts.items() if name.startswith("longest")}
         counts.update({**trial.counts, "trials": 1, "failed": bool(trial.failed), f"trials {trial.recipe}": 1})
+        for name, n in most.items(): counts[name] = n
         if trial.failed:
             kept = self.keep / trial.folder.name
             shutil.rmtree(kept, ignore_errors=True)

@@ -22,8 +22,12 @@ import pandas as pd
 from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+<<<<<<< HEAD
 from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import atomic_write, inside, scratch, write_json
+=======
+from ..core.files import DamagedFile, atomic_write, inside, scratch, write_json
+>>>>>>> campaign
 from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
 from ..core.intervals import student_interval
 from ..core.lease import join
@@ -84,7 +88,9 @@ class Findings:
         "Path of the mask of every finished run in the folder of the study, by the values of some labels."
         if self.folder is None: return {}
         same: dict[tuple[Any, ...], list[Run]] = {}
-        for run in Store(self.folder / "runs"):
+        store = Store(self.folder / "runs")
+        if broken := store.broken: raise DamagedFile(next(iter(broken.values())))
+        for run in store:
             if run.done: same.setdefault(tuple(run.labels.get(label) for label in labels), []).append(run)
         return {values: _mask_file(_own_run(runs, self.masks)) for values, runs in same.items()}
 
