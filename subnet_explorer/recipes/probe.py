@@ -272,7 +272,7 @@ def kept_cell(bench: Bench, s: ProbeSetting, cell: Cell) -> dict[str, Any]:
     if bench.folder is None: return run_cell(s, cell, None, bench.line)
     file = kept_at(bench.folder / "cells", cell.name, ".json")
     if file.exists():
-        out = read_json(file, DamagedFile, keys=["score"])
+        out = read_json(file, DamagedFile)
         return {**out, "mask": str(bench.folder / out["mask"])} if "mask" in out else out
     out = run_cell(s, cell, bench.store, bench.line)
     kept = {name: value for name, value in out.items() if name != "_mask"}

@@ -22,12 +22,8 @@ import pandas as pd
 from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-<<<<<<< HEAD
 from ..core.escape import Html, csv_text, table_html, visible
-from ..core.files import atomic_write, inside, scratch, write_json
-=======
 from ..core.files import DamagedFile, atomic_write, inside, scratch, write_json
->>>>>>> campaign
 from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
 from ..core.intervals import student_interval
 from ..core.lease import join
