@@ -193,7 +193,7 @@ def test_what_the_disk_refuses_has_a_name(tmp_path, monkeypatch, number, says):
     with pytest.raises(CannotWrite, match=f"(?i)cannot write .*a.txt: .*{says}"): atomic_write(tmp_path / "a.txt", "")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(files.os, "fsync", lambda f: None)
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(files, "_write_new", refuse)
     mask = Mask.full(unit_space(2, 2))
     for write in (lambda: mask.save(tmp_path / "m"), lambda: Run(tmp_path / "run", {}),
                   lambda: open_study(tmp_path / "study", {})):
