@@ -385,8 +385,17 @@ class Interrupted(Cloze):
         return counted
 
 
+@pytest.fixture
+def heard():
+    "Signals do what they usually do, also where whoever started the tests has had them ignored."
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, action) for number, action in usual.items()}
+    yield
+    for number, action in before.items(): signal.signal(number, action)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_first(pocket_bert, facts, tmp_path, number):
+def test_a_signal_saves_first(pocket_bert, facts, tmp_path, heard, number):
     "The step is done and saved, and the search goes on from there; between log entries, too."
     from subnet_explorer.core.signals import Stopped, stopping
     from subnet_explorer.core.space import Space
