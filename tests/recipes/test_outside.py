@@ -130,7 +130,9 @@ def test_it_writes_what_every_study_has(made):
     folder, process = made
     assert process.returncode == 0, process.stderr
     said, out = json.loads(process.stdout), folder / "out"
-    assert json.loads((out / "results.json").read_text()) == said
+    written = json.loads((out / "results.json").read_text())
+    assert {name: value for name, value in written.items() if name not in ("files", "checksum")} == said
+    assert set(written["files"]) == {file.name for file in out.glob("*.csv")}
     assert said["config"]["recipe"] == "guess" and said["config"]["lr"] == 0.05
     assert [row["under"] for row in said["summary"]] == ["full", "seed 0", "seed 1"]
     assert set(pd.read_csv(out / "answers.csv").under) == {"full", "seed 0", "seed 1"}
