@@ -17,7 +17,7 @@ from .folders import STUDY, tidy, tidy_leases
 from .lease import Held, holders
 from .log import read_log, write_log
 from .maskfile import read_mask_file
-from .run import ASIDE, CONFIG, LOG, MASK, STATE, Run, reason_of_damage
+from .run import ASIDE, CONFIG, LOG, MASK, STATE, Run, lost_lines
 from .tensors import check_sealed
 
 # %% auto #0
@@ -62,9 +62,7 @@ def _json(file: Path) -> str:
 
 
 def _log(file: Path) -> str:
-    log = read_log(file)
-    if (file.parent / MASK).exists(): return reason_of_damage(file.parent)
-    return ", ".join(log.damage)
+    return lost_lines(file.parent) if file.name == LOG else ", ".join(read_log(file).damage)
 
 
 def _table(file: Path) -> str:
@@ -147,10 +145,11 @@ def _repaired(folder: Path, file: Path) -> str:
         _put_aside(folder, file.parent)
         return f"put aside, the whole run, in {ASIDE}; the next call does it again"
     _put_aside(folder, file)
-    if run is not None and file.name != STATE:
+    if run is not None and file.name not in (STATE, "env.json"):
         for name in (MASK, "weights.safetensors"):
             if (run / name).exists(): _put_aside(folder, run / name)
         if (run / LOG).exists(): write_log(run / LOG, read_log(run / LOG).rows)
+    if file.name == "env.json": return f"put aside in {ASIDE}; nothing depends on it"
     again = "the next call makes it again" if _is_made_again(folder, file) else "no call makes it again"
     return f"put aside in {ASIDE}; {again}"
 

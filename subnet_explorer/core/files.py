@@ -28,11 +28,10 @@ from urllib.parse import quote, unquote
 from .errors import SubnetError
 
 # %% auto #0
-__all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'DAMAGED', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such',
-           'file_name', 'kept_at', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder',
-           'make_folder', 'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'is_alive',
-           'DamagedFile', 'checksum', 'write_json', 'as_json', 'read_json', 'has_checksum', 'scratch', 'upload',
-           'download']
+__all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such', 'file_name',
+           'kept_at', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder', 'make_folder',
+           'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'is_alive', 'DamagedFile',
+           'checksum', 'write_json', 'as_json', 'read_json', 'damaged', 'has_checksum', 'scratch', 'upload', 'download']
 
 # %% ../../nbs/core/05_files.ipynb #180a9a15
 class CannotWrite(SubnetError):
@@ -135,8 +134,9 @@ def file_name(text: str) -> str:
 def kept_at(folder: Path, text: str, ending: str = "") -> Path:
     "Where in a folder something is kept that is called after a text, also if an earlier version named it."
     place, earlier = folder / (file_name(text) + ending), text.replace("/", "_") + ending
-    if place.name == earlier or earlier.startswith(".") or "\0" in earlier or len(earlier.encode()) > 255: return place
-    return folder / earlier if (folder / earlier).exists() else place
+    if place.name == earlier or earlier.startswith(".") or "\0" in earlier: return place
+    try: return folder / earlier if (folder / earlier).exists() else place
+    except OSError: return place      # too long a name
 
 
 def text_of(name: str) -> str | None:
@@ -404,20 +404,25 @@ def read_json(
     if not isinstance(found, dict): raise error(f"cannot read {path}: expected an object, found {_kind(found)}.")
     content = {key: value for key, value in found.items() if key != "checksum"}
     if not _is_sealed(found) or found.get("checksum", checksum(content)) != checksum(content):
-        raise DamagedFile(DAMAGED.format(path=path, why="what it says does not fit its checksum"))
+        raise damaged(path, "what it says does not fit its checksum")
     if missing := [key for key in keys if key not in content]:
         raise error(f"cannot read {path}: it has no {' and no '.join(missing)}, so it is a file of something else.")
     return content["rows"] if list(content) == ["rows"] else content
 
 # %% ../../nbs/core/05_files.ipynb #c32d2d4f
-DAMAGED = "{path} is damaged: {why}. Copy it again, or run: subnet-explorer doctor {path}"
+def damaged(path: str | Path, why: str) -> DamagedFile:
+    "The error for a file that is not what was written, with what to do."
+    folder = Path(path).parent
+    return DamagedFile(f"{path} is damaged: {why}. Copy it again, or run: subnet-explorer doctor {folder}")
+
+
 _REMAINS = re.compile(r"(?i)checksum|sha25|[0-9a-f]{10}")      # what is left of a checksum that was damaged
 _IDENTITY = re.compile(r"[a-z_]+ [0-9a-f]{16}")
 
 
 def has_checksum(path: Path) -> bool:
     "Whether a JSON file was written by a version that writes checksums."
-    return "checksum" in path.read_text(encoding="utf-8")
+    with reading(path, expected="JSON"): return "checksum" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _is_sealed(found: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -112,16 +112,21 @@ def given_back(function: F) -> F:
         free = folder is not None and not _is_taken(folder)
         existed = folder is not None and folder.exists()
         try:
-            with inside(to.folder if isinstance(to, Store) else folder): return function(*given, **named)
+            with inside(to.folder if isinstance(to, Store) else folder), _released(folder): return function(*given, **named)
         except SubnetError:
-            if folder is not None: release_all(folder)
             if folder is not None and free: _unclaim(folder, existed)
             raise
-        finally:
-            if folder is not None: release_all(folder)
 
     run.__kwdefaults__ = getattr(function, "__kwdefaults__", None)      # type: ignore[attr-defined]
     return cast(F, run)
+
+
+@contextmanager
+def _released(folder: Path | None) -> Iterator[None]:
+    "Give back what is held in a folder when the block is left."
+    try: yield
+    finally:
+        if folder is not None: release_all(folder)
 
 
 def _is_taken(folder: Path) -> bool: return any((folder / name).exists() for name in CLAIMS[:2])

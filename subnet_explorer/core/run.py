@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from subnet_explorer.core.files import (
-    DAMAGED,
     DamagedFile,
     add_line,
     as_json,
     atomic_write,
     create,
+    damaged,
     has_checksum,
     no_such,
     read_json,
@@ -48,7 +48,7 @@ from .tensors import open_sealed, open_torch, sealed, sealed_torch
 # %% auto #0
 __all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'working',
            'differing', 'check_empty', 'read_metrics', 'Run', 'asked_of', 'save_state', 'read_state', 'load_state',
-           'reason_of_damage']
+           'reason_of_damage', 'lost_lines']
 
 # %% ../../nbs/core/18_run.ipynb #b2202a27
 class OtherRun(SubnetError):
@@ -204,7 +204,7 @@ def _logged(folder: Path | None) -> tuple[list[dict[str, Any]], bool]:
     if folder is None: return [], True
     log = read_log(folder / LOG)
     if (folder / MASK).exists():
-        if why := _lost(folder, log): raise DamagedFile(DAMAGED.format(path=folder / LOG, why=why))
+        if why := _lost(folder, log): raise damaged(folder / LOG, why)
     elif log.damage:
         warnings.warn(f"{folder / LOG} is damaged: {', '.join(log.damage)}; what is missing is done again.",
                       stacklevel=4)
@@ -239,9 +239,13 @@ class Run(Journey):
     @classmethod
     def open(cls, folder: str | Path) -> Run:
         "Reopen a run folder; raise `OtherRun` if it is none."
-        found = asked_of(Path(folder))
-        run = cls(None, found["config"], found["labels"])
-        run.folder = Path(folder)
+        return cls.at(Path(folder), asked_of(Path(folder)))
+
+    @classmethod
+    def at(cls, folder: Path, asked: Mapping[str, Any]) -> Run:      # asked: config, labels
+        "The run that is in a folder and was asked for so."
+        run = cls(None, asked["config"], asked["labels"])
+        run.folder = folder
         return run
 
     @property
@@ -283,7 +287,7 @@ def asked_of(folder: Path) -> dict[str, Any]:      # id, config, labels
     except SubnetError as why: raise OtherRun(f"{folder} is not a run: {why}") from why
     if isinstance(found["config"], dict) and isinstance(found["labels"], dict):
         if found["id"] == digest(found["config"]): return found
-        raise DamagedFile(DAMAGED.format(path=folder / CONFIG, why="its settings do not give its id"))
+        raise damaged(folder / CONFIG, "its settings do not give its id")
     raise OtherRun(f"{folder} is not a run: its {CONFIG} is that of something else.")
 
 # %% ../../nbs/core/18_run.ipynb #0f7cf93c
@@ -367,7 +371,12 @@ def reason_of_damage(folder: Path) -> str:
     "Why a run cannot be used; nothing if it can, as far as its files tell."
     try:
         if (folder / MASK).exists(): read_mask_file(folder / MASK)
-        log = read_log(folder / LOG)
-        why = _lost(folder, log) if (folder / MASK).exists() else ", ".join(log.damage)
+        why = lost_lines(folder)
     except SubnetError as damage: return str(damage)
-    return DAMAGED.format(path=folder / LOG, why=why) if why else ""
+    return str(damaged(folder / LOG, why)) if why else ""
+
+
+def lost_lines(folder: Path) -> str:
+    "What is wrong with the log of a run; nothing if no line is missing."
+    log = read_log(folder / LOG)
+    return _lost(folder, log) if (folder / MASK).exists() else ", ".join(log.damage)

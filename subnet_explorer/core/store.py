@@ -46,7 +46,7 @@ class Store:
         "Runs whose labels equal the given values; those that are damaged are left out, with a warning."
         found = index(self.folder)
         _warn(self.folder, [entry["broken"] for entry in found.values() if entry["broken"]])
-        return [_opened(self.folder / name, entry) for name, entry in found.items()
+        return [Run.at(self.folder / name, entry) for name, entry in found.items()
                 if not entry["broken"] and all(entry["labels"].get(k) == v for k, v in labels.items())]
 
     def masks(self, **labels: Any) -> Masks:
@@ -89,13 +89,6 @@ def _is_same(place: Path, asked: Run) -> bool:
 def _names(folder: Path) -> list[str]: return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
 
 
-def _opened(folder: Path, entry: Mapping[str, Any]) -> Run:
-    "A run as the index knows it."
-    run = Run(None, entry["config"], entry["labels"])
-    run.folder = folder
-    return run
-
-
 def _warn(folder: Path, broken: list[str]) -> None:
     "Say that runs are left out."
     if not broken: return
@@ -106,7 +99,7 @@ def _warn(folder: Path, broken: list[str]) -> None:
 INDEX = ".index.json"
 
 
-def index(folder: Path) -> dict[str, dict[str, Any]]:      # by name of the folder: stamp, labels, config, done, broken
+def index(folder: Path) -> dict[str, dict[str, Any]]:      # by name of the folder: stamp, labels, config, broken
     "What is known of the runs in a folder."
     known = _known(folder / INDEX)
     found = {name: _entry(folder / name, known.get(name)) for name in _names(folder)}
@@ -126,7 +119,7 @@ def _entry(folder: Path, known: dict[str, Any] | None) -> dict[str, Any]:
     "What is known of a run: as it was, if nothing has changed."
     stamp = _stamp(folder)
     if known is not None and known["stamp"] == stamp: return known
-    entry = {"stamp": stamp, "labels": {}, "config": {}, "done": (folder / MASK).exists(), "broken": ""}
+    entry = {"stamp": stamp, "labels": {}, "config": {}, "broken": ""}
     try: entry |= {name: value for name, value in asked_of(folder).items() if name in ("labels", "config")}
     except SubnetError as why: return {**entry, "broken": str(why)}
     return {**entry, "broken": reason_of_damage(folder)}

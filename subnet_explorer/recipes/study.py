@@ -85,9 +85,11 @@ class Findings:
         if self.folder is None: return {}
         same: dict[tuple[Any, ...], list[Run]] = {}
         store = Store(self.folder / "runs")
-        if broken := store.broken: raise DamagedFile(next(iter(broken.values())))
         for run in store:
             if run.done: same.setdefault(tuple(run.labels.get(label) for label in labels), []).append(run)
+        known = self.masks.index.astype(object).where(self.masks.index.notna(), None)
+        own = {tuple(row.get(label) for label in labels) for row in known.to_dict("records")}
+        if not own <= set(same) and (broken := store.broken): raise DamagedFile(next(iter(broken.values())))
         return {values: _mask_file(_own_run(runs, self.masks)) for values, runs in same.items()}
 
 

@@ -241,7 +241,7 @@ def test_a_small_file_takes_little_memory():
     for version in (2, 3):
         data = of_gaps(size, frame(b""), b"", version)
         most, seconds = cost(data)
-        assert len(data) < 1000 and most < 1e6 and seconds < 5
+        assert len(data) < 1000 and most < 1e6 and seconds < 1
         with pytest.raises(MaskFileError, match=r"3,355,443,200 bytes in memory.*trusted=True"): read(data)
 
 
@@ -272,7 +272,7 @@ def test_gaps_that_are_none(stored):
     for size in (1000, 100_000, 8 * ROOM):
         data = of_gaps(size, stored, bytes(packed_size(size)))
         most, seconds = cost(data)
-        assert most < 64e6 and seconds < 5
+        assert most < 64e6 and seconds < 1
         with pytest.raises(MaskFileError): read(data)
 
 
@@ -320,7 +320,7 @@ def test_every_bit_of_a_file_without_checksum():
 def check_harmless(data: bytes) -> bool:
     "Whether a file was refused; one that was not is a mask. Either takes little time and memory."
     most, seconds = cost(data)
-    assert most < 64e6 and seconds < 5
+    assert most < 64e6 and seconds < 1
     try: found = read(data)
     except MaskFileError: return True
     assert 0 <= found.density <= 1 and read(mask_bytes(found)) == found

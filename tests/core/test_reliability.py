@@ -44,7 +44,7 @@ from subnet_explorer.core.run import Run, load_state, save_state
 from subnet_explorer.core.space import unit_space
 from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import answerable, read_facts
-from subnet_explorer.recipes.study import Bench
+from subnet_explorer.recipes.study import Bench, Findings
 from subnet_explorer.search.find import find
 from subnet_explorer.search.gates import Threshold
 from subnet_explorer.search.objectives import Cloze
@@ -290,6 +290,11 @@ def test_names_from_data_stay_in_their_folder(tmp_path, text):
     assert cached_table(folder, f"fine-tuned-{text}", lambda: pytest.fail("made twice")).x.tolist() == [1]
 
 
+def test_a_table_may_be_called_by_half_a_character(tmp_path):
+    cached_table(tmp_path, "\ud800/x", lambda: pd.DataFrame([{"x": 1}]))
+    assert [file.name for file in (tmp_path / "tables").iterdir()] == ["%ED%A0%80%2Fx.json"]
+
+
 def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     finished(tmp_path / "study", 1)
@@ -347,6 +352,51 @@ def test_the_doctor_of_the_shell(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["found"]
     assert len(found) == 1 and "put aside" in found[0]["done"] and list((tmp_path / ".damaged").rglob("mask*"))
     assert main(["doctor", str(tmp_path)]) == 0 and "nothing is wrong" in capsys.readouterr().out
+
+
+def test_the_advice_of_a_damaged_file_is_a_command_that_helps(tmp_path, capsys):
+    file = next(iter(finished(tmp_path))).folder / "metrics.jsonl"
+    file.write_text("")
+    with pytest.raises(DamagedFile) as refused: len(Run.open(file.parent).metrics)
+    words = str(refused.value).rpartition("subnet-explorer ")[2].split()
+    assert main(words) == 0 and "put aside" in capsys.readouterr().out and examine(tmp_path) == []
+
+
+def test_looking_blames_no_file_for_another(tmp_path):
+    file = next(iter(finished(tmp_path))).folder / "mask.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert [found.path for found in examine(tmp_path, repair=False)] == [file]
+
+
+def test_a_run_is_not_done_again_for_what_decides_nothing(tmp_path):
+    store = finished(tmp_path, 1)
+    (next(iter(store)).folder / "env.json").write_text("{")
+    assert "nothing depends on it" in examine(tmp_path)[0].done and len(store.masks()) == 1
+
+
+def test_a_label_called_checksum_is_no_checksum(tmp_path):
+    "A finished run of an earlier version, whose log has no end line."
+    config = {"goal": "checksum"}
+    run = Run(tmp_path / "a", config, {"task": "checksum"})
+    run.log(step=1, loss=1.0)
+    run.finish(Mask.random(SPACE, .5, seed=0))
+    told = {"id": run.id, "labels": run.labels, "config": config}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(told))
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert Run.open(tmp_path / "a").metrics.step.tolist() == [1]
+
+
+def test_results_name_masks_beside_a_broken_run_of_others(tmp_path):
+    "A run that is none of this study hides no mask of it; one of its own is named."
+    store = finished(tmp_path, 3)
+    masks = store.masks()
+    study = Findings(masks=masks.sel(seed=[0, 1]), tables={}, config={}, model_name="m", seconds=0.0, folder=tmp_path)
+    places = {run.labels["seed"]: run.folder for run in store}
+    (places[2] / "config.json").write_text("{")
+    with pytest.warns(UserWarning, match="1 run is damaged"): files = study.mask_files("seed")
+    assert files == {(seed,): str(places[seed] / "mask.safetensors") for seed in (0, 1)}
+    (places[1] / "config.json").write_text("{")
+    with pytest.warns(UserWarning), pytest.raises(DamagedFile): study.mask_files("seed")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
