@@ -76,13 +76,16 @@ class Order:
 
     def run(self) -> Study:
         "Load the model, read the data, make the study and, if asked, its report."
+        with waiting(self.values["wait"]): return self._made()
+
+    def _made(self) -> Study:
         from subnet_explorer.model.load import load
         v = self.values
         model, tok = load(v["model"], device=usable_device(v["device"]))
         read, run = self.recipe.read, self.recipe.run
         data = {} if read is None else read(model, tok, **self._of(read))
         settings = {name: value for name, value in self._of(run).items() if name not in data}
-        with waiting(v["wait"]): study = run(model, tok, **data, **settings, to=v["out"], progress=not v["quiet"])
+        study = run(model, tok, **data, **settings, to=v["out"], progress=not v["quiet"])
         if v["report"]: study.report(Path(v["out"], "report.html"))
         return study
 
