@@ -112,7 +112,8 @@ def given_back(function: F) -> F:
         free = folder is not None and not _is_taken(folder)
         existed = folder is not None and folder.exists()
         try:
-            with inside(to.folder if isinstance(to, Store) else folder), _released(folder): return function(*given, **named)
+            with inside(to.folder if isinstance(to, Store) else folder), _released(folder):
+                return function(*given, **named)
         except SubnetError:
             if folder is not None and free: _unclaim(folder, existed)
             raise
