@@ -74,7 +74,6 @@ def some(version: int = 3, densities: tuple[float, ...] = (.5, .5)) -> tuple[dic
 
 def cost(data: bytes) -> tuple[int, float]:
     "Most memory beyond the file, in bytes, and seconds of a reading that may fail; what other tests hold costs none."
-    gc.collect()
     gc.freeze()
     began = time.process_time()
     with suppress(MaskFileError): read(data)
