@@ -5,7 +5,7 @@
 # %% ../../nbs/core/12_compare.ipynb #30889e48
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from .scores import Scores
 from .space import WHOLE_UNITS, Group, Space, same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['WORK', 'CACHE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement',
+__all__ = ['CACHE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement',
            'stability']
 
 # %% ../../nbs/core/12_compare.ipynb #5f0b68bc
@@ -49,9 +49,7 @@ def _average(both: np.ndarray, either: np.ndarray, average: str) -> np.ndarray: 
 
 def _distance(both: np.ndarray, either: np.ndarray) -> np.ndarray:  # counts (…, tensor) -> (…)
     "Means over tensors; where neither mask keeps anything, they are equal."
-    empty = either <= 0
-    if empty.any(): both, either = np.where(empty, 1.0, both), np.where(empty, 1.0, either)
-    return 1 - (both / either).mean(-1)
+    return 1 - np.divide(both, either, out=np.ones(np.shape(either)), where=either > 0).mean(-1)
 
 
 def _expected(sizes: np.ndarray, p: np.ndarray, q: np.ndarray, average: str) -> np.ndarray:
@@ -111,51 +109,49 @@ def _by_names(names: Sequence[Any], values: Mapping[str, np.ndarray]) -> pd.Data
     return rows.assign(a=label.take(rows.a).array, b=label.take(rows.b).array)
 
 # %% ../../nbs/core/12_compare.ipynb #c6279726
-WORK = 1 << 22
-"Numbers in a block of counts."
+def _all_pairs(
+    kept: np.ndarray,                                         # counts, expected or found (mask, tensor)
+    average: str,
+    both: Callable[[Sequence[int], range], np.ndarray],       # what some masks share with all of some tensors
+) -> np.ndarray:                                              # (mask, mask)
+    "Jaccard distances of all pairs."
+    tensors, n = list(range(kept.shape[1])), len(kept)
+    pools = [tensors] if average == "micro" else [[t] for t in tensors]
+    counts = [kept[:, pool].sum(1) for pool in pools]
+    alike, step = np.zeros((n, n)), max(1, CACHE // n)
+    for i in range(0, n, step):
+        rows, part = slice(i, i + step), range(n)[i:i + step]
+        for pool, own in zip(pools, counts, strict=True):
+            alike[rows] += _similarity(both(pool, part), own[rows], own)
+    return 1 - alike / len(pools)
+
+
+def _similarity(both: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:      # (part, mask)
+    "Share of what either keeps that both keep; where neither keeps anything, they are equal."
+    either = own[:, None] + others
+    either -= both
+    return np.divide(both, either, out=np.ones_like(either), where=either > 0)
+
+
 CACHE = 1 << 16
-"Numbers that are computed from them at once."
-
-
-def _blocks(n: int, wide: int, most: int) -> Iterator[range]:
-    "Rows from 0 to `n`, as many at once as there may be with `wide` numbers each."
-    step = max(1, most // wide)
-    return (range(i, min(i + step, n)) for i in range(0, n, step))
+"Pairs that are counted at once."
 
 
 def _distances(masks: Sequence[Mask], kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
     "Jaccard distances of all pairs; `kept` are the counts by mask and tensor."
-    n, tensors = kept.shape
-    if average == "micro": return _row_distances(masks, range(n), kept.sum(1, keepdims=True), [range(tensors)])
-    alone = [range(t, t + 1) for t in range(tensors)]
-    parts = [_row_distances(masks, part, kept, alone) for part in _blocks(n, n * tensors, WORK)]
-    return np.concatenate(parts)
-
-
-def _row_distances(
-    masks: Sequence[Mask],
-    part: range,                   # the rows
-    kept: np.ndarray,              # counts by mask and pool
-    pools: Sequence[range],        # tensors that are counted as one
-) -> np.ndarray:                   # (part, mask)
-    "Jaccard distances of some masks to all, means over pools."
-    counts = np.zeros((len(pools), len(part), len(masks)))
-    for i, pool in enumerate(pools):
-        for t in pool: counts[i] += shared(masks, t, part)
-    found = []
-    for rows in _blocks(len(part), kept.size, CACHE):
-        both = np.ascontiguousarray(np.moveaxis(counts[:, rows.start:rows.stop], 0, -1))
-        found.append(_distance(both, kept[part][rows.start:rows.stop, None] + kept - both))
-    return np.concatenate(found)
+    def both(tensors: Sequence[int], part: range) -> np.ndarray:
+        return sum((shared(masks, t, part) for t in tensors), np.zeros((len(part), len(masks))))
+    return _all_pairs(kept, average, both)
 
 
 def _chances(space: Space, kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
     "Distances of all pairs that are expected of random masks."
-    sizes = _sizes(space)
-    shares, which = np.unique(_shares(space, kept), axis=0, return_inverse=True)      # masks are often equally large
-    blocks = _blocks(len(shares), shares.size, CACHE)
-    chances = [_expected(sizes, shares[part][:, None], shares, average) for part in blocks]
-    return np.concatenate(chances)[np.ix_(which, which)]
+    shares, sizes = _shares(space, kept), _sizes(space)
+    expected = shares * sizes
+
+    def both(tensors: Sequence[int], part: range) -> np.ndarray:
+        return expected[part][:, tensors] @ shares[:, tensors].T
+    return _all_pairs(expected, average, both)
 
 # %% ../../nbs/core/12_compare.ipynb #fc7b8240
 @checked
