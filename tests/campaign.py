@@ -31,11 +31,9 @@ import fuzzing
 import tiny
 
 from subnet_explorer.core.errors import SubnetError
-from subnet_explorer.core.files import read_json
 from subnet_explorer.core.log import read_log
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.store import Store
-from subnet_explorer.core.tensors import open_sealed
 
 LONG = 300.0      # seconds after which a child that was not disturbed is said to hang
 PATIENCE = 5.0    # seconds in which a signal must be obeyed
@@ -411,39 +409,11 @@ def files(trial: Trial) -> None:
 
 def fuzzed(kind: str, seed: int, references: Path) -> int:
     "Damage and read; the status is 1 if anything bad came of it."
-    found, reader = fuzzing.of_kind(kind) if kind in ("mask", "earlier", "tensors") else own_files(kind, references)
+    own = kind in fuzzing.OWN
+    found, reader = fuzzing.of_studies(kind, references, Path()) if own else fuzzing.of_kind(kind)
     counts = fuzzing.fuzz(kind, found, reader, ROUND, seed, Path("bad"))
     tiny.tell(what="fuzzed", counts=counts)
     return int(any(counts[bad] for bad in fuzzing.BAD))
-
-
-def own_files(kind: str, references: Path) -> tuple[list[tuple[bytes, Any]], fuzzing.Reader]:
-    "Files of studies with what they say, and their reader."
-    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of),
-    }
-    pattern, read = readers[kind]
-    file = Path("file").absolute()
-
-    def reader(data: bytes) -> Any:
-        file.write_bytes(data)
-        return read(file)
-    found = [path.read_bytes() for path in sorted(references.rglob(pattern)) if path.name != ".index.json"]
-    if kind == "log": found = [data for data in found if b'"end": ' in data]
-    return [(data, reader(data)) for data in dict.fromkeys(found)], reader
-
-
-def whole_log(file: Path) -> Any:
-    "Rows of a log that was ended; whatever else is said of it is a named error here."
-    log = read_log(file)
-    if log.damage or log.torn or not log.ended or log.lines != len(log.rows): raise SubnetError(str(log.damage))
-    return log.rows
-
-
-def all_of(file: Path) -> Any:
-    "Arrays and texts of a file of tensors or a mask."
-    arrays, about = open_sealed(file, earlier=None)
-    return {name: values.tobytes() for name, values in arrays.items()}, about
 
 
 # ── the program ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,8 @@
 - `resealed`: another value, from a file whose checksum was computed anew after the change, as only a liar does;
 - `wrong`: another value, which must never happen; `raw`: any other exception; `memory`, `slow`: beyond the bounds.
 
-`python tests/fuzzing.py mask 100000 --seed 1` runs it and prints the counts; so may any script, with files of its own.
+`python tests/fuzzing.py mask 100000 --seed 1` runs it and prints the counts; `python tests/fuzzing.py state 100000
+--studies FOLDER` takes the files of that kind in a folder of studies. So may any script, with files of its own.
 """
 from __future__ import annotations
 
@@ -31,8 +32,12 @@ from typing import Any
 import numpy as np
 
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.core.files import read_json
+from subnet_explorer.core.log import read_log
 from subnet_explorer.core.maskfile import read_mask
-from subnet_explorer.core.tensors import TensorFile, sealed
+from subnet_explorer.core.run import read_state
+from subnet_explorer.core.tensors import TensorFile, open_sealed, sealed
+from subnet_explorer.measure.patterns import PatternCNN
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BAD = ("wrong", "raw", "memory", "slow")
@@ -327,6 +332,55 @@ def _tensors() -> list[bytes]:
     return [sealed(arrays, {"state": json.dumps({"step": 3})}), sealed({"x": rng.random(200)}, {})]
 
 
+def whole_log(file: Path) -> Value:
+    "Rows of a log that was ended; whatever else is said of it is a named error here."
+    log = read_log(file)
+    if log.damage or log.torn or not log.ended or log.lines != len(log.rows): raise SubnetError(str(log.damage))
+    return log.rows
+
+
+def all_of(file: Path) -> Value:
+    "Arrays and texts of a file of tensors or a mask."
+    arrays, about = open_sealed(file, earlier=None)
+    return {name: values.tobytes() for name, values in arrays.items()}, about
+
+
+def state_of(file: Path) -> Value:
+    "What a search goes on from."
+    state = read_state(file.parent)
+    assert state is not None
+    return {name: t.numpy().tobytes() for name, t in state[0].items()}, state[1]
+
+
+def classifier_of(file: Path) -> Value:
+    "Weights of a pattern classifier, and what goes with them."
+    cnn = PatternCNN.load(file)
+    return {name: t.numpy().tobytes() for name, t in cnn.net.state_dict().items()}, cnn.meta
+
+
+OWN: dict[str, tuple[str, Callable[[Path], Value]]] = {
+    "json": ("*.json", read_json), "log": ("*.jsonl", whole_log), "sealed": ("*.safetensors", all_of),
+    "soft": ("soft.safetensors", all_of), "heads": ("heads.safetensors", all_of),
+    "weights": ("weights.safetensors", all_of), "scores": ("scores/*.safetensors", all_of),
+    "state": ("state.safetensors", state_of), "patterns": ("patterns.safetensors", classifier_of),
+}
+"Kinds of files in study folders: where they are, and how they are read."
+
+
+def of_studies(kind: str, folder: Path, place: Path) -> tuple[list[tuple[bytes, Value]], Reader]:
+    "Files of a kind in a folder of studies with what they say, and their reader, which writes them in `place`."
+    pattern, read = OWN[kind]
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / pattern.split("/")[-1].replace("*", "file")
+
+    def reader(data: bytes) -> Value:
+        file.write_bytes(data)
+        return read(file)
+    found = [path.read_bytes() for path in sorted(folder.rglob(pattern)) if path.name != ".index.json"]
+    if kind == "log": found = [data for data in found if b'"end": ' in data]
+    return [(data, reader(data)) for data in dict.fromkeys(found)], reader
+
+
 def of_kind(kind: str) -> tuple[list[tuple[bytes, Value]], Reader]:
     "Files of a kind with what they hold, and their reader."
     readers: dict[str, Reader] = {"mask": read_whole, "earlier": read_bits, "tensors": read_tensors}
@@ -338,12 +392,17 @@ def of_kind(kind: str) -> tuple[list[tuple[bytes, Value]], Reader]:
 def main() -> int:
     "Run it as the command line says; the status is 1 if anything bad came of a file."
     given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    given.add_argument("kind", choices=["mask", "earlier", "tensors"])
+    given.add_argument("kind", choices=["mask", "earlier", "tensors", *OWN])
     given.add_argument("n", type=int)
     given.add_argument("--seed", type=int, default=0)
     given.add_argument("--keep", type=Path, help="folder for files of which something bad came")
+    given.add_argument("--studies", type=Path, help=f"folder of studies whose files are damaged: {', '.join(OWN)}")
+    given.add_argument("--place", type=Path, default=Path("build/fuzzing"), help="folder for a damaged file")
     args = given.parse_args()
-    files, reader = of_kind(args.kind)
+    if args.kind in OWN and not args.studies: given.error(f"{args.kind} needs --studies FOLDER")
+    own = args.kind in OWN
+    files, reader = of_studies(args.kind, args.studies, args.place) if own else of_kind(args.kind)
+    if not files: given.error(f"no file {OWN[args.kind][0]} in {args.studies}")
     began = time.perf_counter()
     counts = fuzz(args.kind, files, reader, args.n, args.seed, args.keep)
     seconds = time.perf_counter() - began
