@@ -28,6 +28,7 @@ from subnet_explorer.core.files import (
     has_checksum,
     no_such,
     read_json,
+    reading,
     remove,
     write_json,
 )
@@ -350,8 +351,11 @@ def read_state(folder: Path) -> State | None:
     "Tensors and information of the last state in a run's folder; None if there is none."
     file = folder / STATE
     if not file.exists(): return None
-    tensors, about = open_torch(file, DamagedFile, "the state of a search", earlier=("state",))
-    return tensors, json.loads(about["state"])
+    expected = "the state of a search"
+    tensors, about = open_torch(file, DamagedFile, expected, earlier=("state",))
+    with reading(file, DamagedFile, expected): found = json.loads(about["state"])
+    if isinstance(found, dict) and type(found.get("step")) is int: return tensors, found
+    raise damaged(file, "it does not say at which step it was written")
 
 
 def load_state(run: Run) -> State | None:

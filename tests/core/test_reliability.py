@@ -40,9 +40,10 @@ from subnet_explorer.core.lease import Held, held, holders, lease_path, waiting
 from subnet_explorer.core.log import read_log
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.masks import Masks
-from subnet_explorer.core.run import Run, load_state, save_state
+from subnet_explorer.core.run import Run, load_state, read_state, save_state
 from subnet_explorer.core.space import unit_space
 from subnet_explorer.core.store import Store
+from subnet_explorer.core.tensors import sealed_torch
 from subnet_explorer.data.facts import answerable, read_facts
 from subnet_explorer.recipes.study import Bench, Findings
 from subnet_explorer.search.find import find
@@ -215,6 +216,13 @@ def test_leftovers_are_swept_when_a_study_is_opened(tmp_path):
     open_study(tmp_path, {"recipe": "mine"})
     assert {file.name for file in run.folder.iterdir()} == {"config.json", "metrics.jsonl", "mask.safetensors"}
     assert tidy(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "[]", "{}", '{"step": true}', '{"step": "3"}'])
+def test_a_state_that_says_no_step_is_damaged(tmp_path, text):
+    "Even if its checksum fits."
+    (tmp_path / "state.safetensors").write_bytes(sealed_torch({}, {"state": text}))
+    with pytest.raises(DamagedFile, match="state"): read_state(tmp_path)
 
 
 def test_a_missing_environment_is_written_again(tmp_path):
