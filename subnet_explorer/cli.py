@@ -11,8 +11,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -424,7 +425,7 @@ CLOSED_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     "Entry point; returns the exit status."
     out, err = Stream(sys.stdout), Stream(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), _plain_warnings():
         try:
             with stopping(): status = _status(list(sys.argv[1:] if argv is None else argv))
             for stream in (out, err): stream.flush()
@@ -434,6 +435,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(out.lost, BrokenPipeError): return CLOSED_PIPE
         if out.lost: return _refused(CannotWrite(f"cannot write the answer: {reason(out.lost)}."))
     return status
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    "Let warnings say what is the matter, and not where in the source this was noticed."
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"subnet-explorer: {visible(str(message))}\n"
+    try: yield
+    finally: warnings.formatwarning = usual
 
 
 def _status(words: Sequence[str]) -> int:

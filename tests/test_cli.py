@@ -19,6 +19,7 @@ from subnet_explorer.cli import main
 from subnet_explorer.core.files import read_json
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import Run
+from subnet_explorer.core.space import unit_space
 from subnet_explorer.core.store import Store
 from subnet_explorer.data.facts import read_facts
 from subnet_explorer.recipes.study import without_places
@@ -396,3 +397,12 @@ def test_show_an_unfinished_run(call, tmp_path):
     status, out, _err = call("show", "run", "--json")
     assert status == 0 and json.loads(out)["done"] is False and json.loads(out)["density"] is None
     assert call("show", "run")[0] == 0
+
+
+def test_warnings_say_what_is_the_matter_and_not_where_in_the_source(tmp_path):
+    space = unit_space(2, 2)
+    for seed in range(2): Run(tmp_path / str(seed), {"seed": seed}).finish(Mask.random(space, .5, seed=seed))
+    (tmp_path / "1" / "config.json").write_text("{")
+    done = subprocess.run([COMMAND, "show", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 runs" in done.stdout
+    assert done.stderr.startswith("subnet-explorer: ") and "config.json" in done.stderr and ".py:" not in done.stderr
