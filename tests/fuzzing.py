@@ -5,6 +5,8 @@
 - `right`: the value that was written;
 - `refused`: a named error;
 - `resealed`: another value, from a file whose checksum was computed anew after the change, as only a liar does;
+- `unsealed`: another value, from a file whose header lost its checksum and nothing else, as if an earlier version had
+  written it, which again only a liar does;
 - `wrong`: another value, which must never happen; `raw`: any other exception; `memory`, `slow`: beyond the bounds.
 
 `python tests/fuzzing.py mask 100000 --seed 1` runs it and prints the counts; `python tests/fuzzing.py state 100000
@@ -231,7 +233,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 SECONDS, BYTES, SAMPLE = 1.0, 64_000_000, 500
 
 
-def _outcome(reader: Reader, data: bytes, expected: Value) -> tuple[str, Exception | None]:
+def _outcome(reader: Reader, data: bytes, expected: Value, original: bytes) -> tuple[str, Exception | None]:
     "What became of a file."
     began = time.perf_counter()
     try: found = reader(data)
@@ -239,13 +241,20 @@ def _outcome(reader: Reader, data: bytes, expected: Value) -> tuple[str, Excepti
         if isinstance(e.__cause__, MemoryError): return "memory", e
         result, error = "refused", None
     except Exception as e: return "raw", e
-    else: result, error = _kind_of(data, found == expected), None
+    else: result, error = _kind_of(data, found == expected, original), None
     return ("slow" if time.perf_counter() - began > SECONDS else result), error
 
 
-def _kind_of(data: bytes, same: bool) -> str:
+def _kind_of(data: bytes, same: bool, original: bytes) -> str:
     if same: return "right"
-    return "resealed" if is_sealed(data) else "wrong"
+    if is_sealed(data): return "resealed"
+    return "unsealed" if is_sealed(original) and _texts(original) - _texts(data) == {"checksum"} else "wrong"
+
+
+def _texts(data: bytes) -> set[str]:
+    "Names of the texts in a header; none if it cannot be read."
+    try: return set(json.loads(_split(data)[0][8:])["__metadata__"])
+    except (ValueError, TypeError, LookupError, RecursionError): return set()
 
 
 def _measured(reader: Reader, data: bytes) -> int:
@@ -273,7 +282,7 @@ def fuzz(
         for i in range(n):
             original, expected = rng.choice(files)
             data = damage(original, rng)
-            result, error = _outcome(reader, data, expected)
+            result, error = _outcome(reader, data, expected, original)
             if i % SAMPLE == 0 and _measured(reader, data) > BYTES: result = "memory"
             counts[result] += 1
             if result in BAD: _report(f"{kind}-{seed}-{i}-{result}", data, error, keep)
