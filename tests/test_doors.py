@@ -133,7 +133,7 @@ def world():
     ("compare.agreement(masks, level=float('nan'))", "level must be a number above 0 and below 1, got nan"),
     ("compare.interval([[[.5]]], level=95)", "did you mean 0.95?"),
     ("compare.student_interval([1, 2], level=0)", "level must be a number above 0 and below 1"),
-    ("compare.interval([np.ones((1, 2))], samples=0)", "samples must be a whole number of at least 1"),
+    ("compare.estimate([np.ones((1, 2))], level=0)", "level must be a number above 0 and below 1"),
     ("compare.jaccard(Mask.full(space), by='seed')", "jaccard takes masks as masks, and this is a mask: collect"),
     ("compare.stability({0: score.random(space, 0)}, density=1.5)", "density must be a number between 0 and 1"),
     ("evaluate.perplexity(model, tok, facts)", "perplexity takes .* as texts, and this is facts"),

@@ -5,85 +5,202 @@
 # %% ../../nbs/core/14_intervals.ipynb #e282d929
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .doors import checked
 from .errors import SubnetError
-from .numbers import Count, Natural, PartShare, Seed
+from .numbers import Natural, PartShare
 
 # %% auto #0
-__all__ = ['resampled', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
+__all__ = ['Bounds', 'Estimate', 'estimate', 'interval', 'student_interval', 'defined_interval', 'left_out', 'correlation']
 
-# %% ../../nbs/core/14_intervals.ipynb #cbb4b293
+# %% ../../nbs/core/14_intervals.ipynb #6eac414b
+Bounds = tuple[float, float]
+"The least and the greatest value there can be."
+
+
+class Estimate(NamedTuple):
+    "A mean over seeds and items, and how far it would move with others; `nan` where there is only one of each."
+    mean: float
+    low: float
+    high: float
+    p: float                      # of a true mean of 0, two-sided: 1 minus the level whose interval ends at 0
+    shares: Mapping[str, float]   # of the variance of the mean, by factor
+    n: Mapping[str, int]          # how many values each factor has
+
+
 @checked
-def resampled(
-    groups: Sequence[np.ndarray],                 # per group: (draws, items) or (draws, items, values)
-    samples: Count = 1000,
-    seed: Seed = 0,
-    pooled: bool = False,                         # False: mean of group means; True: of all items
-    weights: Sequence[np.ndarray] | None = None,        # per group: weights of the items
-) -> tuple[Any, np.ndarray]:                      # estimate, (samples,); or (values,), (samples, values)
-    "Mean, and means of bootstrap samples over draws (seeds) and items; raise `SubnetError` for none."
-    _check_groups(groups, weights)
-    if weights is None: weights = [np.ones(g.shape[1]) for g in groups]
-    rng = np.random.default_rng(seed)
-    share = np.array([g.shape[1] if pooled else 1 for g in groups], float)
-    pairs = list(zip(groups, weights, strict=True))
-    values = [np.average(g.mean(0), axis=0, weights=w) for g, w in pairs]
-    means = [_means(g, np.asarray(w, float), samples, rng) for g, w in pairs]
-    return np.average(values, axis=0, weights=share), np.average(means, axis=0, weights=share)
+def estimate(
+    groups: Sequence[np.ndarray],                # per group (relation, task): an axis for each factor, items last
+    factors: Sequence[str] = ("seed", "item"),   # names of the axes; all but the last are shared by the groups
+    level: PartShare = 0.95,
+    pooled: bool = False,                        # False: mean of group means; True: of all items
+    weights: Sequence[np.ndarray] | None = None, # per group: weights of the items
+    bounds: Bounds | None = None,                # (0, 1) of hits, (-1, 1) of differences of hits
+) -> Estimate:
+    "Mean with an interval over all factors, which are crossed; raise `SubnetError` for none."
+    _check_groups(groups, factors, weights)
+    sizes = [g.shape[-1] if pooled else 1 for g in groups]
+    shares = np.array(sizes, float) / sum(sizes)
+    by_item = [np.ones(g.shape[-1]) for g in groups] if weights is None else weights
+    parts = [_Group(np.asarray(g, float), w / np.sum(w), s) for g, w, s in zip(groups, by_item, shares, strict=True)]
+    n = {name: max(g.shape[k] for g in groups) for k, name in enumerate(factors[:-1])}
+    n[factors[-1]] = sum(g.shape[-1] for g in groups)
+    if bounds is None: return _estimated(_mean(parts), parts, factors, level, n)
+    found = _estimated(_mean(parts), _softened(parts, bounds), factors, level, n)
+    return found._replace(low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))
 
 
 @checked
 def interval(
-    groups: Sequence[np.ndarray],
+    groups: Sequence[np.ndarray],                # per group: (seeds, items)
     level: PartShare = 0.95,
-    samples: Count = 1000,
-    seed: Seed = 0,
     pooled: bool = False,
     weights: Sequence[np.ndarray] | None = None,
-) -> tuple[float, float, float]:      # estimate, low, high
-    "Mean with a percentile bootstrap interval over draws and items, as `resampled` draws them."
-    value, means = resampled(groups, samples, seed, pooled, weights)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(value), float(low), float(high)
+    bounds: Bounds | None = None,
+) -> tuple[float, float, float]:                 # mean, low, high
+    "The mean and the ends of what `estimate` gives."
+    found = estimate(groups, level=level, pooled=pooled, weights=weights, bounds=bounds)
+    return found.mean, found.low, found.high
 
-# %% ../../nbs/core/14_intervals.ipynb #80d4642c
-def _means(
-    g: np.ndarray, weights: np.ndarray, samples: int, rng: np.random.Generator,
-) -> np.ndarray:
-    "Weighted means of one group in every sample: (samples,) or (samples, values)."
-    draws = _times(g.shape[0], samples, rng)
-    items = _times(g.shape[1], samples, rng) * (weights / weights.mean())
+# %% ../../nbs/core/14_intervals.ipynb #7f3a095e
+@dataclass(frozen=True)
+class _Group:
+    values: np.ndarray      # (…, items)
+    items: np.ndarray       # share of every item in the group
+    share: float            # of the group in the whole
 
-    def mean(values: np.ndarray) -> np.ndarray:      # (draws, items) -> (samples,)
-        "Means of one value."
-        return ((draws @ values) * items).sum(1) / items.sum(1)
-
-    if g.ndim == 2: return mean(g)
-    return np.stack([mean(g[..., k]) for k in range(g.shape[2])], 1)
+    def means(self) -> np.ndarray: return self.values @ self.items      # (…)
 
 
-def _times(n: int, samples: int, rng: np.random.Generator) -> np.ndarray:      # (samples, n)
-    "How often each of `n` is drawn, as shares."
-    return rng.multinomial(n, np.full(n, 1 / n), size=samples) / n
+def _mean(groups: Sequence[_Group]) -> float: return float(sum(g.share * g.means().mean() for g in groups))
 
 
-def _check_groups(groups: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None) -> None:
+def _check_groups(
+    groups: Sequence[np.ndarray], factors: Sequence[str], weights: Sequence[np.ndarray] | None,
+) -> None:
     "Raise `SubnetError` unless there are finite items in every group, and a weight for each."
-    if not groups or any(g.ndim not in (2, 3) or not g.size for g in groups):
-        raise SubnetError(
-            "an interval needs at least one item in every group, as arrays of shape (draws, "
-            "items).")
+    if not groups or any(np.ndim(g) != len(factors) or not np.size(g) for g in groups):
+        raise SubnetError("an interval needs at least one item in every group, as arrays with the axes "
+                          f"({', '.join(factors)}).")
     if not all(np.isfinite(g).all() for g in groups):
         raise SubnetError("some hits or scores are NaN or infinite: leave them out first, and say how many.")
     if weights is None: return
-    fitting = [np.shape(w) for w in weights] == [g.shape[1:2] for g in groups]
+    fitting = [np.shape(w) for w in weights] == [np.shape(g)[-1:] for g in groups]
     if not fitting or not all((np.asarray(w) > 0).all() for w in weights):
         raise SubnetError("there must be one weight above 0 for each item of each group.")
+
+# %% ../../nbs/core/14_intervals.ipynb #e6d99ddb
+def _softened(groups: Sequence[_Group], bounds: Bounds) -> Sequence[_Group]:
+    "Groups with items added; in sum over the groups as many as for one."
+    low, high = bounds
+    more = [low, high] if low < 0 else [low, low, high, high]
+    return [_longer(g, more, 1 / len(groups)) for g in groups]
+
+
+def _longer(group: _Group, more: Sequence[float], weight: float) -> _Group:
+    added = np.broadcast_to(np.array(more), (*group.values.shape[:-1], len(more)))
+    items = np.concatenate([group.items * len(group.items), np.full(len(more), weight)])
+    return _Group(np.concatenate([group.values, added], -1), items / items.sum(), group.share)
+
+# %% ../../nbs/core/14_intervals.ipynb #2eab27e0
+def _effect(y: np.ndarray, axes: Sequence[int], seeds: int) -> np.ndarray:
+    "What some of the first `seeds` axes add together, with the others of these averaged."
+    out = y.mean(axis=tuple(k for k in range(seeds) if k not in axes), keepdims=True)
+    for k in axes: out = out - out.mean(axis=k, keepdims=True)
+    return out
+
+
+def _pairs(y: np.ndarray, axes: Sequence[int]) -> float:
+    "Ordered pairs of values, over all the axes."
+    return float(np.prod([y.shape[k] * (y.shape[k] - 1) for k in axes]))
+
+
+def _seed_square(y: np.ndarray, k: int, axes: Sequence[int]) -> float:
+    "Mean square of what axis `k`, alone or together with some axes, adds to the means over items."
+    return float((_effect(y, (*axes, k), y.ndim) ** 2).sum() / _pairs(y, (*axes, k)))
+
+
+def _item_square(group: _Group, axes: Sequence[int]) -> float:
+    "The same of the items of one group, alone or together with some axes."
+    y, n = group.values - group.means()[..., None], len(group.items)
+    effect = _effect(y, axes, y.ndim - 1) * group.items
+    return float((effect ** 2).sum() * n / (n - 1) / _pairs(y, axes))
+
+
+def _own(square: Callable[[Sequence[int]], float], axes: Sequence[int]) -> float:
+    "What a factor adds to the variance without what it shares with some axes; not below 0."
+    sets = itertools.chain.from_iterable(itertools.combinations(axes, k) for k in range(len(axes) + 1))
+    return max(0.0, sum((-1) ** len(some) * square(some) for some in sets))
+
+# %% ../../nbs/core/14_intervals.ipynb #96d63591
+_Parts = Mapping[str, tuple[float, float]]
+"By factor: its part of the variance of the mean, and degrees of freedom."
+
+
+def _parts(groups: Sequence[_Group], factors: Sequence[str]) -> _Parts:
+    "Split the variance of the mean."
+    if len({g.values.shape[:-1] for g in groups}) == 1: return _shared_parts(groups, factors)
+    alone = [_shared_parts([g], factors) for g in groups]
+    return {name: _sum([parts[name] for parts in alone if name in parts])
+            for name in factors if any(name in parts for parts in alone)}
+
+
+def _shared_parts(groups: Sequence[_Group], factors: Sequence[str]) -> _Parts:
+    "The parts of groups that have the same seeds."
+    means, found = np.sum([g.share * g.means() for g in groups], 0), {}
+    order = sorted((k for k, n in enumerate(means.shape) if n > 1), key=lambda k: means.shape[k])
+    for at, k in enumerate(order):
+        own = _own(partial(_seed_square, means, k), order[:at])
+        found[factors[k]] = (own, means.shape[k] - 1.0)
+    items = [(g.share ** 2 * _own(partial(_item_square, g), order), len(g.items) - 1.0)
+             for g in groups if len(g.items) > 1]
+    return {**found, factors[-1]: _sum(items)} if items else found
+
+
+def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    "Independent variances together, with degrees of freedom as Satterthwaite gives them."
+    whole, free = sum(v for v, _ in parts), sum(v ** 2 / df for v, df in parts)
+    return whole, whole ** 2 / free if free else 1.0
+
+
+def _half(parts: _Parts, level: float) -> float:
+    "Half the width of the interval."
+    from scipy.stats import t
+    return math.sqrt(sum(float(t.isf((1 - level) / 2, df)) ** 2 * v for v, df in parts.values() if v))
+
+# %% ../../nbs/core/14_intervals.ipynb #b84860a9
+def _estimated(
+    mean: float, groups: Sequence[_Group], factors: Sequence[str], level: float, n: Mapping[str, int],
+) -> Estimate:
+    "The interval of groups, around what is their mean with the items that were added."
+    parts, centre = _parts(groups, factors), _mean(groups)
+    whole = sum(v for v, _ in parts.values())
+    if not parts: return Estimate(mean, math.nan, math.nan, math.nan, {}, n)
+    half = _half(parts, level)
+    low, high = min(mean, centre - half), max(mean, centre + half)
+    shares = {name: v / whole if whole else math.nan for name, (v, _) in parts.items()}
+    return Estimate(mean, low, high, _p_value(parts, centre), shares, n)
+
+
+def _p_value(parts: _Parts, centre: float) -> float:      # nan where nothing varies
+    "1 minus the level at which the interval ends at 0."
+    from scipy.optimize import brentq
+    if not any(v for v, _ in parts.values()): return math.nan
+    def beyond(p: float) -> float: return _half(parts, 1 - p) - abs(centre)
+    if beyond(_LEAST) < 0: return _LEAST
+    return float(brentq(beyond, _LEAST, 1.0, xtol=1e-14))
+
+
+_LEAST = 1e-12
+"The smallest p-value that is told."
 
 # %% ../../nbs/core/14_intervals.ipynb #740b67bc
 @checked

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.intervals import defined_interval, interval, left_out
+from ..core.intervals import defined_interval, left_out
 from ..core.numbers import Weight
 from .figure import Figure, check_drawable, set_layout
 from .paper import CannotDraw
@@ -98,7 +98,7 @@ def tickets(
     table: pd.DataFrame,             # columns task, seed, kind, stage (of `STAGES`), score
     title: str = "Subnetworks, pruned and retrained",
     label: str = "score",            # of the vertical axis
-    spread: str = "std",             # whiskers: "std" (ddof 1) or "interval" (95 %, bootstrap)
+    spread: str = "std",             # whiskers: "std" (ddof 1) or "interval" (95 %, Student)
     dots: bool = True,               # draw every seed
 ) -> Figure:
     "Draw scores of subnetworks by task, kind and stage, with their spread over seeds."
@@ -147,9 +147,7 @@ def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict
     found = scores[np.isfinite(scores)].to_numpy(float)
     known = defined_interval(scores)
     mean, std = known["mean"], known["std"]
-    low, high = np.nan, np.nan
-    if spread == "std": low, high = mean - std, mean + std
-    elif len(found) > 1: low, high = interval([found[:, None]])[1:]
+    low, high = (mean - std, mean + std) if spread == "std" else (known["low"], known["high"])
     task, kind, stage = keys
     kept = {name: float(part[name].mean()) for name in ("density", "density_weights") if name in part}
     return dict(

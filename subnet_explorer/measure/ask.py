@@ -261,7 +261,6 @@ def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
     k: Sequence[Count] = (1, 2, 3),
     rank: str = "rank",                 # or "filtered", "among"
-    samples: Count = 1000,              # of the bootstrap
 ) -> pd.DataFrame:                      # columns under, relation ("macro", "micro" or a name), k, value, low, high, n
     "Give P@K by condition and relation, with intervals over facts and repetitions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
@@ -278,7 +277,7 @@ def precision(
             groups = {"macro": list(hits.values()), "micro": list(hits.values())}
             groups |= {relation: [hit] for relation, hit in hits.items()}
             for relation, of in groups.items():
-                value, low, high = interval(of, pooled=relation == "micro", samples=samples)
+                value, low, high = interval(of, pooled=relation == "micro", bounds=(0, 1))
                 n = sum(hit.shape[1] for hit in of)
                 rows.append(dict(under=name, relation=relation, k=top, value=value, low=low, high=high, n=n))
     return pd.DataFrame(rows)

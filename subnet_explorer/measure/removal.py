@@ -17,8 +17,8 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.intervals import resampled
-from ..core.numbers import Count, PartShare, Seed, Share
+from ..core.intervals import interval
+from ..core.numbers import Count, PartShare, Share
 from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
@@ -106,6 +106,30 @@ _OF_LOGPROB: dict[str, Callable[..., Any]] = {
 "Measures made of log-probabilities: under a condition, and of the full model."
 
 
+def _ends(
+    of: Callable[..., Any],
+    values: np.ndarray,      # (draw, item, what the measure is made of)
+    means: np.ndarray,       # of what it is made of
+    tokens: np.ndarray,      # (item,)
+    level: float,
+    name: str,               # of what it is made of first
+) -> tuple[float, float]:
+    "Ends of the interval of a measure: of a perplexity, those of its logarithm; of a difference, that of its items."
+    v, full = values[..., 0], values[..., -1]
+    bounds = (-1.0 if of is _difference else 0.0, 1.0) if name.startswith("top") else None
+
+    def ends(of_item: np.ndarray) -> tuple[float, float]:
+        return interval([of_item], level, weights=[tokens], bounds=bounds)[1:]
+
+    if of is _same: return ends(v)
+    if of is _difference: return ends(v - full)
+    if of is _perplexity_difference:
+        w, w_full = np.exp(-means)
+        return ends(w * (1 - v + means[0]) - w_full * (1 - full + means[1]))
+    low, high = ends(v if of is _perplexity else v - full)
+    return float(np.exp(-high)), float(np.exp(-low))
+
+
 def _measures(names: Sequence[str]) -> dict[str, tuple[Callable[..., Any], list[str]]]:
     "Say for each measure its function, and the averages it is made of; `names`: what is averaged."
     out = {}
@@ -155,8 +179,6 @@ def removal_table(
     items: pd.DataFrame,              # from `removal`
     reference: str = "full",          # condition to compare with; of several draws of it the mean counts
     top: Sequence[Count] = (1, 5, 10),
-    samples: Count = 1000,            # of the bootstrap
-    seed: Seed = 0,
     level: PartShare = 0.95,
 ) -> pd.DataFrame:                    # columns under, data, measure, value, low, high, median, min, max, n, draws
     "Summarise what is lost: every measure, and its difference to the full model."
@@ -168,19 +190,18 @@ def removal_table(
         tokens = full.drop_duplicates("item").sort_values("item").tokens.to_numpy(float)
         averaged = _averaged(part, full, top)
         stacked = np.stack(list(averaged.values()), -1)      # (draw, item, what is averaged)
-        means, sampled = resampled([stacked], samples, seed, weights=[tokens])
+        means = np.average(stacked.mean(0), axis=0, weights=tokens)
         where = {of: i for i, of in enumerate(averaged)}
         for measure, (function, names) in _measures(list(averaged)).items():
             at = [where[n] for n in names]
             with np.errstate(over="ignore"):
-                value, spread = function(*means[at]), function(*sampled[:, at].T)
+                value, (low, high) = function(*means[at]), _ends(function, stacked[..., at], means[at], tokens, level, names[0])
                 single = function(*(averaged[n] for n in names)).mean(0)      # (item,)
             if not (np.isfinite(single).all() and np.isfinite(value)):
                 raise SubnetError(
                     f"the {measure.replace('_', ' ')} of {name!r} on {data!r} is too large a number: "
                     "the model has broken down there. Compare log-probabilities of a smaller removal."
                 )
-            low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
             rows.append(dict(
                 under=name, data=data, measure=measure, value=float(value), low=low, high=high,
                 median=np.median(single), min=single.min(), max=single.max(),

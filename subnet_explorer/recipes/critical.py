@@ -443,7 +443,7 @@ def critical_results(study: Critical) -> dict[str, Any]:
 
 def _seed_results(study: Critical, i: int, seed: int, files: Mapping[Any, str]) -> dict[str, Any]:
     mask, items = study.masks.sel(seed=seed)[0], study.items
-    table = removal_table(_of_seed(study, i), samples=200).set_index(["data", "under", "measure"]).value
+    table = removal_table(_of_seed(study, i)).set_index(["data", "under", "measure"]).value
     counts = items[items.under == "full"].groupby("data").item.nunique()
     marked = mask.to("weight").count
     return {
@@ -504,13 +504,13 @@ def critical_sections(study: Critical) -> Iterator[Section]:
     yield ("Do seeds agree?", "Jaccard distance between the masks of two seeds; chance is that of unrelated masks of "
            "the same sizes.", agree)
     more = t[t.under.isin(["remaining", "random"]) & t.measure.isin(MEASURES)]
-    yield ("More measures", "Mean, 95 % bootstrap interval and median over items; differences are to the full model.",
+    yield ("More measures", "Mean, 95 % interval and median over items; differences are to the full model.",
            [more.round(4)])
     yield "The target", "", [study.material.target.table()[["relation", "sub", "obj", "prompt"]]]
 
 
 def _removal_text(study: Critical) -> str:
-    text = ("Perplexity relative to the full model, with 95 % bootstrap intervals; dotted: ± 10 %. "
+    text = ("Perplexity relative to the full model, with 95 % intervals; dotted: ± 10 %. "
             f"{study.material!r}.")
     failed = "; ".join(f"seed {seed}: {why}" for seed, why in study.failed.items())
     return f"{text} No checkpoint kept the rule: {failed}." if failed else text

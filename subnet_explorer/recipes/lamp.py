@@ -362,7 +362,7 @@ def lamp_sections(study: LampStudy) -> Iterator[Section]:
     bars = curves.bars(macro, title="Macro P@1", label="P@1")
     mean = mask_figures.density(study.masks.survival(), title="Mean density over all masks", label="share kept")
     one = mask_figures.density(first.sel(task=relation)[0], title=f"Density, {relation}")
-    yield ("P@1 on held-out facts", "Mean over relations; intervals are 95 % bootstrap intervals over facts and "
+    yield ("P@1 on held-out facts", "Mean over relations; intervals are 95 % intervals over facts and "
            "repetitions.", [bars, study.summary().reset_index(names="condition")])
     yield ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.",
            [study.table().reset_index()])

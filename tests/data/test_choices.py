@@ -614,7 +614,7 @@ def test_an_interrupted_study_goes_on(bert, study, tmp_path, monkeypatch):
 
 def test_gaps_written_out(study):
     _, items, _ = study
-    table = tr.gaps(items, samples=200).set_index(["tuning", "under", "against"])
+    table = tr.gaps(items).set_index(["tuning", "under", "against"])
     share = items.groupby(["tuning", "under", "related", "draw", "seed", "item"]).right.mean()
     for (tuning, name, other), row in table.iterrows():
         def gap(n, tuning=tuning):
@@ -655,7 +655,7 @@ def test_intervals_cover_what_was_planted():
     "In nine of ten tables at least (95 % intervals), and an effect is told from none."
     for effect in (0., .3):
         found = [
-            tr.gaps(planted(effect, np.random.default_rng(s)), ["full"], samples=300)
+            tr.gaps(planted(effect, np.random.default_rng(s)), ["full"])
             .query("under == 'without' and against == 'full'")
             .iloc[0]
             for s in range(20)
