@@ -14,6 +14,7 @@ from hypothesis import given, strategies as st
 
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
 from subnet_explorer.core.intervals import interval
+from subnet_explorer.core.log import read_log
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import Facts, encode, read_facts
@@ -329,7 +330,7 @@ def test_the_monitor_sees_the_model_without_the_critical_weights(gpt2, space, tm
 
     def gate(): return Concrete(space, density=.45, temperature=1., straight_through=True, seed=0)
     run = find(model, tok, gate(), goal, monitor=watch, to=tmp_path / "run", **settings)
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "run" / "metrics.jsonl").rows
     assert [r["step"] for r in log] == [2, 4, 6] and run.metrics.to_dict("records") == log
     best = max(log, key=lambda r: (r["score"], r["step"]))
     on = {"target": TARGET, "control": CONTROL, "text": TEXTS[:5]}
@@ -398,7 +399,7 @@ def test_named_numbers_reach_every_log_and_change_nothing_else(gpt2, space, tmp_
             iterate(
                 model, tok, None, m, space, limit=2, progress=False, scores=magnitude(model, space), to=to
             ),
-            pd.read_json(to / "metrics.jsonl", lines=True),
+            pd.DataFrame(read_log(to / "metrics.jsonl").rows),
         )[1],
     }
     for name, run in runs.items():
