@@ -173,8 +173,12 @@ def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def _half(parts: _Parts, level: float) -> float:
     "Half the width of the interval."
-    from scipy.stats import t
-    return math.sqrt(sum(float(t.isf((1 - level) / 2, df)) ** 2 * v for v, df in parts.values() if v))
+    return _half_at((1 - level) / 2, parts)
+
+
+def _half_at(tail: float, parts: _Parts) -> float:      # tail: probability beyond either end
+    from scipy.special import stdtrit
+    return math.sqrt(sum(float(stdtrit(df, tail)) ** 2 * v for v, df in parts.values() if v))
 
 # %% ../../nbs/core/14_intervals.ipynb #b84860a9
 def _estimated(
@@ -194,7 +198,7 @@ def _p_value(parts: _Parts, centre: float) -> float:      # nan where nothing va
     "1 minus the level at which the interval ends at 0."
     from scipy.optimize import brentq
     if not any(v for v, _ in parts.values()): return math.nan
-    def beyond(p: float) -> float: return _half(parts, 1 - p) - abs(centre)
+    def beyond(p: float) -> float: return _half_at(p / 2, parts) - abs(centre)
     if beyond(_LEAST) < 0: return _LEAST
     return float(brentq(beyond, _LEAST, 1.0, xtol=1e-14))
 

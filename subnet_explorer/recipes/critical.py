@@ -22,6 +22,7 @@ from ..core.layout import is_causal, layer_text, unwrap
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, Positive, Seed, Seeds, Share, Weight
+from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.space import GRANULARITIES, Space, digest, granular
 from ..data.facts import Facts, Split, answerable
@@ -37,7 +38,7 @@ from ..search.find import find
 from ..search.gates import Concrete
 from ..search.objectives import Cloze, Density, Kept, Objective, Ramp
 from ..search.score import attribution, magnitude
-from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
+from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'read_material', 'critical',
@@ -157,10 +158,14 @@ class Critical(Study):
         return seed_overlap(self)
 
     def pairs(self) -> Pairs:
-        "Log-probability of every item under every condition, seed by seed where a condition has as many draws."
-        items = self.items.assign(score=-self.items.nll / self.items.tokens)
+        "Log-probability of every item under every condition, seed by seed; of a seed, random masks are draws."
+        t = self.items
+        each = t.groupby("under").draw.transform("max").add(1).floordiv(len(self.masks)).clip(lower=1)      # of a seed
+        several = t.under != "full"
+        named = {"seed": t.draw.floordiv(each).where(several), "draw": t.draw.mod(each).where(several & (each > 1))}
+        items = t.assign(score=-t.nll / t.tokens, **named)
         contrasts = [("remaining", under) for under in items.under.unique() if under != "remaining"]
-        return Pairs(items, ["item"], ["data"], contrasts)
+        return Pairs(items, ["seed", "draw"], ["data"], contrasts, items=["item"])
 
     def results(self) -> dict[str, Any]:
         "Per seed, sparsity, perplexity, rank and log-probability with and without the subnetwork; overlap of seeds."

@@ -22,6 +22,7 @@ from ..core.layout import layer_text
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, Natural, PartShare, Positive, Seed, Seeds
+from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.scores import Scores
 from ..core.space import Space
@@ -34,12 +35,12 @@ from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
 from ..search.objectives import Cloze
 from ..tasks.fit import fit, preserved
-from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
+from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text', 'relation_table', 'flips',
-           'read_questions', 'lamp', 'identity_of', 'searched', 'Start', 'conditions', 'fine_tuned_answers', 'measured',
-           'lamp_results', 'lamp_sections', 'lamp_ablation']
+__all__ = ['OF_SEEDS', 'SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text',
+           'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'Start', 'conditions',
+           'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections', 'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,10 @@ class LampStudy(Study):
         return lamp_text(self)
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a0ce0c8b
+OF_SEEDS = ("subnetwork", "subnetwork (binary)", "mismatched")
+"Conditions with a mask for each seed; of random masks there are draws."
+
+
 def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
     "Macro and micro P@K by condition, `value [low, high]`."
     t = study.precision(k).query("relation in ('macro', 'micro')")
@@ -102,10 +107,15 @@ def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
 
 
 def answered_pairs(study: LampStudy) -> Pairs:
-    "Whether each question was answered, under the subnetwork and under every other condition."
-    hits = study.items.assign(score=(study.items["rank"] == 1).astype(float))
+    "Whether each question was answered, under the subnetwork and under every other condition; mean over relations."
+    t, seeds = study.items, np.array(study.config["seeds"])
+    seed = pd.Series(seeds[t.draw % len(seeds)], t.index, dtype=object)      # draws go through the seeds in turn
+    drawn = t.under == "random"
+    named = {"seed": seed.where(t.under.isin(OF_SEEDS)), "draw": t.draw.where(drawn).astype(object)}
+    hits = t.assign(score=(t["rank"] == 1).astype(float), **named)
     others = [under for under in hits.under.unique() if under != "subnetwork"]
-    return Pairs(hits, ["relation", "uuid", "sub", "obj"], contrasts=[("subnetwork", under) for under in others])
+    contrasts = [("subnetwork", under) for under in others]
+    return Pairs(hits, ["seed", "draw"], [], contrasts, items=["uuid", "sub", "obj"], groups=["relation"], bounds=(0, 1))
 
 
 def lamp_text(study: LampStudy) -> str:

@@ -38,13 +38,14 @@ from ..core.intervals import student_interval
 from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
+from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.space import granular, grid, model_id
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
-from .study import Bench, Pairs, Section, Study, few_note, recipe
+from .study import Bench, Section, Study, few_note, recipe
 
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',

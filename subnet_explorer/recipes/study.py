@@ -25,9 +25,9 @@ from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import DamagedFile, atomic_write, inside, scratch, write_json
 from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
-from ..core.intervals import student_interval
 from ..core.lease import join
 from ..core.masks import Masks
+from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.store import Store
 from ..data.parts import TaskData
@@ -37,8 +37,8 @@ from .progress import StudyLine
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
            'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections',
-           'Pairs', 'TwoRecipes', 'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work',
-           'folder_or_scratch', 'settings_of', 'labelled_cells']
+           'TwoRecipes', 'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'folder_or_scratch',
+           'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -130,7 +130,7 @@ class Study(Findings):
         raise SubnetError(f"{type(self).__name__} does not say what can be paired: give it a method `pairs`.")
 
     def gains(self, of: str | None = None, against: str | Sequence[str] | None = None) -> pd.DataFrame:
-        "Compare conditions on the same items or seeds: see `Pairs.gains`."
+        "Compare conditions on the same items and seeds: see `Pairs.gains`."
         return self.pairs().gains(of, against)
 
     def to_json(self) -> dict[str, Any]:
@@ -249,46 +249,6 @@ def remark_sections(study: Study) -> list[Section]:
     rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
     notes = [pd.DataFrame({"note": study.notes})] if study.notes else []
     return [("To be known", "", notes), ("Left out", "", [rows] if len(rows) else [])]
-
-# %% ../../nbs/recipes/01_study.ipynb #10e4e973
-@dataclass(frozen=True)
-class Pairs:
-    "Scores that can be compared unit by unit; a unit whose score is undefined on one side is left out of both."
-    scores: pd.DataFrame                      # columns under, score, those of `cases` and those of `units`
-    units: Sequence[str]                      # what is the same on both sides: seed, or item
-    cases: Sequence[str] = ()                 # what is compared separately: task, stage
-    contrasts: Sequence[tuple[str, str]] = () # pairs of conditions; empty: the first condition and each other one
-    under: str = "under"                      # the column that names the condition
-
-    def gains(self, of: str | None = None, against: str | Sequence[str] | None = None) -> pd.DataFrame:
-        "Mean difference of paired scores, with a 95 % Student interval over the units: case, of, against, n, mean, …"
-        names = list(dict.fromkeys(self.scores[self.under]))
-        contrasts = self._asked(names, of, against)
-        rows = []
-        for case, part in self._cases():
-            wide = part.pivot_table(index=list(self.units), columns=self.under, values="score", aggfunc="mean")
-            for a, b in contrasts:
-                if a in wide and b in wide: rows.append({**case, "of": a, "against": b, **_difference(wide, a, b)})
-        return pd.DataFrame(rows)
-
-    def _cases(self) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-        scores = self.scores.assign(score=self.scores["score"].astype(float))
-        if not self.cases: yield {}, scores
-        else:
-            for key, part in scores.groupby(list(self.cases), sort=False):
-                yield dict(zip(self.cases, key, strict=True)), part
-
-    def _asked(self, names: list[str], of: str | None, against: str | Sequence[str] | None) -> list[tuple[str, str]]:
-        if of is None and against is None and self.contrasts: return list(self.contrasts)
-        first = check_names([of], names, "condition")[0] if of is not None else names[0]
-        if against is None: others = [name for name in names if name != first]
-        else: others = check_names([against] if isinstance(against, str) else against, names, "condition")
-        return [(first, other) for other in others]
-
-
-def _difference(wide: pd.DataFrame, a: str, b: str) -> dict[str, Any]:
-    both = wide[[a, b]].dropna()
-    return student_interval(both[a] - both[b])
 
 # %% ../../nbs/recipes/01_study.ipynb #5a67597f
 class TwoRecipes(SubnetError):

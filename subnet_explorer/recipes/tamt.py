@@ -34,6 +34,7 @@ from ..core.intervals import defined_interval, left_out
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
 from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare
+from ..core.pairs import Pairs, mean_of
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
@@ -42,12 +43,12 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
-from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
+from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_running_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
+__all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
            'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of', 'config_of',
            'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks', 'summary',
            'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix', 'tamt_results',
@@ -350,11 +351,15 @@ def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # method, den
     return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
 
 
-def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, mean, std, low, high, undefined, over
-    "Interval over masks of one kind, each with the mean of its runs; of a single mask over its runs."
-    if runs.seed.nunique() < 2: return {**defined_interval(runs.score), "over": "tuning seeds"}
-    means = runs.groupby("seed", sort=False).score.mean()
-    return {**defined_interval(means), "undefined": int(runs.score.isna().sum()), "over": "mask seeds"}
+CROSSED = ["seed", "tuning_seed"]
+"Seeds of masks and of fine-tuning: every mask is fine-tuned from every seed."
+
+
+def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, mean, low, high, undefined
+    "Mean of the runs of one kind, with an interval over masks and fine-tuning seeds; of one mask over the latter."
+    found, tuned = mean_of(Pairs(runs, CROSSED), runs), runs.tuning_seed.nunique()
+    ends = {name: found[name] for name in ("mean", "low", "high", "undefined")}
+    return {"n": found["seeds"] // tuned, "tuning_seeds": tuned, **ends}
 
 
 def summary(study: Tamt) -> pd.DataFrame:
@@ -385,14 +390,12 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
 
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
-    "Mean score over tasks by mask seed, or of one mask by fine-tuning seed, at every density."
-    scores = runs_of(study)
-    first = scores[scores.method == "omp"]
-    spread = [first.assign(seed=seed) for seed in sorted(set(scores.seed))]      # one mask of largest weights
-    rows = pd.concat([scores[~scores.method.isin(["omp", "full"])], *spread], ignore_index=True)
+    "Mean score over tasks by mask seed and fine-tuning seed, at every density; there is one mask of largest weights."
+    rows = runs_of(study)
+    rows = rows[rows.method != "full"]
+    rows = rows.assign(seed=rows.seed.astype(object).where(rows.method != "omp"))
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
-    units = ["seed"] if rows.seed.nunique() > 1 else ["seed", "tuning_seed"]
-    return Pairs(rows, units, ["density"], contrasts, under="method")
+    return Pairs(rows, CROSSED, ["density"], contrasts, under="method")
 
 
 def tamt_html(study: Tamt) -> Html:
@@ -485,8 +488,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "with 95 % Student intervals (columns mean, low, high) over n masks, or of a single mask over "
-               "its runs, as the column over says. ")
+               "with 95 % intervals (columns mean, low, high) over n masks and all seeds of fine-tuning, which "
+               "are crossed; of a single mask over the latter. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")
@@ -513,7 +516,7 @@ def _score_bars(study: Tamt, t: pd.DataFrame) -> list[Any]:
     "Mean over tasks, with intervals where there are several runs."
     if not study.tasks: return []
     names = [m if m == "full" else f"{m} {d:g}" for m, d in zip(t.method, t.density, strict=True)]
-    interval = ["low", "high"] if t.get("std", pd.Series(np.nan)).notna().all() else []
+    interval = ["low", "high"] if t.low.notna().all() else []
     bars = t.assign(condition=names).rename(columns={"mean": "value"})[["condition", "value", *interval]]
     return [curves.bars(bars, title="Mean over tasks", label="score")]
 

@@ -27,6 +27,7 @@ from ..core.kinds import weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
+from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.scores import Scores
 from ..core.space import Space
@@ -39,7 +40,7 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe
+from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe
 from .tasks import read_tasks
 from .tuning import score_after_training, scored, untrained
 
@@ -552,8 +553,8 @@ def tickets_sections(study: Tickets) -> Iterator[Section]:
     if several and len(by_task) > 1:
         share = [agreement.overlap(shared_units(good, "task"), kind) for kind in units]
     yield "Scores", _scores_text(study), [curves.tickets(usual(study)), study.table().reset_index()]
-    yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % Student "
-           "intervals.", [study.gains().round(3)])
+    yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % intervals; "
+           "p corrected over the table by Holm and by Benjamini and Hochberg.", [study.gains().round(3)])
     yield "What survives", "How often each unit is kept over seeds.", survival
     yield "Do seeds agree?", AGREEMENT, agree
     yield "Do tasks share units?", "Units kept by both tasks under the same seed, beside chance.", share

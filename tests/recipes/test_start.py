@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from subnet_explorer.cli import main
+from subnet_explorer.core.pairs import Pairs
 from subnet_explorer.data.facts import read_facts
 from subnet_explorer.recipes.options import comments_of, options_of
-from subnet_explorer.recipes.study import Bench, Pairs
+from subnet_explorer.recipes.study import Bench
 
 GOOD = {"recipe": "lamp", "model": "pocket-bert", "facts": "pocket", "relations": ["MadeOf"], "layers": "4",
         "steps": 2, "batch": 8, "random": 1, "device": "cpu", "report": False, "quiet": True, "out": "out"}
@@ -122,7 +123,7 @@ def test_a_unit_whose_score_is_undefined_is_left_out_of_both_sides():
     rows = [("a", 0, 0.5), ("b", 0, 0.25), ("a", 1, float("nan")), ("b", 1, -3.0), ("a", 2, 0.5), ("b", 2, 0.0)]
     scores = pd.DataFrame(rows, columns=["under", "seed", "score"])
     gains = Pairs(scores, ["seed"]).gains("a", "b").iloc[0]
-    assert gains.n == 2 and gains["mean"] == pytest.approx(0.375)
+    assert gains.seeds == 2 and gains.undefined == 1 and gains["mean"] == pytest.approx(0.375)
 
 
 def free(

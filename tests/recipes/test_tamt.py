@@ -902,15 +902,15 @@ def test_intervals_over_masks_cover_the_truth():
     covered = 0
     for _ in range(400):
         x = rng.normal(0, 1, 3)[:, None] + rng.normal(0, 0.5, (3, 3))
-        runs = pd.DataFrame({"seed": np.repeat(range(3), 3), "score": x.ravel()})
+        runs = pd.DataFrame({"seed": np.repeat(range(3), 3), "tuning_seed": [0, 1, 2] * 3, "score": x.ravel()})
         row = chapter.over_masks(runs)
         covered += row["low"] <= 0 <= row["high"]
-    assert (row["n"], row["over"]) == (3, "mask seeds") and 0.92 < covered / 400 < 0.98
+    assert (row["n"], row["tuning_seeds"]) == (3, 3) and 0.93 < covered / 400 < 0.98
     one = chapter.over_masks(runs[runs.seed == 0])
-    assert (one["n"], one["over"]) == (3, "tuning seeds")
+    assert (one["n"], one["tuning_seeds"]) == (1, 3)
 
 
 def test_undefined_runs_are_left_out_and_counted():
-    runs = pd.DataFrame({"seed": [0, 0, 1, 1], "score": [0.5, np.nan, 0.7, 0.7]})
+    runs = pd.DataFrame({"seed": [0, 0, 1, 1], "tuning_seed": [0, 1, 0, 1], "score": [0.5, np.nan, 0.7, 0.8]})
     row = chapter.over_masks(runs)
-    assert (row["n"], row["undefined"]) == (2, 1) and row["mean"] == pytest.approx(0.6)
+    assert (row["n"], row["undefined"]) == (1, 1) and row["mean"] == pytest.approx(0.75)
