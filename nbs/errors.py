@@ -52,6 +52,12 @@ model, tok = load('pocket-bert')
 prune.random_unstructured(model.bert.encoder.layer[0].output.dense, 'weight', 0.5)
 Space.of(model, 'weight')
 """,
+    "Unpaired": """
+import pandas as pd
+from subnet_explorer.core.pairs import Pairs
+scores = pd.DataFrame({'under': ['subnetwork', 'random'], 'seed': [0, 1], 'score': [.6, .5]})
+Pairs(scores, ['seed']).gains()
+""",
     "UnknownName": """
 from subnet_explorer import Space, load
 model, tok = load('pocket-bert')
