@@ -44,12 +44,13 @@ from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
-from .study import Bench, Pairs, Section, Study, few_note, recipe
+from .papers import PROBE
+from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
-           'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
-           'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
+           'read_sentences', 'probe', 'check_study', 'steps_of', 'identity_of', 'named', 'plan', 'measured',
+           'kept_cell', 'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
            'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
            'where_figures', 'probe_sections', 'probe_text']
 
@@ -133,7 +134,8 @@ def read_sentences(
             "left_out": {"train": lost, "dev": less}}
 
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
-@recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET)
+@recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET,
+        clauses=PROBE)
 def probe(
     model: nn.Module,
     tok: Any,
@@ -148,6 +150,7 @@ def probe(
     baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
                                                       # many bits tell the labels (pos, ner)
     steps: Count = 2000,                              # of every probe
+    epochs: Positive | None = None,                   # instead of steps; published: 30
     lr: Positive = 0.2,                               # of the mask logits
     head_lr: Positive = 5e-5,                         # of heads and MLP probes
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
@@ -155,22 +158,25 @@ def probe(
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
     init: str | None = None,                          # rule by which weights are drawn anew: architecture, or
                                                       # framework as published
-    published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
-                                                      # constant learning rates, framework resets
-    seeds: Seeds = (0,),                      # of heads, masks and resets
+    published: bool = False,                          # what is not given is set as in the paper; strided groups,
+                                                      # training on [CLS] and [SEP], dropout of heads and in
+                                                      # fine-tuning, constant learning rates
+    seeds: Seeds = (0,),                              # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Probing:
     "Probe a model by subnetworks, with baselines and controls (Cao, Sanh & Rush 2021)."
-    init, seeds, parser = init or RESET_RULES[published], list(seeds), dict(parser or {})
+    init, seeds, parser = init or RESET_RULES[0], list(seeds), dict(parser or {})
+    asked, steps = settings_of(probe, locals()), steps_of(steps, epochs, batch, len(train))
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = named(model, granularity, published)
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}})
+    read = {**(left_out or {}), "read": {"train": train, "dev": dev}}
+    bench = Bench(identity_of(setting), to, progress, read, asked)
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -190,6 +196,11 @@ def check_study(
         raise SubnetError("give at least one granularity, one lambda and one rank.")
     if not len(train): raise SubnetError("there is nothing to learn from: no sentence was given.")
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
+
+
+def steps_of(steps: int, epochs: float | None, batch: int, n: int) -> int:      # n: sentences to learn from
+    "Steps of every probe: as many as were asked for, or epochs of whole batches, as published."
+    return steps if epochs is None else max(1, round(epochs * max(1, n // batch)))
 
 
 def identity_of(s: ProbeSetting) -> dict[str, Any]:

@@ -215,7 +215,8 @@ def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progre
     fit(
         s.model, s.tok, Task(s.train, head), steps=t["steps"], lr=t["tune_lr"], head_lr=t["head_lr"],
         batch=t["batch"], schedule="constant" if s.published else "linear",
-        train="all" if kind == "finetune" else "head", seed=cell.seed, keep="last", progress=progress,
+        dropout=s.published and kind == "finetune", train="all" if kind == "finetune" else "head",
+        seed=cell.seed, keep="last", progress=progress,
     )
 
 

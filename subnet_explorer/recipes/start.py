@@ -27,6 +27,7 @@ from subnet_explorer.recipes.options import (
 
 from ..core.errors import SubnetError
 from ..core.lease import waiting
+from .clauses import filled
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
@@ -104,9 +105,10 @@ def order(
     options, parser = recipe_options(recipe), recipe_parser(recipe)
     file = from_file(options, parser, written or {})
     typed = from_shell(options, parser, words)
-    model = str({**file, **typed}.get("model", ""))
-    usual = recipe.pocket if model.startswith("pocket-") else {}
-    return Order(recipe, completed(options, usual, file, typed))
+    asked = {**file, **typed}
+    usual = recipe.pocket if str(asked.get("model", "")).startswith("pocket-") else {}
+    published = filled(recipe.clauses, asked) if asked.get("published") else {}
+    return Order(recipe, completed(options, usual, published, file, typed))
 
 
 def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:

@@ -42,6 +42,7 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
+from .papers import TAMT
 from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_running_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
@@ -111,14 +112,15 @@ POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
 "Settings that suit the pocket models."
 
 # %% ../../nbs/recipes/12_tamt.ipynb #07cadb83
-@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET)
+@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET,
+        clauses=TAMT)
 def tamt(
     model: nn.Module,
     tok: Any,
     text: Sequence[str] | Blocks,                # pre-training text: sentences, or `texts.read_blocks`
     dev: Sequence[str] | Blocks,                 # held-out text
     *,
-    densities: Sequence[SomeShare] = (0.5, 0.3),  # shares of weights kept
+    densities: Sequence[SomeShare] = (0.5, 0.3), # shares of weights kept; published: 0.5, 0.4, 0.3, 0.2, 0.1
     methods: Sequence[str] = METHODS,            # ways to find a mask
     steps: Count = 20_000,                       # of mask training; published: 27,920
     lr: Positive = 5e-5,                         # of the mask scores
@@ -137,10 +139,12 @@ def tamt(
     matched: bool = False,                       # as published: masks after as many steps as imp takes to the density
     snapshots: Sequence[Natural] | Natural = 5,  # masks on the way: at these steps, or so many, evenly
     along: bool = False,                         # fine-tune masks on the way, too
-    seeds: Seeds = (0,),                 # of masks
+    seeds: Seeds = (0,),                         # of masks; published: 1, 2, 3
     tasks: Mapping[str, TaskData] | None = None, # to fine-tune on
-    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; the rest as published
-    tuning_seeds: Seeds = (0, 1, 2),     # of fine-tuning
+    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; published: also dropout=true
+                                                 # and head_dropout=0.1
+    tuning_seeds: Seeds = (0, 1, 2),             # of fine-tuning; published: 1, 2, 3
+    published: bool = False,                     # what is not given is set as in the paper
     to: str | Path | None = None,                # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Tamt:
@@ -170,7 +174,7 @@ def _bench(
 ) -> Bench:
     "Where the study is made."
     read = {"text": text, "dev": dev, **asked["tasks"]}
-    return Bench(identity_of(space, text, dev, asked["embeddings"]), folder, progress, read)
+    return Bench(identity_of(space, text, dev, asked["embeddings"]), folder, progress, read, asked)
 
 
 def check_study(
@@ -219,7 +223,8 @@ def config_of(bench: Bench, s: TamtSetting, asked: Mapping[str, Any]) -> dict[st
     tuning = {name: tuned_by(task, asked["tuning"]) for name, task in asked["tasks"].items()}
     return {**bench.config, "densities": s.densities, "methods": asked["methods"], **s.search,
             "snapshots": asked["snapshots"], "along": asked["along"], "seeds": asked["seeds"], "tuning": tuning,
-            "tuning_seeds": asked["tuning_seeds"], "teacher": teacher_of(s.teacher).get("teacher")}
+            "tuning_seeds": asked["tuning_seeds"], "teacher": teacher_of(s.teacher).get("teacher"),
+            **({"published": True} if asked["published"] else {})}
 
 # %% ../../nbs/recipes/12_tamt.ipynb #cd4808eb
 Key = tuple[str, float, int]
