@@ -68,3 +68,4 @@ readme: $(STAMP)
 # the pages about errors, from docstrings
 pages: $(STAMP)
 	$(BIN)/python nbs/errors.py
+	$(BIN)/python nbs/cards.py

@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.escape import visible
+from ..core.escape import Html, table_html, visible
 
 # %% auto #0
 __all__ = ['SETTING', 'SWITCH', 'NOTHING', 'DOES', 'Clause', 'filled', 'Departure', 'departures', 'alike', 'clause_table',
-           'departure_table', 'remaining']
+           'departure_table', 'clauses_html', 'remaining']
 
 # %% ../../nbs/recipes/13_clauses.ipynb #3d44d4f7
 SETTING, SWITCH, NOTHING = "setting", "switch", "nothing"
@@ -122,6 +122,11 @@ def departure_table(found: Sequence[Departure]) -> pd.DataFrame:
     "In which points a study differs: what, here, published, where."
     rows = [{"what": d.name, "here": _shown(d.used), "published": _shown(d.published), "where": d.where} for d in found]
     return pd.DataFrame(rows, columns=["what", "here", "published", "where"])
+
+
+def clauses_html(clauses: Sequence[Clause]) -> Html:
+    "The table of all clauses, with whole sentences."
+    with pd.option_context("display.max_colwidth", None): return table_html(clause_table(clauses), index=False)
 
 
 def remaining(clauses: Iterable[Clause]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from ..search.find import find
 from ..search.gates import Concrete
 from ..search.objectives import Cloze, Density, Kept, Objective, Ramp
 from ..search.score import attribution, magnitude
+from .cost import critical_cost
 from .papers import CRITICAL
 from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
@@ -212,7 +213,7 @@ POCKET = {"steps": 600, "lr": 0.1, "weights": {"suppress": 0.2}, "density_weight
 
 # %% ../../nbs/recipes/08_critical.ipynb #2835e27c
 @recipe("Knowledge-critical subnetworks", "Bayazit et al. 2024, arXiv 2310.03084", read=read_material, pocket=POCKET,
-        clauses=CRITICAL)
+        clauses=CRITICAL, cost=critical_cost)
 def critical(
     model: nn.Module,
     tok: Any,

@@ -34,6 +34,7 @@ from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
 from ..search.objectives import Cloze
 from ..tasks.fit import fit, preserved
+from .cost import lamp_cost
 from .papers import LAMP
 from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
@@ -169,7 +170,7 @@ def read_questions(
     return {"facts": frequent(answerable(found, tok), at_least) if at_least else found}
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a21a53fa
-@recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions, clauses=LAMP)
+@recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions, clauses=LAMP, cost=lamp_cost)
 def lamp(
     model: nn.Module,
     tok: Any,

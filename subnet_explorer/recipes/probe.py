@@ -18,14 +18,18 @@ import pandas as pd
 from torch import nn
 
 from subnet_explorer.recipes.probes import (
+    BASELINES,
+    EXTRAS,
     SOURCE,
     TASKS,
     Cell,
     ProbeSetting,
     attention_soft,
     check_codable,
+    plan,
     published,
     run_cell,
+    steps_of,
     unseen,
 )
 
@@ -43,25 +47,18 @@ from ..core.space import granular, grid, model_id
 from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
-from ..tasks.controls import RESET_RULES, RESETS
+from ..tasks.controls import RESET_RULES
+from .cost import probe_cost
 from .papers import PROBE
 from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
-           'read_sentences', 'probe', 'check_study', 'steps_of', 'identity_of', 'named', 'plan', 'measured',
-           'kept_cell', 'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
-           'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
-           'where_figures', 'probe_sections', 'probe_text']
+__all__ = ['POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing', 'read_sentences', 'probe',
+           'check_study', 'identity_of', 'named', 'measured', 'kept_cell', 'cell_row', 'summary', 'main_cells',
+           'known_lambda', 'layers', 'by_layer', 'centre', 'notes', 'strongest_lambda', 'where_kept', 'localisation',
+           'centres', 'with_published', 'probe_results', 'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
-BASELINES = ("mlp", "linear", "finetune", "reset")
-"What stands beside the subnetwork probe."
-
-EXTRAS = ("control", "code")
-"What can be asked of the probes besides."
-
-
 @dataclass(frozen=True, kw_only=True)
 class Probing(Study):
     "What `probe` found and measured; masks have the labels probe, granularity, lam and seed."
@@ -135,7 +132,7 @@ def read_sentences(
 
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
 @recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET,
-        clauses=PROBE)
+        clauses=PROBE, cost=probe_cost)
 def probe(
     model: nn.Module,
     tok: Any,
@@ -198,11 +195,6 @@ def check_study(
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
 
 
-def steps_of(steps: int, epochs: float | None, batch: int, n: int) -> int:      # n: sentences to learn from
-    "Steps of every probe: as many as were asked for, or epochs of whole batches, as published."
-    return steps if epochs is None else max(1, round(epochs * max(1, n // batch)))
-
-
 def identity_of(s: ProbeSetting) -> dict[str, Any]:
     "What tells this study from others; its sweeps may grow."
     model = str(model_id(s.model, layout_of(s.model)))
@@ -221,40 +213,6 @@ def named(model: nn.Module, granularity: Sequence[str], published: bool = False)
         names = [f"{name}-strided" if re.fullmatch(r"\d+x\d+", name) else name for name in names]
     for name in dict.fromkeys(names): granular(model, name)
     return list(dict.fromkeys(names))
-
-
-def plan(
-    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str],
-    seeds: Sequence[int],
-) -> list[Cell]:
-    "The cells of a study."
-    return [cell for seed in seeds for cell in _of_seed(granularity, lambdas, ranks, baselines, seed)]
-
-# %% ../../nbs/recipes/10_probe.ipynb #61fbd5f4
-def _of_seed(
-    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seed: int,
-) -> list[Cell]:
-    main: dict[str, Any] = {"granularity": granularity[0], "lam": lambdas[0]}
-    more: list[Cell] = []
-    cells = [Cell("subnetwork", seed, g, lambdas[0]) for g in granularity]
-    cells += [Cell("subnetwork", seed, granularity[0], lam) for lam in lambdas[1:]]
-    if "mlp" in baselines: cells += [Cell("mlp", seed, rank=rank) for rank in ranks]
-    cells += [Cell(probe, seed) for probe in ("linear", "finetune") if probe in baselines]
-    if "reset" in baselines:
-        cells += [Cell(f"subnetwork_reset_{w}", seed, **main) for w in RESETS]
-        if "mlp" in baselines: cells += [Cell(f"mlp_reset_{w}", seed, rank=ranks[0]) for w in RESETS]
-    for aim in EXTRAS:
-        if aim in baselines: more += [replace(cell, aim=aim) for cell in cells if _asked(cell, aim, main, ranks)]
-    return cells + more
-
-
-def _asked(cell: Cell, aim: str, main: Mapping[str, Any], ranks: Sequence[int]) -> bool:
-    "Whether a cell is a main one of which something else is asked."
-    if (cell.granularity, cell.lam) not in ((main["granularity"], main["lam"]), ("", 0.0)): return False
-    if cell.rank not in (0, ranks[0]): return False
-    of = ["subnetwork", "mlp", "linear"]
-    if aim == "code": of += [f"subnetwork_reset_{w}" for w in RESETS]
-    return cell.probe in of
 
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
 def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:

@@ -34,8 +34,9 @@ from ..tasks.heads import EntityTagger, Tagger, TaskHead
 from ..tasks.parser import Parser
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft', 'Cell', 'ProbeSetting',
-           'run_cell', 'trained', 'online_code', 'check_codable', 'published']
+__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft',
+           'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'steps_of', 'plan',
+           'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
 TASKS: dict[str, str] = {
@@ -276,6 +277,52 @@ def _bits(s: ProbeSetting, head: Any, sentences: Sequence[Any], under: Any) -> f
     logprob = torch.from_numpy(said).double().log_softmax(-1)
     gold = torch.tensor([label for c in coded for label in c[2]])[:, None]
     return float(-logprob.gather(1, gold).sum() / np.log(2))
+
+# %% ../../nbs/recipes/09_probes.ipynb #8806c20f
+BASELINES = ("mlp", "linear", "finetune", "reset")
+"What stands beside the subnetwork probe."
+
+EXTRAS = ("control", "code")
+"What can be asked of the probes besides."
+
+
+def steps_of(steps: int, epochs: float | None, batch: int, n: int) -> int:      # n: sentences to learn from
+    "Steps of every probe: as many as were asked for, or epochs of whole batches, as published."
+    return steps if epochs is None else max(1, round(epochs * max(1, n // batch)))
+
+
+def plan(
+    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    "The cells of a study."
+    return [cell for seed in seeds for cell in _of_seed(granularity, lambdas, ranks, baselines, seed)]
+
+# %% ../../nbs/recipes/09_probes.ipynb #b3d376cd
+def _of_seed(
+    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seed: int,
+) -> list[Cell]:
+    main: dict[str, Any] = {"granularity": granularity[0], "lam": lambdas[0]}
+    more: list[Cell] = []
+    cells = [Cell("subnetwork", seed, g, lambdas[0]) for g in granularity]
+    cells += [Cell("subnetwork", seed, granularity[0], lam) for lam in lambdas[1:]]
+    if "mlp" in baselines: cells += [Cell("mlp", seed, rank=rank) for rank in ranks]
+    cells += [Cell(probe, seed) for probe in ("linear", "finetune") if probe in baselines]
+    if "reset" in baselines:
+        cells += [Cell(f"subnetwork_reset_{w}", seed, **main) for w in RESETS]
+        if "mlp" in baselines: cells += [Cell(f"mlp_reset_{w}", seed, rank=ranks[0]) for w in RESETS]
+    for aim in EXTRAS:
+        if aim in baselines: more += [replace(cell, aim=aim) for cell in cells if _asked(cell, aim, main, ranks)]
+    return cells + more
+
+
+def _asked(cell: Cell, aim: str, main: Mapping[str, Any], ranks: Sequence[int]) -> bool:
+    "Whether a cell is a main one of which something else is asked."
+    if (cell.granularity, cell.lam) not in ((main["granularity"], main["lam"]), ("", 0.0)): return False
+    if cell.rank not in (0, ranks[0]): return False
+    of = ["subnetwork", "mlp", "linear"]
+    if aim == "code": of += [f"subnetwork_reset_{w}" for w in RESETS]
+    return cell.probe in of
 
 # %% ../../nbs/recipes/09_probes.ipynb #20776e5e
 SOURCE = "published, Cao et al. 2021, one run each, BERT-base on UD English, CoNLL-2003"

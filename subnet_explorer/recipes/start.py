@@ -26,12 +26,15 @@ from subnet_explorer.recipes.options import (
 )
 
 from ..core.errors import SubnetError
+from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
+from ..core.run import check_empty
 from .clauses import filled
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
-__all__ = ['place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'order', 'order_from_file', 'usable_device']
+__all__ = ['place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'order', 'order_from_file', 'already', 'plan_text',
+           'usable_device']
 
 # %% ../../nbs/recipes/03_start.ipynb #74192cd2
 def place(
@@ -79,6 +82,17 @@ class Order:
         "Load the model, read the data, make the study and, if asked, its report."
         with waiting(self.values["wait"]): return self._made()
 
+    def plan(self) -> dict[str, Any]:
+        "What it would do and cost, and what is already there; no model is loaded, and no folder made."
+        v, out = self.values, Path(self.values["out"])
+        usable_device(v["device"])
+        data = [] if self.recipe.read is None else [option.name for option in options_of(self.recipe.read, "")]
+        work = [] if self.recipe.cost is None else self.recipe.cost(v)
+        return {"recipe": self.recipe.name, "model": v["model"], "published": bool(v.get("published")),
+                "data": {name: v[name] for name in data if name in v and v[name] is not None},
+                "work": [part.to_json() for part in work], "text": [str(part) for part in work],
+                "out": str(out), "there": already(out)}
+
     def _made(self) -> Study:
         from subnet_explorer.model.load import load
         v = self.values
@@ -118,6 +132,26 @@ def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:
     if not isinstance(name, str):
         raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
     return order(find_recipe(name), words, values)
+
+# %% ../../nbs/recipes/03_start.ipynb #58e8805e
+def already(out: Path) -> dict[str, Any]:      # runs, finished, results, report
+    "What there is of a study in its folder; raise `OtherRun` where something else lies there."
+    if not (out / STUDY).exists(): check_empty(out, "study", STUDY)
+    runs = kept_runs(out) if (out / STUDY).exists() else []
+    return {"study": (out / STUDY).exists(), "runs": len(runs), "finished": sum(run.done for run in runs),
+            "results": (out / "results.json").exists(), "report": (out / "report.html").exists()}
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
+    "What an order would do, for people."
+    data = ", ".join(f"{name} {value}" for name, value in plan["data"].items())
+    lines = [f"{plan['recipe']} of {plan['model']}" + (", as published" if plan["published"] else ""), f"data: {data}"]
+    lines += plan["text"] or ["this recipe does not say what it costs."]
+    there = plan["there"]
+    if not there["study"]: return "\n".join([*lines, f"out: {plan['out']}, where nothing is yet"])
+    also = [name for name in ("results", "report") if there[name]]
+    found = f"{there['finished']} of {there['runs']} runs are finished" + "".join(f", {name} written" for name in also)
+    return "\n".join([*lines, f"out: {plan['out']}, where {found}"])
 
 # %% ../../nbs/recipes/03_start.ipynb #e63c59b6
 def usable_device(name: str) -> str:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ import pandas as pd
 from subnet_explorer.recipes.clauses import (
     Clause,
     Departure,
+    clauses_html,
     departure_table,
     departures,
     filled,
@@ -43,6 +44,9 @@ from ..core.store import Store
 from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
+
+if TYPE_CHECKING:
+    from subnet_explorer.recipes.cost import Work
 
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
@@ -330,6 +334,7 @@ class Recipe:
     read: Callable[..., Mapping[str, Any]] | None = None             # (model, tok, *, options) -> data for `run`
     pocket: Mapping[str, Any] = field(default_factory=dict)          # settings that suit the pocket models
     clauses: Sequence[Clause] = ()                                   # where its defaults differ from the paper
+    cost: Callable[[Mapping[str, Any]], Sequence[Work]] | None = None      # what it does, from all settings
 
     @property
     def departures(self) -> tuple[str, ...]:
@@ -339,6 +344,10 @@ class Recipe:
     def __repr__(self) -> str:
         still = f"; published=True leaves {', '.join(self.departures)}" if self.departures else ""
         return visible(f"Recipe({self.name}: {self.title}; {self.paper}{still})")
+
+    def _repr_html_(self) -> str:
+        "Title, paper, and where the defaults differ from it."
+        return Html("<b>{}</b>, {}{}").format(self.title, self.paper, clauses_html(self.clauses) if self.clauses else "")
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -353,6 +362,7 @@ def recipe(
     read: Callable[..., Mapping[str, Any]] | None = None,            # (model, tok, *, options) -> data; None: no data
     pocket: Mapping[str, Any] | None = None,                         # settings that suit the pocket models
     clauses: Sequence[Clause] = (),                                  # where its defaults differ from the paper
+    cost: Callable[[Mapping[str, Any]], Sequence[Work]] | None = None,     # what it does, from all settings
 ) -> Callable[[F], F]:
     "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
@@ -362,7 +372,8 @@ def recipe(
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
                              "them.")
         run = checked(run)
-        RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, dict(pocket or {}), tuple(clauses))
+        usual = dict(pocket or {})
+        RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, usual, tuple(clauses), cost)
         return run
     return register
 

@@ -42,6 +42,7 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
+from .cost import tamt_cost
 from .papers import TAMT
 from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_running_text
@@ -113,7 +114,7 @@ POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
 
 # %% ../../nbs/recipes/12_tamt.ipynb #07cadb83
 @recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET,
-        clauses=TAMT)
+        clauses=TAMT, cost=tamt_cost)
 def tamt(
     model: nn.Module,
     tok: Any,

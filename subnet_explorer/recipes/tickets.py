@@ -39,15 +39,16 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
+from .cost import tickets_cost
 from .papers import TICKETS
 from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_tasks
-from .tuning import score_after_training, scored, untrained
+from .tuning import score_after_training, scored, training_of, untrained
 
 # %% auto #0
 __all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
-           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'training_of', 'worked', 'TicketData', 'Tickets',
-           'collected', 'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
+           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'worked', 'TicketData', 'Tickets', 'collected',
+           'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #a974cd4a
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def super_runs(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> dict[s
 
 # %% ../../nbs/recipes/07_tickets.ipynb #2b3fea4e
 @recipe("Lottery tickets", "Prasanna, Rogers & Rumshisky 2020, arXiv 2005.00561", read=read_tasks,
-        pocket={"epochs": 4.0, "lr": 1e-3, "batch": 32}, clauses=TICKETS)
+        pocket={"epochs": 4.0, "lr": 1e-3, "batch": 32}, clauses=TICKETS, cost=tickets_cost)
 def tickets(
     model: nn.Module,
     tok: Any,
@@ -274,16 +275,6 @@ def check_study(
     if not tasks: raise SubnetError('there is no task: give at least one, e.g. {"RTE": task_data("RTE")}.')
     if epochs in longer:
         raise SubnetError(f"bad masks are retrained for {epochs:g} epochs anyway: give other numbers for longer.")
-
-
-def training_of(
-    epochs: float, lr: float, batch: int, length: int | None, limit: int | None, published: bool = False,
-) -> dict[str, Any]:
-    "Settings of `fit`: what was asked for, the rest as published."
-    training = {"epochs": float(epochs), "lr": lr, "head_lr": lr, "warmup": 0.0, "clip": 1.0, "dropout": True,
-                "batch": batch, "length": length}
-    more = {"limit": limit, "head_dropout": 0.1 if published else None}
-    return training | {name: value for name, value in more.items() if value is not None}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #586086ae
 def worked(bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool) -> Tickets:

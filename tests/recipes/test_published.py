@@ -5,6 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from subnet_explorer.model.load import load
 from subnet_explorer.recipes import lamp, tickets
 from subnet_explorer.recipes.clauses import NOTHING, SETTING, SWITCH, Clause, alike, departures
 from subnet_explorer.recipes.lamp import Start, mean_logit, steps_of
-from subnet_explorer.recipes.probe import steps_of as probe_steps
+from subnet_explorer.recipes.probes import steps_of as probe_steps
 from subnet_explorer.recipes.start import Order, order, recipe_options
 from subnet_explorer.recipes.study import find_recipe
-from subnet_explorer.recipes.tickets import training_of
+from subnet_explorer.recipes.tuning import training_of
 
 RECIPES = ("lamp", "tickets", "critical", "probe", "tamt")
 DATA: dict[str, list[str]] = {
@@ -60,8 +61,9 @@ PAPERS: dict[str, dict[str, Any]] = {
 }
 "Every setting that decides about the published numbers, as papers and released code have it."
 
-CLAUSES = [pytest.param(name, c, id=f"{name}-{c.name}") for name in RECIPES for c in find_recipe(name).clauses]
-SET = [p for p in CLAUSES if p.values[1].by == SETTING]      # type: ignore[attr-defined]
+ALL = [(name, c) for name in RECIPES for c in find_recipe(name).clauses]
+CLAUSES = [pytest.param(name, c, id=f"{name}-{c.name}") for name, c in ALL]
+SET = [pytest.param(name, c, id=f"{name}-{c.name}") for name, c in ALL if c.by == SETTING]
 
 
 def ordered(name: str, *words: str, **written: Any) -> Order:
@@ -163,10 +165,10 @@ def called(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple
     monkeypatch.setattr(sys.modules[f"subnet_explorer.recipes.{name}"], "Bench", bench)
     model, tok = load("pocket-bert")
     facts, lines = read_facts("pocket", "MadeOf"), read_texts("pocket")[:40]
-    sentences = read_conllu("pocket", part="train")[:40]
+    sentences, target = read_conllu("pocket", part="train")[:40], read_facts("pocket", "IsA")
     data: dict[str, tuple[Any, ...]] = {
         "lamp": (facts,), "tickets": ({"entails": task_data("pocket:entails", on_dev=settings.pop("on_dev", False))},),
-        "critical": (read_facts("pocket", "IsA").take(3), facts, lines), "probe": ("pos", sentences, sentences),
+        "critical": (replace(target, items=target.items[:3]), facts, lines), "probe": ("pos", sentences, sentences),
         "tamt": (lines, lines),
     }
     with pytest.raises(Asked) as stopped: find_recipe(name).run(model, tok, *data[name], **settings)
