@@ -59,8 +59,9 @@ def _product(numbers: Any) -> int | None:
 
 
 def _counted(n: float | None, noun: str) -> str:
-    if n is None: return f"? {noun}s"
-    return f"{n:,g} {noun}" if n == 1 else f"{int(n) if n == int(n) else n:,} {noun}s"
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    if n is None: return f"? {several}"
+    return f"{int(n) if n == int(n) else n:,} {noun if n == 1 else several}"
 
 # %% ../../nbs/recipes/15_cost.ipynb #0f21aea4
 _Values = Mapping[str, Any]

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from ..core.errors import SubnetError, check_names
 from .clauses import NOTHING, SWITCH, Clause
 
 CODE = "released code"
 "Where the paper is silent."
 
 # %% auto #0
-__all__ = ['CODE', 'LAMP', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT']
+__all__ = ['CODE', 'LAMP', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file', 'title_of']
 
 # %% ../../nbs/recipes/14_papers.ipynb #47a4137a
 LAMP: tuple[Clause, ...] = (
@@ -139,3 +142,27 @@ TAMT += (
     Clause("STS-B", "mean of Pearson and Spearman", "Pearson", CODE, "both are in the table of scores", NOTHING),
     Clause("MNLI", "matched", "mismatched", "released code, which writes one over the other", "", NOTHING),
 )
+
+# %% ../../nbs/recipes/14_papers.ipynb #b8ad8d71
+PAPERS = "papers:"
+"What stands before the name of a ready file."
+
+
+def paper_files() -> dict[str, Path]:
+    "The ready files by name, in the package or the checkout; raise `SubnetError` if they are missing."
+    package = Path(str(files("subnet_explorer"))).resolve()
+    for folder in (package / "paper_files", package.parent / "data" / "papers"):
+        if found := sorted(folder.glob("*.yaml")): return {path.stem: path for path in found}
+    raise SubnetError("the ready files are missing from this installation: install subnet_explorer from a wheel or a "
+                      "full checkout.")
+
+
+def paper_file(name: str) -> Path:      # with or without `PAPERS`
+    "A ready file; raise `UnknownName` with the nearest one."
+    known = paper_files()
+    return known[check_names([name.removeprefix(PAPERS)], known, "ready file")[0]]
+
+
+def title_of(path: Path) -> str:
+    "What a ready file is, in a line."
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")

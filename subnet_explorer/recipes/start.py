@@ -30,6 +30,7 @@ from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
 from ..core.run import check_empty
 from .clauses import filled
+from .papers import PAPERS, paper_file
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
@@ -86,10 +87,10 @@ class Order:
         "What it would do and cost, and what is already there; no model is loaded, and no folder made."
         v, out = self.values, Path(self.values["out"])
         usable_device(v["device"])
-        data = [] if self.recipe.read is None else [option.name for option in options_of(self.recipe.read, "")]
+        data = {} if self.recipe.read is None else self._of(self.recipe.read)
         work = [] if self.recipe.cost is None else self.recipe.cost(v)
         return {"recipe": self.recipe.name, "model": v["model"], "published": bool(v.get("published")),
-                "data": {name: v[name] for name in data if name in v and v[name] is not None},
+                "data": {name: value for name, value in data.items() if value not in (None, False)},
                 "work": [part.to_json() for part in work], "text": [str(part) for part in work],
                 "out": str(out), "there": already(out)}
 
@@ -125,9 +126,12 @@ def order(
     return Order(recipe, completed(options, usual, published, file, typed))
 
 
-def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:
-    "An order as a file says it, and the shell over it."
-    values = read_yaml(path)
+def order_from_file(
+    path: str | Path,               # or papers:NAME
+    words: Sequence[str] = (),      # of a shell
+) -> Order:
+    "An order as a file, or a ready one by name, says it, and the shell over it."
+    values = read_yaml(paper_file(str(path)) if str(path).startswith(PAPERS) else path)
     name = values.pop("recipe", None)
     if not isinstance(name, str):
         raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
@@ -144,7 +148,7 @@ def already(out: Path) -> dict[str, Any]:      # runs, finished, results, report
 
 def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
     "What an order would do, for people."
-    data = ", ".join(f"{name} {value}" for name, value in plan["data"].items())
+    data = ", ".join(f"{name} {_plain(value)}" for name, value in plan["data"].items())
     lines = [f"{plan['recipe']} of {plan['model']}" + (", as published" if plan["published"] else ""), f"data: {data}"]
     lines += plan["text"] or ["this recipe does not say what it costs."]
     there = plan["there"]
@@ -152,6 +156,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
     also = [name for name in ("results", "report") if there[name]]
     found = f"{there['finished']} of {there['runs']} runs are finished" + "".join(f", {name} written" for name in also)
     return "\n".join([*lines, f"out: {plan['out']}, where {found}"])
+
+
+def _plain(value: Any) -> str: return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 # %% ../../nbs/recipes/03_start.ipynb #e63c59b6
 def usable_device(name: str) -> str:
