@@ -18,8 +18,12 @@ __all__ = ['SETTING', 'SWITCH', 'NOTHING', 'DOES', 'Clause', 'filled', 'Departur
            'departure_table', 'clauses_html', 'remaining']
 
 # %% ../../nbs/recipes/13_clauses.ipynb #3d44d4f7
-SETTING, SWITCH, NOTHING = "setting", "switch", "nothing"
-"What `published=True` does about a clause: fill a setting, do as published without one, or nothing."
+SETTING = "setting"
+"`published=True` fills a setting."
+SWITCH = "switch"
+"`published=True` does as published, without a setting."
+NOTHING = "nothing"
+"`published=True` does nothing about it."
 
 
 @dataclass(frozen=True)

@@ -228,17 +228,14 @@ def critical(
     weights: Mapping[str, Weight] | None = None,     # of the terms suppress, control, text, express; else 1.5,1,1,0
     density_weights: tuple[Weight, Weight] = (2.0, 3.0),  # weight of the density in the first half, and at the end
     batches: tuple[Count, Count] = (250, 10),        # control facts and texts per step; the target is in every step
-    position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as in the
-                                                     # released code
-    noise: str = "shared",                           # one draw of the mask for all terms of a step, or independent
-                                                     # ones as published
+    position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as released
+    noise: str = "shared",                           # draws of the mask in a step: shared, or independent as published
     sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share of the weights
                                                      # is not critical
     tolerance: Weight = 0.05,                        # the rule: perplexity of control and text changes by no more
                                                      # than this share
     checks: Count = 20,                              # checkpoints that the rule chooses among; published: 200
-    seeds: Seeds = (0, 1, 2),                        # of the gate's noise and the order of the data; published: 735,
-                                                     # 1318, 84
+    seeds: Seeds = (0, 1, 2),                        # of noise and the order of the data; published: 735, 1318, 84
     split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
     filtered: bool = True,                           # take facts of the target out of the control; published: no
     random: Natural = 5,                             # random removals of the same size, per seed

@@ -36,8 +36,8 @@ LAMP: tuple[Clause, ...] = (
     Clause("ranks", "exact, over the whole vocabulary, macro and micro",
            "by the decoded text of the best five, names of the two means exchanged", CODE, "pieces of words shift it",
            NOTHING),
-    Clause("answers", "the token with the space before it, where a tokenizer has one", "the bare word, for RoBERTa another "
-           "token or none", CODE, "the word that can stand there", NOTHING),
+    Clause("answers", "the token with the space before it, where a tokenizer has one",
+           "the bare word, for RoBERTa another token or none", CODE, "the word that can stand there", NOTHING),
     Clause("fine-tuned models", "100 steps at 3e-4, the best of four states", "not said", "table 2", "", NOTHING),
 )
 
@@ -135,8 +135,8 @@ TAMT += (
            CODE, "then objectives are compared, and nothing else", NOTHING),
     Clause("pooler", "neither masked nor read by heads", "masked at first and never trained, read by heads", CODE,
            "no objective reaches it", NOTHING),
-    Clause("distance of masks", "over all weights, with chance; the mean over matrices has a name", "mean over matrices",
-           CODE, "small matrices weigh as much as large ones", NOTHING),
+    Clause("distance of masks", "over all weights, with chance; the mean over matrices has a name",
+           "mean over matrices", CODE, "small matrices weigh as much as large ones", NOTHING),
     Clause("score of a task", "after the last step", "best of a look at the development set every 50 steps", CODE,
            "a best of many looks is too good", NOTHING),
     Clause("STS-B", "mean of Pearson and Spearman", "Pearson", CODE, "both are in the table of scores", NOTHING),

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +24,35 @@ from subnet_explorer.recipes.probes import (
     ProbeSetting,
     attention_soft,
     check_codable,
+    named,
     plan,
     published,
+    read_sentences,
     run_cell,
     steps_of,
     unseen,
 )
 
 from ..core.compare import placement
-from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, write_json
 from ..core.intervals import student_interval
-from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
 from ..core.run import Run
-from ..core.space import granular, grid, model_id
-from ..data.sentences import Sentence, fitting, read_conllu, read_ner
+from ..data.sentences import Sentence
 from ..look import curves, masks as mask_figures
-from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES
 from .cost import probe_cost
 from .papers import PROBE
 from .study import Bench, Pairs, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing', 'read_sentences', 'probe',
-           'check_study', 'identity_of', 'named', 'measured', 'kept_cell', 'cell_row', 'summary', 'main_cells',
-           'known_lambda', 'layers', 'by_layer', 'centre', 'notes', 'strongest_lambda', 'where_kept', 'localisation',
-           'centres', 'with_published', 'probe_results', 'where_figures', 'probe_sections', 'probe_text']
+__all__ = ['POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing', 'probe', 'check_study',
+           'measured', 'kept_cell', 'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre',
+           'notes', 'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
+           'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
 @dataclass(frozen=True, kw_only=True)
@@ -107,29 +103,6 @@ POCKET: dict[str, Any] = {
 }
 "Settings that suit the pocket models."
 
-
-@checked
-def read_sentences(
-    model: nn.Module,
-    tok: Any,
-    *,
-    task: str,                        # pos, dep or ner
-    train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
-                                      # "pocket", "pocket-gaps", or datasets:NAME
-    dev: str,                         # sentences to report on: likewise
-    limit_train: Count | None = None,  # at most so many sentences to learn from
-    limit_dev: Count | None = None,   # at most so many sentences to report on
-    longest: Count = 128,             # longer sentences, in words, are left out and counted
-    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
-) -> dict[str, Any]:
-    "Read the sentences of a study as a shell names them."
-    check_names([task], TASKS, "task")
-    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
-    learn, lost = fitting(read(train, part="train"), tok, longest)
-    report, less = fitting(read(dev, part="dev"), tok, longest)
-    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
-            "left_out": {"train": lost, "dev": less}}
-
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
 @recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET,
         clauses=PROBE, cost=probe_cost)
@@ -153,11 +126,8 @@ def probe(
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
     batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
-    init: str | None = None,                          # rule by which weights are drawn anew: architecture, or
-                                                      # framework as published
-    published: bool = False,                          # what is not given is set as in the paper; strided groups,
-                                                      # training on [CLS] and [SEP], dropout of heads and in
-                                                      # fine-tuning, constant learning rates
+    init: str | None = None,                          # how weights are drawn anew: architecture, or framework as published
+    published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
     seeds: Seeds = (0,),                              # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
@@ -172,8 +142,7 @@ def probe(
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    read = {**(left_out or {}), "read": {"train": train, "dev": dev}}
-    bench = Bench(identity_of(setting), to, progress, read, asked)
+    bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -193,26 +162,6 @@ def check_study(
         raise SubnetError("give at least one granularity, one lambda and one rank.")
     if not len(train): raise SubnetError("there is nothing to learn from: no sentence was given.")
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
-
-
-def identity_of(s: ProbeSetting) -> dict[str, Any]:
-    "What tells this study from others; its sweeps may grow."
-    model = str(model_id(s.model, layout_of(s.model)))
-    config = {"recipe": "probe", "model": model, "task": s.task, "train": fingerprint_of(s.train),
-              "dev": fingerprint_of(s.dev), "init": s.init, "parser": dict(s.parser), **s.training}
-    return {**config, "published": True} if s.published else config
-
-# %% ../../nbs/recipes/10_probe.ipynb #2a927962
-def named(model: nn.Module, granularity: Sequence[str], published: bool = False) -> list[str]:
-    "Granularities, the grid written out, each once; published: blocks are strided."
-    names = [name for g in granularity for name in (grid(model, published) if g == "grid" else [g])]
-    if published:
-        d = layout_of(model).hidden
-        blocks = {"neuron": f"{d}x1", "matrix": f"{d}x{d}"}
-        names = [blocks.get(name, name) for name in names]
-        names = [f"{name}-strided" if re.fullmatch(r"\d+x\d+", name) else name for name in names]
-    for name in dict.fromkeys(names): granular(model, name)
-    return list(dict.fromkeys(names))
 
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
 def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:

@@ -5,10 +5,12 @@
 # %% ../../nbs/recipes/09_probes.ipynb #4b135e06
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,17 +19,20 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import layout_of
+from ..core.numbers import Count
 from ..core.run import Run
 from ..core.scores import Scores
-from ..core.space import granular, spread
+from ..core.space import granular, grid, model_id, spread
 from ..core.store import Store
-from ..data.sentences import GAP
+from ..data.sentences import GAP, fitting, read_conllu, read_ner
 from ..measure.metrics import predict, task_scores
 from ..model.apply import evaluating, masked
 from ..search.find import find
 from ..search.gates import HardConcrete
-from ..search.objectives import Density, Ramp, Task
+from ..search.objectives import Density, Ramp, Task, fingerprint_of
 from ..tasks.controls import RESETS, control_labels, reset
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import EntityTagger, Tagger, TaskHead
@@ -35,8 +40,8 @@ from ..tasks.parser import Parser
 
 # %% auto #0
 __all__ = ['TASKS', 'PROBES', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft',
-           'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'steps_of', 'plan',
-           'published']
+           'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'read_sentences', 'named',
+           'steps_of', 'plan', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
 TASKS: dict[str, str] = {
@@ -155,6 +160,13 @@ class ProbeSetting:
     published: bool = False                                      # heads and learning rates of the released code
     known: Sequence[Any] | None = field(default=None, repr=False)      # sentences that tell the labels; None: those
                                                                        # to learn from
+
+    def identity(self) -> dict[str, Any]:
+        "What tells a study from others; its sweeps may grow."
+        model = str(model_id(self.model, layout_of(self.model)))
+        config = {"recipe": "probe", "model": model, "task": self.task, "train": fingerprint_of(self.train),
+                  "dev": fingerprint_of(self.dev), "init": self.init, "parser": dict(self.parser), **self.training}
+        return {**config, "published": True} if self.published else config
 
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
@@ -277,6 +289,41 @@ def _bits(s: ProbeSetting, head: Any, sentences: Sequence[Any], under: Any) -> f
     logprob = torch.from_numpy(said).double().log_softmax(-1)
     gold = torch.tensor([label for c in coded for label in c[2]])[:, None]
     return float(-logprob.gather(1, gold).sum() / np.log(2))
+
+# %% ../../nbs/recipes/09_probes.ipynb #d49d9d91
+@checked
+def read_sentences(
+    model: nn.Module,
+    tok: Any,
+    *,
+    task: str,                        # pos, dep or ner
+    train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
+                                      # "pocket", "pocket-gaps", or datasets:NAME
+    dev: str,                         # sentences to report on: likewise
+    limit_train: Count | None = None,  # at most so many sentences to learn from
+    limit_dev: Count | None = None,   # at most so many sentences to report on
+    longest: Count = 128,             # longer sentences, in words, are left out and counted
+    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
+) -> dict[str, Any]:
+    "Read the sentences of a study as a shell names them."
+    check_names([task], TASKS, "task")
+    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
+    learn, lost = fitting(read(train, part="train"), tok, longest)
+    report, less = fitting(read(dev, part="dev"), tok, longest)
+    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
+            "left_out": {"train": lost, "dev": less}}
+
+# %% ../../nbs/recipes/09_probes.ipynb #56b41c10
+def named(model: nn.Module, granularity: Sequence[str], published: bool = False) -> list[str]:
+    "Granularities, the grid written out, each once; published: blocks are strided."
+    names = [name for g in granularity for name in (grid(model, published) if g == "grid" else [g])]
+    if published:
+        d = layout_of(model).hidden
+        blocks = {"neuron": f"{d}x1", "matrix": f"{d}x{d}"}
+        names = [blocks.get(name, name) for name in names]
+        names = [f"{name}-strided" if re.fullmatch(r"\d+x\d+", name) else name for name in names]
+    for name in dict.fromkeys(names): granular(model, name)
+    return list(dict.fromkeys(names))
 
 # %% ../../nbs/recipes/09_probes.ipynb #8806c20f
 BASELINES = ("mlp", "linear", "finetune", "reset")

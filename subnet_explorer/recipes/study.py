@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
            'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'said_of_paper', 'printed',
            'remark_sections', 'Pairs', 'TwoRecipes', 'Recipe', 'recipe', 'as_published', 'all_recipes', 'find_recipe',
-           'Bench', 'shared_work', 'folder_or_scratch', 'settings_of', 'labelled_cells']
+           'Bench', 'shared_work', 'folder_or_scratch', 'differing_from_paper', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -347,9 +347,10 @@ class Recipe:
 
     def _repr_html_(self) -> str:
         "Title, paper, and where the defaults differ from it."
-        return Html("<b>{}</b>, {}{}").format(self.title, self.paper, clauses_html(self.clauses) if self.clauses else "")
+        table = clauses_html(self.clauses) if self.clauses else ""
+        return Html("<b>{}</b>, {}{}").format(self.title, self.paper, table)
 
-
+# %% ../../nbs/recipes/01_study.ipynb #ee280623
 RECIPES: dict[str, Recipe] = {}
 "Registered recipes by name."
 F = TypeVar("F", bound=Callable[..., Study])
@@ -450,9 +451,7 @@ class Bench:
 
     def finished(self, study: S) -> S:
         "The study with what was left out of its data, written into its folder if it keeps one."
-        clauses = find_recipe(self.config["recipe"]).clauses if self.asked else ()
-        differs = departures(clauses, self.asked, self.data)
-        study = replace(with_remarks(study, self.data), seconds=self.seconds, departures=differs)
+        study = replace(with_remarks(study, self.data), seconds=self.seconds, departures=differing_from_paper(self))
         if study.folder: study.save(study.folder)
         if self.folder: tidy_leases(self.folder)
         return study
@@ -486,6 +485,12 @@ def _tried(
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
     return scratch() if to is None else nullcontext(to)
+
+
+def differing_from_paper(bench: Bench) -> tuple[Departure, ...]:
+    "In which points a study differs from its paper."
+    clauses = find_recipe(bench.config["recipe"]).clauses if bench.asked else ()
+    return departures(clauses, bench.asked, bench.data)
 
 # %% ../../nbs/recipes/01_study.ipynb #4a22eb29
 def settings_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

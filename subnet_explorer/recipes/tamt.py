@@ -142,8 +142,7 @@ def tamt(
     along: bool = False,                         # fine-tune masks on the way, too
     seeds: Seeds = (0,),                         # of masks; published: 1, 2, 3
     tasks: Mapping[str, TaskData] | None = None, # to fine-tune on
-    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; published: also dropout=true
-                                                 # and head_dropout=0.1
+    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3; published: with both kinds of dropout
     tuning_seeds: Seeds = (0, 1, 2),             # of fine-tuning; published: 1, 2, 3
     published: bool = False,                     # what is not given is set as in the paper
     to: str | Path | None = None,                # folder: the study can be stopped and goes on
@@ -153,9 +152,8 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench = _bench(space, text, dev, asked, folder, progress)
-        setting = setting_of(model, tok, text, space, asked, Path(folder))
-        return bench.finished(measured(bench, setting, dev, asked, to is not None))
+        bench, kept = _bench(space, text, dev, asked, folder, progress), to is not None
+        return bench.finished(measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, kept))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,8 +231,7 @@ def tickets(
     tasks: Mapping[str, TaskData],
     *,
     kind: str = "head+mlp",                  # units: head+mlp, head, mlp, or weight for magnitude pruning
-    seeds: Seeds = (0, 1, 2, 3, 4),          # of heads, order of sentences and dropout; published: 1337, 42, 86,
-                                             # 71, 166
+    seeds: Seeds = (0, 1, 2, 3, 4),          # of heads, order and dropout; published: 1337, 42, 86, 71, 166
     epochs: Positive = 3.0,                  # of fine-tuning
     lr: Positive = 2e-5,                     # peak learning rate of fine-tuning
     batch: Count = 32,                       # sentences per step
@@ -246,8 +245,7 @@ def tickets(
     supers: bool = True,                     # also what the masks of all seeds have in common
     longer: Sequence[Positive] = (),         # other numbers of epochs for which bad masks are also retrained
     random_init: bool = False,               # also a model that was never pretrained
-    published: bool = False,                 # what is not given is set as in the paper; sizes of random masks are
-                                             # drawn, scores between phases are stale, heads have dropout
+    published: bool = False,                 # what is not given is set as in the paper; see `papers.TICKETS`
     processes: Count = 1,                    # cells (task, seed) at once
     to: str | Path | None = None,            # folder: the study can be stopped and goes on, and its models are kept
     progress: bool = True,
