@@ -126,7 +126,7 @@ def probe(
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
     batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
-    init: str | None = None,                          # how weights are drawn anew: architecture, or framework as published
+    init: str | None = None,                          # how weights are drawn anew: architecture; published: framework
     published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
     seeds: Seeds = (0,),                              # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record

@@ -49,7 +49,7 @@ from .tasks import read_running_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
+__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
            'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of', 'config_of',
            'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks', 'summary',
            'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix', 'tamt_results',
@@ -111,10 +111,11 @@ class Tamt(Study):
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
           "tuning": {"epochs": 4, "lr": 1e-3, "head_lr": 1e-3, "batch": 32}}
 "Settings that suit the pocket models."
+HOW: dict[str, Any] = {"read": read_running_text, "pocket": POCKET, "clauses": TAMT, "cost": tamt_cost}
+"What else is known of the recipe."
 
 # %% ../../nbs/recipes/12_tamt.ipynb #07cadb83
-@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET,
-        clauses=TAMT, cost=tamt_cost)
+@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", **HOW)
 def tamt(
     model: nn.Module,
     tok: Any,
@@ -152,8 +153,8 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench, kept = _bench(space, text, dev, asked, folder, progress), to is not None
-        return bench.finished(measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, kept))
+        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, _read(text, dev, asked), asked)
+        return bench.finished(measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,12 +169,9 @@ def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
-def _bench(
-    space: Space, text: Any, dev: Any, asked: Mapping[str, Any], folder: str | Path, progress: bool,
-) -> Bench:
-    "Where the study is made."
-    read = {"text": text, "dev": dev, **asked["tasks"]}
-    return Bench(identity_of(space, text, dev, asked["embeddings"]), folder, progress, read, asked)
+def _read(text: Any, dev: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    "All data of the study by name."
+    return {"text": text, "dev": dev, **asked["tasks"]}
 
 
 def check_study(
@@ -230,8 +228,9 @@ Key = tuple[str, float, int]
 "Method, density, seed."
 
 
-def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], kept: bool) -> Tamt:
+def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], to: str | Path | None) -> Tamt:
     "Find, measure, fine-tune, collect."
+    kept = to is not None
     made = found_masks(bench, s, asked)
     losses = losses_by(bench, s, dev)
     on_the_way = {(*key[:1], density, key[2], step): mask for key, f in made.items() for step, density, mask in f.way}
