@@ -65,6 +65,7 @@ clean:
 readme: $(STAMP)
 	$(BIN)/python nbs/readme.py
 
-# the pages about errors, from docstrings
+# the pages about errors, from docstrings, and the tables of the method cards, from clauses
 pages: $(STAMP)
 	$(BIN)/python nbs/errors.py
+	$(BIN)/python nbs/cards.py

@@ -1,4 +1,4 @@
-"Packaging shim: every value lives in settings.ini; the pocket world of data/pocket travels inside the package."
+"Packaging shim: every value lives in settings.ini; the pocket world of data/pocket and the files of data/papers travel inside."
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 c = ini["DEFAULT"]
-lib, world = c["lib_path"], f"{c['lib_path']}.pocket_world"
+lib, world, papers = c["lib_path"], f"{c['lib_path']}.pocket_world", f"{c['lib_path']}.paper_files"
 
 setup(
     name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
@@ -16,9 +16,9 @@ setup(
     project_urls={"Documentation": c["doc_host"] + c["doc_baseurl"]},
     python_requires=">=" + c["min_python"],
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research", "Typing :: Typed"],
-    packages=[*find_packages(include=[lib, lib + ".*"]), world],
-    package_dir={world: "data/pocket"},
-    package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"]},
+    packages=[*find_packages(include=[lib, lib + ".*"]), world, papers],
+    package_dir={world: "data/pocket", papers: "data/papers"},
+    package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"], papers: ["*.yaml"]},
     install_requires=shlex.split(c["requirements"]),
     extras_require={extra: shlex.split(c[f"{extra}_requirements"]) for extra in ("parallel", "lora", "dev")},
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from subnet_explorer.recipes.study import Study
 
 # %% auto #0
-__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'NEEDED', 'DEMO', 'COMMANDS', 'PLACES', 'USAGE', 'CLOSED_PIPE', 'Answer', 'show',
-           'report', 'agreement', 'without_nan', 'compact', 'doctor', 'ordered', 'answered', 'about', 'help_text',
-           'command_parser', 'completion', 'started', 'main']
+__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'NEEDED', 'DEMO', 'INSTEAD', 'COMMANDS', 'PLACES', 'USAGE', 'RUN_USAGE',
+           'CLOSED_PIPE', 'Answer', 'show', 'report', 'agreement', 'without_nan', 'compact', 'papers', 'doctor',
+           'ordered', 'planned', 'answered', 'about', 'help_text', 'command_parser', 'completion', 'started', 'main']
 
 # %% ../nbs/20_cli.ipynb #f7459036
 @dataclass(frozen=True)
@@ -263,6 +263,19 @@ def _rule(keep: str | None) -> str | float | None:
         raise SubnetError(f"cannot read the rule {keep!r}: give any, all, or the least share of weights that must be "
                           "kept, e.g. 0.5.") from None
 
+# %% ../nbs/20_cli.ipynb #1f3fb672
+def papers(
+    paper: str | None = None,      # the name of one file, which is printed
+) -> Answer:
+    "List the ready files for the published tables, which `run papers:NAME` runs; or print one."
+    from subnet_explorer.recipes.papers import paper_file, paper_files, title_of
+    if paper is not None:
+        text = paper_file(paper).read_text(encoding="utf-8")
+        return Answer({"name": paper, "text": text}, text.rstrip())
+    titles = {name: title_of(path) for name, path in paper_files().items()}
+    longest = max(map(len, titles))
+    return Answer({"papers": titles}, "\n".join(f"{name:{longest}}  {title}" for name, title in titles.items()))
+
 # %% ../nbs/20_cli.ipynb #a57f5046
 NEEDED = ("torch", "transformers", "datasets", "safetensors", "zstandard", "conllu", "numpy", "pandas", "scikit-learn",
           "plotly", "matplotlib", "bertviz", "ipywidgets", "anywidget", "jsonargparse")
@@ -338,8 +351,19 @@ def ordered(command: str, words: Sequence[str]) -> Order:
     if command != "run": return order(find_recipe(command), words)
     if not words or words[0].startswith("-"):
         raise SubnetError("run wants a file: subnet-explorer run study.yaml; --print-config behind a recipe writes "
-                          "one.")
+                          "one, and papers lists those of the published tables.")
     return order_from_file(words[0], words[1:])
+
+
+INSTEAD = ("--print-config", "--dry-run")
+"What is said instead of running an order: the file that it makes, or what it would do and cost."
+
+
+def planned(order: Order) -> Answer:
+    "What an order would do."
+    from subnet_explorer.recipes.start import plan_text
+    plan = order.plan()
+    return Answer({name: value for name, value in plan.items() if name != "text"}, plan_text(plan))
 
 
 def answered(study: Study, order: Order) -> Answer:
@@ -352,10 +376,10 @@ def answered(study: Study, order: Order) -> Answer:
 
 # %% ../nbs/20_cli.ipynb #8de4ef7f
 COMMANDS: dict[str, Callable[..., Answer]] = {
-    "agreement": agreement, "compact": compact, "report": report, "show": show, "doctor": doctor,
+    "agreement": agreement, "compact": compact, "papers": papers, "report": report, "show": show, "doctor": doctor,
 }
 "Commands that are no recipes."
-PLACES = ("path", "folder")
+PLACES = ("path", "folder", "paper")
 "Parameters that a shell knows by their place."
 
 
@@ -365,13 +389,22 @@ def about() -> dict[str, str]:
     from subnet_explorer.recipes.study import all_recipes
     recipes = {name: first_line(recipe.run) for name, recipe in all_recipes().items()}
     demo = "Run LAMP on the pocket model: sixteen relation-specific subnetworks, a table and a report."
-    run = "Run a recipe as a YAML file says it: run study.yaml."
+    run = "Run a recipe as a YAML file says it: run study.yaml, or papers:NAME; --dry-run says what it would do."
     complete = "Print the script that completes commands in bash, zsh or tcsh: completion bash."
     others = {name: first_line(command) for name, command in COMMANDS.items()}
     return {"demo": demo, **recipes, "run": run, **others, "completion": complete}
 
 
 USAGE = "usage: subnet-explorer COMMAND [OPTIONS] [--json]     subnet-explorer COMMAND --help"
+RUN_USAGE = """usage: subnet-explorer run FILE [OPTIONS] [--dry-run] [--print-config] [--json]
+
+Run a recipe as a YAML file says it: its key recipe names one, the others are the options of that recipe.
+
+  FILE            a file, or papers:NAME for one of the published tables: subnet-explorer papers lists them
+  OPTIONS         of the recipe; they go over what the file says: subnet-explorer lamp --help
+  --dry-run       say what would be done and cost, and what is there already; also behind a recipe
+  --print-config  print the whole file with all that was left unsaid; also behind a recipe
+  --json          print one JSON object"""
 
 
 def help_text() -> str:
@@ -413,9 +446,9 @@ def started(words: Sequence[str]) -> Answer:
         return COMMANDS[command](**completed(options, from_shell(options, parser, rest)))
     if command == "completion": return Answer({}, completion(rest[0] if rest else "bash"))
     check_names([command], about(), "command")
-    printing = "--print-config" in rest
-    order = ordered(command, [word for word in rest if word != "--print-config"])
-    return Answer(order.values, order.as_yaml()) if printing else answered(order.run(), order)
+    order = ordered(command, [word for word in rest if word not in INSTEAD])
+    if "--print-config" in rest: return Answer(order.values, order.as_yaml())
+    return planned(order) if "--dry-run" in rest else answered(order.run(), order)
 
 # %% ../nbs/20_cli.ipynb #155f17bc
 CLOSED_PIPE = 141
@@ -476,8 +509,8 @@ def _at_once(words: Sequence[str]) -> int | None:
         return 2
     if words[0] in ("-h", "--help"): print(help_text())
     elif words[0] == "--version": print(f"subnet-explorer {__version__}")
-    elif {"-h", "--help"} & set(words[1:]) and words[0] in about() and words[0] not in ("run", "completion"):
-        command_parser(words[0]).print_help()
+    elif {"-h", "--help"} & set(words[1:]) and words[0] in about() and words[0] != "completion":
+        print(RUN_USAGE) if words[0] == "run" else command_parser(words[0]).print_help()
     else: return None
     return 0
 

@@ -104,6 +104,14 @@ def test_method_cards_are_complete():
         assert all(hasattr(recipes, name) for name in re.findall(r"`recipes\.(\w+)`", text))
 
 
+def test_cards_have_the_clauses_of_their_recipes():
+    made = runpy.run_path(str(NBS / "cards.py"))
+    assert set(made["CARDS"]) == {card.stem for card in (NBS / "methods").glob("*.qmd")} - {"which"}
+    for path, text in made["cards"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make pages"
+        assert "| what | here | published | where | published=True | why |" in text
+
+
 # what nbdev does to notebooks before Quarto sees them
 FILTER = """
 import os, sys, json

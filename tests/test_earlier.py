@@ -47,7 +47,7 @@ NEW_TABLES = {
     *(f"{name}/runs/.index.json" for name in COMMANDS),
 }
 "What is now written beside the tables of that time."
-NEW_RESULTS = {"notes", "left_out", "kept", "files", "checksum"}
+NEW_RESULTS = {"notes", "left_out", "kept", "files", "checksum", "departures"}
 "What `results.json` now says besides."
 NEW_COLUMNS = {"density_weights"}
 "What tables now say besides."

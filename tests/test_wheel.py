@@ -25,6 +25,8 @@ gate = Threshold(Space.of(model, "weight", layers="top-half"))
 run = find(model, tok, gate, Cloze(read_facts("pocket", "MadeOf")), steps=5, progress=False)
 assert run.done and .4 < run.mask.density < .6
 load("pocket-gpt2")
+from subnet_explorer.recipes.papers import paper_file, paper_files
+assert len(paper_files()) > 20 and paper_file("papers:lamp-table2-bert").is_relative_to(inside)
 from subnet_explorer.measure.maps import generate
 from subnet_explorer.measure.patterns import classifier
 assert classifier()(generate(5, seed=0).maps)[2] == "diagonal"
@@ -63,12 +65,14 @@ def test_the_wheel_is_complete_and_works_alone(tmp_path):
     assert wheel.name.startswith(f"{lib}-{ini['DEFAULT']['version']}-py3-none-any")
     pocket = source / "data/pocket"
     world = {f"{lib}/pocket_world/{p.relative_to(pocket)}" for p in pocket.rglob("*") if p.is_file()}
+    papers = {f"{lib}/paper_files/{p.name}" for p in (source / "data/papers").glob("*.yaml")}
+    assert papers and papers <= names
     own = {str(p.relative_to(source)) for p in (source / lib).rglob("*") if p.is_file()}
     assert {f"{lib}/pocket_world/{file}" for file in WORLD} <= world <= names
     assert {f"{lib}/py.typed", f"{lib}/__init__.py", f"{lib}/cli.py"} <= own <= names
     assert {f"{lib}/{folder}/__init__.py" for folder in FOLDERS} <= own
     assert any(n.startswith(f"{lib}/static/") for n in own)
-    rest = {n for n in names - own - world if ".dist-info/" not in n}
+    rest = {n for n in names - own - world - papers if ".dist-info/" not in n}
     assert not rest, f"more than was asked for: {sorted(rest)[:10]}"
     foreign = {"tests", "nbs", "benchmarks", "__pycache__"}
     assert not [n for n in names if n.endswith(".ipynb") or foreign & set(n.split("/"))]

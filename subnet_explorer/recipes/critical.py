@@ -38,6 +38,8 @@ from ..search.find import find
 from ..search.gates import Concrete
 from ..search.objectives import Cloze, Density, Kept, Objective, Ramp
 from ..search.score import attribution, magnitude
+from .cost import critical_cost
+from .papers import CRITICAL
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
@@ -215,7 +217,8 @@ POCKET = {"steps": 600, "lr": 0.1, "weights": {"suppress": 0.2}, "density_weight
 "Settings that suit the pocket models."
 
 # %% ../../nbs/recipes/08_critical.ipynb #2835e27c
-@recipe("Knowledge-critical subnetworks", "Bayazit et al. 2024, arXiv 2310.03084", read=read_material, pocket=POCKET)
+@recipe("Knowledge-critical subnetworks", "Bayazit et al. 2024, arXiv 2310.03084", read=read_material, pocket=POCKET,
+        clauses=CRITICAL, cost=critical_cost)
 def critical(
     model: nn.Module,
     tok: Any,
@@ -230,19 +233,18 @@ def critical(
     weights: Mapping[str, Weight] | None = None,     # of the terms suppress, control, text, express; else 1.5,1,1,0
     density_weights: tuple[Weight, Weight] = (2.0, 3.0),  # weight of the density in the first half, and at the end
     batches: tuple[Count, Count] = (250, 10),        # control facts and texts per step; the target is in every step
-    position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as in the
-                                                     # released code
-    noise: str = "shared",                           # one draw of the mask for all terms of a step, or independent
-                                                     # ones as in the released code
+    position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as released
+    noise: str = "shared",                           # draws of the mask in a step: shared, or independent as published
     sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share of the weights
                                                      # is not critical
     tolerance: Weight = 0.05,                        # the rule: perplexity of control and text changes by no more
                                                      # than this share
-    checks: Count = 20,                              # checkpoints that the rule chooses among
-    seeds: Seeds = (0, 1, 2),                # of the gate's noise and the order of the data
+    checks: Count = 20,                              # checkpoints that the rule chooses among; published: 200
+    seeds: Seeds = (0, 1, 2),                        # of noise and the order of the data; published: 735, 1318, 84
     split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
-    filtered: bool = True,                           # take facts of the target out of the control
+    filtered: bool = True,                           # take facts of the target out of the control; published: no
     random: Natural = 5,                             # random removals of the same size, per seed
+    published: bool = False,                         # what is not given is set as in the paper
     to: str | Path | None = None,                    # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Critical:
@@ -252,7 +254,7 @@ def critical(
     space = granular(model, granularity, layers)
     data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered)
     read = {"target": data.target, "control": data.control.train, "text": text}
-    bench = Bench(identity_of(settings, space, data), to, progress, read)
+    bench = Bench(identity_of(settings, space, data), to, progress, read, settings)
     runs = searched(bench, model, tok, space, data, settings)
     return bench.finished(measured(bench, model, tok, space, data, runs, settings))
 
@@ -269,8 +271,10 @@ SAME = ("granularity", "steps", "lr", "weights", "position", "noise", "sparsity"
 
 def identity_of(settings: Mapping[str, Any], space: Space, data: Material) -> dict[str, Any]:
     "What tells this study from others."
-    made = {"recipe": "critical", "model": str(space.model), "space": space.id, "layers": layer_text(space.layers)}
+    made: dict[str, Any] = {"recipe": "critical", "model": str(space.model), "space": space.id,
+                            "layers": layer_text(space.layers)}
     lists = {"density": list(settings["density_weights"]), "batches": list(settings["batches"])}
+    if settings["published"]: made["published"] = True
     return {**made, **{name: settings[name] for name in SAME}, **lists, "data": data.fingerprint}
 
 

@@ -5,11 +5,11 @@
 # %% ../../nbs/recipes/06_lamp.ipynb #e246ed26
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,15 @@ from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
 from ..search.objectives import Cloze
 from ..tasks.fit import fit, preserved
+from .cost import lamp_cost
+from .papers import LAMP
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['OF_SEEDS', 'SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text',
-           'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'Start', 'conditions',
-           'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections', 'lamp_ablation']
+           'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of', 'Start',
+           'mean_logit', 'conditions', 'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections',
+           'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,8 @@ def read_questions(
     return {"facts": frequent(answerable(found, tok), at_least) if at_least else found}
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a21a53fa
-@recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions)
+@recipe("Relation-specific subnetworks", "Ren & Zhu 2022, Findings of NAACL", read=read_questions, clauses=LAMP,
+        cost=lamp_cost)
 def lamp(
     model: nn.Module,
     tok: Any,
@@ -186,18 +190,21 @@ def lamp(
     *,
     layers: str | Sequence[int] = "top-half",     # one-based and inclusive, e.g. 4-6
     method: str = "deterministic",                # kind of pruning: deterministic or stochastic
-    sparsity: PartShare = 0.5,                    # share of weights removed at first, and roughly at the end
+    sparsity: PartShare = 0.5,                    # share of weights removed at first, and roughly at the end;
+                                                  # published: 0.5, of stochastic about 0.3
     steps: Count = 400,                           # of the optimizer, per relation and seed
-    lr: Positive = 0.01,                          # peak learning rate of the mask logits
+    epochs: Positive | None = None,               # instead of steps; published: 6
+    lr: Positive = 0.01,                          # peak learning rate of the mask logits; published: 3e-4
     batch: Count = 32,                            # prompts per step
-    clip: Positive | None = None,                 # largest norm of the gradient
-    seeds: Seeds = (0,),                  # of initialisation and data order
+    clip: Positive | None = None,                 # largest norm of the gradient; published: 5
+    seeds: Seeds = (0,),                          # of initialisation and data order; published: three
     split_seed: Seed = 0,                         # of the 7:2:1 split
     shared_init: bool = True,                     # one initialisation for all relations; if not, one each, as
                                                   # published
     random: Natural = 5,                          # random masks of the same size, per relation
     mismatched: bool = True,                      # every relation also under the masks of all others
     fine_tuned: bool = False,                     # also fine-tune the whole model per relation: 100 steps, lr 3e-4
+    published: bool = False,                      # what is not given is set as in the paper
     to: str | Path | None = None,                 # folder for runs and tables
     progress: bool = True,
 ) -> LampStudy:
@@ -208,16 +215,21 @@ def lamp(
     data, space = split(usable, split_seed), Space.of(model, "weight", layers=layers)
     start = Start(space, method, sparsity, shared_init, usable.relations)
     start.gate(usable.relations[0], seeds[0])      # anything wrong with the settings shows before a folder is made
-    bench = Bench(identity_of(settings, space, data), to, progress, {"facts": usable})
+    bench = Bench(identity_of(settings, space, data), to, progress, {"facts": usable}, settings)
     runs = searched(bench, model, tok, data, start, settings)
     return bench.finished(measured(bench, model, tok, usable, data, start, runs, settings))
 
 # %% ../../nbs/recipes/06_lamp.ipynb #779f1aad
 def identity_of(settings: Mapping[str, Any], space: Space, data: Split) -> dict[str, Any]:
     "What tells this study from others."
-    kept = {name: value for name, value in settings.items() if name not in ("layers", "split_seed")}
+    kept = {name: value for name, value in settings.items() if name not in ("layers", "split_seed", *_LATER)}
+    later = {name: settings[name] for name in _LATER if settings[name]}
     made = {"recipe": "lamp", "model": str(space.model), "space": space.id, "split": data.hash}
-    return {**made, **kept, "layers": layer_text(space.layers), "seeds": list(settings["seeds"])}
+    return {**made, **kept, **later, "layers": layer_text(space.layers), "seeds": list(settings["seeds"])}
+
+
+_LATER = ("epochs", "published")
+"Settings that came later: recorded where they are used."
 
 
 def searched(
@@ -225,19 +237,27 @@ def searched(
 ) -> dict[tuple[str, int], Run]:
     "A finished search for every relation and seed."
     cache: dict[Any, Any] = {}      # prompts are read once
-    training = {name: settings[name] for name in ("steps", "lr", "batch", "clip")}
+    training = {name: settings[name] for name in ("lr", "batch", "clip")}
 
     def search(labels: dict[str, Any]) -> Run:
         r, seed = labels["task"], labels["seed"]
+        steps, every = steps_of(settings, len(data.train[r]))
         return find(
-            model, tok, start.gate(r, seed), Cloze(data.train[r]), **training, seed=seed,
-            monitor=Precision(data.dev[r]), every=max(1, settings["steps"] // 8),
+            model, tok, start.gate(r, seed), Cloze(data.train[r]), steps=steps, **training, seed=seed,
+            monitor=Precision(data.dev[r]), every=every,
             to=bench.store, labels=labels, cache=cache, progress=bench.line,
         )
 
     cells = [{"task": r, "seed": seed} for seed in settings["seeds"] for r in start.relations]
     runs = bench.work("relation", cells, search)
     return {(cell["task"], cell["seed"]): run for cell, run in zip(cells, runs, strict=True)}
+
+
+def steps_of(settings: Mapping[str, Any], n: int) -> tuple[int, int]:      # n: training facts of the relation
+    "Steps of a search, and how many between two looks at the development facts: an eighth of them, or an epoch."
+    if settings["epochs"] is None: return settings["steps"], max(1, settings["steps"] // 8)
+    epoch = math.ceil(n / settings["batch"])
+    return math.ceil(settings["epochs"] * epoch), epoch
 
 # %% ../../nbs/recipes/06_lamp.ipynb #035f6d28
 @dataclass(frozen=True)
@@ -253,12 +273,23 @@ class Start:
         "A new gate for one relation and seed."
         own = seed if self.shared else 1000 * (seed + 1) + list(self.relations).index(relation)
         if self.method == "deterministic": return Threshold(self.space, self.sparsity, seed=own)
-        return Concrete(self.space, mean=-NormalDist().inv_cdf(self.sparsity), temperature=0.1, seed=own)
+        return Concrete(self.space, mean=mean_logit(1 - self.sparsity), temperature=0.1, seed=own)
 
     def masks(self, seeds: Sequence[int]) -> dict[int, Mask]:
         "The common initial mask of each seed; none where there is no such mask."
         if not self.shared or self.method != "deterministic": return {}
         return {seed: self.gate(self.relations[0], seed).harden() for seed in seeds}
+
+
+def mean_logit(kept: float) -> float:      # 0…1
+    "The mean at which normal logits of deviation 1 keep a share in expectation, the mean of their sigmoids."
+    at, weight = np.polynomial.hermite_e.hermegauss(60)
+    def expected(mean: float) -> float: return float((weight / (1 + np.exp(-(at + mean)))).sum() / weight.sum())
+    low, high = -40.0, 40.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if expected(middle) > kept else (middle, high)
+    return -0.0 if kept == 0.5 else middle      # minus: so it stands in the runs there are
 
 # %% ../../nbs/recipes/06_lamp.ipynb #9abf0a1b
 def conditions(

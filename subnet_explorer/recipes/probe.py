@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +16,46 @@ import pandas as pd
 from torch import nn
 
 from subnet_explorer.recipes.probes import (
+    BASELINES,
+    EXTRAS,
     SOURCE,
     TASKS,
     Cell,
     ProbeSetting,
     attention_soft,
     check_codable,
+    named,
+    plan,
     published,
+    read_sentences,
     run_cell,
+    steps_of,
     unseen,
 )
 
 from ..core.compare import placement
-from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, write_json
 from ..core.intervals import student_interval
-from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
 from ..core.pairs import Pairs
 from ..core.run import Run
-from ..core.space import granular, grid, model_id
-from ..data.sentences import Sentence, fitting, read_conllu, read_ner
+from ..data.sentences import Sentence
 from ..look import curves, masks as mask_figures
-from ..search.objectives import fingerprint_of
-from ..tasks.controls import RESET_RULES, RESETS
-from .study import Bench, Section, Study, few_note, recipe
+from ..tasks.controls import RESET_RULES
+from .cost import probe_cost
+from .papers import PROBE
+from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
-           'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
-           'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
-           'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
+__all__ = ['POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing', 'probe', 'check_study',
+           'measured', 'kept_cell', 'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre',
+           'notes', 'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
            'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
-BASELINES = ("mlp", "linear", "finetune", "reset")
-"What stands beside the subnetwork probe."
-
-EXTRAS = ("control", "code")
-"What can be asked of the probes besides."
-
-
 @dataclass(frozen=True, kw_only=True)
 class Probing(Study):
     "What `probe` found and measured; masks have the labels probe, granularity, lam and seed."
@@ -110,31 +104,9 @@ POCKET: dict[str, Any] = {
 }
 "Settings that suit the pocket models."
 
-
-@checked
-def read_sentences(
-    model: nn.Module,
-    tok: Any,
-    *,
-    task: str,                        # pos, dep or ner
-    train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
-                                      # "pocket", "pocket-gaps", or datasets:NAME
-    dev: str,                         # sentences to report on: likewise
-    limit_train: Count | None = None,  # at most so many sentences to learn from
-    limit_dev: Count | None = None,   # at most so many sentences to report on
-    longest: Count = 128,             # longer sentences, in words, are left out and counted
-    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
-) -> dict[str, Any]:
-    "Read the sentences of a study as a shell names them."
-    check_names([task], TASKS, "task")
-    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
-    learn, lost = fitting(read(train, part="train"), tok, longest)
-    report, less = fitting(read(dev, part="dev"), tok, longest)
-    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
-            "left_out": {"train": lost, "dev": less}}
-
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
-@recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET)
+@recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET,
+        clauses=PROBE, cost=probe_cost)
 def probe(
     model: nn.Module,
     tok: Any,
@@ -149,29 +121,29 @@ def probe(
     baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
                                                       # many bits tell the labels (pos, ner)
     steps: Count = 2000,                              # of every probe
+    epochs: Positive | None = None,                   # instead of steps; published: 30
     lr: Positive = 0.2,                               # of the mask logits
     head_lr: Positive = 5e-5,                         # of heads and MLP probes
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
     batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
-    init: str | None = None,                          # rule by which weights are drawn anew: architecture, or
-                                                      # framework as published
-    published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
-                                                      # constant learning rates, framework resets
-    seeds: Seeds = (0,),                      # of heads, masks and resets
+    init: str | None = None,                          # how weights are drawn anew: architecture; published: framework
+    published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
+    seeds: Seeds = (0,),                              # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Probing:
     "Probe a model by subnetworks, with baselines and controls (Cao, Sanh & Rush 2021)."
-    init, seeds, parser = init or RESET_RULES[published], list(seeds), dict(parser or {})
+    init, seeds, parser = init or RESET_RULES[0], list(seeds), dict(parser or {})
+    asked, steps = settings_of(probe, locals()), steps_of(steps, epochs, batch, len(train))
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = named(model, granularity, published)
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}})
+    bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -191,60 +163,6 @@ def check_study(
         raise SubnetError("give at least one granularity, one lambda and one rank.")
     if not len(train): raise SubnetError("there is nothing to learn from: no sentence was given.")
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
-
-
-def identity_of(s: ProbeSetting) -> dict[str, Any]:
-    "What tells this study from others; its sweeps may grow."
-    model = str(model_id(s.model, layout_of(s.model)))
-    config = {"recipe": "probe", "model": model, "task": s.task, "train": fingerprint_of(s.train),
-              "dev": fingerprint_of(s.dev), "init": s.init, "parser": dict(s.parser), **s.training}
-    return {**config, "published": True} if s.published else config
-
-# %% ../../nbs/recipes/10_probe.ipynb #2a927962
-def named(model: nn.Module, granularity: Sequence[str], published: bool = False) -> list[str]:
-    "Granularities, the grid written out, each once; published: blocks are strided."
-    names = [name for g in granularity for name in (grid(model, published) if g == "grid" else [g])]
-    if published:
-        d = layout_of(model).hidden
-        blocks = {"neuron": f"{d}x1", "matrix": f"{d}x{d}"}
-        names = [blocks.get(name, name) for name in names]
-        names = [f"{name}-strided" if re.fullmatch(r"\d+x\d+", name) else name for name in names]
-    for name in dict.fromkeys(names): granular(model, name)
-    return list(dict.fromkeys(names))
-
-
-def plan(
-    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str],
-    seeds: Sequence[int],
-) -> list[Cell]:
-    "The cells of a study."
-    return [cell for seed in seeds for cell in _of_seed(granularity, lambdas, ranks, baselines, seed)]
-
-# %% ../../nbs/recipes/10_probe.ipynb #61fbd5f4
-def _of_seed(
-    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seed: int,
-) -> list[Cell]:
-    main: dict[str, Any] = {"granularity": granularity[0], "lam": lambdas[0]}
-    more: list[Cell] = []
-    cells = [Cell("subnetwork", seed, g, lambdas[0]) for g in granularity]
-    cells += [Cell("subnetwork", seed, granularity[0], lam) for lam in lambdas[1:]]
-    if "mlp" in baselines: cells += [Cell("mlp", seed, rank=rank) for rank in ranks]
-    cells += [Cell(probe, seed) for probe in ("linear", "finetune") if probe in baselines]
-    if "reset" in baselines:
-        cells += [Cell(f"subnetwork_reset_{w}", seed, **main) for w in RESETS]
-        if "mlp" in baselines: cells += [Cell(f"mlp_reset_{w}", seed, rank=ranks[0]) for w in RESETS]
-    for aim in EXTRAS:
-        if aim in baselines: more += [replace(cell, aim=aim) for cell in cells if _asked(cell, aim, main, ranks)]
-    return cells + more
-
-
-def _asked(cell: Cell, aim: str, main: Mapping[str, Any], ranks: Sequence[int]) -> bool:
-    "Whether a cell is a main one of which something else is asked."
-    if (cell.granularity, cell.lam) not in ((main["granularity"], main["lam"]), ("", 0.0)): return False
-    if cell.rank not in (0, ranks[0]): return False
-    of = ["subnetwork", "mlp", "linear"]
-    if aim == "code": of += [f"subnetwork_reset_{w}" for w in RESETS]
-    return cell.probe in of
 
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
 def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:

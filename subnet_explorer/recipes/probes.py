@@ -5,10 +5,12 @@
 # %% ../../nbs/recipes/09_probes.ipynb #4b135e06
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,25 +19,29 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import layout_of
+from ..core.numbers import Count
 from ..core.run import Run
 from ..core.scores import Scores
-from ..core.space import granular, spread
+from ..core.space import granular, grid, model_id, spread
 from ..core.store import Store
-from ..data.sentences import GAP
+from ..data.sentences import GAP, fitting, read_conllu, read_ner
 from ..measure.metrics import predict, task_scores
 from ..model.apply import evaluating, masked
 from ..search.find import find
 from ..search.gates import HardConcrete
-from ..search.objectives import Density, Ramp, Task
+from ..search.objectives import Density, Ramp, Task, fingerprint_of
 from ..tasks.controls import RESETS, control_labels, reset
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import EntityTagger, Tagger, TaskHead
 from ..tasks.parser import Parser
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft', 'Cell', 'ProbeSetting',
-           'run_cell', 'trained', 'online_code', 'check_codable', 'published']
+__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft',
+           'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'read_sentences', 'named',
+           'steps_of', 'plan', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
 TASKS: dict[str, str] = {
@@ -155,6 +161,13 @@ class ProbeSetting:
     known: Sequence[Any] | None = field(default=None, repr=False)      # sentences that tell the labels; None: those
                                                                        # to learn from
 
+    def identity(self) -> dict[str, Any]:
+        "What tells a study from others; its sweeps may grow."
+        model = str(model_id(self.model, layout_of(self.model)))
+        config = {"recipe": "probe", "model": model, "task": self.task, "train": fingerprint_of(self.train),
+                  "dev": fingerprint_of(self.dev), "init": self.init, "parser": dict(self.parser), **self.training}
+        return {**config, "published": True} if self.published else config
+
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
         tell = self.train if self.known is None else self.known
@@ -215,7 +228,8 @@ def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progre
     fit(
         s.model, s.tok, Task(s.train, head), steps=t["steps"], lr=t["tune_lr"], head_lr=t["head_lr"],
         batch=t["batch"], schedule="constant" if s.published else "linear",
-        train="all" if kind == "finetune" else "head", seed=cell.seed, keep="last", progress=progress,
+        dropout=s.published and kind == "finetune", train="all" if kind == "finetune" else "head",
+        seed=cell.seed, keep="last", progress=progress,
     )
 
 
@@ -275,6 +289,87 @@ def _bits(s: ProbeSetting, head: Any, sentences: Sequence[Any], under: Any) -> f
     logprob = torch.from_numpy(said).double().log_softmax(-1)
     gold = torch.tensor([label for c in coded for label in c[2]])[:, None]
     return float(-logprob.gather(1, gold).sum() / np.log(2))
+
+# %% ../../nbs/recipes/09_probes.ipynb #d49d9d91
+@checked
+def read_sentences(
+    model: nn.Module,
+    tok: Any,
+    *,
+    task: str,                        # pos, dep or ner
+    train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
+                                      # "pocket", "pocket-gaps", or datasets:NAME
+    dev: str,                         # sentences to report on: likewise
+    limit_train: Count | None = None,  # at most so many sentences to learn from
+    limit_dev: Count | None = None,   # at most so many sentences to report on
+    longest: Count = 128,             # longer sentences, in words, are left out and counted
+    lenient: bool = False,            # leave out, and count, broken sentences of a CoNLL-U file
+) -> dict[str, Any]:
+    "Read the sentences of a study as a shell names them."
+    check_names([task], TASKS, "task")
+    read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
+    learn, lost = fitting(read(train, part="train"), tok, longest)
+    report, less = fitting(read(dev, part="dev"), tok, longest)
+    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
+            "left_out": {"train": lost, "dev": less}}
+
+# %% ../../nbs/recipes/09_probes.ipynb #56b41c10
+def named(model: nn.Module, granularity: Sequence[str], published: bool = False) -> list[str]:
+    "Granularities, the grid written out, each once; published: blocks are strided."
+    names = [name for g in granularity for name in (grid(model, published) if g == "grid" else [g])]
+    if published:
+        d = layout_of(model).hidden
+        blocks = {"neuron": f"{d}x1", "matrix": f"{d}x{d}"}
+        names = [blocks.get(name, name) for name in names]
+        names = [f"{name}-strided" if re.fullmatch(r"\d+x\d+", name) else name for name in names]
+    for name in dict.fromkeys(names): granular(model, name)
+    return list(dict.fromkeys(names))
+
+# %% ../../nbs/recipes/09_probes.ipynb #8806c20f
+BASELINES = ("mlp", "linear", "finetune", "reset")
+"What stands beside the subnetwork probe."
+
+EXTRAS = ("control", "code")
+"What can be asked of the probes besides."
+
+
+def steps_of(steps: int, epochs: float | None, batch: int, n: int) -> int:      # n: sentences to learn from
+    "Steps of every probe: as many as were asked for, or epochs of whole batches, as published."
+    return steps if epochs is None else max(1, round(epochs * max(1, n // batch)))
+
+
+def plan(
+    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    "The cells of a study."
+    return [cell for seed in seeds for cell in _of_seed(granularity, lambdas, ranks, baselines, seed)]
+
+# %% ../../nbs/recipes/09_probes.ipynb #b3d376cd
+def _of_seed(
+    granularity: Sequence[str], lambdas: Sequence[float], ranks: Sequence[int], baselines: Sequence[str], seed: int,
+) -> list[Cell]:
+    main: dict[str, Any] = {"granularity": granularity[0], "lam": lambdas[0]}
+    more: list[Cell] = []
+    cells = [Cell("subnetwork", seed, g, lambdas[0]) for g in granularity]
+    cells += [Cell("subnetwork", seed, granularity[0], lam) for lam in lambdas[1:]]
+    if "mlp" in baselines: cells += [Cell("mlp", seed, rank=rank) for rank in ranks]
+    cells += [Cell(probe, seed) for probe in ("linear", "finetune") if probe in baselines]
+    if "reset" in baselines:
+        cells += [Cell(f"subnetwork_reset_{w}", seed, **main) for w in RESETS]
+        if "mlp" in baselines: cells += [Cell(f"mlp_reset_{w}", seed, rank=ranks[0]) for w in RESETS]
+    for aim in EXTRAS:
+        if aim in baselines: more += [replace(cell, aim=aim) for cell in cells if _asked(cell, aim, main, ranks)]
+    return cells + more
+
+
+def _asked(cell: Cell, aim: str, main: Mapping[str, Any], ranks: Sequence[int]) -> bool:
+    "Whether a cell is a main one of which something else is asked."
+    if (cell.granularity, cell.lam) not in ((main["granularity"], main["lam"]), ("", 0.0)): return False
+    if cell.rank not in (0, ranks[0]): return False
+    of = ["subnetwork", "mlp", "linear"]
+    if aim == "code": of += [f"subnetwork_reset_{w}" for w in RESETS]
+    return cell.probe in of
 
 # %% ../../nbs/recipes/09_probes.ipynb #20776e5e
 SOURCE = "published, Cao et al. 2021, one run each, BERT-base on UD English, CoNLL-2003"

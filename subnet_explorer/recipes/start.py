@@ -26,11 +26,16 @@ from subnet_explorer.recipes.options import (
 )
 
 from ..core.errors import SubnetError
+from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
+from ..core.run import check_empty
+from .clauses import filled
+from .papers import PAPERS, paper_file
 from .study import Recipe, Study, find_recipe
 
 # %% auto #0
-__all__ = ['place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'order', 'order_from_file', 'usable_device']
+__all__ = ['place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'order', 'order_from_file', 'already', 'plan_text',
+           'usable_device']
 
 # %% ../../nbs/recipes/03_start.ipynb #74192cd2
 def place(
@@ -78,6 +83,17 @@ class Order:
         "Load the model, read the data, make the study and, if asked, its report."
         with waiting(self.values["wait"]): return self._made()
 
+    def plan(self) -> dict[str, Any]:
+        "What it would do and cost, and what is already there; no model is loaded, and no folder made."
+        v, out = self.values, Path(self.values["out"])
+        usable_device(v["device"])
+        data = {} if self.recipe.read is None else self._of(self.recipe.read)
+        work = [] if self.recipe.cost is None else self.recipe.cost(v)
+        return {"recipe": self.recipe.name, "model": v["model"], "published": bool(v.get("published")),
+                "data": {name: value for name, value in data.items() if value not in (None, False)},
+                "work": [part.to_json() for part in work], "text": [str(part) for part in work],
+                "out": str(out), "there": already(out)}
+
     def _made(self) -> Study:
         from subnet_explorer.model.load import load
         v = self.values
@@ -104,18 +120,45 @@ def order(
     options, parser = recipe_options(recipe), recipe_parser(recipe)
     file = from_file(options, parser, written or {})
     typed = from_shell(options, parser, words)
-    model = str({**file, **typed}.get("model", ""))
-    usual = recipe.pocket if model.startswith("pocket-") else {}
-    return Order(recipe, completed(options, usual, file, typed))
+    asked = {**file, **typed}
+    usual = recipe.pocket if str(asked.get("model", "")).startswith("pocket-") else {}
+    published = filled(recipe.clauses, asked) if asked.get("published") else {}
+    return Order(recipe, completed(options, usual, published, file, typed))
 
 
-def order_from_file(path: str | Path, words: Sequence[str] = ()) -> Order:
-    "An order as a file says it, and the shell over it."
-    values = read_yaml(path)
+def order_from_file(
+    path: str | Path,               # or papers:NAME
+    words: Sequence[str] = (),      # of a shell
+) -> Order:
+    "An order as a file, or a ready one by name, says it, and the shell over it."
+    values = read_yaml(paper_file(str(path)) if str(path).startswith(PAPERS) else path)
     name = values.pop("recipe", None)
     if not isinstance(name, str):
         raise BadSetting(f"{path} does not say which recipe to run: add a line such as recipe: lamp.")
     return order(find_recipe(name), words, values)
+
+# %% ../../nbs/recipes/03_start.ipynb #58e8805e
+def already(out: Path) -> dict[str, Any]:      # runs, finished, results, report
+    "What there is of a study in its folder; raise `OtherRun` where something else lies there."
+    if not (out / STUDY).exists(): check_empty(out, "study", STUDY)
+    runs = kept_runs(out) if (out / STUDY).exists() else []
+    return {"study": (out / STUDY).exists(), "runs": len(runs), "finished": sum(run.done for run in runs),
+            "results": (out / "results.json").exists(), "report": (out / "report.html").exists()}
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
+    "What an order would do, for people."
+    data = ", ".join(f"{name} {_plain(value)}" for name, value in plan["data"].items())
+    lines = [f"{plan['recipe']} of {plan['model']}" + (", as published" if plan["published"] else ""), f"data: {data}"]
+    lines += plan["text"] or ["this recipe does not say what it costs."]
+    there = plan["there"]
+    if not there["study"]: return "\n".join([*lines, f"out: {plan['out']}, where nothing is yet"])
+    also = [name for name in ("results", "report") if there[name]]
+    found = f"{there['finished']} of {there['runs']} runs are finished" + "".join(f", {name} written" for name in also)
+    return "\n".join([*lines, f"out: {plan['out']}, where {found}"])
+
+
+def _plain(value: Any) -> str: return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 # %% ../../nbs/recipes/03_start.ipynb #e63c59b6
 def usable_device(name: str) -> str:

@@ -5,6 +5,7 @@
 # %% ../../nbs/recipes/01_study.ipynb #4da114f4
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -14,10 +15,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
+
+from subnet_explorer.recipes.clauses import (
+    Clause,
+    Departure,
+    clauses_html,
+    departure_table,
+    departures,
+    filled,
+    remaining,
+)
 
 from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
 from ..core.doors import checked
@@ -34,11 +45,14 @@ from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
 
+if TYPE_CHECKING:
+    from subnet_explorer.recipes.cost import Work
+
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
-           'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'printed', 'remark_sections',
-           'TwoRecipes', 'Recipe', 'recipe', 'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'folder_or_scratch',
-           'settings_of', 'labelled_cells']
+           'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'said_of_paper', 'printed',
+           'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published', 'all_recipes', 'find_recipe', 'Bench',
+           'shared_work', 'folder_or_scratch', 'differing_from_paper', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -74,6 +88,7 @@ class Findings:
                                                               # nothing
     folder: Path | None = None                                # where runs and tables are kept, if anywhere
     notes: tuple[str, ...] = ()                               # what a reader of the numbers must be told
+    departures: tuple[Departure, ...] = ()                    # in which points it differs from the paper
 
     @property
     def recipe(self) -> Recipe:
@@ -175,7 +190,7 @@ def save_study(study: Study, folder: Path) -> Path:
 
 def study_html(study: Study) -> Html:
     "What a notebook shows, with what a reader must be told."
-    notes = Html("").join(Html("<p>{}</p>").format(note) for note in study.notes)
+    notes = Html("").join(Html("<p>{}</p>").format(note) for note in [*study.notes, *said_of_paper(study)])
     return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(study.html(), notes)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
@@ -233,7 +248,15 @@ def _left_out_note(name: Any, rows: pd.DataFrame) -> str:
 def remarks(study: Study) -> dict[str, Any]:
     "Notes and what was left out, as `results.json` says them; a recipe may say either in its own way."
     out: dict[str, Any] = {"notes": list(study.notes)} if study.notes else {}
+    if study.departures: out["departures"] = departure_table(study.departures)
     return {**out, "left_out": study.tables["left_out"]} if "left_out" in study.tables else out
+
+
+def said_of_paper(study: Study) -> list[str]:
+    "In which points a study that was made as published still differs, in one sentence."
+    if not study.config.get("published"): return []
+    names = ", ".join(dict.fromkeys(d.name for d in study.departures))
+    return [f"As published, but for {names}." if names else "As published."]
 
 
 def printed(study: Study) -> str:
@@ -241,14 +264,16 @@ def printed(study: Study) -> str:
     rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
     by_relation = rows[rows.of != ""]
     table = [] if by_relation.empty else ["left out, by relation:\n" + by_relation.to_string(index=False)]
-    return "\n\n".join([study.shown(), *study.notes, *table])
+    return "\n\n".join([study.shown(), *study.notes, *said_of_paper(study), *table])
 
 
 def remark_sections(study: Study) -> list[Section]:
     "Notes and what was left out, for the report."
     rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
     notes = [pd.DataFrame({"note": study.notes})] if study.notes else []
-    return [("To be known", "", notes), ("Left out", "", [rows] if len(rows) else [])]
+    differs = [departure_table(study.departures)] if study.departures else []
+    return [("To be known", "", notes), ("Left out", "", [rows] if len(rows) else []),
+            ("Beside the paper", " ".join(said_of_paper(study)), differs)]
 
 # %% ../../nbs/recipes/01_study.ipynb #5a67597f
 class TwoRecipes(SubnetError):
@@ -268,10 +293,24 @@ class Recipe:
     paper: str                                                       # authors, year, where to find it
     read: Callable[..., Mapping[str, Any]] | None = None             # (model, tok, *, options) -> data for `run`
     pocket: Mapping[str, Any] = field(default_factory=dict)          # settings that suit the pocket models
+    clauses: Sequence[Clause] = ()                                   # where its defaults differ from the paper
+    cost: Callable[[Mapping[str, Any]], Sequence[Work]] | None = None      # what it does, from all settings
 
-    def __repr__(self) -> str: return visible(f"Recipe({self.name}: {self.title}; {self.paper})")
+    @property
+    def departures(self) -> tuple[str, ...]:
+        "What differs from the paper even with `published=True`."
+        return remaining(self.clauses)
 
+    def __repr__(self) -> str:
+        still = f"; published=True leaves {', '.join(self.departures)}" if self.departures else ""
+        return visible(f"Recipe({self.name}: {self.title}; {self.paper}{still})")
 
+    def _repr_html_(self) -> str:
+        "Title, paper, and where the defaults differ from it."
+        table = clauses_html(self.clauses) if self.clauses else ""
+        return Html("<b>{}</b>, {}{}").format(self.title, self.paper, table)
+
+# %% ../../nbs/recipes/01_study.ipynb #ee280623
 RECIPES: dict[str, Recipe] = {}
 "Registered recipes by name."
 F = TypeVar("F", bound=Callable[..., Study])
@@ -283,18 +322,34 @@ def recipe(
     *,
     read: Callable[..., Mapping[str, Any]] | None = None,            # (model, tok, *, options) -> data; None: no data
     pocket: Mapping[str, Any] | None = None,                         # settings that suit the pocket models
+    clauses: Sequence[Clause] = (),                                  # where its defaults differ from the paper
+    cost: Callable[[Mapping[str, Any]], Sequence[Work]] | None = None,     # what it does, from all settings
 ) -> Callable[[F], F]:
     "Register a function under its own name, with its numbers checked; raise `TwoRecipes` if another has the name."
     def register(run: F) -> F:
-        run = given_back(checked(run))
+        run = as_published(given_back(checked(run)), clauses)
         known = RECIPES.get(run.__name__)
         if known is not None and run.__module__ != "__main__" and _place(known.run) != _place(run):
             raise TwoRecipes(f"{_place(run)} and {_place(known.run)} are both called {run.__name__!r}: rename one of "
                              "them.")
         run = checked(run)
-        RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, dict(pocket or {}))
+        usual = dict(pocket or {})
+        RECIPES[run.__name__] = Recipe(run.__name__, run, title, paper, read, usual, tuple(clauses), cost)
         return run
     return register
+
+
+def as_published(run: F, clauses: Sequence[Clause]) -> F:
+    "Let `published=True` fill the settings of a function that were not given."
+    if not clauses: return run
+    known = {name for name, p in inspect.signature(run).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @functools.wraps(run)
+    def call(*given: Any, **named: Any) -> Any:
+        if named.get("published"): named = filled([c for c in clauses if c.setting in known], named)
+        return run(*given, **named)
+    call.__kwdefaults__ = getattr(run, "__kwdefaults__", None)      # type: ignore[attr-defined]
+    return cast(F, call)
 
 
 def _place(function: Callable[..., Any]) -> str: return f"{function.__module__}.{function.__qualname__}"
@@ -320,6 +375,7 @@ class Bench:
     to: str | Path | None = None               # its folder; None keeps everything in memory
     progress: bool = True
     data: Mapping[str, Any] = field(default_factory=dict)      # by name; what reading left out of it is counted
+    asked: Mapping[str, Any] = field(default_factory=dict)     # all settings; where they differ from the paper is said
 
     def __post_init__(self) -> None:
         self.store: Store | None = open_study(self.to, self.config)
@@ -355,7 +411,7 @@ class Bench:
 
     def finished(self, study: S) -> S:
         "The study with what was left out of its data, written into its folder if it keeps one."
-        study = replace(with_remarks(study, self.data), seconds=self.seconds)
+        study = replace(with_remarks(study, self.data), seconds=self.seconds, departures=differing_from_paper(self))
         if study.folder: study.save(study.folder)
         if self.folder: tidy_leases(self.folder)
         return study
@@ -389,6 +445,12 @@ def _tried(
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
     return scratch() if to is None else nullcontext(to)
+
+
+def differing_from_paper(bench: Bench) -> tuple[Departure, ...]:
+    "In which points a study differs from its paper."
+    clauses = find_recipe(bench.config["recipe"]).clauses if bench.asked else ()
+    return departures(clauses, bench.asked, bench.data)
 
 # %% ../../nbs/recipes/01_study.ipynb #4a22eb29
 def settings_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,16 +43,18 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
+from .cost import tamt_cost
+from .papers import TAMT
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_running_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT',
-           'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of', 'config_of',
-           'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks', 'summary',
-           'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix', 'tamt_results',
-           'tamt_sections']
+__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT',
+           'WAY_TEXT', 'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of',
+           'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks',
+           'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix',
+           'tamt_results', 'tamt_sections']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +112,18 @@ class Tamt(Study):
 POCKET = {"steps": 1000, "lr": 2e-4, "batch": 32,
           "tuning": {"epochs": 4, "lr": 1e-3, "head_lr": 1e-3, "batch": 32}}
 "Settings that suit the pocket models."
+HOW: dict[str, Any] = {"read": read_running_text, "pocket": POCKET, "clauses": TAMT, "cost": tamt_cost}
+"What else is known of the recipe."
 
 # %% ../../nbs/recipes/12_tamt.ipynb #07cadb83
-@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", read=read_running_text, pocket=POCKET)
+@recipe("Task-agnostic subnetworks", "Liu et al. 2022, arXiv 2204.11218", **HOW)
 def tamt(
     model: nn.Module,
     tok: Any,
     text: Sequence[str] | Blocks,                # pre-training text: sentences, or `texts.read_blocks`
     dev: Sequence[str] | Blocks,                 # held-out text
     *,
-    densities: Sequence[SomeShare] = (0.5, 0.3),  # shares of weights kept
+    densities: Sequence[SomeShare] = (0.5, 0.3), # shares of weights kept; published: 0.5, 0.4, 0.3, 0.2, 0.1
     methods: Sequence[str] = METHODS,            # ways to find a mask
     steps: Count = 20_000,                       # of mask training; published: 27,920
     lr: Positive = 5e-5,                         # of the mask scores
@@ -138,10 +142,11 @@ def tamt(
     matched: bool = False,                       # as published: masks after as many steps as imp takes to the density
     snapshots: Sequence[Natural] | Natural = 5,  # masks on the way: at these steps, or so many, evenly
     along: bool = False,                         # fine-tune masks on the way, too
-    seeds: Seeds = (0,),                 # of masks
+    seeds: Seeds = (0,),                         # of masks; published: 1, 2, 3
     tasks: Mapping[str, TaskData] | None = None, # to fine-tune on
-    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3,lr=2e-5; the rest as published
-    tuning_seeds: Seeds = (0, 1, 2),     # of fine-tuning
+    tuning: Mapping[str, Any] | None = None,     # of fine-tuning, e.g. epochs=3; published: with both kinds of dropout
+    tuning_seeds: Seeds = (0, 1, 2),             # of fine-tuning; published: 1, 2, 3
+    published: bool = False,                     # what is not given is set as in the paper
     to: str | Path | None = None,                # folder: the study can be stopped and goes on
     progress: bool = True,
 ) -> Tamt:
@@ -149,9 +154,8 @@ def tamt(
     asked, space = complete(settings_of(tamt, locals())), Space.of(model, "weight", embeddings=embeddings)
     check_study(text, dev, asked, space, densities)
     with folder_or_scratch(to) as folder:
-        bench = _bench(space, text, dev, asked, folder, progress)
-        setting = setting_of(model, tok, text, space, asked, Path(folder))
-        return bench.finished(measured(bench, setting, dev, asked, to is not None))
+        bench = Bench(identity_of(space, text, dev, embeddings), folder, progress, _read(text, dev, asked), asked)
+        return bench.finished(measured(bench, setting_of(model, tok, text, space, asked, Path(folder)), dev, asked, to))
 
 # %% ../../nbs/recipes/12_tamt.ipynb #a296c700
 def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,12 +170,9 @@ def complete(asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../../nbs/recipes/12_tamt.ipynb #61f39139
-def _bench(
-    space: Space, text: Any, dev: Any, asked: Mapping[str, Any], folder: str | Path, progress: bool,
-) -> Bench:
-    "Where the study is made."
-    read = {"text": text, "dev": dev, **asked["tasks"]}
-    return Bench(identity_of(space, text, dev, asked["embeddings"]), folder, progress, read)
+def _read(text: Any, dev: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    "All data of the study by name."
+    return {"text": text, "dev": dev, **asked["tasks"]}
 
 
 def check_study(
@@ -220,15 +221,17 @@ def config_of(bench: Bench, s: TamtSetting, asked: Mapping[str, Any]) -> dict[st
     tuning = {name: tuned_by(task, asked["tuning"]) for name, task in asked["tasks"].items()}
     return {**bench.config, "densities": s.densities, "methods": asked["methods"], **s.search,
             "snapshots": asked["snapshots"], "along": asked["along"], "seeds": asked["seeds"], "tuning": tuning,
-            "tuning_seeds": asked["tuning_seeds"], "teacher": teacher_of(s.teacher).get("teacher")}
+            "tuning_seeds": asked["tuning_seeds"], "teacher": teacher_of(s.teacher).get("teacher"),
+            **({"published": True} if asked["published"] else {})}
 
 # %% ../../nbs/recipes/12_tamt.ipynb #cd4808eb
 Key = tuple[str, float, int]
 "Method, density, seed."
 
 
-def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], kept: bool) -> Tamt:
+def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], to: str | Path | None) -> Tamt:
     "Find, measure, fine-tune, collect."
+    kept = to is not None
     made = found_masks(bench, s, asked)
     losses = losses_by(bench, s, dev)
     on_the_way = {(*key[:1], density, key[2], step): mask for key, f in made.items() for step, density, mask in f.way}

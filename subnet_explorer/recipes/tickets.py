@@ -40,14 +40,16 @@ from ..search.prune import NoFloor, iterate, matched_controls, random_matched, s
 from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
-from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe
+from .cost import tickets_cost
+from .papers import TICKETS
+from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
 from .tasks import read_tasks
-from .tuning import score_after_training, scored, untrained
+from .tuning import score_after_training, scored, training_of, untrained
 
 # %% auto #0
 __all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
-           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'training_of', 'worked', 'TicketData', 'Tickets',
-           'collected', 'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
+           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'worked', 'TicketData', 'Tickets', 'collected',
+           'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #a974cd4a
 @dataclass(frozen=True)
@@ -223,14 +225,14 @@ def super_runs(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> dict[s
 
 # %% ../../nbs/recipes/07_tickets.ipynb #2b3fea4e
 @recipe("Lottery tickets", "Prasanna, Rogers & Rumshisky 2020, arXiv 2005.00561", read=read_tasks,
-        pocket={"epochs": 4.0, "lr": 1e-3, "batch": 32})
+        pocket={"epochs": 4.0, "lr": 1e-3, "batch": 32}, clauses=TICKETS, cost=tickets_cost)
 def tickets(
     model: nn.Module,
     tok: Any,
     tasks: Mapping[str, TaskData],
     *,
     kind: str = "head+mlp",                  # units: head+mlp, head, mlp, or weight for magnitude pruning
-    seeds: Seeds = (0, 1, 2, 3, 4),  # of heads, order of sentences and dropout
+    seeds: Seeds = (0, 1, 2, 3, 4),          # of heads, order and dropout; published: 1337, 42, 86, 71, 166
     epochs: Positive = 3.0,                  # of fine-tuning
     lr: Positive = 2e-5,                     # peak learning rate of fine-tuning
     batch: Count = 32,                       # sentences per step
@@ -239,25 +241,25 @@ def tickets(
     limit_per_seed: Count | None = None,     # at most so many training sentences, others for every seed
     drop: PartShare = 0.1,                   # share of units removed in one step
     floor: SomeShare = 0.9,                  # share of the full model's score that must be kept
-    mode: str = "example",                   # of importance: example, batch or cumulative
+    mode: str = "example",                   # of importance: example, batch, or cumulative as published
     normalise: str | None = "layer",         # of importance: layer, published, or nothing
     supers: bool = True,                     # also what the masks of all seeds have in common
     longer: Sequence[Positive] = (),         # other numbers of epochs for which bad masks are also retrained
     random_init: bool = False,               # also a model that was never pretrained
-    published: bool = False,                 # sizes of random masks drawn, stale scores between phases
+    published: bool = False,                 # what is not given is set as in the paper; see `papers.TICKETS`
     processes: Count = 1,                    # cells (task, seed) at once
     to: str | Path | None = None,            # folder: the study can be stopped and goes on, and its models are kept
     progress: bool = True,
 ) -> Tickets:
     "Fine-tune, prune, retrain and compare lottery tickets on tasks × seeds."
+    asked, space = settings_of(tickets, locals()), Space.of(model, kind)
     check_study(tasks, kind, epochs, longer)
-    space = Space.of(model, kind)
-    training = training_of(epochs, lr, batch, length, limit_per_seed)
+    training = training_of(epochs, lr, batch, length, limit_per_seed, published)
     pruning = {"drop": drop, "floor": floor} | ({} if kind == "weight" else {"mode": mode, "normalise": normalise})
     config = {"recipe": "tickets", "model": str(space.model), "kind": kind, "training": training,
               "pruning": pruning, "published": published}
     with folder_or_scratch(to) as folder:
-        bench = Bench(config, folder, progress, tasks)
+        bench = Bench(config, folder, progress, tasks, asked)
         longer = tuple(float(e) for e in longer)
         plan = Plan(model, tok, dict(tasks), Path(folder), space, training, pruning, longer, random_init, published)
         study = worked(bench, plan, list(seeds), supers, processes, kept=to is not None)
@@ -272,13 +274,6 @@ def check_study(
     if not tasks: raise SubnetError('there is no task: give at least one, e.g. {"RTE": task_data("RTE")}.')
     if epochs in longer:
         raise SubnetError(f"bad masks are retrained for {epochs:g} epochs anyway: give other numbers for longer.")
-
-
-def training_of(epochs: float, lr: float, batch: int, length: int | None, limit: int | None) -> dict[str, Any]:
-    "Settings of `fit`: what was asked for, the rest as published."
-    training = {"epochs": float(epochs), "lr": lr, "head_lr": lr, "warmup": 0.0, "clip": 1.0, "dropout": True,
-                "batch": batch, "length": length}
-    return training if limit is None else {**training, "limit": limit}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #586086ae
 def worked(bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool) -> Tickets:

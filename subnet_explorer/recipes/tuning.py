@@ -29,7 +29,7 @@ from .study import Bench
 
 # %% auto #0
 __all__ = ['TUNE', 'SPANS', 'FIXED', 'TUNABLE', 'scored', 'score_after_training', 'untrained', 'tuned_by', 'check_tuning',
-           'tuned_score']
+           'training_of', 'tuned_score']
 
 # %% ../../nbs/recipes/05_tuning.ipynb #31531e1b
 def scored(
@@ -81,6 +81,16 @@ def check_tuning(tuning: Mapping[str, Any]) -> None:
     "Whether fine-tuning can be done."
     check_names(tuning, TUNABLE, "setting of fine-tuning")
     check_values(fit, tuning, "fine-tuning: ")
+
+
+def training_of(
+    epochs: float, lr: float, batch: int, length: int | None, limit: int | None, published: bool = False,
+) -> dict[str, Any]:
+    "Settings of `fit`: what was asked for, the rest as published."
+    training = {"epochs": float(epochs), "lr": lr, "head_lr": lr, "warmup": 0.0, "clip": 1.0, "dropout": True,
+                "batch": batch, "length": length}
+    more = {"limit": limit, "head_dropout": 0.1 if published else None}
+    return training | {name: value for name, value in more.items() if value is not None}
 
 # %% ../../nbs/recipes/05_tuning.ipynb #646e4c64
 def tuned_score(

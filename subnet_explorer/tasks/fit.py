@@ -158,6 +158,7 @@ def fit(
     weight_decay: Weight = 0.0,
     clip: Positive | None = None,      # largest L2 norm of the gradient
     dropout: bool = False,             # in the model, as configured (heads have their own)
+    head_dropout: Dropout | None = None,      # of what the head reads, for labelled sentences
     batch: Count = 32,
     seed: Seed = 0,
     length: Count | None = None,       # tokens at most, for labelled sentences
@@ -191,6 +192,7 @@ def _fit_table(model: PreTrainedModel, tok: Any, data: Labelled, s: _Settings) -
         what = f"all labels of {len(data)} sentences are equal"
         raise SubnetError(f"nothing can be learned from {data.name}: {what}.")
     head: Any = head_for(model, data, s["seed"], s["length"])
+    if s["head_dropout"]: head.dropout = s["head_dropout"]
     s = dict(s)
     batches = math.ceil(len(data) / min(batch, len(data)))
     if epochs is not None: s["steps"] = max(1, math.ceil(epochs * batches))
@@ -212,6 +214,7 @@ _INSTEAD = {
     "dev": "monitor",
     "length": "its head a length",
     "limit": "it fewer examples",
+    "head_dropout": "its head a dropout",
 }
 "What an objective is given in the place of what a table is given."
 

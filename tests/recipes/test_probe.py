@@ -29,14 +29,12 @@ from subnet_explorer.measure.metrics import entity_scores, task_scores
 from subnet_explorer.model.apply import applied
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.probe import (
-    BASELINES,
     POCKET,
     centre,
     centres,
     layers,
     localisation,
     notes,
-    plan,
     probe,
     strongest_lambda,
     summary,
@@ -45,6 +43,7 @@ from subnet_explorer.recipes.probe import (
     with_published,
 )
 from subnet_explorer.recipes.probes import (
+    BASELINES,
     PROBES,
     SOURCE,
     TASKS,
@@ -54,6 +53,7 @@ from subnet_explorer.recipes.probes import (
     gap_score,
     head_of,
     online_code,
+    plan,
     published,
     run_cell,
     unseen,
