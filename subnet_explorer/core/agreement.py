@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .chance import expected_distances
 from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
@@ -263,15 +265,13 @@ def _compared(a: pd.Series, q: pd.Series) -> dict[str, Any]:      # rows of `agr
 
 
 def _distances(part: Masks, kind: str) -> dict[str, Any]:
-    "Mean Jaccard distance of all pairs, and the one expected of random masks of the same sizes."
-    both, space = _overlaps_of(part, kind), part[0].space
-    kept = both.diagonal()
-    share = kept / sum(space.groups[t].size for t in tensors_by_kind(space)[kind])
-    found, chance = [], []
-    for i, j in zip(*np.triu_indices(len(part), 1), strict=True):
-        found.append(_distance(both[i, j], kept[i] + kept[j] - both[i, j]))
-        chance.append(_distance(share[i] * share[j], share[i] + share[j] - share[i] * share[j]))
-    return dict(mean_jaccard_distance=np.mean(found), jaccard_chance=np.mean(chance))
+    "Mean Jaccard distance of all pairs, and the one expected of random masks with the same counts."
+    both, space, pairs = _overlaps_of(part, kind), part[0].space, np.triu_indices(len(part), 1)
+    kept, tensors = both.diagonal(), tensors_by_kind(space)[kind]
+    found = [_distance(both[i, j], kept[i] + kept[j] - both[i, j]) for i, j in zip(*pairs, strict=True)]
+    counts = np.array([m.counts for _, m in part])[:, tensors]
+    chance = expected_distances(replace(space, groups=tuple(space.groups[t] for t in tensors)), counts, counts)
+    return dict(mean_jaccard_distance=np.mean(found), jaccard_chance=chance[pairs].mean())
 
 
 def _overlaps_of(part: Masks, kind: str) -> np.ndarray:      # float (mask, mask)

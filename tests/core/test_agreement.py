@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import hypergeom, pearsonr, spearmanr
 from statsmodels.stats.contingency_tables import cochrans_q, mcnemar as sm_mcnemar
 from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
 from statsmodels.stats.multitest import multipletests
@@ -274,7 +274,8 @@ def test_chance_of_units_that_stand_alone_in_their_tensor():
     drawn = [Mask.random(unit_space(1, 12), .5, seed=s)["layer.0.head"] for s in range(400)]
     masks = [mask_of(bits, mlps) for bits in drawn]
     distances = [jaccard_distance(a, b) for a, b in zip(masks[::2], masks[1::2], strict=True)]
-    assert jaccard_chance(*masks[:2]) == pytest.approx(2 / 3) == pytest.approx(np.mean(distances), abs=.03)
+    expected = hypergeom(12, 6, 6).expect(lambda both: 1 - both / (12 - both))
+    assert jaccard_chance(*masks[:2]) == pytest.approx(expected) == pytest.approx(np.mean(distances), abs=.03)
 
 
 def test_stable_units():
