@@ -5,6 +5,7 @@
 # %% ../../nbs/core/27_chance.ipynb #4dc6c832
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,7 @@ from .errors import check_names
 from .space import Space
 
 # %% auto #0
-__all__ = ['FEW', 'NODES', 'expected_distances']
+__all__ = ['FEW', 'NODES', 'expected_by_tensor', 'expected_distances']
 
 # %% ../../nbs/core/27_chance.ipynb #358f33ac
 def _unions(
@@ -75,6 +76,7 @@ def _inverse_unions(sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarr
 # %% ../../nbs/core/27_chance.ipynb #9ccedef9
 def _expanded_unions(sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:      # (mask, other)
     "Expected inverse of the size of the union, within 1e-9 of its value where a mask keeps many."
+    sizes = sizes.astype(float)
     p, q = a / sizes, b / sizes
     scale = sizes ** 2 / np.maximum(sizes - 1, 1)
     mean = a.sum(1, keepdims=True) + b.sum(1) - (p * sizes) @ q.T
@@ -112,17 +114,35 @@ def _similarity_within(
     return out
 
 
-def _similarity_by_tensor(space: Space, a: np.ndarray, b: np.ndarray) -> np.ndarray:      # (mask, other)
-    "Mean over the tensors; `a` and `b` are int (mask, pool) and (other, pool)."
-    total = np.zeros((len(a), len(b)))
+def _similarities(
+    space: Space,
+    a: np.ndarray, b: np.ndarray,                    # int (mask, pool) and (other, pool)
+) -> Iterator[tuple[list[int], np.ndarray]]:         # some tensors, (mask, other)
+    "Expected share of the union of tensor by tensor; those of one pool and size have the same."
     for pool, tensors in enumerate(matched_tensors(space)):
         parts = [space.groups[t].size for t in tensors]
         (one, i), (other, j) = (np.unique(counts[:, pool], return_inverse=True) for counts in (a, b))
         for n in sorted(set(parts)):
-            if len(parts) == 1: share = _similarity(np.array(parts, float), one[:, None], other[:, None])
+            if len(parts) == 1: share = _similarity(np.array(parts), one[:, None], other[:, None])
             else: share = _similarity_within(sum(parts), n, one, other)
-            total += parts.count(n) * share[np.ix_(i, j)]
-    return total / len(space.groups)
+            yield [t for t in tensors if space.groups[t].size == n], share[np.ix_(i, j)]
+
+
+def expected_by_tensor(
+    space: Space,
+    one: np.ndarray,       # int (mask, tensor), coordinates that each mask keeps
+    other: np.ndarray,     # int (other, tensor)
+) -> np.ndarray:           # (tensor, mask, other), 0 … 1
+    "Jaccard distances of every tensor by itself that are expected of random masks; see `expected_distances`."
+    pools = matched_tensors(space)
+    out = np.empty((len(space.groups), len(one), len(other)))
+    for tensors, share in _similarities(space, _per_pool(one, pools), _per_pool(other, pools)): out[tensors] = 1 - share
+    return np.clip(out, 0, 1)
+
+
+def _per_pool(counts: np.ndarray, pools: list[list[int]]) -> np.ndarray:      # int (mask, pool)
+    "What is kept of each pool."
+    return np.array([np.asarray(counts, np.int64)[:, tensors].sum(1) for tensors in pools]).T
 
 # %% ../../nbs/core/27_chance.ipynb #b0f6212b
 def expected_distances(
@@ -139,14 +159,9 @@ def expected_distances(
     """
     check_names([average], ["micro", "macro"], "average")
     pools = matched_tensors(space)
-    (a, i), (b, j) = (_unique_rows(counts, pools) for counts in (one, other))
-    if average == "macro": alike = _similarity_by_tensor(space, a, b)
-    else: alike = _similarity(np.array([sum(space.groups[t].size for t in p) for p in pools], float), a, b)
-    return (1 - np.clip(alike, 0, 1))[np.ix_(i, j)]
-
-
-def _unique_rows(counts: np.ndarray, pools: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    "Different rows of what is kept of each pool (row, pool), and which of them each mask has (mask,)."
-    kept = np.array([np.asarray(counts, np.int64)[:, tensors].sum(1) for tensors in pools]).T
-    rows, at = np.unique(kept, axis=0, return_inverse=True)
-    return rows, at.reshape(-1)
+    (a, i), (b, j) = (np.unique(_per_pool(c, pools), axis=0, return_inverse=True) for c in (one, other))
+    if average == "micro": alike = _similarity(np.array([sum(space.groups[t].size for t in p) for p in pools]), a, b)
+    else:
+        alike = np.zeros((len(a), len(b)))
+        for tensors, share in _similarities(space, a, b): alike += len(tensors) / len(space.groups) * share
+    return (1 - np.clip(alike, 0, 1))[np.ix_(i.reshape(-1), j.reshape(-1))]

@@ -34,7 +34,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, write_json
-from ..core.intervals import student_interval
+from ..core.intervals import defined_interval, left_out
 from ..core.layout import layout_of
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
@@ -44,13 +44,14 @@ from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
+from .choice import choice_said, choose_lambda
 from .study import Bench, Pairs, Section, Study, few_note, recipe
 
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
            'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
            'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
-           'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
+           'strongest_lambda', 'chosen', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
            'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
@@ -119,6 +120,7 @@ def read_sentences(
     train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
                                       # "pocket", "pocket-gaps", or datasets:NAME
     dev: str,                         # sentences to report on: likewise
+    selection: str | None = None,     # sentences to choose lambda on: likewise; if not given, every other one of dev
     limit_train: Count | None = None,  # at most so many sentences to learn from
     limit_dev: Count | None = None,   # at most so many sentences to report on
     longest: Count = 128,             # longer sentences, in words, are left out and counted
@@ -129,8 +131,10 @@ def read_sentences(
     read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
     learn, lost = fitting(read(train, part="train"), tok, longest)
     report, less = fitting(read(dev, part="dev"), tok, longest)
-    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
-            "left_out": {"train": lost, "dev": less}}
+    out = {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev]}
+    if selection is None: return {**out, "left_out": {"train": lost, "dev": less}}
+    choose, fewer = fitting(read(selection, part="dev"), tok, longest)
+    return {**out, "selection": choose, "left_out": {"train": lost, "dev": less, "selection": fewer}}
 
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
 @recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET)
@@ -157,6 +161,8 @@ def probe(
                                                       # framework as published
     published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
                                                       # constant learning rates, framework resets
+    selection: Sequence[Any] | None = None,   # what lambda is chosen on; None: every other sentence of dev, and the
+                                              # chosen one is reported on the rest
     seeds: Seeds = (0,),                      # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
@@ -167,10 +173,11 @@ def probe(
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = named(model, granularity, published)
-    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
+    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}})
+    read = {"train": train, "dev": dev} | ({} if selection is None else {"selection": selection})
+    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": read})
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -197,6 +204,7 @@ def identity_of(s: ProbeSetting) -> dict[str, Any]:
     model = str(model_id(s.model, layout_of(s.model)))
     config = {"recipe": "probe", "model": model, "task": s.task, "train": fingerprint_of(s.train),
               "dev": fingerprint_of(s.dev), "init": s.init, "parser": dict(s.parser), **s.training}
+    if s.selection is not None: config["selection"] = fingerprint_of(s.selection)
     return {**config, "published": True} if s.published else config
 
 # %% ../../nbs/recipes/10_probe.ipynb #2a927962
@@ -254,7 +262,7 @@ def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: 
     rows = [cell_row(cell, done) for cell in cells.values() if cell.aim == "task"]
     masks = [(c.labels, _mask_of(result)) for c, result in done.items() if c.granularity and c.aim == "task"]
     without = unseen(s.task, s.train, s.dev)
-    config = {**bench.config, **sweep, **({"unseen": without} if without else {})}
+    config = {**bench.config, **sweep, **({"unseen": without} if without else {}), **choice_said(s.dev, s.selection)}
     study = Probing(
         masks=Masks(masks), tables={"scores": pd.DataFrame(rows)}, config=config,
         model_name=bench.config["model"].split(" (")[0], seconds=bench.seconds, folder=bench.folder,
@@ -304,7 +312,9 @@ def summary(study: Probing) -> pd.DataFrame:
 def _summed(key: tuple[Any, ...], part: pd.DataFrame) -> dict[str, Any]:
     "One row of the summary."
     row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
-    row |= {"n": part.score.count(), **_over_seeds(part.score, "score")}
+    known = defined_interval(part.score)
+    row |= {"n": known["n"], **_over_seeds(part.score, "score")}
+    if known["undefined"]: row["undefined"] = known["undefined"]
     gaps = ["gaps"] if "gaps" in part else []
     for column in ("score_soft", *gaps, "density", "bits"): row[column] = _mean(part, column)
     row |= _over_seeds([_centre_of(d) for d in part.layers], "centre", "centre_")
@@ -326,7 +336,7 @@ def _centre_of(density: Any) -> float:
 
 def _over_seeds(values: Any, name: str, prefix: str = "") -> dict[str, float]:
     "Mean, under this name, and 95 % Student interval of the values that are defined."
-    over = student_interval(pd.Series(values, dtype=float).dropna())
+    over = defined_interval(values)
     return {name: over["mean"], f"{prefix}low": over["low"], f"{prefix}high": over["high"]}
 
 # %% ../../nbs/recipes/10_probe.ipynb #48e30bb7
@@ -368,9 +378,11 @@ def centre(study: Probing, lam: float | None = None) -> pd.DataFrame:      # col
 def notes(study: Probing) -> list[str]:
     "What a reader of the scores must know: masks that are empty, labels that cannot be learned."
     t, odd = summary(study), study.config.get("unseen", {})
+    missing = left_out(int(defined_interval(study.scores.score)["undefined"]))
     out = [f"{r.probe}, {r.granularity}, λ {r.lam:g}: the mask is empty in {r.empty:g} of {r.n} seeds, so that "
            "embeddings and biases are all that is scored; a smaller lambda keeps more."
            for r in t[t["empty"] > 0].itertuples()]
+    if missing: out.append(f"{missing} of means and intervals.")
     if odd:
         out.append(f"{sum(odd.values())} words of the development sentences have a label that no sentence to learn "
                    f"from has ({', '.join(odd)}): they count as wrong.")
@@ -379,15 +391,14 @@ def notes(study: Probing) -> list[str]:
 # %% ../../nbs/recipes/10_probe.ipynb #8a4927e4
 def strongest_lambda(study: Probing, within: float = 0.1) -> float:
     "The largest weight of the density at which the subnetwork probe keeps all but `within` of the fine-tuned score."
-    t = summary(study)
-    if not (t.probe == "finetune").any():
-        raise SubnetError('there is no fine-tuned score to compare with: add "finetune" to the baselines.')
-    main = (t.probe == "subnetwork") & (t.granularity == study.config["granularity"][0])
-    good = t[main & (t.of_finetuning >= 1 - within)]
-    if good.empty:
-        raise SubnetError(f"no subnetwork probe comes within {within:.0%} of fine-tuning: train longer, or give "
-                          "smaller lambdas.")
-    return float(good.lam.max())
+    return float(choose_lambda(study.scores, study.config["granularity"][0], within)["lam"])
+
+
+def chosen(study: Probing) -> dict[str, Any]:      # as `choose_lambda`; chosen_on, reported_on; or only why there is none
+    "The strongest lambda that still works, its score on sentences that did not choose it, and which sentences did."
+    said = {key: study.config[key] for key in ("chosen_on", "reported_on") if key in study.config}
+    try: return {**choose_lambda(study.scores, study.config["granularity"][0]), **said}
+    except SubnetError as e: return {"none": str(e)}
 
 # %% ../../nbs/recipes/10_probe.ipynb #22f995e3
 def where_kept(study: Probing, lam: float | None = None) -> pd.DataFrame:
@@ -467,6 +478,7 @@ def probe_results(study: Probing) -> dict[str, Any]:
         "task": study.task, "metric": TASKS[study.task],
         "results": {r.probe: _row_results(r) for r in main.itertuples()},
         "granularity": {r.granularity: _grain_results(r) for r in masks[masks.lam == lam].itertuples()},
+        "chosen": chosen(study),
         "lambda": {f"{r.lam:g}": _row_results(r) for r in masks[masks.granularity == grain].itertuples()},
         "ranks": {str(r.rank): _row_results(r) for r in t[t.probe == "mlp"].itertuples()},
         "layers": depth.tolist(),
@@ -551,10 +563,16 @@ def probe_sections(study: Probing) -> Iterator[Section]:
 
 
 def _lambda_of_report(study: Probing) -> tuple[float, str]:
-    try: lam = strongest_lambda(study)
-    except SubnetError:
+    found = chosen(study)
+    if "none" in found:
         return study.config["lambdas"][0], "the main one, as none is known to come within a tenth of fine-tuning"
-    return lam, "the strongest with which the score stays within a tenth of fine-tuning"
+    return found["lam"], "the strongest with which the score stays within a tenth of fine-tuning. " + _chosen_said(found)
+
+
+def _chosen_said(found: Mapping[str, Any]) -> str:
+    "On what the choice was made, and what came of it."
+    return (f"Chosen on {found['chosen_on']}; on {found['reported_on']} it scores {found['score']:.3f}, and fine-tuning "
+            f"{found['finetune']:.3f}, means of {found['n']} seed{'s' * (found['n'] != 1)}")
 
 # %% ../../nbs/recipes/10_probe.ipynb #91530c8b
 def probe_text(study: Probing) -> str:
@@ -562,4 +580,7 @@ def probe_text(study: Probing) -> str:
     table = study.summary().dropna(axis=1, how="all")
     text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
     depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
-    return "\n".join([text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)])
+    lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)]
+    lam, why = _lambda_of_report(study)
+    if len(study.config["lambdas"]) > 1: lines.append(f"λ {lam:g}: {why}.")
+    return "\n".join(lines)

@@ -32,10 +32,11 @@ from ..tasks.controls import RESETS, control_labels, reset
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import EntityTagger, Tagger, TaskHead
 from ..tasks.parser import Parser
+from .choice import choice_parts
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft', 'Cell', 'ProbeSetting',
-           'run_cell', 'trained', 'online_code', 'check_codable', 'published']
+__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft', 'Cell',
+           'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
 TASKS: dict[str, str] = {
@@ -154,26 +155,40 @@ class ProbeSetting:
     published: bool = False                                      # heads and learning rates of the released code
     known: Sequence[Any] | None = field(default=None, repr=False)      # sentences that tell the labels; None: those
                                                                        # to learn from
+    selection: Sequence[Any] | None = field(default=None, repr=False)  # sentences to choose lambda on; None: every
+                                                                       # other one of dev
 
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
         tell = self.train if self.known is None else self.known
         head = head_of(self.task, self.model, tell, cell.seed, cell.rank or None, self.published, **self.parser)
-        head.unseen = list(unseen(self.task, tell, self.dev))
+        head.unseen = list(unseen(self.task, tell, [*self.dev, *(self.selection or [])]))
         return head
 
 # %% ../../nbs/recipes/09_probes.ipynb #ec0f3236
 def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: Any) -> dict[str, Any]:
     "Train one probe and score it on development sentences, or ask it what else the cell aims at."
     if cell.aim == "code": return online_code(s, cell)
-    if cell.aim == "control": s = _with_control_labels(s, cell.seed)
+    if cell.aim == "control": s = replace(_with_control_labels(s, cell.seed), selection=None)
     with trained(s, cell, store, progress) as (head, run):
         mask = None if run is None else run.mask
         found = task_scores(s.model, s.tok, head, s.dev, mask) | gap_score(s.model, s.tok, head, s.dev, mask)
+        if cell.aim == "task" and cell.probe in COMPARED: found |= _choice_scores(s, head, mask)
         if run is not None: return {**found, **_about_mask(s, head, run)}
         tuned = cell.probe.partition("_reset_")[0] == "finetune"
         n = sum(p.numel() for p in s.model.parameters()) if tuned else head.complexity()["parameters"]
         return {**found, "bits": n, "bits_stored": 32 * n}
+
+
+COMPARED = ("subnetwork", "finetune")
+"Probes whose scores decide which lambda is chosen."
+
+
+def _choice_scores(s: ProbeSetting, head: TaskHead, mask: Any) -> dict[str, float]:
+    "Scores on sentences to choose lambda on, and on those that are reported on; none if one part is empty."
+    parts = dict(zip(("score_selection", "score_reported"), choice_parts(s.dev, s.selection), strict=True))
+    if not all(map(len, parts.values())): return {}
+    return {name: task_scores(s.model, s.tok, head, part, mask)["score"] for name, part in parts.items()}
 
 
 def _with_control_labels(s: ProbeSetting, seed: int) -> ProbeSetting:

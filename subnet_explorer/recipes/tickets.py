@@ -425,7 +425,7 @@ def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str],
 
 def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame) -> Iterator[str]:
     "What a reader of the numbers must be told."
-    if said := left_out(int(scores.score.isna().sum())): yield f"{said} of means, intervals and gains."
+    if said := left_out(int(defined_interval(scores.score)["undefined"])): yield f"{said} of means, intervals and gains."
     good = masks.sel(kind="good")
     for kind in [k for k in plan.space.kind.split("+") if k != "weight" and len(good)]:
         yield from (f"{NAMES[kind]}: {said}" for said in said_of_empty_pairs(consensus(good, kind, samples=2)))
