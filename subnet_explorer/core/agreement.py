@@ -20,8 +20,8 @@ from .numbers import Count, PartShare, Seed
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus',
-           'said_of_empty_pairs']
+__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'annotator_kappa', 'agreement', 'cochran', 'mcnemar', 'holm',
+           'consensus', 'said_of_empty_pairs']
 
 # %% ../../nbs/core/13_agreement.ipynb #b0d3c102
 @checked
@@ -57,6 +57,26 @@ def _tally(votes: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     v = np.arange(n + 1)
     agreeing = v * (v - 1) + (n - v) * (n - v - 1)
     return items, n, votes @ v, votes @ agreeing / (n * (n - 1) * items)
+
+# %% ../../nbs/core/13_agreement.ipynb #f93d5841
+@checked
+def annotator_kappa(
+    ratings: pd.DataFrame | np.ndarray,      # (item, rater): categories of any kind; None or NaN: not rated
+) -> dict[str, Any]:                         # kappa, agreement, chance, items, left_out, categories, note
+    """Fleiss' kappa of any number of categories and raters (Fleiss 1971), items rated by some raters only included.
+
+    `nan` with a note where all labels are one category. Raise `SubnetError` if no item has two labels.
+    """
+    table = pd.DataFrame(ratings)
+    rated = table[table.notna().sum(axis=1) > 1].stack().dropna()
+    if rated.empty: raise SubnetError("agreement needs at least one item that two raters have labelled.")
+    counts = pd.crosstab(rated.index.get_level_values(0), rated.to_numpy()).to_numpy(float)      # (item, category)
+    n, p = counts.sum(1), counts.sum(0) / counts.sum()
+    agreed, chance = float(((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()), float((p ** 2).sum())
+    one = len(p) == 1
+    return {"kappa": np.nan if one else (agreed - chance) / (1 - chance), "agreement": agreed, "chance": chance,
+            "items": len(n), "left_out": len(table) - len(n), "categories": len(p),
+            "note": "undefined: all labels are one category" if one else ""}
 
 # %% ../../nbs/core/13_agreement.ipynb #aeca6603
 @checked

@@ -5,7 +5,7 @@
 # %% ../../nbs/recipes/13_choice.ipynb #227c7f72
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ from ..core.errors import SubnetError
 from ..core.intervals import defined_interval
 
 # %% auto #0
-__all__ = ['choice_parts', 'choice_said', 'choose_lambda']
+__all__ = ['choice_parts', 'choice_said', 'choose_lambda', 'chosen_of', 'lambda_of_report']
 
 # %% ../../nbs/recipes/13_choice.ipynb #131eec92
 def choice_parts(
@@ -27,10 +27,10 @@ def choice_parts(
 
 def choice_said(dev: Sequence[Any], selection: Sequence[Any] | None = None) -> dict[str, str]:
     "The two parts in words: chosen_on and reported_on."
-    chosen, reported = (f"{len(part):,}" for part in choice_parts(dev, selection))
-    if selection is not None:
-        return {"chosen_on": f"the {chosen} sentences of the selection", "reported_on": f"the {reported} sentences of dev"}
-    return {"chosen_on": f"every other sentence of dev ({chosen})", "reported_on": f"the other sentences of dev ({reported})"}
+    words = ("every other sentence of dev ({:,})", "the other sentences of dev ({:,})")
+    if selection is not None: words = ("the {:,} sentences of the selection", "the {:,} sentences of dev")
+    chosen, reported = (text.format(len(part)) for text, part in zip(words, choice_parts(dev, selection), strict=True))
+    return {"chosen_on": chosen, "reported_on": reported}
 
 # %% ../../nbs/recipes/13_choice.ipynb #792c69c8
 def choose_lambda(
@@ -68,3 +68,25 @@ def _paired_scores(scores: pd.DataFrame, granularity: str) -> pd.DataFrame:
     mine = scores[(scores.probe == "subnetwork") & (scores.granularity == granularity)]
     paired = mine[["lam", "seed", *both]].merge(tuned[["seed", *both]], on="seed", suffixes=("", "_tuned"))
     return paired.dropna(subset=["score_selection", "score_selection_tuned"])
+
+# %% ../../nbs/recipes/13_choice.ipynb #37beae09
+def chosen_of(
+    scores: pd.DataFrame,
+    config: Mapping[str, Any],      # granularity, chosen_on, reported_on
+) -> dict[str, Any]:                # as `choose_lambda`, with chosen_on and reported_on; or none: why there is none
+    "What was chosen at the main granularity, and on which sentences."
+    said = {key: config[key] for key in ("chosen_on", "reported_on") if key in config}
+    try: return {**choose_lambda(scores, config["granularity"][0]), **said}
+    except SubnetError as error: return {"none": str(error)}
+
+
+def lambda_of_report(scores: pd.DataFrame, config: Mapping[str, Any]) -> tuple[float, str]:
+    "The chosen lambda, or else the main one, and why."
+    found = chosen_of(scores, config)
+    if "none" in found:
+        return config["lambdas"][0], "the main one, as none is known to come within a tenth of fine-tuning"
+    seeds = f"{found['n']} seed{'s' * (found['n'] != 1)}"
+    return found["lam"], (
+        "the strongest with which the score stays within a tenth of fine-tuning. "
+        f"Chosen on {found['chosen_on']}; on {found['reported_on']} it scores {found['score']:.3f}, and fine-tuning "
+        f"{found['finetune']:.3f}, means of {seeds}")

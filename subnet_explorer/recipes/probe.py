@@ -44,14 +44,14 @@ from ..data.sentences import Sentence, fitting, read_conllu, read_ner
 from ..look import curves, masks as mask_figures
 from ..search.objectives import fingerprint_of
 from ..tasks.controls import RESET_RULES, RESETS
-from .choice import choice_said, choose_lambda
+from .choice import choice_said, choose_lambda, chosen_of, lambda_of_report
 from .study import Bench, Pairs, Section, Study, few_note, recipe
 
 # %% auto #0
 __all__ = ['BASELINES', 'EXTRAS', 'POCKET', 'KEYS', 'RESET_TEXT', 'CONTROL_TEXT', 'CODE_TEXT', 'BITS_TEXT', 'Probing',
            'read_sentences', 'probe', 'check_study', 'identity_of', 'named', 'plan', 'measured', 'kept_cell',
            'cell_row', 'summary', 'main_cells', 'known_lambda', 'layers', 'by_layer', 'centre', 'notes',
-           'strongest_lambda', 'chosen', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
+           'strongest_lambda', 'where_kept', 'localisation', 'centres', 'with_published', 'probe_results',
            'where_figures', 'probe_sections', 'probe_text']
 
 # %% ../../nbs/recipes/10_probe.ipynb #8608b7bf
@@ -131,10 +131,11 @@ def read_sentences(
     read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
     learn, lost = fitting(read(train, part="train"), tok, longest)
     report, less = fitting(read(dev, part="dev"), tok, longest)
-    out = {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev]}
-    if selection is None: return {**out, "left_out": {"train": lost, "dev": less}}
-    choose, fewer = fitting(read(selection, part="dev"), tok, longest)
-    return {**out, "selection": choose, "left_out": {"train": lost, "dev": less, "selection": fewer}}
+    found: dict[str, Any] = {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev]}
+    found["left_out"] = {"train": lost, "dev": less}
+    if selection is None: return found
+    chosen, fewer = fitting(read(selection, part="dev"), tok, longest)
+    return found | {"selection": chosen, "left_out": {"train": lost, "dev": less, "selection": fewer}}
 
 # %% ../../nbs/recipes/10_probe.ipynb #7622900c
 @recipe("Subnetwork probes", "Cao, Sanh & Rush 2021, NAACL, arXiv 2104.03514", read=read_sentences, pocket=POCKET)
@@ -161,8 +162,7 @@ def probe(
                                                       # framework as published
     published: bool = False,                          # as released: strided groups, training on [CLS] and [SEP],
                                                       # constant learning rates, framework resets
-    selection: Sequence[Any] | None = None,   # what lambda is chosen on; None: every other sentence of dev, and the
-                                              # chosen one is reported on the rest
+    selection: Sequence[Any] | None = None,   # what lambda is chosen on; None: every other sentence of dev
     seeds: Seeds = (0,),                      # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
@@ -176,8 +176,7 @@ def probe(
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
-    read = {"train": train, "dev": dev} | ({} if selection is None else {"selection": selection})
-    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": read})
+    bench = Bench(identity_of(setting), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}})
     return bench.finished(measured(bench, setting, sweep, dict(left_out or {})))
 
 # %% ../../nbs/recipes/10_probe.ipynb #81797c56
@@ -393,13 +392,6 @@ def strongest_lambda(study: Probing, within: float = 0.1) -> float:
     "The largest weight of the density at which the subnetwork probe keeps all but `within` of the fine-tuned score."
     return float(choose_lambda(study.scores, study.config["granularity"][0], within)["lam"])
 
-
-def chosen(study: Probing) -> dict[str, Any]:      # as `choose_lambda`; chosen_on, reported_on; or only why there is none
-    "The strongest lambda that still works, its score on sentences that did not choose it, and which sentences did."
-    said = {key: study.config[key] for key in ("chosen_on", "reported_on") if key in study.config}
-    try: return {**choose_lambda(study.scores, study.config["granularity"][0]), **said}
-    except SubnetError as e: return {"none": str(e)}
-
 # %% ../../nbs/recipes/10_probe.ipynb #22f995e3
 def where_kept(study: Probing, lam: float | None = None) -> pd.DataFrame:
     "Density of the main masks by layer, matrix and head (0: the whole matrix): size, n, density, sd, kept."
@@ -478,7 +470,7 @@ def probe_results(study: Probing) -> dict[str, Any]:
         "task": study.task, "metric": TASKS[study.task],
         "results": {r.probe: _row_results(r) for r in main.itertuples()},
         "granularity": {r.granularity: _grain_results(r) for r in masks[masks.lam == lam].itertuples()},
-        "chosen": chosen(study),
+        "chosen": chosen_of(study.scores, study.config),
         "lambda": {f"{r.lam:g}": _row_results(r) for r in masks[masks.granularity == grain].itertuples()},
         "ranks": {str(r.rank): _row_results(r) for r in t[t.probe == "mlp"].itertuples()},
         "layers": depth.tolist(),
@@ -556,23 +548,10 @@ def probe_sections(study: Probing) -> Iterator[Section]:
     yield ("Beside the published numbers", f"{SOURCE[0].upper()}{SOURCE[1:]}. Another model on other sentences has "
            "other numbers: compare how far the controls fall.", [with_published(study).round(4)])
     yield "Score against complexity", BITS_TEXT, [curves.pareto(t)] if len(study.scores) > 1 else []
-    lam, why = _lambda_of_report(study)
+    lam, why = lambda_of_report(study.scores, study.config)
     yield ("Where", f"Masks with λ {lam:g}: {why}. The bars are the published quantity, with 95 % intervals over "
            "seeds; heat-maps are density, on one scale. Centres are mean layers.",
            [*where_figures(study, lam), centres(study, lam).round(3)])
-
-
-def _lambda_of_report(study: Probing) -> tuple[float, str]:
-    found = chosen(study)
-    if "none" in found:
-        return study.config["lambdas"][0], "the main one, as none is known to come within a tenth of fine-tuning"
-    return found["lam"], "the strongest with which the score stays within a tenth of fine-tuning. " + _chosen_said(found)
-
-
-def _chosen_said(found: Mapping[str, Any]) -> str:
-    "On what the choice was made, and what came of it."
-    return (f"Chosen on {found['chosen_on']}; on {found['reported_on']} it scores {found['score']:.3f}, and fine-tuning "
-            f"{found['finetune']:.3f}, means of {found['n']} seed{'s' * (found['n'] != 1)}")
 
 # %% ../../nbs/recipes/10_probe.ipynb #91530c8b
 def probe_text(study: Probing) -> str:
@@ -581,6 +560,6 @@ def probe_text(study: Probing) -> str:
     text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
     depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
     lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)]
-    lam, why = _lambda_of_report(study)
+    lam, why = lambda_of_report(study.scores, study.config)
     if len(study.config["lambdas"]) > 1: lines.append(f"λ {lam:g}: {why}.")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import pytest
 from subnet_explorer.core.intervals import defined_interval, left_out
 from subnet_explorer.look import curves
 
-probe, tamt, tickets = (importlib.import_module(f"subnet_explorer.recipes.{name}") for name in ("probe", "tamt", "tickets"))
+probe, tamt, tickets = (importlib.import_module(f"subnet_explorer.recipes.{n}") for n in ("probe", "tamt", "tickets"))
 
 SCORES = [.6, .6, np.nan]
 EXPECTED = {"mean": pytest.approx(.6), "n": 2, "undefined": 1}
@@ -62,7 +62,8 @@ def test_probes_in_summary_and_notes():
     cells = by_seed(probe="mlp", granularity="", lam=0.0, rank=8, density=np.nan, bits=9.0, layers=None, empty=None)
     study: Any = SimpleNamespace(scores=cells, config={})
     row = probe.summary(study).iloc[0]
-    assert of(row.rename({"score": "mean"})) == EXPECTED and (row.low, row.high) == (pytest.approx(.6), pytest.approx(.6))
+    assert of(row.rename({"score": "mean"})) == EXPECTED
+    assert (row.low, row.high) == (pytest.approx(.6), pytest.approx(.6))
     assert "1 undefined score left out of means and intervals." in probe.notes(study)
     some = SimpleNamespace(scores=cells.assign(score=.5), config={})
     assert "undefined" not in probe.summary(some) and not probe.notes(some)
