@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .chance import expected_distances
 from .doors import checked
 from .errors import SubnetError, check_names
 from .masks import Masks, overlaps, votes
@@ -18,8 +20,8 @@ from .numbers import Count, PartShare, Seed
 from .space import same_space, tensors_by_kind
 
 # %% auto #0
-__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'agreement', 'cochran', 'mcnemar', 'holm', 'consensus',
-           'said_of_empty_pairs']
+__all__ = ['PAIRWISE', 'fleiss_kappa', 'krippendorff_alpha', 'annotator_kappa', 'agreement', 'cochran', 'mcnemar', 'holm',
+           'consensus', 'said_of_empty_pairs']
 
 # %% ../../nbs/core/13_agreement.ipynb #b0d3c102
 @checked
@@ -55,6 +57,26 @@ def _tally(votes: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     v = np.arange(n + 1)
     agreeing = v * (v - 1) + (n - v) * (n - v - 1)
     return items, n, votes @ v, votes @ agreeing / (n * (n - 1) * items)
+
+# %% ../../nbs/core/13_agreement.ipynb #f93d5841
+@checked
+def annotator_kappa(
+    ratings: pd.DataFrame | np.ndarray,      # (item, rater): categories of any kind; None or NaN: not rated
+) -> dict[str, Any]:                         # kappa, agreement, chance, items, left_out, categories, note
+    """Fleiss' kappa of any number of categories and raters (Fleiss 1971), items rated by some raters only included.
+
+    `nan` with a note where all labels are one category. Raise `SubnetError` if no item has two labels.
+    """
+    table = pd.DataFrame(ratings)
+    rated = table[table.notna().sum(axis=1) > 1].stack().dropna()
+    if rated.empty: raise SubnetError("agreement needs at least one item that two raters have labelled.")
+    counts = pd.crosstab(rated.index.get_level_values(0), rated.to_numpy()).to_numpy(float)      # (item, category)
+    n, p = counts.sum(1), counts.sum(0) / counts.sum()
+    agreed, chance = float(((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()), float((p ** 2).sum())
+    one = len(p) == 1
+    return {"kappa": np.nan if one else (agreed - chance) / (1 - chance), "agreement": agreed, "chance": chance,
+            "items": len(n), "left_out": len(table) - len(n), "categories": len(p),
+            "note": "undefined: all labels are one category" if one else ""}
 
 # %% ../../nbs/core/13_agreement.ipynb #aeca6603
 @checked
@@ -263,15 +285,13 @@ def _compared(a: pd.Series, q: pd.Series) -> dict[str, Any]:      # rows of `agr
 
 
 def _distances(part: Masks, kind: str) -> dict[str, Any]:
-    "Mean Jaccard distance of all pairs, and the one expected of random masks of the same sizes."
-    both, space = _overlaps_of(part, kind), part[0].space
-    kept = both.diagonal()
-    share = kept / sum(space.groups[t].size for t in tensors_by_kind(space)[kind])
-    found, chance = [], []
-    for i, j in zip(*np.triu_indices(len(part), 1), strict=True):
-        found.append(_distance(both[i, j], kept[i] + kept[j] - both[i, j]))
-        chance.append(_distance(share[i] * share[j], share[i] + share[j] - share[i] * share[j]))
-    return dict(mean_jaccard_distance=np.mean(found), jaccard_chance=np.mean(chance))
+    "Mean Jaccard distance of all pairs, and the one expected of random masks with the same counts."
+    both, space, pairs = _overlaps_of(part, kind), part[0].space, np.triu_indices(len(part), 1)
+    kept, tensors = both.diagonal(), tensors_by_kind(space)[kind]
+    found = [_distance(both[i, j], kept[i] + kept[j] - both[i, j]) for i, j in zip(*pairs, strict=True)]
+    counts = np.array([m.counts for _, m in part])[:, tensors]
+    chance = expected_distances(replace(space, groups=tuple(space.groups[t] for t in tensors)), counts, counts)
+    return dict(mean_jaccard_distance=np.mean(found), jaccard_chance=chance[pairs].mean())
 
 
 def _overlaps_of(part: Masks, kind: str) -> np.ndarray:      # float (mask, mask)

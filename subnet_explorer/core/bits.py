@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from .errors import SubnetError, check_names
-from .space import Group, Space
+from .space import WHOLE_UNITS, Group, Space
 
 # %% auto #0
-__all__ = ['pack', 'check_arrays', 'unpack', 'count_bits', 'Bits', 'draw', 'split_by_group', 'quantile_bins', 'shuffled_within']
+__all__ = ['pack', 'check_arrays', 'unpack', 'count_bits', 'Bits', 'matched_tensors', 'draw', 'split_by_group', 'quantile_bins',
+           'shuffled_within']
 
 # %% ../../nbs/core/03_bits.ipynb #ba553e3c
 def pack(space: Space, bits: Mapping[str, np.ndarray]) -> tuple[bytes, ...]:
@@ -105,6 +106,14 @@ class Bits:
     def sparsity(self) -> float:
         "Share of coordinates removed, 0…1."
         return 1 - self.density
+
+# %% ../../nbs/core/03_bits.ipynb #f2dc3e19
+def matched_tensors(space: Space) -> list[list[int]]:      # places of tensors, by pool
+    "Tensors that a random mask is matched on as one: all heads, all MLPs, all layers; others alone."
+    pools: dict[str, list[int]] = {}
+    for i, g in enumerate(space.groups):
+        pools.setdefault(g.kind if g.kind in WHOLE_UNITS else g.name, []).append(i)
+    return list(pools.values())
 
 # %% ../../nbs/core/03_bits.ipynb #d0b0a319
 def draw(

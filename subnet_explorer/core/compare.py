@@ -5,12 +5,14 @@
 # %% ../../nbs/core/12_compare.ipynb #30889e48
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .bits import matched_tensors
+from .chance import expected_distances
 from .doors import checked
 from .errors import SubnetError, check_names
 from .kinds import footprints
@@ -18,7 +20,7 @@ from .mask import Mask, table
 from .masks import Masks, aligned, kept_counts, overlaps, shared
 from .numbers import Share
 from .scores import Scores
-from .space import WHOLE_UNITS, Group, Space, same_space, tensors_by_kind
+from .space import Group, Space, same_space, tensors_by_kind
 
 # %% auto #0
 __all__ = ['CACHE', 'jaccard_distance', 'jaccard_chance', 'jaccard', 'against', 'overlap', 'survival_table', 'placement',
@@ -34,10 +36,9 @@ def jaccard_distance(a: Mask, b: Mask, average: str = "micro") -> float:
 
 @checked
 def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
-    "Jaccard distance expected of random masks with the same counts, as `random_like` draws them."
+    "Jaccard distance expected of random masks with the same counts, as `random_like` draws them; see `core.chance`."
     same_space(a.space, b.space, "compare")
-    p, q = _shares(a.space, np.array([a.counts, b.counts], float))
-    return float(_expected(_sizes(a.space), p, q, average))
+    return float(expected_distances(a.space, np.array([a.counts]), np.array([b.counts]), average).item())
 
 
 def _average(both: np.ndarray, either: np.ndarray, average: str) -> np.ndarray:  # counts (…, tensor) -> (…)
@@ -52,27 +53,6 @@ def _distance(both: np.ndarray, either: np.ndarray) -> np.ndarray:  # counts (�
     return 1 - np.divide(both, either, out=np.ones(np.shape(either)), where=either > 0).mean(-1)
 
 
-def _expected(sizes: np.ndarray, p: np.ndarray, q: np.ndarray, average: str) -> np.ndarray:
-    "Distance of random masks that keep shares `p` and `q` of every tensor (arrays (…, tensor))."
-    return _average(sizes * p * q, sizes * (p + q - p * q), average)
-
-# %% ../../nbs/core/12_compare.ipynb #aee551ac
-def _sizes(space: Space) -> np.ndarray:      # float (tensor,)
-    "Coordinates of every tensor."
-    return np.array([g.size for g in space.groups], float)
-
-
-def _together(space: Space) -> np.ndarray:      # float (tensor, tensor)
-    "One where two tensors are matched as one, else zero."
-    pool = np.array([g.kind if g.kind in WHOLE_UNITS else g.name for g in space.groups])
-    return (pool[:, None] == pool).astype(float)
-
-
-def _shares(space: Space, kept: np.ndarray) -> np.ndarray:  # counts (…, tensor) -> (…, tensor)
-    "Share of kept coordinates in what a random mask is matched on."
-    together = _together(space)
-    return kept @ together / (_sizes(space) @ together)
-
 # %% ../../nbs/core/12_compare.ipynb #3a34663e
 @checked
 def jaccard(
@@ -85,11 +65,11 @@ def jaccard(
     check_names([average], ["micro", "macro"], "average")
     names = masks.index[by].tolist()
     found, _ = aligned(masks, "compare")
-    kept = kept_counts(found).astype(float)
+    kept = kept_counts(found)
     empty: np.ndarray = kept.sum(1) == 0
     return _by_names(names, {
         "distance": _distances(found, kept, average),
-        "chance": _chances(found[0].space, kept, average),
+        "chance": expected_distances(found[0].space, kept, kept, average),
         "empty": (empty[:, None] & empty).astype(float),
     })
 
@@ -109,21 +89,26 @@ def _by_names(names: Sequence[Any], values: Mapping[str, np.ndarray]) -> pd.Data
     return rows.assign(a=label.take(rows.a).array, b=label.take(rows.b).array)
 
 # %% ../../nbs/core/12_compare.ipynb #c6279726
-def _all_pairs(
-    kept: np.ndarray,                                         # counts, expected or found (mask, tensor)
+def _distances(
+    masks: Sequence[Mask],
+    kept: np.ndarray,      # counts (mask, tensor)
     average: str,
-    both: Callable[[Sequence[int], range], np.ndarray],       # what some masks share with all of some tensors
-) -> np.ndarray:                                              # (mask, mask)
+) -> np.ndarray:           # (mask, mask)
     "Jaccard distances of all pairs."
     tensors, n = list(range(kept.shape[1])), len(kept)
-    pools = [tensors] if average == "micro" else [[t] for t in tensors]
-    counts = [kept[:, pool].sum(1) for pool in pools]
+    parts = [tensors] if average == "micro" else [[t] for t in tensors]
+    counts = [kept[:, part].sum(1).astype(float) for part in parts]
+
+    def both(tensors: Sequence[int], rows: range) -> np.ndarray:      # (row, mask)
+        "What some masks share with all, in some tensors."
+        return sum((shared(masks, t, rows) for t in tensors), np.zeros((len(rows), n)))
+
     alike, step = np.zeros((n, n)), max(1, CACHE // n)
     for i in range(0, n, step):
-        rows, part = slice(i, i + step), range(n)[i:i + step]
-        for pool, own in zip(pools, counts, strict=True):
-            alike[rows] += _similarity(both(pool, part), own[rows], own)
-    return 1 - alike / len(pools)
+        rows = slice(i, i + step)
+        for part, own in zip(parts, counts, strict=True):
+            alike[rows] += _similarity(both(part, range(n)[rows]), own[rows], own)
+    return 1 - alike / len(parts)
 
 
 def _similarity(both: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:      # (part, mask)
@@ -136,23 +121,6 @@ def _similarity(both: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.nda
 CACHE = 1 << 16
 "Pairs that are counted at once."
 
-
-def _distances(masks: Sequence[Mask], kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
-    "Jaccard distances of all pairs; `kept` are the counts by mask and tensor."
-    def both(tensors: Sequence[int], part: range) -> np.ndarray:
-        return sum((shared(masks, t, part) for t in tensors), np.zeros((len(part), len(masks))))
-    return _all_pairs(kept, average, both)
-
-
-def _chances(space: Space, kept: np.ndarray, average: str) -> np.ndarray:      # (mask, mask)
-    "Distances of all pairs that are expected of random masks."
-    shares, sizes = _shares(space, kept), _sizes(space)
-    expected = shares * sizes
-
-    def both(tensors: Sequence[int], part: range) -> np.ndarray:
-        return expected[part][:, tensors] @ shares[:, tensors].T
-    return _all_pairs(expected, average, both)
-
 # %% ../../nbs/core/12_compare.ipynb #fc7b8240
 @checked
 def against(
@@ -163,21 +131,24 @@ def against(
     "Jaccard distance of `mask` to each of the others, what they share, and both by chance."
     check_names([average], ["micro", "macro"], "average")
     space, starts = mask.space, np.cumsum([0, *map(len, mask.packed)])[:-1]
-    own, sizes = _bytes(mask), _sizes(space)
-    kept = np.array(mask.counts, float)
-    p = _shares(space, kept)
+    own, kept = _bytes(mask), np.array(mask.counts)
     for other in others:
         same_space(space, other.space, "compare")
         theirs = _bytes(other)
         n, both = _counted(theirs, starts), _counted(own & theirs, starts)
-        q = _shares(space, n)
         yield dict(
             distance=float(_average(both, kept + n - both, average)),
-            chance=float(_expected(sizes, p, q, average)),
+            chance=float(expected_distances(space, kept[None], n[None], average).item()),
             shared=float(both.sum()),
-            shared_chance=float((sizes * p * q).sum()),
+            shared_chance=_shared_by_chance(space, kept, n),
             size=float(n.sum()),
         )
+
+
+def _shared_by_chance(space: Space, kept: np.ndarray, other: np.ndarray) -> float:      # counts (tensor,)
+    "Coordinates that two random masks are expected to share."
+    pools, sizes = matched_tensors(space), np.array([g.size for g in space.groups])
+    return float(sum(kept[p].sum() * other[p].sum() / sizes[p].sum() for p in pools))
 
 
 def _bytes(mask: Mask) -> np.ndarray:      # uint8
@@ -185,9 +156,9 @@ def _bytes(mask: Mask) -> np.ndarray:      # uint8
     return np.frombuffer(b"".join(mask.packed), np.uint8)
 
 
-def _counted(packed: np.ndarray, starts: np.ndarray) -> np.ndarray:      # float (tensor,)
+def _counted(packed: np.ndarray, starts: np.ndarray) -> np.ndarray:      # int (tensor,)
     "Bits that are set in the bytes from each start to the next."
-    return np.add.reduceat(np.bitwise_count(packed), starts, dtype=np.int64).astype(float)
+    return np.add.reduceat(np.bitwise_count(packed), starts, dtype=np.int64)
 
 # %% ../../nbs/core/12_compare.ipynb #fb287839
 @checked

@@ -228,7 +228,7 @@ def defined_interval(
     values: Sequence[float],      # NaN and infinities are undefined
     level: PartShare = 0.95,
 ) -> dict[str, float]:            # n, mean, std, low, high of those that are defined, undefined
-    "Number, mean, deviation and Student interval of the defined values, and how many are not."
+    "Number, mean, deviation and Student interval of the defined values, and how many are not: in figures and tables."
     x = np.asarray(values, float)
     known = np.isfinite(x)
     return {**student_interval(x[known], level), "undefined": int((~known).sum())}

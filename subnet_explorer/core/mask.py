@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from .bits import Bits, draw, pack, quantile_bins, shuffled_within, split_by_group
+from .bits import Bits, draw, matched_tensors, pack, quantile_bins, shuffled_within, split_by_group
 from .doors import checked
 from .errors import SubnetError, check_names
 from .escape import Html, markdown_text, visible, yaml_text
@@ -21,7 +21,7 @@ from .kinds import blocks_to_weights, share_kept, space_to, units_to_weights
 from .layout import layer_text
 from .maskfile import mask_bytes, read_mask_file, write_mask_file
 from .numbers import Count, Seed, Share, SomeShare
-from .space import WHOLE_UNITS, Group, Space, same_space
+from .space import Group, Space, same_space
 
 # %% auto #0
 __all__ = ['CoordinateSet', 'Mask', 'table', 'Strata', 'random_like', 'resized', 'to', 'rebase', 'load_mask', 'card',
@@ -219,12 +219,9 @@ def random_like(
 
 
 def _pools(mask: Mask) -> list[tuple[list[Group], int]]:  # groups, and what they keep together
-    "Tensors that a random mask is matched on as one: all heads, MLPs or layers; others alone."
-    pools: dict[str, list[Group]] = {}
-    for g in mask.space.groups:
-        pools.setdefault(g.kind if g.kind in WHOLE_UNITS else g.name, []).append(g)
-    kept = dict(zip(mask.space.by_name, mask.counts, strict=True))
-    return [(groups, sum(kept[g.name] for g in groups)) for groups in pools.values()]
+    "What a random mask is matched on."
+    groups, kept = mask.space.groups, mask.counts
+    return [([groups[i] for i in pool], sum(kept[i] for i in pool)) for pool in matched_tensors(mask.space)]
 
 # %% ../../nbs/core/08_mask.ipynb #afa58bc8
 @checked

@@ -143,16 +143,14 @@ def _kept(r: Any) -> str:
 # %% ../../nbs/look/05_curves.ipynb #82f1f23f
 def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:
     "Summarize the scores of one task, kind and stage over seeds."
-    scores = part.score.astype(float)
-    found = scores[np.isfinite(scores)].to_numpy(float)
-    known = defined_interval(scores)
+    known = defined_interval(part.score)
     mean, std = known["mean"], known["std"]
     low, high = (mean - std, mean + std) if spread == "std" else (known["low"], known["high"])
     task, kind, stage = keys
     kept = {name: float(part[name].mean()) for name in ("density", "density_weights") if name in part}
     return dict(
         task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high,
-        n=len(found), undefined=known["undefined"], **kept,
+        n=known["n"], undefined=known["undefined"], **kept,
     )
 
 # %% ../../nbs/look/05_curves.ipynb #97652598

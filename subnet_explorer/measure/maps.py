@@ -412,7 +412,7 @@ def hand_labelled(
     folder = pocket_path().parent / "patterns"
     if not (folder / "labels.tsv").exists():
         raise SubnetError(
-            "the maps labelled by hand are in the repository (data/patterns), not in the installed package: "
+            "the labelled maps are in the repository (data/patterns), not in the installed package: "
             "use a checkout."
         )
     found = read_maps(folder / "labels.tsv", folder / "maps.npz")

@@ -37,7 +37,7 @@ from ..core.compare import placement
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
 from ..core.files import DamagedFile, kept_at, read_json, write_json
-from ..core.intervals import student_interval
+from ..core.intervals import defined_interval, left_out
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
 from ..core.pairs import Pairs
@@ -45,6 +45,7 @@ from ..core.run import Run
 from ..data.sentences import Sentence
 from ..look import curves, masks as mask_figures
 from ..tasks.controls import RESET_RULES
+from .choice import choice_said, choose_lambda, chosen_of, lambda_of_report
 from .cost import probe_cost
 from .papers import PROBE
 from .study import Bench, Section, Study, few_note, recipe, settings_of
@@ -129,6 +130,7 @@ def probe(
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
     init: str | None = None,                          # how weights are drawn anew: architecture; published: framework
     published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
+    selection: Sequence[Any] | None = None,           # what lambda is chosen on; None: every other sentence of dev
     seeds: Seeds = (0,),                              # of heads, masks and resets
     left_out: Mapping[str, Mapping[str, int]] | None = None,      # by part and reason, for the record
     to: str | Path | None = None,                     # folder: the study can be stopped and goes on
@@ -140,7 +142,7 @@ def probe(
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = named(model, granularity, published)
-    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published)
+    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
     bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)
@@ -173,7 +175,7 @@ def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: 
     rows = [cell_row(cell, done) for cell in cells.values() if cell.aim == "task"]
     masks = [(c.labels, _mask_of(result)) for c, result in done.items() if c.granularity and c.aim == "task"]
     without = unseen(s.task, s.train, s.dev)
-    config = {**bench.config, **sweep, **({"unseen": without} if without else {})}
+    config = {**bench.config, **sweep, **({"unseen": without} if without else {}), **choice_said(s.dev, s.selection)}
     study = Probing(
         masks=Masks(masks), tables={"scores": pd.DataFrame(rows)}, config=config,
         model_name=bench.config["model"].split(" (")[0], seconds=bench.seconds, folder=bench.folder,
@@ -223,7 +225,9 @@ def summary(study: Probing) -> pd.DataFrame:
 def _summed(key: tuple[Any, ...], part: pd.DataFrame) -> dict[str, Any]:
     "One row of the summary."
     row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
-    row |= {"n": part.score.count(), **_over_seeds(part.score, "score")}
+    known = defined_interval(part.score)
+    row |= {"n": known["n"], **_over_seeds(part.score, "score")}
+    if known["undefined"]: row["undefined"] = known["undefined"]
     gaps = ["gaps"] if "gaps" in part else []
     for column in ("score_soft", *gaps, "density", "bits"): row[column] = _mean(part, column)
     row |= _over_seeds([_centre_of(d) for d in part.layers], "centre", "centre_")
@@ -245,7 +249,7 @@ def _centre_of(density: Any) -> float:
 
 def _over_seeds(values: Any, name: str, prefix: str = "") -> dict[str, float]:
     "Mean, under this name, and 95 % Student interval of the values that are defined."
-    over = student_interval(pd.Series(values, dtype=float).dropna())
+    over = defined_interval(values)
     return {name: over["mean"], f"{prefix}low": over["low"], f"{prefix}high": over["high"]}
 
 # %% ../../nbs/recipes/10_probe.ipynb #48e30bb7
@@ -287,9 +291,11 @@ def centre(study: Probing, lam: float | None = None) -> pd.DataFrame:      # col
 def notes(study: Probing) -> list[str]:
     "What a reader of the scores must know: masks that are empty, labels that cannot be learned."
     t, odd = summary(study), study.config.get("unseen", {})
+    missing = left_out(int(defined_interval(study.scores.score)["undefined"]))
     out = [f"{r.probe}, {r.granularity}, λ {r.lam:g}: the mask is empty in {r.empty:g} of {r.n} seeds, so that "
            "embeddings and biases are all that is scored; a smaller lambda keeps more."
            for r in t[t["empty"] > 0].itertuples()]
+    if missing: out.append(f"{missing} of means and intervals.")
     if odd:
         out.append(f"{sum(odd.values())} words of the development sentences have a label that no sentence to learn "
                    f"from has ({', '.join(odd)}): they count as wrong.")
@@ -298,15 +304,7 @@ def notes(study: Probing) -> list[str]:
 # %% ../../nbs/recipes/10_probe.ipynb #8a4927e4
 def strongest_lambda(study: Probing, within: float = 0.1) -> float:
     "The largest weight of the density at which the subnetwork probe keeps all but `within` of the fine-tuned score."
-    t = summary(study)
-    if not (t.probe == "finetune").any():
-        raise SubnetError('there is no fine-tuned score to compare with: add "finetune" to the baselines.')
-    main = (t.probe == "subnetwork") & (t.granularity == study.config["granularity"][0])
-    good = t[main & (t.of_finetuning >= 1 - within)]
-    if good.empty:
-        raise SubnetError(f"no subnetwork probe comes within {within:.0%} of fine-tuning: train longer, or give "
-                          "smaller lambdas.")
-    return float(good.lam.max())
+    return float(choose_lambda(study.scores, study.config["granularity"][0], within)["lam"])
 
 # %% ../../nbs/recipes/10_probe.ipynb #22f995e3
 def where_kept(study: Probing, lam: float | None = None) -> pd.DataFrame:
@@ -386,6 +384,7 @@ def probe_results(study: Probing) -> dict[str, Any]:
         "task": study.task, "metric": TASKS[study.task],
         "results": {r.probe: _row_results(r) for r in main.itertuples()},
         "granularity": {r.granularity: _grain_results(r) for r in masks[masks.lam == lam].itertuples()},
+        "chosen": chosen_of(study.scores, study.config),
         "lambda": {f"{r.lam:g}": _row_results(r) for r in masks[masks.granularity == grain].itertuples()},
         "ranks": {str(r.rank): _row_results(r) for r in t[t.probe == "mlp"].itertuples()},
         "layers": depth.tolist(),
@@ -463,17 +462,10 @@ def probe_sections(study: Probing) -> Iterator[Section]:
     yield ("Beside the published numbers", f"{SOURCE[0].upper()}{SOURCE[1:]}. Another model on other sentences has "
            "other numbers: compare how far the controls fall.", [with_published(study).round(4)])
     yield "Score against complexity", BITS_TEXT, [curves.pareto(t)] if len(study.scores) > 1 else []
-    lam, why = _lambda_of_report(study)
+    lam, why = lambda_of_report(study.scores, study.config)
     yield ("Where", f"Masks with λ {lam:g}: {why}. The bars are the published quantity, with 95 % intervals over "
            "seeds; heat-maps are density, on one scale. Centres are mean layers.",
            [*where_figures(study, lam), centres(study, lam).round(3)])
-
-
-def _lambda_of_report(study: Probing) -> tuple[float, str]:
-    try: lam = strongest_lambda(study)
-    except SubnetError:
-        return study.config["lambdas"][0], "the main one, as none is known to come within a tenth of fine-tuning"
-    return lam, "the strongest with which the score stays within a tenth of fine-tuning"
 
 # %% ../../nbs/recipes/10_probe.ipynb #91530c8b
 def probe_text(study: Probing) -> str:
@@ -481,4 +473,7 @@ def probe_text(study: Probing) -> str:
     table = study.summary().dropna(axis=1, how="all")
     text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
     depth = layers(study).query("probe == 'subnetwork'").groupby("layer").density.mean()
-    return "\n".join([text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)])
+    lines = [text, "", "density by layer: " + ", ".join(f"{d:.3f}" for d in depth)]
+    lam, why = lambda_of_report(study.scores, study.config)
+    if len(study.config["lambdas"]) > 1: lines.append(f"λ {lam:g}: {why}.")
+    return "\n".join(lines)

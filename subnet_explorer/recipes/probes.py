@@ -37,11 +37,12 @@ from ..tasks.controls import RESETS, control_labels, reset
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import EntityTagger, Tagger, TaskHead
 from ..tasks.parser import Parser
+from .choice import choice_parts
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score', 'attention_soft',
-           'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable', 'read_sentences', 'named',
-           'steps_of', 'plan', 'published']
+__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score',
+           'attention_soft', 'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable',
+           'read_sentences', 'named', 'steps_of', 'plan', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
 TASKS: dict[str, str] = {
@@ -160,33 +161,48 @@ class ProbeSetting:
     published: bool = False                                      # heads and learning rates of the released code
     known: Sequence[Any] | None = field(default=None, repr=False)      # sentences that tell the labels; None: those
                                                                        # to learn from
+    selection: Sequence[Any] | None = field(default=None, repr=False)  # sentences to choose lambda on; None: every
+                                                                       # other one of dev
 
     def identity(self) -> dict[str, Any]:
         "What tells a study from others; its sweeps may grow."
         model = str(model_id(self.model, layout_of(self.model)))
         config = {"recipe": "probe", "model": model, "task": self.task, "train": fingerprint_of(self.train),
                   "dev": fingerprint_of(self.dev), "init": self.init, "parser": dict(self.parser), **self.training}
+        if self.selection is not None: config["selection"] = fingerprint_of(self.selection)
         return {**config, "published": True} if self.published else config
 
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
         tell = self.train if self.known is None else self.known
         head = head_of(self.task, self.model, tell, cell.seed, cell.rank or None, self.published, **self.parser)
-        head.unseen = list(unseen(self.task, tell, self.dev))
+        head.unseen = list(unseen(self.task, tell, [*self.dev, *(self.selection or [])]))
         return head
 
 # %% ../../nbs/recipes/09_probes.ipynb #ec0f3236
 def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: Any) -> dict[str, Any]:
     "Train one probe and score it on development sentences, or ask it what else the cell aims at."
     if cell.aim == "code": return online_code(s, cell)
-    if cell.aim == "control": s = _with_control_labels(s, cell.seed)
+    if cell.aim == "control": s = replace(_with_control_labels(s, cell.seed), selection=None)
     with trained(s, cell, store, progress) as (head, run):
         mask = None if run is None else run.mask
         found = task_scores(s.model, s.tok, head, s.dev, mask) | gap_score(s.model, s.tok, head, s.dev, mask)
+        if cell.aim == "task" and cell.probe in COMPARED: found |= _choice_scores(s, head, mask)
         if run is not None: return {**found, **_about_mask(s, head, run)}
         tuned = cell.probe.partition("_reset_")[0] == "finetune"
         n = sum(p.numel() for p in s.model.parameters()) if tuned else head.complexity()["parameters"]
         return {**found, "bits": n, "bits_stored": 32 * n}
+
+
+COMPARED = ("subnetwork", "finetune")
+"Probes whose scores decide which lambda is chosen."
+
+
+def _choice_scores(s: ProbeSetting, head: TaskHead, mask: Any) -> dict[str, float]:
+    "Scores on sentences to choose lambda on, and on those that are reported on; none if one part is empty."
+    parts = dict(zip(("score_selection", "score_reported"), choice_parts(s.dev, s.selection), strict=True))
+    if not all(map(len, parts.values())): return {}
+    return {name: task_scores(s.model, s.tok, head, part, mask)["score"] for name, part in parts.items()}
 
 
 def _with_control_labels(s: ProbeSetting, seed: int) -> ProbeSetting:
@@ -300,6 +316,7 @@ def read_sentences(
     train: str,                       # sentences to learn from: a CoNLL-U file (pos, dep), a column file (ner),
                                       # "pocket", "pocket-gaps", or datasets:NAME
     dev: str,                         # sentences to report on: likewise
+    selection: str | None = None,     # sentences to choose lambda on: likewise; if not given, every other one of dev
     limit_train: Count | None = None,  # at most so many sentences to learn from
     limit_dev: Count | None = None,   # at most so many sentences to report on
     longest: Count = 128,             # longer sentences, in words, are left out and counted
@@ -310,8 +327,11 @@ def read_sentences(
     read: Any = read_ner if task == "ner" else partial(read_conllu, tree=task == "dep", strict=not lenient)
     learn, lost = fitting(read(train, part="train"), tok, longest)
     report, less = fitting(read(dev, part="dev"), tok, longest)
-    return {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev],
-            "left_out": {"train": lost, "dev": less}}
+    found: dict[str, Any] = {"task": task, "train": learn[:limit_train], "dev": report[:limit_dev]}
+    found["left_out"] = {"train": lost, "dev": less}
+    if selection is None: return found
+    chosen, fewer = fitting(read(selection, part="dev"), tok, longest)
+    return found | {"selection": chosen, "left_out": {"train": lost, "dev": less, "selection": fewer}}
 
 # %% ../../nbs/recipes/09_probes.ipynb #56b41c10
 def named(model: nn.Module, granularity: Sequence[str], published: bool = False) -> list[str]:

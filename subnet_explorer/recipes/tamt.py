@@ -27,6 +27,7 @@ from subnet_explorer.recipes.textmasks import (
     steps_on_the_way,
 )
 
+from ..core.chance import expected_by_tensor
 from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
@@ -252,7 +253,7 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], t
 
 
 def _undefined(scores: pd.DataFrame) -> tuple[str, ...]:
-    said = "" if scores.empty else left_out(int(scores.score.isna().sum()))
+    said = "" if scores.empty else left_out(int(defined_interval(scores.score)["undefined"]))
     return (f"{said} of means and intervals.",) if said else ()
 
 
@@ -382,14 +383,15 @@ def _summed(study: Tamt, key: tuple[str, float], t: pd.DataFrame, runs: pd.DataF
     return {**row, **by_name, **over_masks(runs)}
 
 
-def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, Any]:      # mean, std, scores
-    "Scores of one task under the masks of a method."
+def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, Any]:      # mean, std, undefined, scores
+    "Scores of one task under the masks of a method; undefined ones are left out of the mean, and counted if any."
     last = study.scores.set_index(["method", "density", "seed"]).steps
     t = study.transfer.query("task == @task and method == @method and density == @density")
     t = t[[r.step == last[r.method, r.density, r.seed] for r in t.itertuples()]]
     over = defined_interval(t.score.astype(float))
     scores = [None if pd.isna(v) else float(v) for v in t.score]
-    return {"mean": over["mean"], "std": over["std"] if over["n"] > 1 else None, "scores": scores}
+    found = {"mean": over["mean"], "std": over["std"] if over["n"] > 1 else None, "scores": scores}
+    return {**found, "undefined": over["undefined"]} if over["undefined"] else found
 
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
@@ -423,25 +425,21 @@ def distances_by_matrix(masks: Masks, space: Space) -> pd.DataFrame:      # a, b
     "The same for every matrix (layer 0: the embedding)."
     named, keys = _named(masks), ["a", "b", "layer", "matrix", "size"]
     names, both = named.index["name"].tolist(), overlaps(named).astype(float)      # (mask, mask, tensor)
-    sizes = np.array([g.size for g in space.groups], float)
+    kept = both.diagonal().T                                                       # (mask, tensor)
+    chance = expected_by_tensor(space, kept, kept)
     where = pd.DataFrame([{"layer": g.layer + 1, "matrix": g.role, "size": g.size} for g in space.groups])
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     pairs = [(i, j) for i, a in enumerate(names) for j, b in enumerate(names) if order[a] < order[b]]
     tables = []
     for i, j in pairs:
-        apart = _distance(both[i, j], both[i, i], both[j, j], sizes)
-        tables.append(where.assign(a=names[i], b=names[j], **apart))
+        far = _far(both[i, j], kept[i] + kept[j] - both[i, j])
+        tables.append(where.assign(a=names[i], b=names[j], distance=far, chance=chance[:, i, j]))
     if not tables: return pd.DataFrame(columns=[*keys, "distance", "chance"])
     return pd.concat(tables).groupby(keys, sort=False)[["distance", "chance"]].mean().reset_index()
 
 
-def _distance(shared: np.ndarray, a: np.ndarray, b: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    "Jaccard distance by tensor, and that of unrelated masks of these sizes."
-    p, q = a / sizes, b / sizes
-    return {"distance": _far(shared, a + b - shared), "chance": _far(p * q, p + q - p * q)}
-
-
 def _far(shared: np.ndarray, either: np.ndarray) -> np.ndarray:
+    "Jaccard distance by tensor."
     return 1 - np.divide(shared, either, out=np.ones_like(either), where=either > 0)
 
 

@@ -30,6 +30,7 @@ from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
 from ..core.pairs import Pairs
 from ..core.run import Run
 from ..core.scores import Scores
+from ..core.selection import SURVIVAL_TEXT, selection_table, selection_tables
 from ..core.space import Space
 from ..core.store import Store
 from ..data.parts import TaskData
@@ -489,7 +490,7 @@ def tickets_results(study: Tickets) -> dict[str, Any]:
     return {
         "kind": study.config["kind"],
         "tasks": {task: _task_results(study, task, t[t.task == task], files) for task in study.plan.tasks},
-        "gains": gains,
+        "gains": gains, "stability": selection_table(study.good, "task"),
         "skipped": {f"{task}, seed {seed}": why for (task, seed), why in study.skipped.items()},
     }
 
@@ -527,8 +528,7 @@ def tickets_text(study: Tickets) -> str:
     "What the shell prints."
     data = [f"{name}: {part!r}" for name, part in study.plan.tasks.items()]
     gains = study.gains().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    parts = ["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains]
-    return "\n\n".join(parts)
+    return "\n\n".join(["\n".join(data), repr(study.plan.space), study.table().to_string(na_rep=""), gains])
 
 # %% ../../nbs/recipes/07_tickets.ipynb #5f823700
 AGREEMENT = ("Fleiss' kappa depends on how much is kept: read it with prevalence and raw agreement. Q tests equal "
@@ -550,7 +550,7 @@ def tickets_sections(study: Tickets) -> Iterator[Section]:
     yield "Scores", _scores_text(study), [curves.tickets(usual(study)), study.table().reset_index()]
     yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % intervals; "
            "p corrected over the table by Holm and by Benjamini and Hochberg.", [study.gains().round(3)])
-    yield "What survives", "How often each unit is kept over seeds.", survival
+    yield "What survives", SURVIVAL_TEXT, [*survival, *selection_tables(good, "task")]
     yield "Do seeds agree?", AGREEMENT, agree
     yield "Do tasks share units?", "Units kept by both tasks under the same seed, beside chance.", share
     yield ("Importance", "Of the units of the fine-tuned models; marked are those that go first.",

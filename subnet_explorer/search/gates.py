@@ -238,7 +238,7 @@ def _multipliers(gate: Gate, groups: Sequence[int]) -> list[Tensor]:
 # %% ../../nbs/search/00_gates.ipynb #422ed04d
 @checked
 class Threshold(Gate):
-    "Keep where the logit is positive; straight-through gradient (Ren & Zhu 2022, section 3.1)."
+    "Keep where the logit is positive; straight-through gradient (Ren & Zhu 2022)."
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import hypergeom, pearsonr, spearmanr
 from statsmodels.stats.contingency_tables import cochrans_q, mcnemar as sm_mcnemar
 from statsmodels.stats.inter_rater import fleiss_kappa as sm_fleiss
 from statsmodels.stats.multitest import multipletests
@@ -16,6 +16,7 @@ from toys import LAYOUT, MODEL
 
 from subnet_explorer.core.agreement import (
     agreement,
+    annotator_kappa,
     cochran,
     consensus,
     fleiss_kappa,
@@ -274,7 +275,8 @@ def test_chance_of_units_that_stand_alone_in_their_tensor():
     drawn = [Mask.random(unit_space(1, 12), .5, seed=s)["layer.0.head"] for s in range(400)]
     masks = [mask_of(bits, mlps) for bits in drawn]
     distances = [jaccard_distance(a, b) for a, b in zip(masks[::2], masks[1::2], strict=True)]
-    assert jaccard_chance(*masks[:2]) == pytest.approx(2 / 3) == pytest.approx(np.mean(distances), abs=.03)
+    expected = hypergeom(12, 6, 6).expect(lambda both: 1 - both / (12 - both))
+    assert jaccard_chance(*masks[:2]) == pytest.approx(expected) == pytest.approx(np.mean(distances), abs=.03)
 
 
 def test_stable_units():
@@ -292,3 +294,46 @@ def test_correlation(xy):
     expected = pearsonr(*xy)
     assert (found["r"], found["p"]) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
     assert found["note"] == ""
+
+
+# ── more than two categories ─────────────────────────────────────────────────────────────────────────────────────────
+
+def plain_kappa(rows: list[list[str]]) -> float:
+    "Fleiss' kappa, label by label: the share of equal pairs of labels of an item, corrected for chance."
+    rows = [[x for x in row if x is not None] for row in rows]
+    rows = [row for row in rows if len(row) > 1]
+    pairs = [[a == b for i, a in enumerate(row) for j, b in enumerate(row) if i != j] for row in rows]
+    agreed, every = np.mean([np.mean(p) for p in pairs]), [x for row in rows for x in row]
+    chance = sum((every.count(c) / len(every)) ** 2 for c in set(every))
+    return (agreed - chance) / (1 - chance)
+
+
+@given(st.integers(2, 5).flatmap(lambda n: st.lists(
+    st.lists(st.sampled_from(["a", "b", "c", None]), min_size=n, max_size=n), min_size=1, max_size=8)))
+def test_annotators_with_gaps(rows):
+    table = np.array(rows, object)
+    known = [[x for x in row if x is not None] for row in rows]
+    used = [row for row in known if len(row) > 1]
+    if not used:
+        with pytest.raises(SubnetError, match="two raters have labelled"): annotator_kappa(table)
+        return
+    found = annotator_kappa(table)
+    assert (found["items"], found["left_out"]) == (len(used), len(rows) - len(used))
+    if len({x for row in used for x in row}) == 1:
+        assert np.isnan(found["kappa"]) and found["note"] == "undefined: all labels are one category"
+    else:
+        assert found["kappa"] == pytest.approx(plain_kappa(rows)) and found["note"] == ""
+
+
+@given(hnp.arrays(np.int64, st.tuples(st.integers(2, 9), st.integers(2, 5)), elements=st.integers(0, 3)))
+def test_annotators_without_gaps_as_statsmodels(table):
+    counts = np.array([[np.sum(row == c) for c in range(4)] for row in table])
+    if len(np.unique(table)) > 1: assert annotator_kappa(table)["kappa"] == pytest.approx(sm_fleiss(counts))
+
+
+def test_the_example_of_fleiss():
+    "Fleiss (1971), table 1 as often printed: ten subjects, fourteen raters, five categories, kappa 0.21."
+    counts = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+              [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
+    table = np.array([np.repeat(np.arange(5), row) for row in counts])
+    assert annotator_kappa(table)["kappa"] == pytest.approx(.210, abs=5e-4)

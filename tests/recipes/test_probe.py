@@ -19,6 +19,7 @@ from subnet_explorer import masked
 from subnet_explorer.cli import main
 from subnet_explorer.core.compare import placement
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
+from subnet_explorer.core.files import write_json
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.scores import Scores
@@ -37,7 +38,6 @@ from subnet_explorer.recipes.probe import (
     notes,
     probe,
     strongest_lambda,
-    summary,
     where_figures,
     where_kept,
     with_published,
@@ -571,16 +571,41 @@ def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
 
 
 def test_the_strongest_lambda(study):
-    t = summary(study)
-    mine = t[(t.probe == "subnetwork") & (t.granularity == "neuron")]
+    "By scores on the sentences that choose, seed by seed; all of them if much may be lost."
+    t = study.scores.set_index(["probe", "granularity", "lam", "seed"]).score_selection
+    t = t.sort_index()
+    mine, tuned = t["subnetwork", "neuron"].groupby("lam").mean(), t["finetune"].mean()
     for within in (0.05, 0.5, 1.0):
-        ok = mine[mine.of_finetuning >= 1 - within].lam
+        ok = mine.index[mine >= (1 - within) * tuned]
         if len(ok):
             assert strongest_lambda(study, within) == ok.max()
         else:
             with pytest.raises(SubnetError, match="no subnetwork probe comes within"):
                 strongest_lambda(study, within)
     assert set(layers(study, 25.0).probe) == {"subnetwork"} and len(centre(study, 25.0)) == 2
+
+
+def test_sentences_that_choose_do_not_report(bert, tmp_path):
+    "Every other sentence, or a part of its own; said in the results and the report."
+    other, some = read_conllu("pocket", part="test")[:20], FAST | dict(baselines=("finetune",), seeds=(0,))
+    halves = probe(*bert, "pos", TRAIN, DEV, **some)
+    named = probe(*bert, "pos", TRAIN, DEV, selection=other, **some)
+    for found, parts in ((halves, (DEV[::2], DEV[1::2])), (named, (other, DEV))):
+        for name, part in zip(("score_selection", "score_reported"), parts, strict=True):
+            alone = probe(*bert, "pos", TRAIN, part, **some).scores.score
+            assert found.scores[name].tolist() == pytest.approx(alone.tolist())
+    assert named.scores.score.tolist() == named.scores.score_reported.tolist()
+    assert named.config["chosen_on"] == "the 20 sentences of the selection"
+    assert halves.config["chosen_on"] == "every other sentence of dev (15)"
+    at = chapter.choose_lambda(halves.scores, "neuron", within=1.0)
+    assert at["score"] == halves.scores.score_reported[0] and at["n"] == 1
+    study = replace(halves, tables={"scores": halves.scores.assign(score_selection=1.0)})
+    out, page = study.to_json()["chosen"], study.report(tmp_path / "r.html").read_text()
+    assert out["chosen_on"] == halves.config["chosen_on"] and out["score"] == pytest.approx(at["score"], abs=1e-6)
+    assert "Chosen on every other sentence of dev (15)" in page
+    with pytest.raises(OtherRun, match="selection"):
+        for selection in (None, other):
+            probe(*bert, "pos", TRAIN, DEV, selection=selection, to=tmp_path / "study", **some)
 
 
 # ── gaps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -702,8 +727,8 @@ def test_the_published_quantity_survives_the_folder(bert, tmp_path):
     again = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for file in (tmp_path / "s" / "cells").glob("*.json"):
         kept = json.loads(file.read_text())
-        assert len(kept.pop("attention")) == 4
-        file.write_text(json.dumps(kept))
+        assert kept.pop("checksum") and len(kept.pop("attention")) == 4
+        write_json(file, kept)
     old = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for other in (again, old):
         assert other.soft.to_numpy() == pytest.approx(first.soft.to_numpy(), abs=1e-6)
