@@ -23,7 +23,7 @@ from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.parts import TaskData, task_data
 from subnet_explorer.data.tables import read_glue
-from subnet_explorer.measure.metrics import majority_label
+from subnet_explorer.measure.baselines import majority_label
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
 from subnet_explorer.search.prune import NoFloor
