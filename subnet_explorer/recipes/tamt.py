@@ -487,10 +487,9 @@ LOSSES = {
     "hidden_loss": "distance of hidden states (1 − cosine)",
     "moved": "Jaccard distance from the start",
 }
-SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; beside the best baseline "
-               "of each task, the majority label or a part of the input; mean over tasks "
-               "with 95 % Student intervals (columns mean, low, high) over n masks, or of a single mask over "
-               "its runs, as the column over says. ")
+SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
+               "(of baselines the best) with 95 % Student intervals (columns mean, low, high) over n masks, or of a "
+               "single mask over its runs, as the column over says. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")
@@ -524,7 +523,7 @@ def _score_bars(study: Tamt, t: pd.DataFrame) -> list[Any]:
     beat = [pd.DataFrame({"condition": ["baseline"], "value": [best.score.mean()]})] if len(best) == len(study.tasks) else []
     return [curves.bars(pd.concat([bars, *beat], ignore_index=True), title="Mean over tasks", label="score")]
 
-
+# %% ../../nbs/recipes/12_tamt.ipynb #7e1fd0ab
 def _kept(study: Tamt, density: float) -> list[Any]:
     methods = study.masks.index.method.unique()
     lies = {m: placement(study.masks.sel(method=m, density=density)) for m in methods}
