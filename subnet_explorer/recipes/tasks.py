@@ -165,8 +165,9 @@ def told_baselines(table: pd.DataFrame, part: str = "test") -> pd.DataFrame:    
     "Scores to be read: three digits, undefined or n/a, nothing where a task has no such input."
     rows = table[table.part == part]
     text = rows.assign(text=[_told(row) for row in rows.itertuples()]).set_index(["baseline", "task"]).text
-    order = [list(dict.fromkeys(rows[key])) for key in ("baseline", "task")]
-    return text.unstack().reindex(*order).fillna("").rename_axis(index=None, columns=None)
+    names, tasks = (list(dict.fromkeys(rows[key])) for key in ("baseline", "task"))
+    wide = text.unstack().reindex(index=names, columns=tasks)
+    return wide.fillna("").rename_axis(index=None, columns=None)
 
 
 def _told(row: Any) -> str:
