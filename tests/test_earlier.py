@@ -50,8 +50,8 @@ NEW_TABLES = {
     *(f"{name}/runs/.index.json" for name in COMMANDS),
 }
 "What is now written beside the tables of that time."
-KEPT_TABLES = re.compile(r"(tickets|tamt)/tables/baselines-.*\.json")
-"Tables that are now kept in the folder of a study."
+KEPT_TABLES = re.compile(r"(tickets|tamt)/(tables/baselines-.*|sessions/.*)\.json")
+"Tables that are now kept in the folder of a study, and the time that they took."
 NEW_RESULTS = {"baselines", "notes", "left_out", "kept", "files", "checksum"}
 "What `results.json` now says besides."
 NEW_COLUMNS = {"density_weights"}
