@@ -454,8 +454,8 @@ def tamt_results(study: Tamt) -> dict[str, Any]:
                for method, t in rest.groupby("method", sort=False)}
     return {
         "full": {"mlm_loss": full.mlm_loss, "tasks": _tasks_results(study, "full", 1.0)},
-        "methods": methods, "baselines": study.tables["baselines"], "jaccard": _jaccard_results(study),
-        "curves": study.curves,
+        "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves,
+        "baselines": study.tables["baselines"],
     }
 
 
