@@ -106,8 +106,8 @@ def _reason(train: Sequence[_Row] | Labelled, read: Callable[[_Row], list[str]])
     labels = {row["label"] for row in train}
     if len(labels) == 1 and "choices" not in train[0] and not getattr(train, "real", False):
         return f"not applicable: all {len(train)} training rows have the label {next(iter(labels))!r}"
-    if not any(text.strip() for row in train for text in read(row)): return "not applicable: there is no word to learn from"
-    return ""
+    words = any(text.strip() for row in train for text in read(row))
+    return "" if words else "not applicable: there is no word to learn from"
 
 # %% ../../nbs/measure/09_baselines.ipynb #15657287
 @checked
