@@ -112,7 +112,7 @@ def _reason(train: Sequence[_Row] | Labelled, read: Callable[[_Row], list[str]])
 # %% ../../nbs/measure/09_baselines.ipynb #15657287
 @checked
 def baselines(
-    train: Labelled | Sequence[Mapping[str, Any]],     # labelled texts, or multiple-choice questions: see `read_choices`
+    train: Labelled | Sequence[Mapping[str, Any]],     # labelled texts, or questions of `read_choices`
     test: Labelled | Sequence[Mapping[str, Any]],      # what is asked, of the same task
     limit: Count = _LIMIT,                             # rows that a bag of words learns from at most, drawn by seed 0
 ) -> pd.DataFrame:                                     # a row a baseline: baseline, metric, score, n (rows asked), note

@@ -43,7 +43,7 @@ from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
 from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe, settings_of
-from .tasks import baseline_table, best_baselines, read_running_text, told_baselines
+from .tasks import baseline_table, best_trivial, read_running_text, trivial_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
@@ -398,7 +398,7 @@ def mean_pairs(study: Tamt) -> Pairs:
 def tamt_html(study: Tamt) -> Html:
     "What a notebook shows."
     title = f"{len(study.masks)} masks of {study.model_name}, {len(study.tasks)} tasks"
-    beat = table_html(told_baselines(study.tables["baselines"])) if study.tasks else ""
+    beat = table_html(trivial_text(study.tables["baselines"])) if study.tasks else ""
     return Html("<b>{}</b>{}{}").format(title, table_html(study.summary(), index=False), beat)
 
 
@@ -406,7 +406,7 @@ def tamt_text(study: Tamt) -> str:
     "What the shell prints: the tasks, their baselines and the summary."
     data = [f"{name}: {part!r}" for name, part in study.tasks.items()]
     text = study.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    beat = ["", told_baselines(study.tables["baselines"]).to_string()] if study.tasks else []
+    beat = ["", trivial_text(study.tables["baselines"]).to_string()] if study.tasks else []
     return "\n".join([*data, repr(study.space), *beat, "", text])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #19420fd0
@@ -502,7 +502,7 @@ def tamt_sections(study: Tamt) -> Iterator[Section]:
     "The parts of the report."
     t, low = study.summary(), min(study.config["densities"])
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.tasks.items())
-    beat = [told_baselines(study.tables["baselines"]).reset_index(names="baseline")] if study.tasks else []
+    beat = [trivial_text(study.tables["baselines"]).reset_index(names="baseline")] if study.tasks else []
     yield "Scores", f"{SCORES_TEXT}{metrics}." if study.tasks else "", [*_score_bars(study, t), t.round(4), *beat]
     yield "Pre-training and transfer", TRANSFER_TEXT, _transfers(study, t)
     ways = _ways(study)
@@ -519,9 +519,9 @@ def _score_bars(study: Tamt, t: pd.DataFrame) -> list[Any]:
     names = [m if m == "full" else f"{m} {d:g}" for m, d in zip(t.method, t.density, strict=True)]
     interval = ["low", "high"] if t.get("std", pd.Series(np.nan)).notna().all() else []
     bars = t.assign(condition=names).rename(columns={"mean": "value"})[["condition", "value", *interval]]
-    best = best_baselines(study.tables["baselines"])
-    beat = [pd.DataFrame({"condition": ["baseline"], "value": [best.score.mean()]})] if len(best) == len(study.tasks) else []
-    return [curves.bars(pd.concat([bars, *beat], ignore_index=True), title="Mean over tasks", label="score")]
+    best = best_trivial(study.tables["baselines"])
+    if len(best) == len(study.tasks): bars.loc[len(bars), ["condition", "value"]] = ["baseline", best.score.mean()]
+    return [curves.bars(bars, title="Mean over tasks", label="score")]
 
 # %% ../../nbs/recipes/12_tamt.ipynb #7e1fd0ab
 def _kept(study: Tamt, density: float) -> list[Any]:

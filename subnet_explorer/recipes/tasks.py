@@ -26,7 +26,7 @@ from .study import Bench
 
 # %% auto #0
 __all__ = ['BASELINES', 'read_tasks', 'tasks_by_name', 'name_and_source', 'read_running_text', 'baseline_table', 'trivial_on',
-           'best_baselines', 'said_of_floors', 'told_baselines']
+           'best_trivial', 'low_floors', 'trivial_text']
 
 # %% ../../nbs/recipes/04_tasks.ipynb #6fa4782e
 @checked
@@ -142,7 +142,7 @@ def trivial_on(table: pd.DataFrame, task: str, part: str = "test") -> dict[str, 
     return trivial_scores(table[(table.task == task) & (table.part == part)])
 
 
-def best_baselines(table: pd.DataFrame, part: str = "test") -> pd.DataFrame:      # task, baseline, score
+def best_trivial(table: pd.DataFrame, part: str = "test") -> pd.DataFrame:      # task, baseline, score
     "The best of them for every task; a task where none has a score has no row."
     found = {task: trivial_on(table, task, part) for task in dict.fromkeys(table.task)}
     best = {task: max(scores, key=lambda name: scores[name]) for task, scores in found.items() if scores}
@@ -154,14 +154,14 @@ _LOW_FLOOR = ("{}, seed {}: the floor of {:.3f} is not above the {:.3f} of the b
               "search, so that a subnetwork can pass without knowing anything.")
 
 
-def said_of_floors(table: pd.DataFrame, floors: Mapping[tuple[str, int], float | None]) -> Iterator[str]:
+def low_floors(table: pd.DataFrame, floors: Mapping[tuple[str, int], float | None]) -> Iterator[str]:
     "Notes on floors of masks of earlier versions, by task and seed, that a baseline passes."
     for (task, seed), floor in floors.items():
         best = max(trivial_on(table, task, "search").values(), default=-np.inf)
         if floor is not None and floor <= best: yield _LOW_FLOOR.format(task, seed, floor, best)
 
 
-def told_baselines(table: pd.DataFrame, part: str = "test") -> pd.DataFrame:      # baseline × task, text
+def trivial_text(table: pd.DataFrame, part: str = "test") -> pd.DataFrame:      # baseline × task, text
     "Scores to be read: three digits, undefined or n/a, nothing where a task has no such input."
     rows = table[table.part == part]
     text = rows.assign(text=[_told(row) for row in rows.itertuples()]).set_index(["baseline", "task"]).text

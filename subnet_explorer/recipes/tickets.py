@@ -40,7 +40,7 @@ from ..search.score import magnitude
 from ..tasks.fit import fit, preserved
 from ..tasks.heads import TaskHead
 from .study import Bench, Pairs, Section, Study, few_note, folder_or_scratch, recipe
-from .tasks import BASELINES, baseline_table, best_baselines, read_tasks, said_of_floors, told_baselines, trivial_on
+from .tasks import baseline_table, best_trivial, low_floors, read_tasks, trivial_on, trivial_text
 from .tuning import score_after_training, scored, untrained
 
 # %% auto #0
@@ -62,7 +62,7 @@ class Plan:
     longer: Sequence[float] = ()         # epochs for which bad masks are also retrained
     random_init: bool = False
     published: bool = False
-    baselines: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=BASELINES), repr=False)
+    baselines: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)      # what a floor must be above
     progress: Any = False              # or a line of a study
 
     @property
@@ -427,7 +427,7 @@ def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFr
     good = masks.sel(kind="good")
     for kind in [k for k in plan.space.kind.split("+") if k != "weight" and len(good)]:
         yield from (f"{NAMES[kind]}: {said}" for said in said_of_empty_pairs(consensus(good, kind, samples=2)))
-    yield from said_of_floors(plan.baselines, {cell: note.get("floor") for cell, note in cells.items()})
+    yield from low_floors(plan.baselines, {cell: note.get("floor") for cell, note in cells.items()})
 
 # %% ../../nbs/recipes/07_tickets.ipynb #fbbc4875
 CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random"), ("super-good", "super-bad"),
@@ -442,7 +442,7 @@ def usual(study: Tickets) -> pd.DataFrame:
 
 def drawn(study: Tickets) -> pd.DataFrame:
     "These with the best baseline of each task, the majority label or a part of the input, for `plots.tickets`."
-    best = best_baselines(study.tables["baselines"]).assign(kind="baseline", stage="full", seed=0)
+    best = best_trivial(study.tables["baselines"]).assign(kind="baseline", stage="full", seed=0)
     return pd.concat([usual(study), best], ignore_index=True)
 
 
@@ -463,7 +463,7 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) Ã— task: "mean Â
     t = t.assign(text=[_mean_text(r) for r in t.itertuples()], stage=[_stage_text(study, r) for r in t.itertuples()])
     order = pd.MultiIndex.from_frame(t[["kind", "stage"]].drop_duplicates())
     wide = t.set_index(["kind", "stage", "task"]).text.unstack().reindex(columns=list(study.plan.tasks)).reindex(order)
-    first = told_baselines(study.tables["baselines"])
+    first = trivial_text(study.tables["baselines"])
     first.index = pd.MultiIndex.from_product([first.index, [""]], names=["kind", "stage"])
     return pd.concat([first, wide, _kept_rows(t).reindex(columns=wide.columns)]).rename_axis(columns=None)
 
