@@ -501,7 +501,7 @@ def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[
     data, scores = study.plan.tasks[task], dict[str, dict[str, Any]]()
     for row in rows.itertuples(): scores.setdefault(row.kind, {})[_stage_text(study, row)] = _score_results(study, row)
     good: Any = study.good.sel(task=task) if task in set(study.good.index.task) else []
-    masks = study.masks.sel(task=task).index
+    masks = study.masks.index[study.masks.index.task == task]
     return {
         "metric": data.metric, "n": {part: len(d) for part, d in data.parts.items()},
         "majority": trivial_on(study.tables["baselines"], task).get("majority"), "scores": scores,

@@ -501,7 +501,7 @@ def give_away(n, seed):
     rng = np.random.default_rng(seed)
     for i in range(n):
         pair = f"it is {'not ' * (i % 2)}a {rng.choice(['bird', 'tree', 'town'])} ."
-        yield {"sentence": f"anna drew picture {i} .", "pair": pair, "label": GLUE["RTE"].labels[i % 2]}
+        yield {"sentence": f"anna drew {rng.integers(9)} pictures .", "pair": pair, "label": GLUE["RTE"].labels[i % 2]}
 
 
 def test_a_task_whose_floor_a_part_of_the_input_passes_is_named(small, entails, tmp_path, monkeypatch):
