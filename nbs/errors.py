@@ -136,7 +136,12 @@ from subnet_explorer import load
 os.makedirs('bert/empty')
 load('bert')
 """,
-    "NoFloor": None,            # needs a model that learned nothing
+    "NoFloor": """
+from subnet_explorer import Cloze, Space, evaluate, iterate, load, read_facts
+model, tok = load('pocket-bert')
+facts, heads = read_facts('pocket', 'MadeOf', prompt=1), Space.of(model, 'head')
+iterate(model, tok, Cloze(facts), evaluate.Precision(facts), heads, baselines={'majority': 0.95}, progress=False)
+""",
     "ModelInUse": """
 import torch
 from subnet_explorer import Mask, Space, load, masked

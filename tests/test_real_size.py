@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from floors import any_floor
 
 from subnet_explorer import recipes
 from subnet_explorer.core.compare import jaccard_distance
@@ -257,6 +258,7 @@ def test_patterns_of_long_texts(bert, monkeypatch):
 
 @pytest.mark.slow
 def test_tickets_kept_or_recomputed(bert, monkeypatch):
+    any_floor(monkeypatch)
     data = task_data("pocket:entails", train=8, test=8, limit_search=8)
     def masks():
         study = recipes.tickets(*bert, {"entails": data}, kind="head+mlp", seeds=(0,), epochs=1, lr=1e-4, batch=8,
@@ -266,7 +268,8 @@ def test_tickets_kept_or_recomputed(bert, monkeypatch):
     assert kept == again
 
 
-def test_tickets(whole_bert):
+def test_tickets(whole_bert, monkeypatch):
+    any_floor(monkeypatch)
     data = task_data("pocket:entails", train=8, test=8, limit_search=8)
     study = recipes.tickets(*whole_bert, {"entails": data}, kind="head+mlp", seeds=(0,), epochs=1, lr=1e-4, batch=8,
                             drop=.9, floor=.01, supers=False, progress=False)

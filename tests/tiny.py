@@ -20,7 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from floors import any_floor
 
 from subnet_explorer.cli import main, ordered
 from subnet_explorer.core import cells, folders
@@ -71,6 +73,7 @@ def get_ready(names: list[str], place: Path) -> None:
     models = {name: _cut(*loading.load(name)) for name in sorted(needed)}
     loading.load = lambda name, **how: models[str(name)]
     for door in (find, fit): _defaults(door)["checkpoint"] = 0.0
+    any_floor(pytest.MonkeyPatch())
     _keep_data(names)
     _observe()
 

@@ -5,8 +5,9 @@
 # %% ../../nbs/data/10_pocket_tasks.ipynb #1f9c6a3e
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -103,7 +104,7 @@ def labelled(
     seed: Seed = 0,
     part: str = "train",     # "train", "dev" or "test"
 ) -> list[dict[str, Any]]:   # sentence[1], sentence2 (for pairs), label
-    "Draw labelled sentences; classes alternate."
+    "Draw labelled sentences; classes alternate, and every text of a pair occurs with all labels."
     check_names([task], POCKET_TASKS, "pocket task")
     check_names([part], PARTS, "part")
     if n < 0: raise SubnetError(f"the number of examples is 0 (the usual one) or more, got {n}.")
@@ -115,8 +116,8 @@ def labelled(
         while part_of(_text(words)) != part: words = draw_words(rng)
         return words
 
-    examples = (_EXAMPLES[task](rng, i % 2, rows, filler) for i in range(n or PARTS[part]))
-    return [_named(texts, label) for texts, label in examples]
+    drawn = (example for _ in itertools.count() for example in _EXAMPLES[task](rng, rows, filler))
+    return [_named(texts, label) for texts, label in itertools.islice(drawn, n or PARTS[part])]
 
 
 def _named(texts: list[str], label: str | float) -> dict[str, Any]:
@@ -138,7 +139,11 @@ def _told(row: dict[str, Any], wording: int, object: str | None = None) -> str:
     return WORDINGS[row["pred"]][wording].format(s=row["sub_phrase"], o=object)
 
 
-def _acceptable(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> _Example:
+def _acceptable(rng: random.Random, rows: _Rows, filler: _Filler) -> Iterator[_Example]:
+    for good in range(2): yield _sentence(rng, good, rows, filler)
+
+
+def _sentence(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> _Example:
     if rng.random() < 0.5:
         words = filler()
         i = rng.choice([i for i in range(len(words) - 2) if words[i].upos != words[i + 1].upos])
@@ -151,11 +156,18 @@ def _acceptable(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> 
     return [_told(row, wording, strange)], str(good)
 
 
-def _paraphrase(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> _Example:
+def _crossed(firsts: Sequence[str], seconds: Sequence[str], labels: Sequence[str | float]) -> Iterator[_Example]:
+    "Each of two first texts with the second text of the other one (the first label), and with its own."
+    for i in range(2):
+        yield [firsts[i], seconds[1 - i]], labels[0]
+        yield [firsts[i], seconds[i]], labels[1]
+
+
+def _paraphrase(rng: random.Random, rows: _Rows, filler: _Filler) -> Iterator[_Example]:
     row = rng.choice(rows)
-    other = row if good else rng.choice([r for r in rows if r["pred"] != row["pred"]])
+    other = rng.choice([r for r in rows if r["pred"] != row["pred"]])
     one, two = rng.sample(range(5), 2)
-    return [_told(row, one), _told(other, two)], str(good)
+    return _crossed([_told(row, one), _told(other, one)], [_told(row, two), _told(other, two)], ["0", "1"])
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #e093c5d1
 _DISJOINT_KINDS = {      # no two have a common member
@@ -164,32 +176,46 @@ _DISJOINT_KINDS = {      # no two have a common member
 }
 
 
-def _entails(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> _Example:
-    label = "entailment" if good else "not_entailment"
-    while rng.random() < 0.5:
-        words, kind = filler(), rng.choice(["CITY", "THING", "TIME"])
-        mentioned = any(word.slot == kind for word in words)
-        if mentioned == bool(good): return [_text(words), f"there is a {kind.lower()} ."], label
+_ENTAILS = ("not_entailment", "entailment")
+
+
+def _entails(rng: random.Random, rows: _Rows, filler: _Filler) -> Iterator[_Example]:
+    if rng.random() < 0.5:
+        classes = rng.sample(["CITY", "THING", "TIME"], 2)
+        claims = [f"there is a {kind.lower()} ." for kind in classes]
+        return _crossed([_mentioning(filler, {kind}, classes) for kind in classes], claims, _ENTAILS)
     known = [r for r in rows if r["pred"] == "IsA" and r["obj_label"] in _DISJOINT_KINDS]
     row = rng.choice(known)
-    kind = row["obj_label"]
-    if not good: kind = rng.choice([r["obj_label"] for r in known if r["obj_label"] != row["obj_label"]])
+    other = rng.choice([r for r in known if r["obj_label"] != row["obj_label"]])
+    claims = [f"there is a kind of {r['obj_label']} ." for r in (row, other)]
+    return _crossed([_scene(rng, r["sub_phrase"]) for r in (row, other)], claims, _ENTAILS)
+
+
+def _scene(rng: random.Random, thing: str) -> str:
     name, verb = rng.choice(WORDS["NAME"]), rng.choice(WORDS["VT"])
     preposition, place = rng.choice(WORDS["PREP"]), rng.choice(WORDS["PLACE"])
-    sentence = f"{name} {verb} {row['sub_phrase']} {preposition} the {place} ."
-    return [sentence, f"there is a kind of {kind} ."], label
+    return f"{name} {verb} {thing} {preposition} the {place} ."
 
 
+def _mentioning(filler: _Filler, wanted: set[str], classes: Iterable[str]) -> str:
+    "Draw a sentence that mentions members of some classes, and of no others of these."
+    while True:
+        words = filler()
+        if {word.slot for word in words} & {*classes} == wanted: return _text(words)
+
+# %% ../../nbs/data/10_pocket_tasks.ipynb #404c63d7
+_EITHER = ((("NAME", "TIME"), ("PLACE", "PERSON")), (("NAME", "PERSON"), ("TIME", "THING")))
 _MENTIONS = {"NAME", "PERSON", "CITY", "PLACE", "THING", "TIME"}
 
 
-def _similar(rng: random.Random, good: int, rows: _Rows, filler: _Filler) -> _Example:
-    a, b = filler(), filler()
-    one, two = ({word.slot for word in words} & _MENTIONS for words in (a, b))
-    return [_text(a), _text(b)], round(5 * len(one & two) / max(1, len(one | two)), 3)
+def _similar(rng: random.Random, rows: _Rows, filler: _Filler) -> Iterator[_Example]:
+    kinds = [set(chosen) for chosen in itertools.product(*rng.choice(_EITHER))]
+    firsts, seconds = ([_mentioning(filler, wanted, _MENTIONS) for wanted in kinds] for _ in range(2))
+    for (one, first), (two, second) in itertools.product(*(zip(kinds, t, strict=True) for t in (firsts, seconds))):
+        yield [first, second], round(5 * len(one & two) / len(one | two), 3)
 
 
-_EXAMPLES: dict[str, Callable[[random.Random, int, _Rows, _Filler], _Example]] = {
+_EXAMPLES: dict[str, Callable[[random.Random, _Rows, _Filler], Iterator[_Example]]] = {
     "acceptable": _acceptable, "paraphrase": _paraphrase, "entails": _entails, "similar": _similar}
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #b04e430c

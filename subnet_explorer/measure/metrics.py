@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -21,8 +20,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.numbers import Count
 from ..core.scores import Scores
-from ..data.parts import TaskData
-from ..data.questions import answer_scores, normalised_answer
+from ..data.questions import answer_scores
 from ..data.sentences import chunks
 from ..data.tables import Labelled, LabelTask
 from ..model.apply import evaluating, masked
@@ -31,7 +29,7 @@ from ..search.objectives import Context, Examples, encoded, fingerprint_of
 
 # %% auto #0
 __all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskScore', 'tag_accuracy', 'attachment',
-           'entity_scores', 'majority_label']
+           'entity_scores']
 
 # %% ../../nbs/measure/03_metrics.ipynb #fa7384bc
 @checked
@@ -310,19 +308,3 @@ def _set_scores(true: set[Any], said: set[Any]) -> dict[str, Any]:
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
     scores = {"precision": precision, "recall": recall, "f1": f1}
     return {**scores, "gold": len(true), "found": len(said), "right": right}
-
-# %% ../../nbs/measure/03_metrics.ipynb #c0945ffd
-@checked
-def majority_label(
-    data: TaskData,
-    part: str = "test",      # or "search"
-) -> dict[str, Any]:         # score, each metric by name, note
-    "Score the answer of most training sentences, or their mean for real values."
-    train, test = data.train, data.parts[check_names([part], data.parts, "part")[0]]
-    answer: Any
-    if train.real:
-        answer = float(np.mean(train.gold))
-    else:
-        labels = [normalised_answer(g[0]) for g in train.gold] if train.task.spans else train.gold
-        answer = Counter(labels).most_common(1)[0][0]
-    return task_metrics(test.task, test.gold, [answer] * len(test))

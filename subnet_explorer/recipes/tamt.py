@@ -47,7 +47,7 @@ from ..search.objectives import fingerprint_of
 from .cost import tamt_cost
 from .papers import TAMT
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
-from .tasks import read_running_text
+from .tasks import baseline_table, best_trivial, read_running_text, trivial_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
@@ -243,7 +243,7 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], t
         "scores": pd.DataFrame([_full_row(losses), *(_score_row(key, f, losses) for key, f in made.items())]),
         "curves": pd.DataFrame(curves, columns=CURVES),
         "transfer": fine_tuned(bench, s, jobs_of(made, on_the_way, asked["along"]), asked),
-        "distances": distances_by_matrix(masks, s.space),
+        "distances": distances_by_matrix(masks, s.space), "baselines": baseline_table(bench, asked["tasks"]),
     }
     return Tamt(
         masks=masks, tables=tables, config=config_of(bench, s, asked), model_name=s.space.model.name,
@@ -406,14 +406,16 @@ def mean_pairs(study: Tamt) -> Pairs:
 def tamt_html(study: Tamt) -> Html:
     "What a notebook shows."
     title = f"{len(study.masks)} masks of {study.model_name}, {len(study.tasks)} tasks"
-    return Html("<b>{}</b>{}").format(title, table_html(study.summary(), index=False))
+    beat = table_html(trivial_text(study.tables["baselines"])) if study.tasks else ""
+    return Html("<b>{}</b>{}{}").format(title, table_html(study.summary(), index=False), beat)
 
 
 def tamt_text(study: Tamt) -> str:
-    "What the shell prints: the tasks and the summary."
+    "What the shell prints: the tasks, their baselines and the summary."
     data = [f"{name}: {part!r}" for name, part in study.tasks.items()]
     text = study.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="–")
-    return "\n".join([*data, repr(study.space), "", text])
+    beat = ["", trivial_text(study.tables["baselines"]).to_string()] if study.tasks else []
+    return "\n".join([*data, repr(study.space), *beat, "", text])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #19420fd0
 def jaccard(study: Tamt, average: str = "micro") -> pd.DataFrame:      # columns a, b, distance, chance
@@ -457,6 +459,7 @@ def tamt_results(study: Tamt) -> dict[str, Any]:
     return {
         "full": {"mlm_loss": full.mlm_loss, "tasks": _tasks_results(study, "full", 1.0)},
         "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves,
+        "baselines": study.tables["baselines"],
     }
 
 
@@ -489,7 +492,7 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "with 95 % intervals (columns mean, low, high) over n masks and all seeds of fine-tuning, which "
+               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks and all seeds of fine-tuning, which "
                "are crossed; of a single mask over the latter. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
@@ -503,7 +506,8 @@ def tamt_sections(study: Tamt) -> Iterator[Section]:
     "The parts of the report."
     t, low = study.summary(), min(study.config["densities"])
     metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.tasks.items())
-    yield "Scores", f"{SCORES_TEXT}{metrics}." if study.tasks else "", [*_score_bars(study, t), t.round(4)]
+    beat = [trivial_text(study.tables["baselines"]).reset_index(names="baseline")] if study.tasks else []
+    yield "Scores", f"{SCORES_TEXT}{metrics}." if study.tasks else "", [*_score_bars(study, t), t.round(4), *beat]
     yield "Pre-training and transfer", TRANSFER_TEXT, _transfers(study, t)
     ways = _ways(study)
     yield "On the way", WAY_TEXT + _chances(study), [curves.curves(ways, "Masks on the way")] if ways else []
@@ -519,9 +523,11 @@ def _score_bars(study: Tamt, t: pd.DataFrame) -> list[Any]:
     names = [m if m == "full" else f"{m} {d:g}" for m, d in zip(t.method, t.density, strict=True)]
     interval = ["low", "high"] if t.low.notna().all() else []
     bars = t.assign(condition=names).rename(columns={"mean": "value"})[["condition", "value", *interval]]
+    best = best_trivial(study.tables["baselines"])
+    if len(best) == len(study.tasks): bars.loc[len(bars), ["condition", "value"]] = ["baseline", best.score.mean()]
     return [curves.bars(bars, title="Mean over tasks", label="score")]
 
-
+# %% ../../nbs/recipes/12_tamt.ipynb #7e1fd0ab
 def _kept(study: Tamt, density: float) -> list[Any]:
     methods = study.masks.index.method.unique()
     lies = {m: placement(study.masks.sel(method=m, density=density)) for m in methods}

@@ -35,7 +35,7 @@ from ..core.space import Space
 from ..core.store import Store
 from ..data.parts import TaskData
 from ..look import agreement, curves, masks as mask_figures
-from ..measure.metrics import TaskScore, majority_label
+from ..measure.metrics import TaskScore
 from ..search.objectives import Task
 from ..search.prune import NoFloor, iterate, matched_controls, random_matched, super_survivors
 from ..search.score import magnitude
@@ -44,13 +44,13 @@ from ..tasks.heads import TaskHead
 from .cost import tickets_cost
 from .papers import TICKETS
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
-from .tasks import read_tasks
+from .tasks import baseline_table, best_trivial, low_floors, read_tasks, trivial_on, trivial_text
 from .tuning import score_after_training, scored, training_of, untrained
 
 # %% auto #0
 __all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
            'do_super_cell', 'super_runs', 'tickets', 'check_study', 'worked', 'TicketData', 'Tickets', 'collected',
-           'usual', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
+           'usual', 'drawn', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #a974cd4a
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Plan:
     longer: Sequence[float] = ()         # epochs for which bad masks are also retrained
     random_init: bool = False
     published: bool = False
+    baselines: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)      # what a floor must be above
     progress: Any = False              # or a line of a study
 
     @property
@@ -166,7 +167,7 @@ def found_masks(plan: Plan, task: str, seed: int, head: TaskHead) -> dict[str, M
     weights = plan.space.kind == "weight"
     found = iterate(
         plan.model, plan.tok, None if weights else Task(data, head), TaskScore(data, head), space,
-        **plan.pruning, seed=seed, published=plan.published,
+        **plan.pruning, seed=seed, published=plan.published, baselines=trivial_on(plan.baselines, task, "search"),
         to=kept_at(plan.folder / "search", f"{task}-{seed}"),
         labels={"task": task, "seed": seed}, progress=plan.progress,
     )
@@ -279,6 +280,7 @@ def check_study(
 # %% ../../nbs/recipes/07_tickets.ipynb #586086ae
 def worked(bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool) -> Tickets:
     "Do what is not done yet, and read the finished study."
+    plan = replace(plan, baselines=baseline_table(bench, plan.tasks, ("search", "test")))
     cells: list[dict[str, Any]] = [{"task": task, "seed": seed} for seed in seeds for task in plan.tasks]
     left = [c for c in cells if not read_note(plan, **c).get("skipped") and not _all_done(plan.runs(**c))]
     bench.work("ticket", left, lambda c: do_cell(_watched(plan, bench), **c), processes)
@@ -379,7 +381,7 @@ def collected(
     steps = pd.concat([pd.DataFrame(note["steps"]) for note in notes.values() if note["steps"]], ignore_index=True)
     scores = _scores_of(runs)
     return Tickets(
-        masks=Masks(masks), tables={"scores": scores, "steps": steps}, config=bench.config,
+        masks=Masks(masks), tables={"scores": scores, "steps": steps, "baselines": plan.baselines}, config=bench.config,
         model_name=plan.space.model.name, seconds=bench.seconds, folder=bench.folder if kept else None,
         importance={cell: _importance(plan, note) for cell, note in notes.items() if note["importance"]},
         skipped=skipped, plan=plan, notes=_all_notes(plan, notes, skipped, Masks(masks), scores),
@@ -408,10 +410,6 @@ def _scores_of(runs: Sequence[Run]) -> pd.DataFrame:
 
 # %% ../../nbs/recipes/07_tickets.ipynb #e67bff89
 _WHOLE = {"density": 1.0, "density_weights": 1.0}
-_LOW_FLOOR = (
-    "{}, seed {}: the floor of {:.3f} lies under the {:.3f} that the majority label scores on the "
-    "sentences of the search, so that a subnetwork can pass without knowing anything."
-)
 
 
 def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
@@ -426,10 +424,7 @@ def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFr
     good = masks.sel(kind="good")
     for kind in [k for k in plan.space.kind.split("+") if k != "weight" and len(good)]:
         yield from (f"{NAMES[kind]}: {said}" for said in said_of_empty_pairs(consensus(good, kind, samples=2)))
-    for (task, seed), cell in cells.items():
-        least = majority_label(plan.tasks[task], "search")["score"]
-        if cell.get("floor") is not None and cell["floor"] < least:
-            yield _LOW_FLOOR.format(task, seed, cell["floor"], least)
+    yield from low_floors(plan.baselines, {cell: note.get("floor") for cell, note in cells.items()})
 
 # %% ../../nbs/recipes/07_tickets.ipynb #fbbc4875
 CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random"), ("super-good", "super-bad"),
@@ -440,6 +435,12 @@ CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random")
 def usual(study: Tickets) -> pd.DataFrame:
     "The scores of the usual number of epochs."
     return study.scores[study.scores.epochs == study.plan.epochs]
+
+
+def drawn(study: Tickets) -> pd.DataFrame:
+    "These with the best baseline of each task, the majority label or a part of the input, for `plots.tickets`."
+    best = best_trivial(study.tables["baselines"]).assign(kind="baseline", stage="full", seed=0)
+    return pd.concat([usual(study), best], ignore_index=True)
 
 
 def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage and epochs
@@ -454,13 +455,13 @@ def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage
 
 
 def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean ± std"
-    "The study as in table 3 of the paper, with the majority label."
+    "The study as in table 3 of the paper, with the baselines."
     t = summary(study)
     t = t.assign(text=[_mean_text(r) for r in t.itertuples()], stage=[_stage_text(study, r) for r in t.itertuples()])
     order = pd.MultiIndex.from_frame(t[["kind", "stage"]].drop_duplicates())
     wide = t.set_index(["kind", "stage", "task"]).text.unstack().reindex(columns=list(study.plan.tasks)).reindex(order)
-    majority = {name: _score_text(majority_label(data)["score"]) for name, data in study.plan.tasks.items()}
-    first = pd.DataFrame([majority], pd.MultiIndex.from_tuples([("majority", "")], names=["kind", "stage"]))
+    first = trivial_text(study.tables["baselines"])
+    first.index = pd.MultiIndex.from_product([first.index, [""]], names=["kind", "stage"])
     return pd.concat([first, wide, _kept_rows(t).reindex(columns=wide.columns)]).rename_axis(columns=None)
 
 
@@ -480,15 +481,13 @@ def _stage_text(study: Tickets, row: Any) -> str:
     return row.stage if row.epochs == study.plan.epochs else f"{row.stage} ({row.epochs:g} epochs)"
 
 
-def _score_text(score: float) -> str: return "undefined" if np.isnan(score) else f"{score:.3f}"
-
 # %% ../../nbs/recipes/07_tickets.ipynb #20a87b4b
 def tickets_results(study: Tickets) -> dict[str, Any]:
     "What `results.json` says: scores over seeds, sizes, gains, mask files."
     t = summary(study)
     gains, files = study.gains().rename(columns={"of": "kind"}), study.mask_files("task", "kind", "seed", "epochs")
     return {
-        "kind": study.config["kind"],
+        "kind": study.config["kind"], "baselines": study.tables["baselines"],
         "tasks": {task: _task_results(study, task, t[t.task == task], files) for task in study.plan.tasks},
         "gains": gains, "stability": selection_table(study.good, "task"),
         "skipped": {f"{task}, seed {seed}": why for (task, seed), why in study.skipped.items()},
@@ -499,10 +498,10 @@ def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[
     data, scores = study.plan.tasks[task], dict[str, dict[str, Any]]()
     for row in rows.itertuples(): scores.setdefault(row.kind, {})[_stage_text(study, row)] = _score_results(study, row)
     good: Any = study.good.sel(task=task) if task in set(study.good.index.task) else []
-    masks = study.masks.sel(task=task).index
+    masks = study.masks.index[study.masks.index.task == task]
     return {
         "metric": data.metric, "n": {part: len(d) for part, d in data.parts.items()},
-        "majority": majority_label(data)["score"], "scores": scores,
+        "majority": trivial_on(study.tables["baselines"], task).get("majority"), "scores": scores,
         "kept": {kind: {"units": t.density.mean(), "weights": t.density_weights.mean()}
                  for kind, t in rows.groupby("kind", sort=False)},
         "survivors": [_survivors(mask) for _, mask in good],
@@ -547,7 +546,7 @@ def tickets_sections(study: Tickets) -> Iterator[Section]:
     if several: agree = [agreement.consensus(consensus(good, kind), units=NAMES[kind]) for kind in units]
     if several and len(by_task) > 1:
         share = [agreement.overlap(shared_units(good, "task"), kind) for kind in units]
-    yield "Scores", _scores_text(study), [curves.tickets(usual(study)), study.table().reset_index()]
+    yield "Scores", _scores_text(study), [curves.tickets(drawn(study)), study.table().reset_index()]
     yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % intervals; "
            "p corrected over the table by Holm and by Benjamini and Hochberg.", [study.gains().round(3)])
     yield "What survives", SURVIVAL_TEXT, [*survival, *selection_tables(good, "task")]

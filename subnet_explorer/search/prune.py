@@ -113,15 +113,30 @@ def _weights_only(space: Space) -> bool:
 class NoFloor(SubnetError):
     """The full model scores too low to prune against.
 
-    Cause: Pruning stops when a share of the full model's score is lost; a score that is not above
-        chance, zero or undefined gives no such point.
-    Fix: Train the model longer or with another learning rate, use more data, or choose another
-        metric.
+    Cause: Pruning stops when a share of the full model's score is lost. A score that is zero or undefined
+        gives no such point; nor does a share of it that is not above the best baseline, the majority label
+        or a part of the input, for then a subnetwork passes that knows nothing.
+    Fix: Give a higher share (floor) or a score as such (least) that is above the baseline in the message;
+        train the model longer, or on more data; or take another task or metric.
     """
 
 
-def _floor(full: float, share: float, least: float | None) -> float:
+def _floor(full: float, share: float, least: float | None, baselines: Mapping[str, float] | None = None) -> float:
     "The least score that passes."
+    floor = _asked_floor(full, share, least)
+    known = {name: score for name, score in (baselines or {}).items() if np.isfinite(score)}
+    if not known: return floor
+    best = max(known, key=lambda name: known[name])
+    if floor > known[best]: return floor
+    said = "least" if least is not None else f"{share:g} of the full {full:.4f}"
+    higher = f"give a share (floor) above {known[best] / full:.3f}, or a higher score (least)"
+    remedy = higher if full > known[best] else "train the model better"
+    raise NoFloor(f"the floor of {floor:.4f} ({said}) is not above the {known[best]:.4f} of the baseline "
+                  f"{best!r}, so that a subnetwork passes that knows nothing: {remedy}, or take another task.")
+
+
+def _asked_floor(full: float, share: float, least: float | None) -> float:
+    "What was asked for: a share of the full model's score, or a score."
     if not np.isfinite(full):
         raise NoFloor(f"the full model scores {full}: its predictions are constant, "
                       "or it has diverged. Nothing can be pruned against that.")
@@ -324,6 +339,7 @@ def iterate(
     drop: PartShare = 0.1,                 # share removed in one step
     floor: SomeShare = 0.9,                # share of the full model's score
     least: Number | None = None,           # the floor itself, instead of a share
+    baselines: Mapping[str, float] | None = None,   # scores by name that the floor must be above: `trivial_scores`
     limit: Count | None = None,            # steps in a phase; None: 9 for weights
     mode: str = "example",                 # of importance
     normalise: str | None = "layer",       # likewise
@@ -347,14 +363,15 @@ def iterate(
     with working(place):
         run = Run(place, config, labels)
         memory = _Memory(run, Context(model, tok, 1, batch, seed), monitor, rank, scores is None, progress)
-        return _walked(run, memory, space, said, published)
+        return _walked(run, memory, space, {**said, "baselines": baselines}, published)
 
 # %% ../../nbs/search/13_prune.ipynb #cd36a7a4
 def _walked(run: Run, memory: _Memory, space: Space, said: Mapping[str, Any], published: bool) -> Pruned:
     "Go down as settings say, from the full model to the floor."
     with closing(memory.bar):
         full, most = memory.rate(Mask.full(space), "full"), _limit(space, said["limit"])
-        lowest, schedule, drop = _floor(full, said["floor"], said["least"]), said["schedule"], said["drop"]
+        lowest = _floor(full, said["floor"], said["least"], said["baselines"])
+        schedule, drop = said["schedule"], said["drop"]
         steps = [*_steps(space, schedule, drop, lowest, most, published, memory.rank, memory.rate)]
     return _pruned(run, [Step("full", Mask.full(space), full, True), *steps], memory, full, lowest)
 

@@ -30,7 +30,8 @@ from subnet_explorer.data.questions import (
     read_squad,
     squad_files,
 )
-from subnet_explorer.measure.metrics import majority_label, task_metrics, task_scores
+from subnet_explorer.measure.baselines import majority_label
+from subnet_explorer.measure.metrics import task_metrics, task_scores
 from subnet_explorer.model.apply import masked, parameter
 from subnet_explorer.model.load import load
 from subnet_explorer.search.objectives import Context, Task

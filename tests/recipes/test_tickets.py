@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from floors import any_floor
 from scipy import stats
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
@@ -22,14 +23,24 @@ from subnet_explorer.core.errors import SubnetError, UnknownName
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.parts import TaskData, task_data
-from subnet_explorer.data.tables import read_glue
-from subnet_explorer.measure.metrics import majority_label
+from subnet_explorer.data.tables import GLUE, Labelled, read_glue
+from subnet_explorer.look import curves
+from subnet_explorer.measure.baselines import majority_label
 from subnet_explorer.model.load import load
+from subnet_explorer.recipes.study import Bench
+from subnet_explorer.recipes.tasks import BASELINES, baseline_table, trivial_on
 from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
 from subnet_explorer.search.prune import NoFloor
 
 chapter = importlib.import_module("subnet_explorer.recipes.tickets")
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def floors():
+    with pytest.MonkeyPatch.context() as patch:
+        any_floor(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +270,7 @@ def test_tables(study):
     shown = table(study)
     assert (
         list(shown.columns) == ["paraphrase", "entails"]
-        and shown.index[0] == ("majority", "")
+        and [*shown.index[:4]] == [(name, "") for name in ("majority", "first text", "second text", "whole input")]
         and ("bad", "retrained (4 epochs)") in shown.index
     )
     assert shown.loc[("bad", "retrained"), "entails"] == f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
@@ -331,7 +342,11 @@ def test_other_families(entails):
 
 PROGRAM = """
 import sys
+sys.path.insert(0, "..")
+from pytest import MonkeyPatch
+from floors import any_floor
 from test_tickets import QUICK, one_task, tickets, untrained
+any_floor(MonkeyPatch())
 tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUICK)
 """
 
@@ -446,8 +461,6 @@ def test_constant_predictions_are_named(small, tmp_path):
 
 def test_undefined_scores_are_left_out_and_counted_everywhere(study):
     "One rule for summary, table, gains and figure: the mean of what is defined, and how many are not."
-    from subnet_explorer.look import curves
-
     gone = (study.scores.kind == "bad") & (study.scores.stage == "pruned") & (study.scores.seed == 1)
     scores = study.scores.assign(score=study.scores.score.where(~gone))
     some = replace(study, tables={**study.tables, "scores": scores})
@@ -472,13 +485,54 @@ def test_both_densities_by_name(study):
     assert set(study.to_json()["tasks"]["entails"]["kept"]["good"]) == {"units", "weights"}
 
 
-def test_a_floor_below_the_majority_label_is_said(study, tasks):
+def test_a_floor_of_an_earlier_version_that_a_baseline_passes_is_said(study, tasks):
     "What passes such a floor need not know anything."
-    plan, nothing = study.plan, pd.DataFrame({"score": [0.5]})
-    least = majority_label(tasks["entails"], "search")["score"]
-    for floor, said in ((least - 0.01, 1), (least, 0)):
+    table = baseline_table(Bench({}), tasks, ("search",))
+    plan, nothing = replace(study.plan, baselines=table), pd.DataFrame({"score": [0.5]})
+    least = max(trivial_on(table, "entails", "search").values())
+    assert least >= majority_label(tasks["entails"], "search")["score"]
+    for floor, said in ((least, 1), (least + 0.01, 0)):
         notes = list(chapter._notes(plan, {("entails", 0): {"floor": floor}}, study.masks, nothing))
-        assert sum("lies under" in note for note in notes) == said
+        assert sum("is not above" in note for note in notes) == said
+
+
+def give_away(n, seed):
+    "Pairs whose second text alone gives away the label."
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pair = f"it is {'not ' * (i % 2)}a {rng.choice(['bird', 'tree', 'town'])} ."
+        yield {"sentence": f"anna drew {rng.integers(9)} pictures .", "pair": pair, "label": GLUE["RTE"].labels[i % 2]}
+
+
+def test_a_task_whose_floor_a_part_of_the_input_passes_is_named(small, entails, tmp_path, monkeypatch):
+    "It stays in the table with its reason, and the others go on."
+    monkeypatch.setattr(chapter, "baseline_table", baseline_table)
+    parts = [Labelled(tuple(give_away(n, seed)), GLUE["RTE"], "given") for seed, n in enumerate((64, 40, 40))]
+    with pytest.raises(SubnetError, match=r"no cell .*is not above the 1\.0000 of the baseline 'second text'"):
+        tickets(*small, {"given": TaskData(*parts)}, seeds=(0,), **QUICK)
+
+    def pruned(*a, labels, **k):
+        assert set(k["baselines"]) == {"majority", "first text", "second text"}
+        return real(*a, labels=labels, **{**k, "baselines": k["baselines"] if labels["task"] == "given" else {}})
+
+    real = chapter.iterate
+    monkeypatch.setattr(chapter, "iterate", pruned)
+    found = tickets(*small, {"given": TaskData(*parts), **entails}, seeds=(0,), floor=1.0, to=tmp_path / "s", **QUICK)
+    assert list(found.skipped) == [("given", 0)] and "baseline 'second text'" in found.skipped["given", 0]
+    assert set(found.good.index.task) == {"entails"} and any("baseline 'second text'" in note for note in found.notes)
+    assert "second text" in found.scores.query("task == 'given'").note.item()
+
+
+def test_baselines_stand_beside_the_scores(study, tasks):
+    said = study.tables["baselines"].set_index(["task", "part", "baseline"]).score
+    assert study.to_json()["baselines"][0].keys() == set(BASELINES)
+    assert said["entails", "test", "majority"] == majority_label(tasks["entails"])["score"]
+    assert table(study).loc[("second text", ""), "entails"] == f"{said['entails', 'test', 'second text']:.3f}"
+    bars = curves.tickets(chapter.drawn(study)).data.query("kind == 'baseline'").set_index("task")["mean"]
+    for task in tasks:
+        known = [said[task, "test", name] for name in ("majority", "first text", "second text")]
+        assert bars[task] == max(known)
+    assert (study.plan.folder / "baselines.csv").exists()
 
 
 def test_settings_are_checked_at_the_door(small, entails, tmp_path):

@@ -21,7 +21,7 @@ from subnet_explorer.measure.ask import Precision
 from subnet_explorer.model.apply import applied, masked
 from subnet_explorer.model.sequences import Sequences
 from subnet_explorer.search.objectives import Cloze, batch_at
-from subnet_explorer.search.prune import _steps, iterate, matched_controls, super_survivors, without_lowest
+from subnet_explorer.search.prune import NoFloor, _steps, iterate, matched_controls, super_survivors, without_lowest
 from subnet_explorer.search.score import example_gradients, importance, normalised
 
 
@@ -430,11 +430,28 @@ def test_iterate_refuses_odd_scores(bert, facts):
     refused("no floor", 0.0)
     refused("no floor", -.2)
     refused("below the floor", .5, least=.6)
+    low = {"majority": .527, "first text": float("nan"), "second text": .51}
+    refused(r"0\.4959 \(0\.9 of the full 0\.5510\) is not above the 0\.5270 of the baseline 'majority'.*above 0\.956",
+            .551, baselines=low)
+    refused("is not above .* 'second text'.*train the model better", .6, floor=1, baselines={"second text": .6})
+    refused(r"\(least\) is not above", .8, least=.527, baselines=low)
     refused("drop must be a number above 0 and below 1", drop=10)
     with pytest.raises(SubnetError, match="needs an objective"):
         iterate(model, tok, None, Fixed(1.), space, progress=False)
     with pytest.raises(UnknownName):
         iterate(model, tok, Cloze(facts), Fixed(1.), space, schedule="two-phase", progress=False)
+
+
+def test_baselines_refuse_floors_and_change_nothing_else(bert, facts, tmp_path):
+    model, tok = bert
+    ask = dict(to=tmp_path / "run", progress=False)
+    found = iterate(model, tok, Cloze(facts), Precision(facts), Space.of(model, "mlp"), **ask)
+    held = iterate(model, tok, Cloze(facts), Precision(facts), Space.of(model, "mlp"), **ask,
+                   baselines={"majority": found.floor - .01, "options": float("nan")})      # the same run
+    assert held.mask == found.mask and held.table.equals(found.table)
+    with pytest.raises(NoFloor, match="baseline 'majority'"):
+        iterate(model, tok, Cloze(facts), Precision(facts), Space.of(model, "mlp"), **ask,
+                baselines={"majority": found.floor})
 
 
 # ── controls ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from floors import any_floor
 from torch.nn import functional as F
 
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError, UnknownName
@@ -328,8 +329,9 @@ def test_importance_at_the_size_of_bert_base(base, monkeypatch, repeats):
 
 
 @pytest.mark.slow
-def test_tickets_at_the_size_of_bert_base(base, repeats):
+def test_tickets_at_the_size_of_bert_base(base, repeats, monkeypatch):
     "Units are ranked on batches of which not everything is kept."
+    any_floor(monkeypatch)
     model, tok = base
     data = {"entails": task_data("pocket:entails", search=.03, train=32, test=10)}
     few = dict(kind="head", drop=.5, epochs=1, length=32, supers=False)
