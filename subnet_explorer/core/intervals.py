@@ -47,10 +47,7 @@ def estimate(
 ) -> Estimate:
     "Mean with an interval over all factors, which are crossed; raise `SubnetError` for none."
     _check_groups(groups, factors, weights)
-    sizes = [g.shape[-1] if pooled else 1 for g in groups]
-    shares = np.array(sizes, float) / sum(sizes)
-    by_item = [np.ones(g.shape[-1]) for g in groups] if weights is None else weights
-    parts = [_Group(np.asarray(g, float), w / np.sum(w), s) for g, w, s in zip(groups, by_item, shares, strict=True)]
+    parts = _groups(groups, pooled, weights)
     n = {name: max(g.shape[k] for g in groups) for k, name in enumerate(factors[:-1])}
     n[factors[-1]] = sum(g.shape[-1] for g in groups)
     if bounds is None: return _estimated(_mean(parts), parts, factors, level, n)
@@ -78,6 +75,14 @@ class _Group:
     share: float            # of the group in the whole
 
     def means(self) -> np.ndarray: return self.values @ self.items      # (…)
+
+
+def _groups(values: Sequence[np.ndarray], pooled: bool, weights: Sequence[np.ndarray] | None) -> list[_Group]:
+    "Groups of equal weight, or with the weight of their items."
+    sizes = np.array([v.shape[-1] if pooled else 1 for v in values], float)
+    by_item = [np.ones(v.shape[-1]) for v in values] if weights is None else weights
+    return [_Group(np.asarray(v, float), w / np.sum(w), share)
+            for v, w, share in zip(values, by_item, sizes / sizes.sum(), strict=True)]
 
 
 def _mean(groups: Sequence[_Group]) -> float: return float(sum(g.share * g.means().mean() for g in groups))

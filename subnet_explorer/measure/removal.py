@@ -106,30 +106,6 @@ _OF_LOGPROB: dict[str, Callable[..., Any]] = {
 "Measures made of log-probabilities: under a condition, and of the full model."
 
 
-def _ends(
-    of: Callable[..., Any],
-    values: np.ndarray,      # (draw, item, what the measure is made of)
-    means: np.ndarray,       # of what it is made of
-    tokens: np.ndarray,      # (item,)
-    level: float,
-    name: str,               # of what it is made of first
-) -> tuple[float, float]:
-    "Ends of the interval of a measure: of a perplexity, those of its logarithm; of a difference, that of its items."
-    v, full = values[..., 0], values[..., -1]
-    bounds = (-1.0 if of is _difference else 0.0, 1.0) if name.startswith("top") else None
-
-    def ends(of_item: np.ndarray) -> tuple[float, float]:
-        return interval([of_item], level, weights=[tokens], bounds=bounds)[1:]
-
-    if of is _same: return ends(v)
-    if of is _difference: return ends(v - full)
-    if of is _perplexity_difference:
-        w, w_full = np.exp(-means)
-        return ends(w * (1 - v + means[0]) - w_full * (1 - full + means[1]))
-    low, high = ends(v if of is _perplexity else v - full)
-    return float(np.exp(-high)), float(np.exp(-low))
-
-
 def _measures(names: Sequence[str]) -> dict[str, tuple[Callable[..., Any], list[str]]]:
     "Say for each measure its function, and the averages it is made of; `names`: what is averaged."
     out = {}
@@ -141,6 +117,31 @@ def _measures(names: Sequence[str]) -> dict[str, tuple[Callable[..., Any], list[
         out[name] = _same, [name]
         out[f"{name}_difference"] = _difference, [name, f"full {name}"]
     return out
+
+# %% ../../nbs/measure/02_removal.ipynb #ec6e03b6
+def _ends(
+    of: Callable[..., Any],
+    values: np.ndarray,      # (draw, item, what the measure is made of)
+    means: np.ndarray,       # of what it is made of
+    tokens: np.ndarray,      # (item,)
+    level: float,
+    name: str,               # of what it is made of first
+) -> tuple[float, float]:
+    "Ends of the interval of a measure: of a perplexity, those of its logarithm; of a difference, that of its items."
+    v, full = values[..., 0], values[..., -1]
+    hits = (-1.0, 1.0) if of is _difference else (0.0, 1.0)
+    bounds = hits if name.startswith("top") else None
+
+    def ends(of_item: np.ndarray) -> tuple[float, float]:
+        return interval([of_item], level, weights=[tokens], bounds=bounds)[1:]
+
+    if of is _same: return ends(v)
+    if of is _difference: return ends(v - full)
+    if of is _perplexity_difference:
+        w, w_full = np.exp(-means)
+        return ends(w * (1 - v + means[0]) - w_full * (1 - full + means[1]))
+    low, high = ends(v if of is _perplexity else v - full)
+    return float(np.exp(-high)), float(np.exp(-low))
 
 # %% ../../nbs/measure/02_removal.ipynb #680960ba
 def _averaged(
@@ -195,7 +196,8 @@ def removal_table(
         for measure, (function, names) in _measures(list(averaged)).items():
             at = [where[n] for n in names]
             with np.errstate(over="ignore"):
-                value, (low, high) = function(*means[at]), _ends(function, stacked[..., at], means[at], tokens, level, names[0])
+                value = function(*means[at])
+                low, high = _ends(function, stacked[..., at], means[at], tokens, level, names[0])
                 single = function(*(averaged[n] for n in names)).mean(0)      # (item,)
             if not (np.isfinite(single).all() and np.isfinite(value)):
                 raise SubnetError(

@@ -43,7 +43,7 @@ from .papers import CRITICAL
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'read_material', 'critical',
+__all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'item_pairs', 'read_material', 'critical',
            'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'summary',
            'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
 
@@ -161,13 +161,7 @@ class Critical(Study):
 
     def pairs(self) -> Pairs:
         "Log-probability of every item under every condition, seed by seed; of a seed, random masks are draws."
-        t = self.items
-        each = t.groupby("under").draw.transform("max").add(1).floordiv(len(self.masks)).clip(lower=1)      # of a seed
-        several = t.under != "full"
-        named = {"seed": t.draw.floordiv(each).where(several), "draw": t.draw.mod(each).where(several & (each > 1))}
-        items = t.assign(score=-t.nll / t.tokens, **named)
-        contrasts = [("remaining", under) for under in items.under.unique() if under != "remaining"]
-        return Pairs(items, ["seed", "draw"], ["data"], contrasts, items=["item"])
+        return item_pairs(self)
 
     def results(self) -> dict[str, Any]:
         "Per seed, sparsity, perplexity, rank and log-probability with and without the subnetwork; overlap of seeds."
@@ -182,6 +176,17 @@ class Critical(Study):
         return critical_text(self)
 
     def html(self) -> str: return Html("<b>{!r}</b>{}").format(self.material, table_html(self.summary()))
+
+# %% ../../nbs/recipes/08_critical.ipynb #72086dbe
+def item_pairs(study: Critical) -> Pairs:
+    "Log-probability of every item under every condition, seed by seed; of a seed, random masks are draws."
+    t = study.items
+    each = t.groupby("under").draw.transform("max").add(1).floordiv(len(study.masks)).clip(lower=1)      # of a seed
+    several = t.under != "full"
+    named = {"seed": t.draw.floordiv(each).where(several), "draw": t.draw.mod(each).where(several & (each > 1))}
+    items = t.assign(score=-t.nll / t.tokens, **named)
+    contrasts = [("remaining", under) for under in items.under.unique() if under != "remaining"]
+    return Pairs(items, ["seed", "draw"], ["data"], contrasts, items=["item"])
 
 # %% ../../nbs/recipes/08_critical.ipynb #008899e1
 @checked

@@ -118,7 +118,8 @@ def answered_pairs(study: LampStudy) -> Pairs:
     hits = t.assign(score=(t["rank"] == 1).astype(float), **named)
     others = [under for under in hits.under.unique() if under != "subnetwork"]
     contrasts = [("subnetwork", under) for under in others]
-    return Pairs(hits, ["seed", "draw"], [], contrasts, items=["uuid", "sub", "obj"], groups=["relation"], bounds=(0, 1))
+    question = ["uuid", "sub", "obj"]
+    return Pairs(hits, ["seed", "draw"], [], contrasts, items=question, groups=["relation"], bounds=(0, 1))
 
 
 def lamp_text(study: LampStudy) -> str:

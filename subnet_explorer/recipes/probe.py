@@ -24,12 +24,9 @@ from subnet_explorer.recipes.probes import (
     ProbeSetting,
     attention_soft,
     check_codable,
-    named,
-    plan,
     published,
     read_sentences,
     run_cell,
-    steps_of,
     unseen,
 )
 
@@ -45,6 +42,7 @@ from ..core.run import Run
 from ..data.sentences import Sentence
 from ..look import curves, masks as mask_figures
 from ..tasks.controls import RESET_RULES
+from . import probes
 from .choice import choice_said, choose_lambda, chosen_of, lambda_of_report
 from .cost import probe_cost
 from .papers import PROBE
@@ -115,8 +113,7 @@ def probe(
     train: Sequence[Sentence] | Sequence[Any],        # of `read_conllu`, or pairs of `read_ner`
     dev: Sequence[Sentence] | Sequence[Any],          # what is reported on
     *,
-    granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, blocks such as 768x24 or
-                                                      # 768x24-strided, grid for all published; the main one first
+    granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, 768x24(-strided), grid
     lambdas: Sequence[Weight] = (1.0,),               # weights of the density; the first is the main one
     ranks: Sequence[Count] = (768,),                  # of MLP probes; the first is the main one
     baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
@@ -138,10 +135,10 @@ def probe(
 ) -> Probing:
     "Probe a model by subnetworks, with baselines and controls (Cao, Sanh & Rush 2021)."
     init, seeds, parser = init or RESET_RULES[0], list(seeds), dict(parser or {})
-    asked, steps = settings_of(probe, locals()), steps_of(steps, epochs, batch, len(train))
+    asked, steps = settings_of(probe, locals()), probes.steps_of(steps, epochs, batch, len(train))
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
-    granularity = named(model, granularity, published)
+    granularity = probes.named(model, granularity, published)
     setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
@@ -169,7 +166,7 @@ def check_study(
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
 def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:
     "Train what is missing, and collect the study."
-    cells = {cell.name: cell for cell in plan(**sweep)}
+    cells = {cell.name: cell for cell in probes.plan(**sweep)}
     found = bench.work("cell", [{"cell": name} for name in cells], lambda c: kept_cell(bench, s, cells[c["cell"]]))
     done = dict(zip(cells.values(), found, strict=True))
     rows = [cell_row(cell, done) for cell in cells.values() if cell.aim == "task"]

@@ -19,9 +19,6 @@ from subnet_explorer.recipes.textmasks import (
     METHODS,
     FoundMask,
     TamtSetting,
-    check_density,
-    check_ladder,
-    first_mask,
     found,
     said_of_reach,
     steps_on_the_way,
@@ -44,6 +41,7 @@ from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
+from . import textmasks
 from .cost import tamt_cost
 from .papers import TAMT
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
@@ -190,9 +188,9 @@ def check_study(
     for name, task in asked["tasks"].items():
         if not isinstance(task, TaskData):
             raise SubnetError(f"the task {name!r} is a {type(task).__name__}: read it with task_data(…).")
-    check_ladder(asked)
+    textmasks.check_ladder(asked)
     check_tuning({**TUNE, **asked["tuning"]})
-    for density in densities: check_density(space, density, asked["scope"])
+    for density in densities: textmasks.check_density(space, density, asked["scope"])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #fbb4e984
 SEARCH = ("steps", "lr", "batch", "clip", "every", "init", "scope", "head", "padding", "drop", "rewind", "interval",
@@ -312,7 +310,7 @@ def _curve_row(s: TamtSetting, key: tuple[str, float, int, int], mask: Mask, los
 
 
 def _beginning(s: TamtSetting, density: float, init: str, seed: int) -> Mask:
-    return first_mask(s.model, s.space, density, init, s.search["scope"], seed)
+    return textmasks.first_mask(s.model, s.space, density, init, s.search["scope"], seed)
 
 # %% ../../nbs/recipes/12_tamt.ipynb #736c7eaf
 Job = tuple[str, float, int, int, Mask | None]
@@ -492,8 +490,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks and all seeds of fine-tuning, which "
-               "are crossed; of a single mask over the latter. ")
+               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks and all seeds "
+               "of fine-tuning, which are crossed; of a single mask over the latter. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")

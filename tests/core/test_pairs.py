@@ -15,7 +15,8 @@ from subnet_explorer.core.pairs import Pairs, Unpaired, corrected, sign_test
 def table(seeds=3, items=5, draws=2, groups=("x", "y"), seed=0) -> pd.DataFrame:
     "A condition with seeds, one with draws, one with neither."
     rng = np.random.default_rng(seed)
-    sides: dict[str, list[tuple[float, float]]] = {"found": [(s, np.nan) for s in range(seeds)], "full": [(np.nan, np.nan)]}
+    sides: dict[str, list[tuple[float, float]]] = {"found": [(s, np.nan) for s in range(seeds)]}
+    sides["full"] = [(np.nan, np.nan)]
     sides["random"] = [(np.nan, d) for d in range(draws)]
     rows = [{"under": under, "seed": s, "draw": d, "group": g, "item": i, "score": rng.normal()}
             for under, drawn in sides.items() for s, d in drawn for g in groups for i in range(items)]
