@@ -474,7 +474,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plain_warnings() -> Iterator[None]:
     "Let warnings say what is the matter, and not where in the source this was noticed."
     usual = warnings.formatwarning
-    def plainly(message: Warning | str, *where: Any) -> str: return f"subnet-explorer: {visible(str(message))}\n"
+
+    def plainly(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        return f"subnet-explorer: {visible(str(message))}\n"
+
     warnings.formatwarning = plainly
     try: yield
     finally: warnings.formatwarning = usual
