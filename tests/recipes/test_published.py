@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from floors import any_floor
 
 from subnet_explorer.cli import main
 from subnet_explorer.core.space import Space
@@ -260,6 +261,7 @@ def test_a_recipe_without_clauses_is_as_it_was():
 
 def test_published_tickets_train_with_dropout(pocket_bert, monkeypatch, tmp_path):
     "Of the model and of the head, in fine-tuning and when trained again."
+    any_floor(monkeypatch)
     module, seen = sys.modules["subnet_explorer.recipes.tickets"], []
     fit = module.fit
     monkeypatch.setattr(module, "fit", lambda *a, **k: seen.append((k["dropout"], k["head_dropout"])) or fit(*a, **k))
