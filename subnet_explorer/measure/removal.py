@@ -205,7 +205,8 @@ def removal_table(
                     "the model has broken down there. Compare log-probabilities of a smaller removal."
                 )
             rows.append(dict(
-                under=name, data=data, measure=measure, value=float(value), low=low, high=high,
+                under=name, data=data, measure=measure,
+                value=float(value), low=min(low, float(value)), high=max(high, float(value)),      # but for rounding
                 median=np.median(single), min=single.min(), max=single.max(),
                 n=len(single), draws=len(stacked),
             ))
