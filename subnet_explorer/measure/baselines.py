@@ -28,6 +28,7 @@ from .metrics import task_metrics
 __all__ = ['PARTIAL', 'WHOLE', 'COLUMNS', 'majority_answer', 'majority_label', 'baselines', 'trivial_scores']
 
 # %% ../../nbs/measure/09_baselines.ipynb #7034e8d8
+@checked
 def majority_answer(train: Labelled) -> Any:
     "The answer of most training sentences, or their mean for real values."
     if train.real: return float(np.mean(train.gold))

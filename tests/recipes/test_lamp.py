@@ -314,7 +314,8 @@ def test_the_dictionary(study):
     j = study.to_json()
     assert json.loads(json.dumps(j, allow_nan=False)) == j
     at_k = {"p_at_1", "p_at_2", "p_at_3", "filtered_p_at_1"}
-    assert set(j) == {"model", "relations", "macro", "micro", "left_out", "split_hash", "config", "seconds"}
+    said = {"model", "relations", "macro", "micro", "left_out", "split_hash", "config", "seconds", "departures"}
+    assert set(j) == said
     assert (
         set(j["macro"]) == set(j["micro"]) == at_k | {"p_at_1_interval"}
         and j["model"] == "pocket-bert"
