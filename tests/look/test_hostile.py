@@ -26,6 +26,7 @@ from subnet_explorer.cli import main
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.escape import Html, csv_text, from_cell, markdown_text, visible, yaml_text
 from subnet_explorer.core.mask import card
+from subnet_explorer.core.selection import StabilitySelection, stability_selection
 from subnet_explorer.core.space import unit_space
 from subnet_explorer.data.facts import Fact
 from subnet_explorer.data.tables import LabelTask
@@ -34,8 +35,9 @@ from subnet_explorer.look.site import publish
 from subnet_explorer.look.views import compare_view, grid_of, show, still
 from subnet_explorer.measure.maps import read_labels
 from subnet_explorer.measure.patterns import PatternReport
+from subnet_explorer.recipes.clauses import Clause
 from subnet_explorer.recipes.options import as_yaml, read_yaml
-from subnet_explorer.recipes.study import Study
+from subnet_explorer.recipes.study import Recipe, Study
 from subnet_explorer.search.prune import Pruned
 
 HIT = "parent.__hit=window.__hit=1"
@@ -92,7 +94,10 @@ class Example(Study):
 
 def study(cls: type = Example, **more: Any) -> Any:
     made: Any = object.__new__(cls)
-    told = dict(masks=Masks([]), tables={"scores": FRAME.assign(seed=0)}, seconds=1., model_name=PARTS[0], folder=None,
+    numbers = {"metric": "accuracy", "score": .5, "n": 1}
+    baselines = pd.DataFrame([{"task": t, "part": "test", "baseline": t, "note": t, **numbers} for t in HOSTILE])
+    tables = {"scores": FRAME.assign(seed=0), "baselines": baselines}
+    told = dict(masks=Masks([]), tables=tables, seconds=1., model_name=PARTS[0], folder=None,
                 notes=tuple(HOSTILE), config={"recipe": "lamp", "kind": PARTS[1], "made": HOSTILE}, **more)
     for name, value in told.items(): object.__setattr__(made, name, value)
     return made
@@ -124,6 +129,16 @@ def labelled() -> Labelled:
     return Labelled(items, LabelTask(PARTS[0], ("sentence",), labels=tuple(PARTS)), PARTS[1])
 
 
+def stable() -> StabilitySelection:
+    one = [mask(PARTS[0], seed=i) for i in range(2)]
+    return stability_selection(Masks([({"seed": i}, m) for i, m in enumerate(one)]), subsample=None)
+
+
+def a_recipe() -> Recipe:
+    clauses = tuple(Clause(text, text, text, text) for text in HOSTILE)
+    return Recipe(PARTS[0], study, PARTS[1], PARTS[2], clauses=clauses)
+
+
 def report_of_patterns() -> PatternReport:
     table = pd.DataFrame({"pattern": HOSTILE, "f1": .5})
     return PatternReport(.5, (.4, .6), .5, .3, .2, table, FRAME[["score"]].T)
@@ -147,7 +162,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "Mask": lambda: mask(PARTS[1]),
     "Masks": lambda: Masks([({"task": text, PARTS[0]: text}, mask(seed=i)) for i, text in enumerate(HOSTILE)]),
     "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns, "Pruned": pruned, "Study": study,
-    "Figure": figure, "View": view,
+    "Figure": figure, "View": view, "StabilitySelection": stable, "Recipe": a_recipe,
 }
 
 
