@@ -113,8 +113,9 @@ class Record:
         self.rows.append(row)
         if self.folder is None: return
         check_leases(self.folder)
-        if self._tidy: add_line(self.folder / LOG, sealed_line(len(self.rows) - 1, row))
-        else: self.rewrite(self.rows)
+        ended = (self.folder / MASK).exists()      # what is logged afterwards comes before the last line
+        if self._tidy and not ended: add_line(self.folder / LOG, sealed_line(len(self.rows) - 1, row))
+        else: self.rewrite(self.rows, ended)
 
     def rewrite(self, rows: list[dict[str, Any]], ended: bool = False) -> None:
         "Put other rows in the place of all that was logged."

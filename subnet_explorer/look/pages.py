@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def run_page(entry: Entry, found: Collection, trail: Links, related: Links) -> s
         page.add(heading="Where the subnetwork is")
         page.draw(partial(density_figure, mask), "density")
     page.add(heading="How the search went")
-    _add_search(page, run.metrics)
+    with suppress(*READ_ERRORS): _add_search(page, run.metrics)      # what is wrong with it is said above
     if mask is not None:
         tensors = mask.table().drop(columns="kind")
         page.add(site_table(tensors, _TENSORS, name="tensors"), "Density of every tensor")

@@ -225,6 +225,15 @@ def test_a_state_that_says_no_step_is_damaged(tmp_path, text):
     with pytest.raises(DamagedFile, match="state"): read_state(tmp_path)
 
 
+def test_what_is_logged_after_the_end_is_part_of_the_log(tmp_path):
+    run = next(iter(finished(tmp_path, 1)))
+    run.log(step=30, loss=.5)
+    Run.open(run.folder).log(step=40, loss=.4)
+    log = read_log(run.folder / "metrics.jsonl")
+    assert [row["step"] for row in log.rows] == [10, 20, 30, 40] and log.ended and not log.damage
+    assert len(Run.open(run.folder).metrics) == 4
+
+
 def test_a_missing_environment_is_written_again(tmp_path):
     Run(tmp_path / "a", {"seed": 0})
     (tmp_path / "a" / "env.json").unlink()

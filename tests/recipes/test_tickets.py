@@ -451,7 +451,8 @@ def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path,
 def test_constant_predictions_are_named(small, tmp_path):
     "Not a silent NaN, neither in the table nor in the file."
     task = task_data("pocket:similar", search=0.05, train=256, test=60)
-    found = tickets(*small, {"similar": task}, seeds=(0,), floor=0.99, to=tmp_path / "s", **QUICK)
+    tasks = {"similar": task, "entails": task_data("pocket:entails", search=0.05, train=64, test=20)}
+    found = tickets(*small, tasks, seeds=(0,), floor=0.99, to=tmp_path / "s", **QUICK)
     assert np.isfinite(summary(found)["mean"]).all()
     assert "undefined" in table(found).loc[("majority", ""), "similar"]
     for f in tmp_path.glob("s/runs/*/metrics.jsonl"):
