@@ -94,8 +94,9 @@ def _tables(pairs: Pairs, rows: pd.DataFrame) -> tuple[_Values, int]:
     seeds, groups = list(pairs.seeds), list(pairs.groups)
     rows = rows.assign(_all=_ONE, **{name: rows[name].astype(object).where(rows[name].notna(), _ONE) for name in seeds})
     undefined = ~np.isfinite(rows.score)
-    for name in seeds[:1]: rows = rows[~rows[name].isin(rows.loc[undefined, name])]
-    if not seeds: rows = rows[~undefined]
+    several = [name for name in seeds if rows[name].nunique() > 1]
+    for name in several[:1]: rows = rows[~rows[name].isin(rows.loc[undefined, name])]
+    if not several: rows = rows[~undefined]
     found = {}
     for key, part in rows.groupby(groups or ["_all"], sort=False):
         columns = list(pairs.items) or ["_all"]

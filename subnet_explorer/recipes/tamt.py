@@ -359,9 +359,10 @@ CROSSED = ["seed", "tuning_seed"]
 
 def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, mean, low, high, undefined
     "Mean of the runs of one kind, with an interval over masks and fine-tuning seeds; of one mask over the latter."
-    found, tuned = mean_of(Pairs(runs, CROSSED), runs), runs.tuning_seed.nunique()
+    found, single = mean_of(Pairs(runs, CROSSED), runs), runs.seed.nunique() == 1
+    tuned = found["seeds"] if single else runs.tuning_seed.nunique()
     ends = {name: found[name] for name in ("mean", "low", "high", "undefined")}
-    return {"n": found["seeds"] // tuned, "tuning_seeds": tuned, **ends}
+    return {"n": found["seeds"] // tuned if tuned else 0, "tuning_seeds": tuned, **ends}
 
 
 def summary(study: Tamt) -> pd.DataFrame:
