@@ -52,8 +52,8 @@ NEW_TABLES = {
 "What is now written beside the tables of that time."
 KEPT_TABLES = re.compile(r"(tickets|tamt)/(tables/baselines-.*|sessions/.*)\.json")
 "Tables that are now kept in the folder of a study, and the time that they took."
-NEW_RESULTS = {"baselines", "notes", "left_out", "kept", "files", "checksum", "departures", "stability", "chosen", "chosen_on",
-               "reported_on"}
+NEW_RESULTS = {"baselines", "notes", "left_out", "kept", "files", "checksum", "departures", "stability",
+               "chosen", "chosen_on", "reported_on"}
 "What `results.json` now says besides."
 OTHERWISE = {"gains", "low", "high", "p_at_1_interval", "chance"}
 "What is now computed otherwise: intervals of the crossed design, corrected p-values, exact chance."

@@ -359,10 +359,10 @@ CROSSED = ["seed", "tuning_seed"]
 
 def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, mean, low, high, undefined
     "Mean of the runs of one kind, with an interval over masks and fine-tuning seeds; of one mask over the latter."
-    found, single = mean_of(Pairs(runs, CROSSED), runs), runs.seed.nunique() == 1
-    tuned = found["seeds"] if single else runs.tuning_seed.nunique()
-    ends = {name: found[name] for name in ("mean", "low", "high", "undefined")}
-    return {"n": found["seeds"] // tuned if tuned else 0, "tuning_seeds": tuned, **ends}
+    found = mean_of(Pairs(runs, CROSSED), runs)
+    tuned = found["seeds"] if runs.seed.nunique() == 1 else runs.tuning_seed.nunique()
+    told = {name: found[name] for name in ("mean", "low", "high", "undefined")}
+    return {"n": found["seeds"] // max(1, tuned), "tuning_seeds": tuned, **told}
 
 
 def summary(study: Tamt) -> pd.DataFrame:
@@ -395,8 +395,7 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
     "Mean score over tasks by mask seed and fine-tuning seed, at every density; there is one mask of largest weights."
-    rows = runs_of(study)
-    rows = rows[rows.method != "full"]
+    rows = runs_of(study).query("method != 'full'")
     rows = rows.assign(seed=rows.seed.astype(object).where(rows.method != "omp"))
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
     return Pairs(rows, CROSSED, ["density"], contrasts, under="method")
