@@ -176,12 +176,8 @@ def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return whole, whole ** 2 / free if free else 1.0
 
 
-def _half(parts: _Parts, level: float) -> float:
+def _half(parts: _Parts, tail: float) -> float:      # tail: probability beyond either end
     "Half the width of the interval."
-    return _half_at((1 - level) / 2, parts)
-
-
-def _half_at(tail: float, parts: _Parts) -> float:      # tail: probability beyond either end
     from scipy.special import stdtrit
     return math.sqrt(sum(float(stdtrit(df, tail)) ** 2 * v for v, df in parts.values() if v))
 
@@ -193,7 +189,7 @@ def _estimated(
     parts, centre = _parts(groups, factors), _mean(groups)
     whole = sum(v for v, _ in parts.values())
     if not parts: return Estimate(mean, math.nan, math.nan, math.nan, {}, n)
-    half = _half(parts, level)
+    half = _half(parts, (1 - level) / 2)
     low, high = min(mean, centre - half), max(mean, centre + half)
     shares = {name: v / whole if whole else math.nan for name, (v, _) in parts.items()}
     return Estimate(mean, low, high, _p_value(parts, centre), shares, n)
@@ -203,7 +199,7 @@ def _p_value(parts: _Parts, centre: float) -> float:      # nan where nothing va
     "1 minus the level at which the interval ends at 0."
     from scipy.optimize import brentq
     if not any(v for v, _ in parts.values()): return math.nan
-    def beyond(p: float) -> float: return _half_at(p / 2, parts) - abs(centre)
+    def beyond(p: float) -> float: return _half(parts, p / 2) - abs(centre)
     if beyond(_LEAST) < 0: return _LEAST
     return float(brentq(beyond, _LEAST, 1.0, xtol=1e-14))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .agreement import holm
 from .doors import checked
 from .errors import SubnetError, check_names
 from .intervals import Bounds, estimate
@@ -29,10 +30,9 @@ def corrected(
     values = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(values))
     order = known[np.argsort(values[known], kind="stable")]
-    n, rank = len(order), np.arange(len(order))
-    out = pd.DataFrame({"p": values, "holm": np.nan, "bh": np.nan})
-    out.loc[order, "holm"] = np.minimum(1, np.maximum.accumulate(values[order] * (n - rank)))
-    out.loc[order, "bh"] = np.minimum(1, np.minimum.accumulate((values[order] * n / (rank + 1))[::-1])[::-1])
+    steps = values[order] * len(order) / np.arange(1, len(order) + 1)
+    out = pd.DataFrame({"p": values, "holm": holm(p), "bh": np.nan})
+    out.loc[order, "bh"] = np.minimum(1, np.minimum.accumulate(steps[::-1])[::-1])
     return out
 
 

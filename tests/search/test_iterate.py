@@ -435,6 +435,7 @@ def test_iterate_refuses_odd_scores(bert, facts):
             .551, baselines=low)
     refused("is not above .* 'second text'.*train the model better", .6, floor=1, baselines={"second text": .6})
     refused(r"\(least\) is not above", .8, least=.527, baselines=low)
+    refused(r"give a higher score \(least\)", 0., least=-.5, baselines={"majority": -.1})      # no share of nothing
     refused("drop must be a number above 0 and below 1", drop=10)
     with pytest.raises(SubnetError, match="needs an objective"):
         iterate(model, tok, None, Fixed(1.), space, progress=False)
