@@ -129,10 +129,8 @@ def _floor(full: float, share: float, least: float | None, baselines: Mapping[st
     best = max(known, key=lambda name: known[name])
     if floor > known[best]: return floor
     said = "least" if least is not None else f"{share:g} of the full {full:.4f}"
-    remedy = "train the model better"
-    if full > known[best]: remedy = "give a higher score (least)"
-    if full > max(known[best], 0):
-        remedy = f"give a share (floor) above {known[best] / full:.3f}, or a higher score (least)"
+    share = f"a share (floor) above {known[best] / full:.3f}, or " if full > max(known[best], 0) else ""
+    remedy = f"give {share}a higher score (least)" if full > known[best] else "train the model better"
     raise NoFloor(f"the floor of {floor:.4f} ({said}) is not above the {known[best]:.4f} of the baseline "
                   f"{best!r}, so that a subnetwork passes that knows nothing: {remedy}, or take another task.")
 
