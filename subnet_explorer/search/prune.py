@@ -129,8 +129,8 @@ def _floor(full: float, share: float, least: float | None, baselines: Mapping[st
     best = max(known, key=lambda name: known[name])
     if floor > known[best]: return floor
     said = "least" if least is not None else f"{share:g} of the full {full:.4f}"
-    share = f"a share (floor) above {known[best] / full:.3f}, or " if full > max(known[best], 0) else ""
-    remedy = f"give {share}a higher score (least)" if full > known[best] else "train the model better"
+    higher = f"a share (floor) above {known[best] / full:.3f}, or " if full > max(known[best], 0) else ""
+    remedy = f"give {higher}a higher score (least)" if full > known[best] else "train the model better"
     raise NoFloor(f"the floor of {floor:.4f} ({said}) is not above the {known[best]:.4f} of the baseline "
                   f"{best!r}, so that a subnetwork passes that knows nothing: {remedy}, or take another task.")
 
