@@ -148,7 +148,7 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     if names == [None] and isinstance(table.index, pd.RangeIndex): return table.reset_index(drop=True)
     return table.reset_index(names=["condition" if name is None else name for name in names])
 
-# %% ../../nbs/recipes/17_sweep.ipynb #c24cbbee
+# %% ../../nbs/recipes/17_sweep.ipynb #89e62143
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Study):
     "Studies of a recipe over models, data or settings; tables and masks have a label for each axis."
@@ -170,14 +170,15 @@ class Sweep(Study):
         return joined_pairs(self)
 
     def gains(
-        self, of: Any = None, against: Any = None, over: str | None = None, only: str | Sequence[str] | None = None,
+        self, of: Any = None, against: Any = None, over: str | None = None, only: Any = None,
     ) -> pd.DataFrame:
         """Compare conditions within every combination, or the values of an axis (`over`) on the same items and seeds.
 
         Values are compared each with each, unless `of` and `against` name some; `only` names the conditions under
         which they are. p-values are corrected over the table: see `Pairs.gains`.
         """
-        return self.pairs().gains(of, against) if over is None else across(self, over, only).gains(of, against)
+        if over is None: return self.pairs().gains(of, against)
+        return across(self, over, of, against, only).gains()
 
     def means(self, over: str | None = None, sample: bool = False) -> pd.DataFrame:
         "Means with 95 % intervals by condition, of every combination or over the values of an axis: see `mean_pairs`."
@@ -241,7 +242,7 @@ def joined_summary(study: Sweep) -> pd.DataFrame:
     texts = list(itertools.takewhile(lambda name: name in words, study.parts[0].summary))
     return found.set_index([*columns.values(), *texts[:1]])
 
-# %% ../../nbs/recipes/17_sweep.ipynb #b9e2500d
+# %% ../../nbs/recipes/17_sweep.ipynb #5f02fd58
 def joined_pairs(study: Sweep) -> Pairs:
     "Pairs of all combinations, the labels among the cases; raise `SubnetError` where the recipe pairs nothing."
     known = [(part.labels, part.pairs) for part in study.parts if part.pairs is not None]
@@ -252,18 +253,27 @@ def joined_pairs(study: Sweep) -> Pairs:
     return replace(first, scores=scores, cases=[*columns.values(), *first.cases], contrasts=contrasts)
 
 
-def across(study: Sweep, over: str, only: str | Sequence[str] | None = None) -> Pairs:
+def across(study: Sweep, over: str, of: Any = None, against: Any = None, only: Any = None) -> Pairs:
     "Pairs with the values of an axis in the place of conditions; conditions and other axes are cases."
     column = study.columns[check_names([over], study.axes, "axis")[0]]
     own = joined_pairs(study)
     scores = own.scores
-    if only is not None:
-        names = check_names([only] if isinstance(only, str) else only, scores[own.under].unique(), "condition")
-        scores = scores[scores[own.under].isin(names)]
+    if only is not None: scores = scores[scores[own.under].isin(_listed(only, scores[own.under], "condition"))]
     values = list(dict.fromkeys(scores[column]))
-    contrasts = [(b, a) for a, b in itertools.combinations(values, 2)]
+    sides = [(b, a) for a, b in itertools.combinations(values, 2)]
+    if of is not None or against is not None:
+        ones, others = (_listed(some, values, f"value of {over}") for some in (of, against))
+        sides = [(a, b) for b in others for a in ones if a != b]
+    if not sides: raise SubnetError(f"there are no two values of {over} to compare: {', '.join(map(str, values))}.")
     cases = [*(case for case in own.cases if case != column), own.under]
-    return by_name(replace(own, scores=scores, under=column, cases=cases, contrasts=contrasts))
+    return by_name(replace(own, scores=scores, under=column, cases=cases, contrasts=sides))
+
+
+def _listed(some: Any, known: Iterable[Any], what: str) -> list[Any]:
+    "What was named, once known to be there; everything, if nothing was."
+    names = list(dict.fromkeys(known))
+    if some is None: return names
+    return check_names(some if isinstance(some, (list, tuple)) else [some], names, what)
 
 
 NAMES = ("relation", "sub", "obj", "uuid")
@@ -274,10 +284,14 @@ def by_name(pairs: Pairs) -> Pairs:
     "Pairs whose items are known by what they are, where a table says so, and by their place elsewhere."
     names = [name for name in NAMES if name in pairs.scores and name not in (*pairs.items, *pairs.groups)]
     if not pairs.items or not names: return pairs
-    place = pairs.scores[list(pairs.items)].astype(str).agg(" ".join, axis=1)
     named = pairs.scores[names].notna().all(axis=1)
-    items = pairs.scores[names].astype(str).agg(" ".join, axis=1).where(named, place)
+    items = _words(pairs.scores, names).where(named, _words(pairs.scores, pairs.items))
     return replace(pairs, scores=pairs.scores.assign(_item=items), items=["_item"])
+
+
+def _words(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    "Columns as one text."
+    return functools.reduce(lambda a, b: a + " " + b, (table[name].astype(object).map(str) for name in names))
 
 # %% ../../nbs/recipes/17_sweep.ipynb #c6ae477a
 def mean_pairs(study: Sweep, over: str | None = None, sample: bool = False) -> Pairs:
