@@ -200,7 +200,8 @@ def asked_axes(
 ) -> dict[str, Any]:
     "Values by axis, or values by name by axis, typed and checked; what the shell says goes over the file."
     typed = typed_values(options, said)
-    if not isinstance(written or {}, Mapping): raise BadSweep("sweep wants axes with values: {init: [magnitude, random]}.")
+    if not isinstance(written or {}, Mapping):
+        raise BadSweep("sweep wants axes with values, e.g. {init: [magnitude, random]}.")
     over = {str(name).replace("-", "_"): values for name, values in (written or {}).items()}
     known = {option.name: option for option in options if option.name not in NO_AXES}
     check_names([*typed, *over], known, "axis")

@@ -92,7 +92,7 @@ def axes_of(over: Any, known: Iterable[str]) -> dict[str, dict[Any, Any]]:
     check_names(over, [name for name in known if name not in NO_AXES], "axis")
     return {name: axis_of(name, over[name]) for name in sorted(over, key=lambda name: name != "model")}
 
-# %% ../../nbs/recipes/17_sweep.ipynb #3d965a4c
+# %% ../../nbs/recipes/17_sweep.ipynb #704d042a
 Labels = Mapping[str, Any]
 "By axis: what the value is called."
 
@@ -119,7 +119,7 @@ def name_of_labels(labels: Labels) -> str:
     "A combination in words."
     return ", ".join(f"{axis} {label}" for axis, label in labels.items())
 
-
+# %% ../../nbs/recipes/17_sweep.ipynb #df04d997
 def part_of(study: Study, labels: Labels) -> Part:
     "What is kept of a study."
     pairs, why = None, ""
@@ -148,7 +148,7 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     if names == [None] and isinstance(table.index, pd.RangeIndex): return table.reset_index(drop=True)
     return table.reset_index(names=["condition" if name is None else name for name in names])
 
-# %% ../../nbs/recipes/17_sweep.ipynb #89e62143
+# %% ../../nbs/recipes/17_sweep.ipynb #ea254136
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Study):
     "Studies of a recipe over models, data or settings; tables and masks have a label for each axis."
@@ -172,17 +172,16 @@ class Sweep(Study):
     def gains(
         self, of: Any = None, against: Any = None, over: str | None = None, only: Any = None,
     ) -> pd.DataFrame:
-        """Compare conditions within every combination, or the values of an axis (`over`) on the same items and seeds.
-
-        Values are compared each with each, unless `of` and `against` name some; `only` names the conditions under
-        which they are. p-values are corrected over the table: see `Pairs.gains`.
-        """
-        if over is None: return self.pairs().gains(of, against)
-        return across(self, over, of, against, only).gains()
+        "Compare conditions in every combination, or the values of an axis, under all conditions or `only` some."
+        return self.pairs().gains(of, against) if over is None else across(self, over, of, against, only).gains()
 
     def means(self, over: str | None = None, sample: bool = False) -> pd.DataFrame:
-        "Means with 95 % intervals by condition, of every combination or over the values of an axis: see `mean_pairs`."
+        "Means with 95 % intervals, of every combination or over the values of an axis: see `mean_pairs`."
         return mean_pairs(self, over, sample).means()
+
+    def mask_files(self, *labels: str) -> dict[tuple[Any, ...], str]:
+        "Path of every mask that is kept in a file, by the values of some labels."
+        return {tuple(own.get(k) for k in labels): str(m) for own, m in self.masks.rows() if isinstance(m, Path)}
 
     def results(self) -> dict[str, Any]:
         "Summary, means, gains, and what failed."
@@ -193,13 +192,11 @@ class Sweep(Study):
         return sweep_sections(self)
 
     def shown(self) -> str:
-        "The summary, and what failed."
         return "\n\n".join([Study.shown(self), *([self.failed.to_string(index=False)] if len(self.failed) else [])])
 
     def html(self) -> str:
-        "The summary, and what failed."
         failed = Html("<p>Failed:</p>{}").format(table_html(self.failed, index=False)) if len(self.failed) else ""
-        return Html("<b>{} of {}</b>{}{}").format(self.recipe.title, self.model_name, table_html(self.summary()), failed)
+        return Html("{}{}").format(Study.html(self), failed)
 
 # %% ../../nbs/recipes/17_sweep.ipynb #2478a6ec
 TOLD = ("of", "against", "seeds", "items", "mean", "low", "high", "p", "holm", "bh", "wins", "losses", "sign",

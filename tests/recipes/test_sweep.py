@@ -1,6 +1,7 @@
 "A recipe over lists of models, data and settings: every combination once, one table, values compared."
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -37,7 +38,6 @@ from subnet_explorer.recipes.study import RECIPES, Bench, Study, find_recipe, la
 from subnet_explorer.recipes.sweep import BadSweep, NoneSucceeded
 from subnet_explorer.search.loop import Diverged
 
-
 # ── a recipe that takes no time ──────────────────────────────────────────────────────────────────────────────────────
 
 class Toy(Study):
@@ -73,7 +73,7 @@ def toy(
     scale: Positive = 1.0,                   # of all scores
     kind: str = "good",                      # good, fine, broken or unpaired
     epochs: int = 3,                         # a column of the table, too
-    seeds: Seeds = (0, 1, 2),                # of what is drawn
+    seeds: Seeds = (0, 1),                # of what is drawn
     shares: Sequence[SomeShare] = (0.5,),    # of nothing
     to: str | Path | None = None,
     progress: bool = True,
@@ -98,7 +98,8 @@ def toy(
 
     cells = labelled_cells(seed=seeds)
     bench.work("seed", cells, measure)
-    table = pd.concat([bench.table(f"seed-{seed}", lambda: scores(seed)) for seed in seeds], ignore_index=True)
+    made = [bench.table(f"seed-{seed}", functools.partial(scores, seed)) for seed in seeds]
+    table = pd.concat(made, ignore_index=True)
     masks = Masks([({"seed": seed}, Mask.random(space, 0.5, seed=seed)) for seed in seeds])
     found: type[Study] = Quiet if kind == "unpaired" else Toy
     return bench.finished(found(
@@ -144,7 +145,7 @@ def test_every_combination_is_the_recipe_called_alone(model, tmp_path):
             assert own.score.to_dict() == alone.summary().score.to_dict()
             folder = tmp_path / "s" / "runs" / f"scale-{scale}" / f"kind-{kind}"
             assert json.loads((folder / "results.json").read_text())["config"] == alone.config
-    assert set(made.masks.index.columns) == {"scale", "kind", "seed"} and len(made.masks) == 12
+    assert set(made.masks.index.columns) == {"scale", "kind", "seed"} and len(made.masks) == 8
     assert made.notes[0] == "all of it is made up." and "scale 1.0, kind good; scale 1.0, kind fine: scale 1.0." in (
         made.notes)
     assert made.config["sweep"] == made.axes and made.config["data"] == DATA and "differing" not in made.config
@@ -166,7 +167,7 @@ def test_lamp_over_sparsities_is_lamp(pocket_bert):
 def test_a_column_of_the_recipe_keeps_its_name(model):
     made = sweep("toy", model, tok, DATA, over={"epochs": [1, 2]}, progress=False)
     t = made.tables["scores"]
-    assert list(t)[0] == "setting epochs" and (t["setting epochs"] == t.epochs).all()
+    assert t.columns[0] == "setting epochs" and (t["setting epochs"] == t.epochs).all()
     assert list(made.gains(over="epochs")["of"]) == [2, 2] and "setting epochs" in made.means()
     assert set(made.masks.index["setting epochs"]) == {1, 2}
 
@@ -184,14 +185,14 @@ def test_a_stopped_sweep_goes_on_where_it_was(model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): sweep("toy", model, tok, DATA, over=over, to=tmp_path / "s", progress=False)
     monkeypatch.setattr(Bench, "table", table)
     before = list(MADE)
-    assert before == [(1.0, "good", 0), (1.0, "good", 1), (1.0, "good", 2), (2.0, "good", 0)]
+    assert before == [(1.0, "good", 0), (1.0, "good", 1), (2.0, "good", 0)]
     made = sweep("toy", model, tok, DATA, over=over, to=tmp_path / "s", progress=False)
-    assert MADE[len(before):] == [(2.0, "good", 1), (2.0, "good", 2), *((3.0, "good", s) for s in (0, 1, 2))]
+    assert MADE[len(before):] == [(2.0, "good", 1), (3.0, "good", 0), (3.0, "good", 1)]
     whole = sweep("toy", model, tok, DATA, over=over, progress=False)
     for name in whole.tables: pd.testing.assert_frame_equal(made.tables[name], whole.tables[name])
     n = len(MADE)
     again = sweep("toy", model, tok, DATA, over={"scale": [1.0, 2.0, 3.0, 4.0]}, to=tmp_path / "s", progress=False)
-    assert len(again.parts) == 4 and MADE[n:] == [(4.0, "good", s) for s in (0, 1, 2)]
+    assert len(again.parts) == 4 and MADE[n:] == [(4.0, "good", 0), (4.0, "good", 1)]
     assert not list((tmp_path / "s").rglob(".leases/*"))
 
 
@@ -222,7 +223,7 @@ def test_models_are_loaded_one_after_another(tmp_path):
     assert len(alive) == 3 and list(made.axes) == ["model", "scale"] and len(made.parts) == 6
     assert made.model_name == "tiny-bert, tiny-gpt2, tiny-roberta"
     assert "model" not in made.config.get("differing", {})
-    assert len(made.masks) == 18 and made.masks.sel(model="gpt2")[0].space.model.name == "tiny-gpt2"
+    assert len(made.masks) == 12 and made.masks.sel(model="gpt2")[0].space.model.name == "tiny-gpt2"
 
 
 # ── comparisons ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +266,7 @@ def test_means_over_an_axis(model):
     each = t.groupby(["data", "under", "seed"]).score.mean().unstack("data")
     macro = made.means("data").set_index("under")
     for under in ("full", "cut"): assert macro["mean"][under] == pytest.approx(each.loc[under].mean().mean())
-    assert (macro["items"] == 4 + 2 + 3).all() and (macro.seeds == 3).all()
+    assert (macro["items"] == 4 + 2 + 3).all() and (macro.seeds == 2).all()
     sample = made.means("data", sample=True).set_index("under")
     assert (sample["items"] == 3).all()
     assert sample["mean"].tolist() == pytest.approx(macro["mean"].tolist())
@@ -381,10 +382,10 @@ def test_the_shell_sweeps_every_recipe(shell):
     said = json.loads(out)
     assert said["config"]["sweep"] == {"kind": ["good", "fine"], "shares": ["0.5, 0.3", "1"]} or (
         said["config"]["sweep"] == {"kind": ["good", "fine"], "shares": ["0.5, 0.3", "1.0"]})
-    assert len(said["combinations"]) == 4 and shell.loaded == ["tiny"] and len(MADE) == 12
+    assert len(said["combinations"]) == 4 and shell.loaded == ["tiny"] and len(MADE) == 8
     assert len(list(Path("s").rglob("study.json"))) == 5
     status, out, _ = shell(*WORDS, "--out", "s", "--sweep", "kind=good,fine", "--sweep", "shares=0.5,0.3;1")
-    assert status == 0 and len(MADE) == 12 and "kind" in out and "Masks and tables are in s." in out
+    assert status == 0 and len(MADE) == 8 and "kind" in out and "Masks and tables are in s." in out
 
 
 def test_a_file_and_a_dry_run(shell):
@@ -394,7 +395,7 @@ def test_a_file_and_a_dry_run(shell):
     status, out, err = shell(*words, "--dry-run")
     assert status == 0 and not Path("s").exists() and not shell.loaded, err
     assert "sweep: model bert, gpt2 × scale 1.0, 2.0, 3.0: 6 combinations" in out
-    assert "guess: 6 combinations × 3 seeds = 18 cells" in out and out.startswith("toy of bert, gpt2")
+    assert "guess: 6 combinations × 2 seeds = 12 cells" in out and out.startswith("toy of bert, gpt2")
     status, text, _ = shell(*words, "--print-config")
     written = yaml.safe_load(text)
     assert written["sweep"] == {"model": ["bert", "gpt2"], "scale": [1.0, 2.0, 3.0]}
@@ -468,7 +469,7 @@ def test_a_recipe_from_outside_is_swept(tmp_path, monkeypatch, capsys):
         said = json.loads(capsys.readouterr().out)
         assert [row["relation"] for row in said["summary"]] == ["MadeOf"] * 2 + ["Desires"] * 2
         assert "not compared" in said["gains"][0] and said["config"]["lr"] == 0.05
-        assert list(pd.read_csv("out/answers.csv"))[0] == "relation"
+        assert pd.read_csv("out/answers.csv").columns[0] == "relation"
         assert len(kept_masks("out")) == len(kept_runs("out")) == 2
         assert Path("out/report.html").exists() and Path("out/runs/relation-MadeOf/report.html").exists()
         before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("mask.safetensors")}
