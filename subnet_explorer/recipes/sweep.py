@@ -198,7 +198,7 @@ class Sweep(Study):
         failed = Html("<p>Failed:</p>{}").format(table_html(self.failed, index=False)) if len(self.failed) else ""
         return Html("{}{}").format(Study.html(self), failed)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #2478a6ec
+# %% ../../nbs/recipes/17_sweep.ipynb #dbba0852
 TOLD = ("of", "against", "seeds", "items", "mean", "low", "high", "p", "holm", "bh", "wins", "losses", "sign",
         "undefined", "error", "message")
 "Columns of comparisons and of what failed."
@@ -232,12 +232,11 @@ def joined_tables(parts: Sequence[Part], columns: Mapping[str, str]) -> dict[str
 
 
 def joined_summary(study: Sweep) -> pd.DataFrame:
-    "Summaries below each other, by labels and whatever else stands in front."
+    "Summaries below each other, by labels and the name that stands in front of a row."
     columns = study.columns
     found = joined([(part.labels, part.summary) for part in study.parts], columns)
-    words = [name for name in study.parts[0].summary if not pd.api.types.is_numeric_dtype(found[name])]
-    texts = list(itertools.takewhile(lambda name: name in words, study.parts[0].summary))
-    return found.set_index([*columns.values(), *texts[:1]])
+    names = [name for name in study.parts[0].summary.columns[:1] if not pd.api.types.is_numeric_dtype(found[name])]
+    return found.set_index([*columns.values(), *names])
 
 # %% ../../nbs/recipes/17_sweep.ipynb #5f02fd58
 def joined_pairs(study: Sweep) -> Pairs:
@@ -398,7 +397,7 @@ def _link(folder: Path | None, part: Part) -> Html:
     if not (place / "report.html").exists(): return Html("<li>{}: {}</li>").format(part.name, shown)
     return Html('<li><a href="{}/report.html">{}</a>: {}</li>').format(quote(shown), part.name, part.model_name)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #8d8ce405
+# %% ../../nbs/recipes/17_sweep.ipynb #e822467e
 class NoneSucceeded(SubnetError):
     """No combination of a sweep could be made.
 
@@ -414,8 +413,8 @@ Make = Callable[[dict[str, Any], Path | None], Study]
 
 
 def place_of(folder: Path, labels: Labels) -> Path:
-    "The folder of a combination: runs/AXIS-LABEL/AXIS-LABEL …"
-    return Path(folder, "runs", *(file_name(f"{axis}-{label}") for axis, label in labels.items()))
+    "The folder of a combination: runs/AXIS-LABEL/AXIS-LABEL …, whatever the order in which axes are given."
+    return Path(folder, "runs", *(file_name(f"{axis}-{label}") for axis, label in sorted(labels.items())))
 
 
 @given_back
@@ -428,7 +427,7 @@ def swept(
     progress: bool = True,
 ) -> Sweep:
     "Make the study of every combination that is not there yet, and bring all together."
-    bench = Bench({"recipe": recipe.name, "sweep": list(axes)}, to, progress)
+    bench = Bench({"recipe": recipe.name, "sweep": sorted(axes)}, to, progress)
     cells = labelled_cells(**axes)
     found = bench.work("combination", cells, lambda labels: _tried(bench, make, labels))
     parts = [part for part in found if isinstance(part, Part)]
@@ -449,7 +448,7 @@ def _tried(bench: Bench, make: Make, labels: dict[str, Any]) -> Part | dict[str,
     except OF_THE_FOLDER: raise
     except SubnetError as why: return {**labels, "error": type(why).__name__, "message": str(why)}
 
-# %% ../../nbs/recipes/17_sweep.ipynb #fa1e70c6
+# %% ../../nbs/recipes/17_sweep.ipynb #7eb88759
 def _why_none(failed: Sequence[Mapping[str, Any]]) -> str:
     "How the first combinations ended."
     rows = [({k: v for k, v in row.items() if k not in ("error", "message")}, row) for row in failed[:3]]
@@ -464,9 +463,10 @@ def collected(
     labels = {axis: list(values) for axis, values in axes.items()}
     columns = columns_of(labels, parts)
     masks = [({**{columns[a]: v for a, v in p.labels.items()}, **own}, mask) for p in parts for own, mask in p.masks]
-    table = pd.DataFrame(failed, columns=[*labels, "error", "message"]).rename(columns=columns)
+    table, tables = pd.DataFrame(failed, columns=[*labels, "error", "message"]), joined_tables(parts, columns)
+    table = table.rename(columns=columns)
     return Sweep(
-        masks=Masks(masks), tables={**joined_tables(parts, columns), "failed": table},
+        masks=Masks(masks), tables={**tables, "failed combinations" if "failed" in tables else "failed": table},
         config=merged_config(recipe.name, labels, parts),
         model_name=", ".join(dict.fromkeys(part.model_name for part in parts)), seconds=bench.seconds,
         folder=bench.folder, notes=merged_notes(parts), departures=merged_departures(parts), axes=labels, parts=parts,

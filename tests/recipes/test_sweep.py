@@ -5,6 +5,7 @@ import functools
 import gc
 import importlib.util
 import json
+import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ def test_every_combination_is_the_recipe_called_alone(model, tmp_path):
             assert [m.id for _, m in masks] == [m.id for _, m in alone.masks]
             own = made.summary().reset_index().query("scale == @scale and kind == @kind").set_index("under")
             assert own.score.to_dict() == alone.summary().score.to_dict()
-            folder = tmp_path / "s" / "runs" / f"scale-{scale}" / f"kind-{kind}"
+            folder = tmp_path / "s" / "runs" / f"kind-{kind}" / f"scale-{scale}"
             assert json.loads((folder / "results.json").read_text())["config"] == alone.config
     assert set(made.masks.index.columns) == {"scale", "kind", "seed"} and len(made.masks) == 8
     assert made.notes[0] == "all of it is made up." and "scale 1.0, kind good; scale 1.0, kind fine: scale 1.0." in (
@@ -191,9 +192,28 @@ def test_a_stopped_sweep_goes_on_where_it_was(model, tmp_path, monkeypatch):
     whole = sweep("toy", model, tok, DATA, over=over, progress=False)
     for name in whole.tables: pd.testing.assert_frame_equal(made.tables[name], whole.tables[name])
     n = len(MADE)
-    again = sweep("toy", model, tok, DATA, over={"scale": [1.0, 2.0, 3.0, 4.0]}, to=tmp_path / "s", progress=False)
+    over = {"scale": [1.0, 2.0, 3.0, 4.0]}
+    again = sweep("toy", model, tok, DATA, over=over, to=tmp_path / "s", progress=False)
     assert len(again.parts) == 4 and MADE[n:] == [(4.0, "good", 0), (4.0, "good", 1)]
     assert not list((tmp_path / "s").rglob(".leases/*"))
+
+
+def test_two_processes_share_the_combinations(model, tmp_path):
+    def work(name: str) -> Any:
+        made = sweep("toy", model, tok, DATA, over={"scale": [1.0, 2.0, 3.0, 4.0]}, to=tmp_path / "s", progress=False)
+        (tmp_path / name).write_text(json.dumps(MADE))
+        return made
+
+    child = os.fork()
+    if not child:
+        try: work("child")
+        finally: os._exit(0)
+    made = work("parent")
+    os.waitpid(child, 0)
+    whole = sweep("toy", model, tok, DATA, over={"scale": [1.0, 2.0, 3.0, 4.0]}, progress=False)
+    pd.testing.assert_frame_equal(made.tables["scores"], whole.tables["scores"])
+    done = [tuple(cell) for name in ("child", "parent") for cell in json.loads((tmp_path / name).read_text())]
+    assert sorted(done) == sorted((scale, "good", seed) for scale in (1.0, 2.0, 3.0, 4.0) for seed in (0, 1))
 
 
 def test_other_folders_are_refused(model, tmp_path):
