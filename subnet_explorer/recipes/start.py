@@ -44,7 +44,7 @@ from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
 from ..core.run import check_empty
 from .clauses import filled
-from .cost import Work
+from .cost import Work, power_of, power_text
 from .papers import PAPERS, paper_file
 from .study import Recipe, Study, find_recipe, labelled_cells, up_to_the_bench
 
@@ -115,6 +115,7 @@ class Order:
         return {"recipe": self.recipe.name, "model": v.get("model"), "published": bool(v.get("published")),
                 "data": {name: value for name, value in data.items() if value not in (None, False)},
                 "work": [part.to_json() for part in work], "text": [str(part) for part in work],
+                "power": power_of(v),
                 "out": str(out), "there": already(out)}
 
     def _made(self) -> Study: return self.made(World())
@@ -324,6 +325,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
         axes = " × ".join(f"{axis} {', '.join(map(str, labels))}" for axis, labels in plan["sweep"].items())
         lines.append(f"sweep: {axes}: {plan['combinations']} combinations")
     lines += plan["text"] or ["this recipe does not say what it costs."]
+    lines.append(power_text(plan["power"]))
     there = plan["there"]
     if not there["study"]: return "\n".join([*lines, f"out: {plan['out']}, where nothing is yet"])
     also = [name for name in ("results", "report") if there[name]]

@@ -40,6 +40,7 @@ from ..core.folders import cached_table, given_back, open_study, table_file, tid
 from ..core.lease import join
 from ..core.masks import Masks
 from ..core.pairs import Pairs
+from ..core.power import detectable
 from ..core.run import Run
 from ..core.store import Store
 from ..data.parts import TaskData
@@ -50,11 +51,11 @@ if TYPE_CHECKING:
     from subnet_explorer.recipes.cost import Work
 
 # %% auto #0
-__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
-           'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'said_of_paper', 'printed',
-           'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published', 'all_recipes', 'find_recipe', 'Bench',
-           'shared_work', 'up_to_the_bench', 'folder_or_scratch', 'differing_from_paper', 'settings_of',
-           'labelled_cells']
+__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'SMALL', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study',
+           'save_study', 'study_html', 'left_out_of', 'notes_of', 'few_note', 'in_order', 'with_remarks', 'remarks',
+           'said_of_paper', 'printed', 'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published',
+           'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'up_to_the_bench', 'folder_or_scratch',
+           'differing_from_paper', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -192,8 +193,10 @@ def save_study(study: Study, folder: Path) -> Path:
 
 def study_html(study: Study) -> Html:
     "What a notebook shows, with what a reader must be told."
-    notes = Html("").join(Html("<p>{}</p>").format(note) for note in [*study.notes, *said_of_paper(study)])
-    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(study.html(), notes)
+    first, others = in_order(study)
+    before, behind = (Html("").join(Html("<p>{}</p>").format(note) for note in notes)
+                      for notes in (first, [*others, *said_of_paper(study)]))
+    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}{}</div>').format(before, study.html(), behind)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
 S = TypeVar("S", bound=Study)
@@ -221,14 +224,27 @@ def notes_of(data: Any) -> list[str]:
     return list(getattr(data, "notes", ()))
 
 # %% ../../nbs/recipes/01_study.ipynb #a25fc738
-FEW = 10      # items of a part, below which a note is made
+FEW = 32      # items that show a difference of a fifth
+SMALL = "Small test part"
+"How a note begins that comes before everything else."
 
 
-def few_note(what: str, sizes: Mapping[str, int]) -> list[str]:
-    "Say which parts that are reported on are small."
-    few = ", ".join(f"{name} {n}" for name, n in sizes.items() if n < FEW)
+def few_note(what: str, sizes: Mapping[str, int], together: bool = False) -> list[str]:
+    "Say which parts that are reported on are too small; `together`: what counts is the mean over them."
+    whole = sum(sizes.values())
+    least = 10 if together and whole >= FEW else FEW
+    few = {name: n for name, n in sizes.items() if n < least}
     if not few: return []
-    return [f"few {what} ({few}): intervals over fewer than {FEW} say little, and nothing where all agree."]
+    n = whole if together and whole < FEW else min(few.values())
+    shown = f"differences below {detectable(n):.2f} are not told from none, as a rule" if n else "nothing can be said"
+    named = ", ".join(f"{name} {n}" for name, n in few.items())
+    return [f"{SMALL}: {named} {what}. Of {n:,}, {shown}."]
+
+
+def in_order(study: Study) -> tuple[list[str], list[str]]:
+    "Notes that come first, and all others."
+    first = [note for note in study.notes if note.startswith(SMALL)]
+    return first, [note for note in study.notes if note not in first]
 
 
 def with_remarks(study: S, data: Mapping[str, Any]) -> S:
@@ -266,7 +282,8 @@ def printed(study: Study) -> str:
     rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
     by_relation = rows[rows.of != ""]
     table = [] if by_relation.empty else ["left out, by relation:\n" + by_relation.to_string(index=False)]
-    return "\n\n".join([study.shown(), *study.notes, *said_of_paper(study), *table])
+    first, others = in_order(study)
+    return "\n\n".join([*first, study.shown(), *others, *said_of_paper(study), *table])
 
 
 def remark_sections(study: Study) -> list[Section]:
