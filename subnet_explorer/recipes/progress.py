@@ -41,9 +41,7 @@ class StudyLine:
         if self.share: self.worked, self.spent = self.worked + 1, self.spent + time.monotonic() - self.entered
         self.share, self.finished = 0.0, self.finished + 1
 
-    def bar(self, what: str, total: int | None = None, done: int = 0) -> InnerBar:
-        "What a search or training inside the cell moves."
-        return InnerBar(self, total, done)
+    def bar(self, what: str, total: int | None = None, done: int = 0) -> InnerBar: return InnerBar(self, total, done)
 
     def text(self, left: bool = True) -> str:      # left: with the time
         "What the line says now."
@@ -60,9 +58,7 @@ class StudyLine:
 
     def draw(self, now: bool = False) -> None:
         "Show it, twice a second at most."
-        if self.above is not None:
-            self.above.inner, self.above.share = self.text(False), (self.worked + self.share) / max(1, self.total)
-            return self.above.draw(now)
+        if self.above is not None: return _tell(self.above, self, now)
         if not now and time.monotonic() - self.drawn < 0.5: return
         self.drawn = time.monotonic()
         self.shown.set_description_str(visible(self.text()).replace("\n", " "))
@@ -82,6 +78,12 @@ def within(line: Any) -> Iterator[None]:      # line: a `StudyLine`, or False
     before = _ABOVE.set(line if isinstance(line, StudyLine) else None)
     try: yield
     finally: _ABOVE.reset(before)
+
+
+def _tell(above: StudyLine, line: StudyLine, now: bool) -> None:
+    "Let a line say what one that is a part of it says."
+    above.inner, above.share = line.text(False), (line.worked + line.share) / max(1, line.total)
+    above.draw(now)
 
 
 def in_words(seconds: float) -> str:

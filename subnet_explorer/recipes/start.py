@@ -322,7 +322,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
     data = ", ".join(f"{name} {_plain(value)}" for name, value in plan["data"].items())
     lines = [f"{plan['recipe']} of {plan['model']}" + (", as published" if plan["published"] else ""), f"data: {data}"]
     if "sweep" in plan:
-        axes = " × ".join(f"{axis} {', '.join(map(str, labels))}" for axis, labels in plan["sweep"].items())
+        axes = " × ".join(f"{axis} {_with_commas(labels)}" for axis, labels in plan["sweep"].items())
         lines.append(f"sweep: {axes}: {plan['combinations']} combinations")
     lines += plan["text"] or ["this recipe does not say what it costs."]
     lines.append(power_text(plan["power"]))
@@ -331,6 +331,12 @@ def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
     also = [name for name in ("results", "report") if there[name]]
     found = f"{there['finished']} of {there['runs']} runs are finished" + "".join(f", {name} written" for name in also)
     return "\n".join([*lines, f"out: {plan['out']}, where {found}"])
+
+
+def _with_commas(labels: Sequence[Any]) -> str:
+    "Values of an axis; with semicolons where they have commas inside."
+    texts = list(map(str, labels))
+    return ("; " if any(", " in text for text in texts) else ", ").join(texts)
 
 
 def _plain(value: Any) -> str: return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

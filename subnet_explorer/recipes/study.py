@@ -423,8 +423,7 @@ class Bench:
         "What every cell gives, in the order of the cells; several at once if asked, in processes of joblib."
         return shared_work(self, what, cells, AtCell(self.folder, what, do), processes)
 
-    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        "A table that is made once per folder."
+    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:      # once per folder
         return cached_table(self.folder, name, self.session.noting(make))
 
     def has_table(self, name: str) -> bool: return bool(self.folder and table_file(self.folder, name).exists())

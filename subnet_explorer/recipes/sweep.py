@@ -40,7 +40,7 @@ __all__ = ['NO_AXES', 'Axes', 'Labels', 'TOLD', 'NAMES', 'MOST_FIGURES', 'WITHIN
            'sweep_sections', 'Places', 'NoneSucceeded', 'place_of', 'swept', 'collected', 'sweep', 'one_by_one',
            'check_values', 'refused', 'Models']
 
-# %% ../../nbs/recipes/17_sweep.ipynb #4cb32260
+# %% ../../nbs/recipes/17_sweep.ipynb #d37d13fe
 class BadSweep(SubnetError):
     """A sweep cannot be made as it was asked for.
 
@@ -51,7 +51,7 @@ class BadSweep(SubnetError):
 
 
 NO_AXES = ("tok", "to", "progress")
-"What cannot be an axis: a tokenizer comes with its model, the rest is said of the whole sweep."
+"What cannot be an axis: a tokenizer comes with its model, the rest is said once."
 
 
 def label_of(value: Any) -> Any:      # a text, a number, a truth value
@@ -61,20 +61,20 @@ def label_of(value: Any) -> Any:      # a text, a number, a truth value
     if value is None or isinstance(value, Path): return str(value)
     if isinstance(value, (list, tuple, range)): return ", ".join(str(label_of(v)) for v in value) or "none"
     if isinstance(value, Mapping): return ", ".join(f"{name}={label_of(v)}" for name, v in value.items()) or "none"
-    raise BadSweep(f"{described(value)} has no name that could stand in a table: give a dictionary with names.")
+    raise BadSweep(f"{described(value)} has no name for tables: give a dictionary with names.")
 
 
 def axis_of(name: str, values: Any) -> dict[Any, Any]:      # label → value
-    "The values of an axis by what they are called; raise `BadSweep` for none, and for two of one name."
+    "The values of an axis by what they are called; raise `BadSweep` for none or one twice."
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise BadSweep(f"the axis {name} is {described(values)}: give a list of values, or a dictionary with names.")
-    pairs = values.items() if isinstance(values, Mapping) else ((value, value) for value in values)
+        raise BadSweep(f"the axis {name} is {described(values)}: give a list, or a dictionary.")
+    pairs = values.items() if isinstance(values, Mapping) else ((v, v) for v in values)
     found = [(label_of(label), value) for label, value in pairs]
     if not found: raise BadSweep(f"the axis {name} has no value: give at least one.")
     seen: dict[str, Any] = {}
     for label, _ in found:
         if str(label) in seen or label in seen.values():
-            raise BadSweep(f"the axis {name} has the value {label!r} twice: give every value once.")
+            raise BadSweep(f"the axis {name} has the value {label!r} twice: give each once.")
         seen[str(label)] = label
     return dict(found)
 
@@ -84,7 +84,7 @@ Axes = Mapping[str, Mapping[Any, Any]]
 
 
 def axes_of(over: Any, known: Iterable[str]) -> dict[str, dict[Any, Any]]:
-    "All axes, models first, so that each is loaded once; raise `UnknownName` with the nearest name of an axis."
+    "All axes, models first, so that each is loaded once; raise `UnknownName` or `BadSweep`."
     if not isinstance(over, Mapping) or not over:
         raise BadSweep('a sweep needs an axis: give over={"seeds": [[0], [1]]} or the like.')
     for name in over:
@@ -148,10 +148,10 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     if names == [None] and isinstance(table.index, pd.RangeIndex): return table.reset_index(drop=True)
     return table.reset_index(names=["condition" if name is None else name for name in names])
 
-# %% ../../nbs/recipes/17_sweep.ipynb #ea254136
+# %% ../../nbs/recipes/17_sweep.ipynb #ed60b022
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Study):
-    "Studies of a recipe over models, data or settings; tables and masks have a label for each axis."
+    "Studies of a recipe over models, data or settings, with a label for each axis."
     axes: Mapping[str, Sequence[Any]]               # what their values are called
     parts: Sequence[Part] = field(repr=False)       # of the combinations that were made
     failed: pd.DataFrame = field(repr=False)        # of the others: labels, error, message
@@ -166,22 +166,23 @@ class Sweep(Study):
         return joined_summary(self)
 
     def pairs(self) -> Pairs:
-        "Scores that belong together, of every combination as the recipe pairs them."
         return joined_pairs(self)
 
     def gains(
         self, of: Any = None, against: Any = None, over: str | None = None, only: Any = None,
     ) -> pd.DataFrame:
-        "Compare conditions in every combination, or the values of an axis, under all conditions or `only` some."
-        return self.pairs().gains(of, against) if over is None else across(self, over, of, against, only).gains()
+        "Compare conditions in every combination, or values of an axis, under `only` some conditions."
+        if over is None: return self.pairs().gains(of, against)
+        return across(self, over, of, against, only).gains()
 
     def means(self, over: str | None = None, sample: bool = False) -> pd.DataFrame:
-        "Means with 95 % intervals, of every combination or over the values of an axis: see `mean_pairs`."
+        "Means with 95 % intervals, of every combination or over an axis: see `mean_pairs`."
         return mean_pairs(self, over, sample).means()
 
     def mask_files(self, *labels: str) -> dict[tuple[Any, ...], str]:
         "Path of every mask that is kept in a file, by the values of some labels."
-        return {tuple(own.get(k) for k in labels): str(m) for own, m in self.masks.rows() if isinstance(m, Path)}
+        kept = [(own, mask) for own, mask in self.masks.rows() if isinstance(mask, Path)]
+        return {tuple(own.get(label) for label in labels): str(mask) for own, mask in kept}
 
     def results(self) -> dict[str, Any]:
         "Summary, means, gains, and what failed."
@@ -192,20 +193,21 @@ class Sweep(Study):
         return sweep_sections(self)
 
     def shown(self) -> str:
-        return "\n\n".join([Study.shown(self), *([self.failed.to_string(index=False)] if len(self.failed) else [])])
+        failed = f"\n\n{self.failed.to_string(index=False)}" if len(self.failed) else ""
+        return Study.shown(self) + failed
 
     def html(self) -> str:
-        failed = Html("<p>Failed:</p>{}").format(table_html(self.failed, index=False)) if len(self.failed) else ""
-        return Html("{}{}").format(Study.html(self), failed)
+        if self.failed.empty: return Study.html(self)
+        return Html("{}<p>Failed:</p>{}").format(Study.html(self), table_html(self.failed, index=False))
 
-# %% ../../nbs/recipes/17_sweep.ipynb #dbba0852
-TOLD = ("of", "against", "seeds", "items", "mean", "low", "high", "p", "holm", "bh", "wins", "losses", "sign",
-        "undefined", "error", "message")
+# %% ../../nbs/recipes/17_sweep.ipynb #de652b4c
+TOLD = ("of", "against", "seeds", "items", "mean", "low", "high", "p", "holm", "bh",
+        "wins", "losses", "sign", "undefined", "error", "message")
 "Columns of comparisons and of what failed."
 
 
 def columns_of(axes: Iterable[str], parts: Sequence[Part]) -> dict[str, str]:
-    "The column of every axis: its name, or `setting NAME` where the recipe has a column of this name."
+    "The column of every axis: its name, or `setting NAME` where the recipe has that, too."
     tables = [table for part in parts for table in (*part.tables.values(), part.summary)]
     tables += [part.pairs.scores for part in parts if part.pairs is not None]
     taken = {*TOLD, *(str(name) for table in tables for name in table.columns)}
@@ -215,8 +217,8 @@ def columns_of(axes: Iterable[str], parts: Sequence[Part]) -> dict[str, str]:
 
 def labelled(table: pd.DataFrame, labels: Labels, columns: Mapping[str, str]) -> pd.DataFrame:
     "A table with labels in its first columns."
-    first = pd.DataFrame({columns[axis]: label for axis, label in labels.items()}, index=table.index)
-    return pd.concat([first, table], axis=1)
+    named = {columns[axis]: label for axis, label in labels.items()}
+    return pd.concat([pd.DataFrame(named, index=table.index), table], axis=1)
 
 
 def joined(tables: Sequence[tuple[Labels, pd.DataFrame]], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -228,39 +230,44 @@ def joined(tables: Sequence[tuple[Labels, pd.DataFrame]], columns: Mapping[str, 
 def joined_tables(parts: Sequence[Part], columns: Mapping[str, str]) -> dict[str, pd.DataFrame]:
     "Every table of the recipe, in its order."
     names = dict.fromkeys(name for part in parts for name in part.tables)
-    return {name: joined([(p.labels, p.tables[name]) for p in parts if name in p.tables], columns) for name in names}
+    def of(name: str) -> list[tuple[Labels, pd.DataFrame]]:
+        return [(part.labels, part.tables[name]) for part in parts if name in part.tables]
+    return {name: joined(of(name), columns) for name in names}
 
 
 def joined_summary(study: Sweep) -> pd.DataFrame:
     "Summaries below each other, by labels and the name that stands in front of a row."
     columns = study.columns
     found = joined([(part.labels, part.summary) for part in study.parts], columns)
-    names = [name for name in study.parts[0].summary.columns[:1] if not pd.api.types.is_numeric_dtype(found[name])]
+    first = list(study.parts[0].summary.columns[:1])
+    names = [name for name in first if not pd.api.types.is_numeric_dtype(found[name])]
     return found.set_index([*columns.values(), *names])
 
-# %% ../../nbs/recipes/17_sweep.ipynb #5f02fd58
+# %% ../../nbs/recipes/17_sweep.ipynb #32695f95
 def joined_pairs(study: Sweep) -> Pairs:
-    "Pairs of all combinations, the labels among the cases; raise `SubnetError` where the recipe pairs nothing."
+    "Pairs of all combinations, labels among the cases; raise `SubnetError` for no pairs."
     known = [(part.labels, part.pairs) for part in study.parts if part.pairs is not None]
     if not known: raise SubnetError(study.parts[0].unpaired)
     columns, first = study.columns, known[0][1]
     scores = joined([(labels, pairs.scores) for labels, pairs in known], columns)
     contrasts = list(dict.fromkeys((a, b) for _, pairs in known for a, b in pairs.contrasts))
-    return replace(first, scores=scores, cases=[*columns.values(), *first.cases], contrasts=contrasts)
+    cases = [*columns.values(), *first.cases]
+    return replace(first, scores=scores, cases=cases, contrasts=contrasts)
 
 
 def across(study: Sweep, over: str, of: Any = None, against: Any = None, only: Any = None) -> Pairs:
-    "Pairs with the values of an axis in the place of conditions; conditions and other axes are cases."
+    "Pairs with the values of an axis as conditions; conditions and other axes are cases."
     column = study.columns[check_names([over], study.axes, "axis")[0]]
     own = joined_pairs(study)
     scores = own.scores
-    if only is not None: scores = scores[scores[own.under].isin(_listed(only, scores[own.under], "condition"))]
+    kept = _listed(only, scores[own.under], "condition")
+    scores = scores[scores[own.under].isin(kept)]
     values = list(dict.fromkeys(scores[column]))
     sides = [(b, a) for a, b in itertools.combinations(values, 2)]
     if of is not None or against is not None:
         ones, others = (_listed(some, values, f"value of {over}") for some in (of, against))
         sides = [(a, b) for b in others for a in ones if a != b]
-    if not sides: raise SubnetError(f"there are no two values of {over} to compare: {', '.join(map(str, values))}.")
+    if not sides: raise SubnetError(f"there are no two values of {over} to compare.")
     cases = [*(case for case in own.cases if case != column), own.under]
     return by_name(replace(own, scores=scores, under=column, cases=cases, contrasts=sides))
 
@@ -271,14 +278,15 @@ def _listed(some: Any, known: Iterable[Any], what: str) -> list[Any]:
     if some is None: return names
     return check_names(some if isinstance(some, (list, tuple)) else [some], names, what)
 
-
+# %% ../../nbs/recipes/17_sweep.ipynb #87e73877
 NAMES = ("relation", "sub", "obj", "uuid")
 "Columns that say what an item is."
 
 
 def by_name(pairs: Pairs) -> Pairs:
-    "Pairs whose items are known by what they are, where a table says so, and by their place elsewhere."
-    names = [name for name in NAMES if name in pairs.scores and name not in (*pairs.items, *pairs.groups)]
+    "Pairs whose items are known by what they are, or by their place where nothing says it."
+    known = (*pairs.items, *pairs.groups)
+    names = [name for name in NAMES if name in pairs.scores and name not in known]
     if not pairs.items or not names: return pairs
     named = pairs.scores[names].notna().all(axis=1)
     items = _words(pairs.scores, names).where(named, _words(pairs.scores, pairs.items))
@@ -287,11 +295,12 @@ def by_name(pairs: Pairs) -> Pairs:
 
 def _words(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     "Columns as one text."
-    return functools.reduce(lambda a, b: a + " " + b, (table[name].astype(object).map(str) for name in names))
+    texts = [table[name].astype(object).map(str) for name in names]
+    return functools.reduce(lambda a, b: a + " " + b, texts)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #c6ae477a
+# %% ../../nbs/recipes/17_sweep.ipynb #457de11f
 def mean_pairs(study: Sweep, over: str | None = None, sample: bool = False) -> Pairs:
-    "Pairs for means of every combination, or over the values of an axis: as groups, or as a sample of more."
+    "Pairs for means of every combination, or over an axis: as groups, or a sample of more."
     own = joined_pairs(study)
     if over is None: return own
     column = study.columns[check_names([over], study.axes, "axis")[0]]
@@ -304,33 +313,36 @@ def mean_pairs(study: Sweep, over: str | None = None, sample: bool = False) -> P
         scores = grouped.agg(lambda values: values.mean(skipna=False)).reset_index()
     return replace(own, scores=scores, cases=cases, groups=[], items=[column], bounds=None)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #368846cc
+# %% ../../nbs/recipes/17_sweep.ipynb #85083ea5
 def merged_notes(parts: Sequence[Part]) -> tuple[str, ...]:
-    "Notes of all combinations, each once; those that not all have with the names of the ones that do."
+    "Notes of all combinations, each once; with names where not all combinations have it."
     said: dict[str, list[str]] = {}
     for part in parts:
-        for note in dict.fromkeys([*part.notes, *([f"nothing to compare: {part.unpaired}"] if part.unpaired else [])]):
+        own = [f"nothing to compare: {part.unpaired}"] if part.unpaired else []
+        for note in dict.fromkeys([*part.notes, *own]):
             said.setdefault(note, []).append(part.name)
-    return tuple(note if len(names) == len(parts) else f"{'; '.join(names)}: {note}" for note, names in said.items())
+    few = {note for note, names in said.items() if len(names) < len(parts)}
+    return tuple(f"{'; '.join(said[note])}: {note}" if note in few else note for note in said)
 
 
 def merged_config(recipe: str, axes: Mapping[str, Sequence[Any]], parts: Sequence[Part]) -> dict[str, Any]:
     "What all combinations have in common, the axes, and what else differs, by combination."
-    names = [name for name in dict.fromkeys(name for part in parts for name in part.config) if name not in axes]
+    names = dict.fromkeys(name for part in parts for name in part.config if name not in axes)
     each = {name: [part.config.get(name) for part in parts] for name in names}
-    same = {name: values[0] for name, values in each.items() if all(value == values[0] for value in values)}
-    apart = {name: {part.name: part.config.get(name) for part in parts} for name in each if name not in same}
-    return {**same, "recipe": recipe, "sweep": {axis: list(labels) for axis, labels in axes.items()},
-            **({"differing": apart} if apart else {})}
+    same = {name: found[0] for name, found in each.items() if all(v == found[0] for v in found)}
+    by_name = {name: {part.name: part.config.get(name) for part in parts} for name in each}
+    apart = {name: found for name, found in by_name.items() if name not in same}
+    told = {"recipe": recipe, "sweep": {axis: list(labels) for axis, labels in axes.items()}}
+    return {**same, **told, **({"differing": apart} if apart else {})}
 
 
 def merged_departures(parts: Sequence[Part]) -> tuple[Departure, ...]:
     "In which points any of the combinations differs from the paper."
     found: list[Departure] = []
-    for part in parts: found += [departure for departure in part.departures if departure not in found]
+    for part in parts: found += [d for d in part.departures if d not in found]
     return tuple(found)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #17aca750
+# %% ../../nbs/recipes/17_sweep.ipynb #f25cdef7
 def or_why(make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     "A table, or why there is none."
     try: return make()
@@ -343,10 +355,11 @@ def several(study: Sweep) -> list[str]:
 
 
 def sweep_results(study: Sweep) -> dict[str, Any]:
-    "What `results.json` says: the summary, means, gains within combinations and over axes, what failed."
+    "What `results.json` says: summary, means, gains in combinations and over axes, failures."
     over = {axis: or_why(functools.partial(study.gains, over=axis)) for axis in several(study)}
-    return {"summary": study.summary().reset_index(), "means": or_why(study.means), "gains": or_why(study.gains),
-            "gains_over": over, "failed": study.failed, "combinations": [part.name for part in study.parts]}
+    compared = {"means": or_why(study.means), "gains": or_why(study.gains), "gains_over": over}
+    names = [part.name for part in study.parts]
+    return {"summary": study.summary().reset_index(), **compared, "failed": study.failed, "combinations": names}
 
 
 MOST_FIGURES = 6
@@ -354,7 +367,7 @@ MOST_FIGURES = 6
 
 
 def mean_bars(study: Sweep) -> list[Any]:
-    "A bar with its interval for every combination and condition; a figure for each of the first cases."
+    "A bar for every combination and condition; a figure for each of the first cases."
     own, labels = joined_pairs(study), list(study.columns.values())
     means = own.means().rename(columns={"mean": "value"})
     means["condition"] = means[labels].astype(str).agg(", ".join, axis=1)
@@ -363,9 +376,9 @@ def mean_bars(study: Sweep) -> list[Any]:
     return [curves.bars(part, own.under, ", ".join(map(str, key)) or "Means", "mean") for key, part in
             parts[:MOST_FIGURES]]
 
-# %% ../../nbs/recipes/17_sweep.ipynb #83acf06c
+# %% ../../nbs/recipes/17_sweep.ipynb #2927a80b
 WITHIN = "Conditions against each other in every combination; p corrected over the table."
-OVER = "Values of the axis against each other on the same items and seeds; p corrected over the table."
+OVER = "Values against each other on the same items and seeds; p corrected over the table."
 
 
 def sweep_sections(study: Sweep) -> Iterator[Section]:
@@ -397,7 +410,7 @@ def _link(folder: Path | None, part: Part) -> Html:
     if not (place / "report.html").exists(): return Html("<li>{}: {}</li>").format(part.name, shown)
     return Html('<li><a href="{}/report.html">{}</a>: {}</li>').format(quote(shown), part.name, part.model_name)
 
-# %% ../../nbs/recipes/17_sweep.ipynb #e822467e
+# %% ../../nbs/recipes/17_sweep.ipynb #a79d857d
 class NoneSucceeded(SubnetError):
     """No combination of a sweep could be made.
 
@@ -413,8 +426,9 @@ Make = Callable[[dict[str, Any], Path | None], Study]
 
 
 def place_of(folder: Path, labels: Labels) -> Path:
-    "The folder of a combination: runs/AXIS-LABEL/AXIS-LABEL …, whatever the order in which axes are given."
-    return Path(folder, "runs", *(file_name(f"{axis}-{label}") for axis, label in sorted(labels.items())))
+    "The folder of a combination: runs/AXIS-LABEL/AXIS-LABEL …, whatever the order of axes."
+    names = [file_name(f"{axis}-{label}") for axis, label in sorted(labels.items())]
+    return Path(folder, "runs", *names)
 
 
 @given_back
@@ -439,7 +453,7 @@ def swept(
         tidy_leases(study.folder)
     return study
 
-
+# %% ../../nbs/recipes/17_sweep.ipynb #f0b6b377
 def _tried(bench: Bench, make: Make, labels: dict[str, Any]) -> Part | dict[str, Any]:
     "What is kept of a study, or labels with the error that ended it."
     folder = None if bench.folder is None else place_of(bench.folder, labels)
@@ -448,7 +462,7 @@ def _tried(bench: Bench, make: Make, labels: dict[str, Any]) -> Part | dict[str,
     except OF_THE_FOLDER: raise
     except SubnetError as why: return {**labels, "error": type(why).__name__, "message": str(why)}
 
-# %% ../../nbs/recipes/17_sweep.ipynb #7eb88759
+
 def _why_none(failed: Sequence[Mapping[str, Any]]) -> str:
     "How the first combinations ended."
     rows = [({k: v for k, v in row.items() if k not in ("error", "message")}, row) for row in failed[:3]]
@@ -473,16 +487,16 @@ def collected(
         failed=table,
     )
 
-# %% ../../nbs/recipes/17_sweep.ipynb #21204b4f
+# %% ../../nbs/recipes/17_sweep.ipynb #ef5a3ebb
 def sweep(
     recipe: str | Recipe,
-    *given: Any,                       # what the recipe takes by its place, but for axes: model, tok, data
-    over: Mapping[str, Any],           # by name of a setting, of data, or model: values, or values by name
-    to: str | Path | None = None,      # folder: the sweep can be stopped and goes on, and may be shared
+    *given: Any,                       # model, tok, data: what it takes by place, but for axes
+    over: Mapping[str, Any],           # by setting, data or model: values, or values by name
+    to: str | Path | None = None,      # folder: it can be stopped, goes on, may be shared
     progress: bool = True,
     **settings: Any,                   # of the recipe, the same for all combinations
 ) -> Sweep:
-    "Make the studies of a recipe over all combinations of some values; raise `BadSweep` for what cannot be."
+    "Make the studies of a recipe over all combinations of some values; raise `BadSweep`."
     method = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     axes = axes_of(over, inspect.signature(method.run).parameters)
     fixed = _bound(method, given, axes, settings)
@@ -496,18 +510,19 @@ def sweep(
         return method.run(**values(labels), to=folder, progress=progress)
 
     def look(labels: Labels) -> None: up_to_the_bench(lambda: make(labels, None))
-    for cell in one_by_one(axes): check_values(method, {**fixed, **{a: axes[a][v] for a, v in cell.items()}}, cell)
+    for cell in one_by_one(axes):
+        check_values(method, {**fixed, **{axis: axes[axis][label] for axis, label in cell.items()}}, cell)
     for cell in one_by_one(axes, "model"): refused(cell, functools.partial(look, cell))
     return swept(method, axes, make, to=to, progress=progress)
 
 
 def one_by_one(axes: Axes, but: str = "") -> list[dict[str, Any]]:
-    "Labels in which every value of every axis stands once, next to the first values of the others."
+    "Labels in which every value stands once, next to the first values of the other axes."
     first = {axis: next(iter(values)) for axis, values in axes.items()}
     found = [first, *({**first, axis: label} for axis in axes if axis != but for label in axes[axis])]
     return [cell for i, cell in enumerate(found) if cell not in found[:i]]
 
-# %% ../../nbs/recipes/17_sweep.ipynb #a19de41a
+# %% ../../nbs/recipes/17_sweep.ipynb #7ed8007d
 def _bound(recipe: Recipe, given: Sequence[Any], axes: Axes, settings: Mapping[str, Any]) -> dict[str, Any]:
     "Arguments by name; raise `BadSweep` for too many, too few, and those that are axes, too."
     parameters = inspect.signature(recipe.run).parameters
@@ -518,7 +533,7 @@ def _bound(recipe: Recipe, given: Sequence[Any], axes: Axes, settings: Mapping[s
                        "were given.")
     found = dict(zip(places, given, strict=False))
     for name in settings:
-        if name in from_axes or name in found: raise BadSweep(f"{name} is given twice: as an axis, or once, is enough.")
+        if name in from_axes or name in found: raise BadSweep(f"{name} is given twice: leave one out.")
     check_names(settings, [name for name in parameters if name not in NO_AXES[1:]], f"setting of {recipe.name}")
     needed = [name for name in places if parameters[name].default is inspect.Parameter.empty]
     if missing := [name for name in needed if name not in found and name not in settings]:
@@ -527,10 +542,11 @@ def _bound(recipe: Recipe, given: Sequence[Any], axes: Axes, settings: Mapping[s
 
 
 def check_values(recipe: Recipe, values: Mapping[str, Any], labels: Labels) -> None:
-    "Raise what the recipe would for arguments of a wrong kind and numbers out of range; models are not looked at."
+    "Raise what the recipe would for wrong kinds and numbers; models are not looked at."
     def nothing(*given: Any, **named: Any) -> None: return None
     door = checked(functools.wraps(recipe.run)(nothing))
-    refused(labels, lambda: door(**{name: value for name, value in values.items() if name not in ("model", "tok")}))
+    looked_at = {name: value for name, value in values.items() if name not in ("model", "tok")}
+    refused(labels, lambda: door(**looked_at))
 
 
 def refused(labels: Labels, look: Callable[[], Any]) -> None:
@@ -538,11 +554,11 @@ def refused(labels: Labels, look: Callable[[], Any]) -> None:
     try: look()
     except SubnetError as why: raise type(why)(f"{name_of_labels(labels)}: {why}") from None
 
-# %% ../../nbs/recipes/17_sweep.ipynb #c3ecd7b3
+# %% ../../nbs/recipes/17_sweep.ipynb #0d8aaf48
 class Models:
     "The models of an axis, of which the last one stays in memory."
 
-    def __init__(self, sources: Mapping[Any, Any]) -> None:      # by label: a name, (model, tok), or what gives them
+    def __init__(self, sources: Mapping[Any, Any]) -> None:      # names, pairs, functions
         self.sources = sources
         self.label: Any = None
         self.pair: tuple[Any, Any] | None = None
