@@ -5,6 +5,7 @@
 # %% ../../nbs/recipes/08_critical.ipynb #e942ce72
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,9 +44,10 @@ from .papers import CRITICAL
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'item_pairs', 'read_material', 'critical',
-           'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'summary',
-           'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
+__all__ = ['NOT_KNOWN', 'POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'NothingKnown', 'known_facts',
+           'Critical', 'item_pairs', 'read_material', 'critical', 'check_study', 'identity_of', 'all_weights',
+           'searched', 'objective', 'conditions', 'measured', 'known_note', 'summary', 'seed_overlap', 'sensitivity',
+           'critical_results', 'critical_text', 'critical_sections']
 
 # %% ../../nbs/recipes/08_critical.ipynb #3a720f59
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def material(
     *,
     seed: Seed = 0,                       # of the split
     filtered: bool = True,                # False: control facts that the target states too stay, for comparison
+    known: Count | None = None,           # keep only facts whose object the full model ranks among the first so many
 ) -> Material:
     "Choose wordings, take the target out of the control, and split what must be kept."
     if not len(target): raise BadFacts("there is nothing to forget: no target fact was given.")
@@ -100,11 +103,43 @@ def material(
     both = len({triple(f) for f in shared_triples(target, control)})
     target, rest = most_fluent(model, tok, answerable(target, tok, strict=True))
     control, _ = most_fluent(model, tok, answerable(disjoint(target, control) if filtered else control, tok))
+    if known is not None:
+        target, control = (known_facts(model, tok, facts, known) for facts in (target, control))
+        kept = set(map(triple, target))
+        rest = replace(rest, items=tuple(f for f in rest if triple(f) in kept))
     train, dev, test = _split_facts(control, seed)
-    known = {c for f in target for c in _concepts(f)}
-    near = replace(test, items=tuple(f for f in test if _concepts(f) & known), name=f"{control.name}/near")
+    about = {c for f in target for c in _concepts(f)}
+    near = replace(test, items=tuple(f for f in test if _concepts(f) & about), name=f"{control.name}/near")
     texts = tuple(_take(text, part) for part in _parts(len(text), seed, "texts"))
     return Material(target, rest, Split(train, dev, test), near, texts, both if filtered else 0)
+
+# %% ../../nbs/recipes/08_critical.ipynb #67f0f365
+NOT_KNOWN = "not among the model's first {}"
+"Why `known` leaves a fact out."
+
+
+class NothingKnown(BadFacts):
+    """A model knows none of the facts that are to be forgotten, or none of those that are to be kept.
+
+    Cause: With known=1 only facts stay whose object the full model ranks first, and it ranks no object so high.
+    Fix: Ask for less (known=10), give other facts or other wordings of them, or take a model that knows them.
+    """
+
+
+def known_facts(model: nn.Module, tok: Any, facts: Facts, k: int) -> Facts:
+    "Facts whose object the full model ranks among the first `k`; the others are counted."
+    asked = removal(model, tok, {"full": None}, {"facts": facts}).sort_values("item")
+    known = (asked["rank"] <= k).tolist()
+    if not any(known):
+        raise NothingKnown(f"the model knows no fact of {facts.name} ({len(facts)} asked): the best rank of an object is "
+                           f"{int(asked['rank'].min())}, and known={k} was asked for. Give a greater number, other "
+                           "facts, or a model that knows them.")
+    lost = [f for f, kept in zip(facts, known, strict=True) if not kept]
+    skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
+    for relation, n in Counter(f.relation for f in lost).items():
+        skipped.setdefault(relation, {})[NOT_KNOWN.format(k)] = n
+    items = tuple(f for f, kept in zip(facts, known, strict=True) if kept)
+    return replace(facts, items=items, skipped=skipped)
 
 # %% ../../nbs/recipes/08_critical.ipynb #983c2a9b
 def _parts(n: int, seed: int, what: str) -> list[np.ndarray]:
@@ -248,6 +283,8 @@ def critical(
     seeds: Seeds = (0, 1, 2),                        # of noise and the order of the data; published: 735, 1318, 84
     split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
     filtered: bool = True,                           # take facts of the target out of the control; published: no
+    known: Count | None = None,                      # only facts whose object the full model ranks among the first so
+                                                     # many; published: all facts
     random: Natural = 5,                             # random removals of the same size, per seed
     published: bool = False,                         # what is not given is set as in the paper
     to: str | Path | None = None,                    # folder: the study can be stopped and goes on
@@ -257,7 +294,7 @@ def critical(
     settings = settings_of(critical, locals()) | {"weights": all_weights(weights), "seeds": list(seeds)}
     check_study(settings)
     space = granular(model, granularity, layers)
-    data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered)
+    data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered, known=known)
     read = {"target": data.target, "control": data.control.train, "text": text}
     bench = Bench(identity_of(settings, space, data), to, progress, read, settings)
     runs = searched(bench, model, tok, space, data, settings)
@@ -279,7 +316,7 @@ def identity_of(settings: Mapping[str, Any], space: Space, data: Material) -> di
     made: dict[str, Any] = {"recipe": "critical", "model": str(space.model), "space": space.id,
                             "layers": layer_text(space.layers)}
     lists = {"density": list(settings["density_weights"]), "batches": list(settings["batches"])}
-    if settings["published"]: made["published"] = True
+    made |= {name: settings[name] for name in ("known", "published") if settings[name]}
     return {**made, **{name: settings[name] for name in SAME}, **lists, "data": data.fingerprint}
 
 
@@ -379,9 +416,19 @@ def measured(
         masks=masks, tables={"items": items, "curves": curves},
         config={**bench.config, "seeds": settings["seeds"], "random": random},
         model_name=space.model.name, seconds=bench.seconds, folder=bench.folder,
-        notes=tuple(few_note("items", {name: len(items) for name, items in data.on.items() if name != "target"})),
+        notes=(*(known_note(items) if settings["known"] is None else ()),
+               *few_note("items", {name: len(part) for name, part in data.on.items() if name != "target"})),
         failed=failed, material=data, space=space, parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def known_note(items: pd.DataFrame) -> list[str]:
+    "Say how many target facts the full model knows, if it does not know all."
+    of_full = items[(items.under == "full") & (items.data == "target")]
+    first = int((of_full["rank"] == 1).sum())
+    if first == len(of_full): return []
+    return [f"the full model ranks the object first for {first} of {len(of_full)} target facts: what it does not know "
+            "it cannot forget, and known=1 leaves it out."]
 
 
 def _curve(seed: int, metrics: pd.DataFrame) -> pd.DataFrame:
