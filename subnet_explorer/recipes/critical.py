@@ -69,6 +69,11 @@ class Material:
         return {name: items for name, items in found.items() if len(items)}
 
     @property
+    def name(self) -> str:
+        "What the target is called: its file, and the word that it is about."
+        return self.target.name.removesuffix("/fluent")
+
+    @property
     def fingerprint(self) -> str:
         "Hash of everything that is trained or reported on (16 hex digits)."
         text = [part.ids.tolist() if isinstance(part, Blocks) else list(part) for part in self.text]
@@ -78,7 +83,8 @@ class Material:
     def __repr__(self) -> str:
         control = _sizes((self.control.train, self.control.dev, self.control.test))
         kind = "blocks" if isinstance(self.text[0], Blocks) else "texts"
-        return (f"{len(self.target)} target facts ({len(self.paraphrases)} other wordings), {control} control facts "
+        return (f"{len(self.target)} target facts of {self.name} ({len(self.paraphrases)} other wordings), {control} "
+                "control facts "
                 f"({self.removed} of the target's left out, {len(self.near)} near), {_sizes(self.text)} {kind}")
 
 
@@ -495,6 +501,7 @@ def critical_results(study: Critical) -> dict[str, Any]:
     shapes = [study.space.layout.shape(group.role) for group in study.space.groups]
     return {
         "seeds": {str(seed): _seed_results(study, i, seed, files) for i, seed in enumerate(seeds)},
+        "target": study.material.name,
         "overlap": {"iou": overlap.iou.mean(), "chance": overlap.chance.mean()},
         "removed_overlap": study.material.removed,
         "maskable": sum(int(np.prod(shape)) for shape in shapes),
