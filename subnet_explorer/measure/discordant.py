@@ -14,18 +14,19 @@ import pandas as pd
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html, visible
-from ..core.numbers import Count
+from ..core.numbers import Count, Natural
 from ..core.pairs import Unpaired, sign_test
 from ..data.facts import Facts
 
 # %% auto #0
-__all__ = ['Discordant', 'in_words', 'discordant']
+__all__ = ['Discordant', 'discordant']
 
 # %% ../../nbs/measure/10_discordant.ipynb #e27957e2
 _QUESTION = ["relation", "sub", "obj", "uuid"]
 "Columns that name a question."
 
 
+@checked
 @dataclass(frozen=True)
 class Discordant:
     "Questions that only one of two sides answers, the greatest margin first."
@@ -33,10 +34,10 @@ class Discordant:
     against: tuple[str, ...]
     table: pd.DataFrame = field(repr=False)      # only, relation, sub, obj, uuid, [prompt,] margin, and of each
                                                  # condition: answer, right (draws), rank (median), logprob (mean)
-    both: int                                    # questions that both sides answer
-    wins: int                                    # only `of`
-    losses: int                                  # only the others
-    neither: int
+    both: Natural                                # questions that both sides answer
+    wins: Natural                                # only `of`
+    losses: Natural                              # only the others
+    neither: Natural
     draws: Mapping[str, int]                     # of every condition
     counts: pd.DataFrame = field(repr=False)     # relation, only, questions
     facts: Facts | None = field(default=None, repr=False)      # the questions of the table, if they were given
@@ -49,7 +50,7 @@ class Discordant:
     @property
     def heading(self) -> str:
         "Both counts, and of how many."
-        return in_words(self)
+        return _in_words(self)
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -64,7 +65,7 @@ class Discordant:
         return Html("<p>{}</p>{}").format(self.heading, table_html(self.table, 2, index=False))
 
 # %% ../../nbs/measure/10_discordant.ipynb #dcc12722
-def in_words(found: Discordant) -> str:
+def _in_words(found: Discordant) -> str:
     "Both counts, and of how many."
     of, others = found.sides
     asked = found.both + found.wins + found.losses + found.neither
