@@ -51,9 +51,10 @@ def birds(graph):
 
 @pytest.fixture(scope="module")
 def control(graph, birds):
-    keep = set(dict.fromkeys(triple(f) for f in graph if triple(f) not in set(map(triple, birds))).__iter__())
-    some = set(sorted(keep)[::24]) | set(map(triple, birds))
-    return replace(graph, items=tuple(f for f in graph if triple(f) in some))
+    told = [triple(f) for f in graph]
+    birds_told = set(map(triple, birds))
+    some = set(sorted(set(told) - birds_told)[::24]) | birds_told
+    return replace(graph, items=tuple(f for f, t in zip(graph, told, strict=True) if t in some))
 
 
 @pytest.fixture(scope="module")
@@ -418,11 +419,11 @@ def test_report(study, tmp_path):
 @pytest.fixture
 def files(tmp_path, birds, control):
     def lines(facts):
-        return "".join("\t".join((f.relation, f.sub, f.obj)) + "\n" for f in one_worded(facts))
+        return "".join("\t".join((f.relation, f.subject, f.object)) + "\n" for f in one_worded(facts))
 
     (tmp_path / "target.tsv").write_text(lines(birds))
     (tmp_path / "control.jsonl").write_text(
-        "".join(json.dumps(dict(relation=f.relation, head=f.sub, tail=f.obj)) + "\n" for f in one_worded(control))
+        "".join(json.dumps(dict(relation=f.relation, head=f.subject, tail=f.object)) + "\n" for f in one_worded(control))
     )
     (tmp_path / "text.txt").write_text("\n".join(TEXT))
     return tmp_path
