@@ -286,7 +286,7 @@ def precision(
                 rows.append(dict(under=name, relation=relation, k=top, **ends, n=found.n["fact"]))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/measure/00_ask.ipynb #5be19a07
 def _ranks_of(items: pd.DataFrame, rank: str, drawn: Sequence[str]) -> dict[str, np.ndarray]:
     "Ranks under one condition by relation, (…, fact); raise `SubnetError` if some repetition lacks some fact."
     known = {name: items[name].astype(object).where(items[name].notna(), "–") for name in drawn}

@@ -106,12 +106,13 @@ def discordant(
                        {name: int(side.draws.max()) for name, side in sides.items()}, pd.DataFrame())
     table = _table(found, sides)[ours != theirs]
     counted = table.groupby(["relation", "only"], sort=False).size()
-    all_of = pd.MultiIndex.from_product([dict.fromkeys(key[0] for key in same), found.sides], names=["relation", "only"])
-    counts = counted.reindex(all_of, fill_value=0).rename("questions").reset_index()
+    seen = list(dict.fromkeys(key[0] for key in same))
+    cells = pd.MultiIndex.from_product([seen, found.sides], names=["relation", "only"])
+    counts = counted.reindex(cells, fill_value=0).rename("questions").reset_index()
     return _with_table(replace(found, counts=counts), table, n, questions)
 
 # %% ../../nbs/measure/10_discordant.ipynb #5a144c7c
-def _side(items: pd.DataFrame, k: int) -> pd.DataFrame:      # index: the question; answers, draws, answer, right, rank, logprob
+def _side(items: pd.DataFrame, k: int) -> pd.DataFrame:      # answers, draws, answer, right, rank, logprob
     "What one condition says to every question, over its draws."
     known = items.assign(right=items["rank"] <= k, logprob=items.logprob if "logprob" in items else math.nan)
     by = known.groupby(_QUESTION, sort=False)

@@ -5,7 +5,6 @@
 # %% ../../nbs/recipes/08_critical.ipynb #e942ce72
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_t
 from ..data.texts import Blocks, blocks, read_texts
 from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import most_fluent
-from ..measure.removal import Removal, removal, removal_table
+from ..measure.removal import Removal, known_facts, removal, removal_table
 from ..model.limits import longest
 from ..search.distil import Maintain, Suppress
 from ..search.find import find
@@ -44,10 +43,9 @@ from .papers import CRITICAL
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['NOT_KNOWN', 'POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'NothingKnown', 'known_facts',
-           'Critical', 'item_pairs', 'read_material', 'critical', 'check_study', 'identity_of', 'all_weights',
-           'searched', 'objective', 'conditions', 'measured', 'known_note', 'summary', 'seed_overlap', 'sensitivity',
-           'critical_results', 'critical_text', 'critical_sections']
+__all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'item_pairs', 'read_material', 'critical',
+           'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'known_note',
+           'summary', 'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
 
 # %% ../../nbs/recipes/08_critical.ipynb #3a720f59
 @dataclass(frozen=True)
@@ -118,34 +116,6 @@ def material(
     near = replace(test, items=tuple(f for f in test if _concepts(f) & about), name=f"{control.name}/near")
     texts = tuple(_take(text, part) for part in _parts(len(text), seed, "texts"))
     return Material(target, rest, Split(train, dev, test), near, texts, both if filtered else 0)
-
-# %% ../../nbs/recipes/08_critical.ipynb #67f0f365
-NOT_KNOWN = "not among the model's first {}"
-"Why `known` leaves a fact out."
-
-
-class NothingKnown(BadFacts):
-    """A model knows none of the facts that are to be forgotten, or none of those that are to be kept.
-
-    Cause: With known=1 only facts stay whose object the full model ranks first, and it ranks no object so high.
-    Fix: Ask for less (known=10), give other facts or other wordings of them, or take a model that knows them.
-    """
-
-
-def known_facts(model: nn.Module, tok: Any, facts: Facts, k: int) -> Facts:
-    "Facts whose object the full model ranks among the first `k`; the others are counted."
-    asked = removal(model, tok, {"full": None}, {"facts": facts}).sort_values("item")
-    known = (asked["rank"] <= k).tolist()
-    if not any(known):
-        raise NothingKnown(f"the model knows no fact of {facts.name} ({len(facts)} asked): the best rank of an object is "
-                           f"{int(asked['rank'].min())}, and known={k} was asked for. Give a greater number, other "
-                           "facts, or a model that knows them.")
-    lost = [f for f, kept in zip(facts, known, strict=True) if not kept]
-    skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
-    for relation, n in Counter(f.relation for f in lost).items():
-        skipped.setdefault(relation, {})[NOT_KNOWN.format(k)] = n
-    items = tuple(f for f, kept in zip(facts, known, strict=True) if kept)
-    return replace(facts, items=items, skipped=skipped)
 
 # %% ../../nbs/recipes/08_critical.ipynb #983c2a9b
 def _parts(n: int, seed: int, what: str) -> list[np.ndarray]:
@@ -281,16 +251,14 @@ def critical(
     batches: tuple[Count, Count] = (250, 10),        # control facts and texts per step; the target is in every step
     position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as released
     noise: str = "shared",                           # draws of the mask in a step: shared, or independent as published
-    sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share of the weights
-                                                     # is not critical
+    sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share is not critical
     tolerance: Weight = 0.05,                        # the rule: perplexity of control and text changes by no more
                                                      # than this share
     checks: Count = 20,                              # checkpoints that the rule chooses among; published: 200
     seeds: Seeds = (0, 1, 2),                        # of noise and the order of the data; published: 735, 1318, 84
     split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
     filtered: bool = True,                           # take facts of the target out of the control; published: no
-    known: Count | None = None,                      # only facts whose object the full model ranks among the first so
-                                                     # many; published: all facts
+    known: Count | None = None,                      # only facts whose object is among the full model's first so many
     random: Natural = 5,                             # random removals of the same size, per seed
     published: bool = False,                         # what is not given is set as in the paper
     to: str | Path | None = None,                    # folder: the study can be stopped and goes on

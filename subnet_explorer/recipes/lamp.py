@@ -54,8 +54,7 @@ class LampStudy(Study):
     data: Split                                                 # facts to train on, to choose by, to report on
     start: Mapping[int, Mask]                                   # initial mask by seed, if relations share it
     skipped: Mapping[str, Mapping[str, int]]                    # facts left out: relation → reason → how many
-    subnetworks: Mapping[str, Sequence[Mask | Scores]] = field(repr=False)  # per relation, one per seed: what
-                                                                            # `masked` applies
+    subnetworks: Mapping[str, Sequence[Mask | Scores]] = field(repr=False)  # by relation: one a seed, as applied
     model: nn.Module = field(repr=False)
     tok: Any = field(repr=False)
 
@@ -84,12 +83,9 @@ class LampStudy(Study):
         "Whether each question was answered, by condition."
         return answered_pairs(self)
 
-    def discordant(
-        self, of: str = "subnetwork", against: str | Sequence[str] = "full",
-        relations: str | Sequence[str] | None = None, n: int | None = None, k: int = 1,
-    ) -> Discordant:
-        "Held-out questions that only one side answers, with what each said: see `discordant`."
-        return discordant(self.items, of, against, relations, n, k, self.data.test)
+    def discordant(self, of: str = "subnetwork", against: str | Sequence[str] = "full", **how: Any) -> Discordant:
+        "Held-out questions that only one side answers; relations, n, k: see `discordant`."
+        return discordant(self.items, of, against, questions=self.data.test, **how)
 
     def results(self) -> dict[str, Any]:
         "Counts, sparsity, flips and P@1…3 by relation and averaged, and the files of the masks."

@@ -23,8 +23,9 @@ from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.graphs import disjoint, neighbourhood, read_graph, shared_triples, triple, wordings
 from subnet_explorer.data.texts import Blocks, blocks
 from subnet_explorer.measure.ask import cloze
+from subnet_explorer.measure.removal import NOT_KNOWN, NothingKnown
 from subnet_explorer.model.load import load
-from subnet_explorer.recipes.critical import NOT_KNOWN, POCKET, NothingKnown, critical, material, sensitivity
+from subnet_explorer.recipes.critical import POCKET, critical, material, sensitivity
 from subnet_explorer.recipes.study import without_places
 
 chapter = importlib.import_module("subnet_explorer.recipes.critical")
