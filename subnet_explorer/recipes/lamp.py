@@ -95,9 +95,7 @@ class LampStudy(Study):
         "Scores, where weights are kept, what relations share, and what the model looks like from inside."
         return lamp_sections(self)
 
-    def shown(self) -> str:
-        "The table by relation and the summary."
-        return lamp_text(self)
+    def shown(self) -> str: return lamp_text(self)      # the table by relation, and the summary
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a0ce0c8b
 DRAWN = ("seed", "shift", "draw")
