@@ -96,6 +96,14 @@ from subnet_explorer import read_facts
 open('facts.jsonl', 'w').write('a sparrow can fly')
 read_facts('facts.jsonl')
 """,
+    "NothingKnown": """
+from subnet_explorer import Fact, Facts, knowledge, load, read_texts
+from subnet_explorer.recipes.critical import material
+model, tok = load('pocket-gpt2')
+birds = knowledge.neighbourhood(knowledge.read_graph('pocket'), 'bird', 15)
+wrong = Facts((Fact('IsA', 'robin', 'tool', 'a robin is a kind of [MASK]', 'r'),), 'wrong.tsv')
+material(model, tok, wrong, birds, read_texts('pocket'), known=1)
+""",
     "BadPrompt": None,          # readers of files say it as BadFacts, with file and line
     "BadTexts": """
 from subnet_explorer import read_texts

@@ -45,7 +45,8 @@ _HOMES = {
 # names under which the functions of several modules are gathered: `plots.density`, `evaluate.cloze`, …
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
-    "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines"),
+    "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
+                 "measure.discordant"),
     "knowledge": ("data.graphs",),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
-from ..core.intervals import interval
+from ..core.intervals import estimate
 from ..core.layout import is_causal
 from ..core.mask import Mask
 from ..core.numbers import Count
@@ -261,10 +261,13 @@ def precision(
     items: pd.DataFrame,                # from `cloze` or `majority`
     k: Sequence[Count] = (1, 2, 3),
     rank: str = "rank",                 # or "filtered", "among"
+    drawn: Sequence[str] = ("draw",),   # columns of what is repeated, crossed with each other and with the facts; what
+                                        # a condition does not repeat is empty
 ) -> pd.DataFrame:                      # columns under, relation ("macro", "micro" or a name), k, value, low, high, n
     "Give P@K by condition and relation, with intervals over facts and repetitions."
     check_names([rank], [c for c in _RANKS if c in items], "kind of rank")
-    twice = items.duplicated(["under", "draw", "relation", "uuid", "sub", "obj"])
+    check_names(drawn, items.columns, "column")
+    twice = items.duplicated(["under", *drawn, "relation", "uuid", "sub", "obj"])
     if twice.any():
         raise SubnetError(
             f"{int(twice.sum())} facts were asked twice under the same condition, "
@@ -272,23 +275,31 @@ def precision(
         )
     rows = []
     for name in items.under.unique():
+        ranks = _ranks_of(items[items.under == name], rank, drawn)
         for top in k:
-            hits = _hits(items[items.under == name], rank, top)
+            hits = {relation: (array <= top).astype(float) for relation, array in ranks.items()}
             groups = {"macro": list(hits.values()), "micro": list(hits.values())}
             groups |= {relation: [hit] for relation, hit in hits.items()}
             for relation, of in groups.items():
-                value, low, high = interval(of, pooled=relation == "micro", bounds=(0, 1))
-                n = sum(hit.shape[1] for hit in of)
-                rows.append(dict(under=name, relation=relation, k=top, value=value, low=low, high=high, n=n))
+                found = estimate(of, (*drawn, "fact"), pooled=relation == "micro", bounds=(0, 1))
+                ends = dict(value=found.mean, low=found.low, high=found.high)
+                rows.append(dict(under=name, relation=relation, k=top, **ends, n=found.n["fact"]))
     return pd.DataFrame(rows)
 
-
-def _hits(items: pd.DataFrame, rank: str, top: int) -> dict[str, np.ndarray]:      # by relation: (draw, fact)
-    "Say which facts are found among the first `top`, of one condition."
-    out = {}
+# %% ../../nbs/measure/00_ask.ipynb #5be19a07
+def _ranks_of(items: pd.DataFrame, rank: str, drawn: Sequence[str]) -> dict[str, np.ndarray]:
+    "Ranks under one condition by relation, (…, fact); raise `SubnetError` if some repetition lacks some fact."
+    known = {name: items[name].astype(object).where(items[name].notna(), "–") for name in drawn}
+    items, out = items.assign(**known), {}
     for relation, part in items.groupby("relation", sort=False):
-        hit = part.assign(hit=part[rank] <= top)
-        out[relation] = hit.pivot(index="draw", columns=["uuid", "sub", "obj"], values="hit").to_numpy(float)
+        fact = part.groupby(["uuid", "sub", "obj"], sort=False).ngroup()
+        axes = [pd.factorize(part[name])[0] for name in drawn] + [fact.to_numpy()]
+        array = np.full([1 + max(places) for places in axes], np.nan)
+        array[tuple(axes)] = part[rank]
+        if missing := int(np.isnan(array).sum()):
+            raise SubnetError(f"{missing} answers of {relation} under {items.under.iloc[0]!r} are missing: ask every "
+                              f"fact in all repetitions, which are told apart by {', '.join(drawn)}.")
+        out[str(relation)] = array
     return out
 
 # %% ../../nbs/measure/00_ask.ipynb #f60d7642

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..core.errors import SubnetError, check_names
 from ..core.intervals import interval
 from ..core.numbers import Count, PartShare, Share
 from ..data.facts import Facts
+from ..data.files import BadFacts
 from ..data.texts import Blocks
 from ..model.apply import evaluating, masked
 from ..search.objectives import Context, fingerprint_of
@@ -28,7 +30,7 @@ from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right
 from .fluency import EncodedTexts
 
 # %% auto #0
-__all__ = ['REMOVAL', 'removal', 'removal_table', 'Removal']
+__all__ = ['REMOVAL', 'NOT_KNOWN', 'removal', 'removal_table', 'Removal', 'NothingKnown', 'known_facts']
 
 # %% ../../nbs/measure/02_removal.ipynb #4a6e3b8f
 REMOVAL = [
@@ -314,3 +316,33 @@ def _watching_removal(rule: Removal, context: Context) -> Callable[[], dict[str,
         return out
     with torch.no_grad(): full = logprobs()
     return lambda: rule.rule(full, logprobs(), gate.harden().sparsity)
+
+# %% ../../nbs/measure/02_removal.ipynb #d30b7e41
+NOT_KNOWN = "not among the model's first {}"
+"Why `known` leaves a fact out."
+
+
+class NothingKnown(BadFacts):
+    """A model knows none of the facts that are to be forgotten, or none of those that are to be kept.
+
+    Cause: With known=1 only facts stay whose object the full model ranks first, and it ranks no object so high.
+    Fix: Ask for less (known=10), give other facts or other wordings of them, or take a model that knows them.
+    """
+
+
+@checked
+def known_facts(model: nn.Module, tok: Any, facts: Facts, k: Count = 1) -> Facts:
+    "Facts whose object the full model ranks among the first `k`; the others are counted."
+    asked = removal(model, tok, {"full": None}, {"facts": facts}).sort_values("item")
+    known = (asked["rank"] <= k).tolist()
+    if not any(known):
+        best = int(asked["rank"].min())
+        raise NothingKnown(f"the model knows no fact of {facts.name} ({len(facts)} asked): the best rank of an object "
+                           f"is {best}, and known={k} was asked for. Give a greater number, other facts, or a model "
+                           "that knows them.")
+    lost = [f for f, kept in zip(facts, known, strict=True) if not kept]
+    skipped = {r: dict(reasons) for r, reasons in facts.skipped.items()}
+    for relation, n in Counter(f.relation for f in lost).items():
+        skipped.setdefault(relation, {})[NOT_KNOWN.format(k)] = n
+    items = tuple(f for f, kept in zip(facts, known, strict=True) if kept)
+    return replace(facts, items=items, skipped=skipped)

@@ -31,7 +31,7 @@ from ..data.graphs import concept, disjoint, neighbourhood, read_graph, shared_t
 from ..data.texts import Blocks, blocks, read_texts
 from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import most_fluent
-from ..measure.removal import Removal, removal, removal_table
+from ..measure.removal import Removal, known_facts, removal, removal_table
 from ..model.limits import longest
 from ..search.distil import Maintain, Suppress
 from ..search.find import find
@@ -44,8 +44,8 @@ from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['POCKET', 'SAME', 'WEIGHTS', 'MEASURES', 'Material', 'material', 'Critical', 'item_pairs', 'read_material', 'critical',
-           'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'summary',
-           'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
+           'check_study', 'identity_of', 'all_weights', 'searched', 'objective', 'conditions', 'measured', 'known_note',
+           'summary', 'seed_overlap', 'sensitivity', 'critical_results', 'critical_text', 'critical_sections']
 
 # %% ../../nbs/recipes/08_critical.ipynb #3a720f59
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Material:
         return {name: items for name, items in found.items() if len(items)}
 
     @property
+    def name(self) -> str:
+        "What the target is called: its file, and the word that it is about."
+        return self.target.name.removesuffix("/fluent")
+
+    @property
     def fingerprint(self) -> str:
         "Hash of everything that is trained or reported on (16 hex digits)."
         text = [part.ids.tolist() if isinstance(part, Blocks) else list(part) for part in self.text]
@@ -76,7 +81,8 @@ class Material:
     def __repr__(self) -> str:
         control = _sizes((self.control.train, self.control.dev, self.control.test))
         kind = "blocks" if isinstance(self.text[0], Blocks) else "texts"
-        return (f"{len(self.target)} target facts ({len(self.paraphrases)} other wordings), {control} control facts "
+        return (f"{len(self.target)} target facts of {self.name} ({len(self.paraphrases)} other wordings), {control} "
+                "control facts "
                 f"({self.removed} of the target's left out, {len(self.near)} near), {_sizes(self.text)} {kind}")
 
 
@@ -93,6 +99,7 @@ def material(
     *,
     seed: Seed = 0,                       # of the split
     filtered: bool = True,                # False: control facts that the target states too stay, for comparison
+    known: Count | None = None,           # keep only facts whose object the full model ranks among the first so many
 ) -> Material:
     "Choose wordings, take the target out of the control, and split what must be kept."
     if not len(target): raise BadFacts("there is nothing to forget: no target fact was given.")
@@ -100,9 +107,13 @@ def material(
     both = len({triple(f) for f in shared_triples(target, control)})
     target, rest = most_fluent(model, tok, answerable(target, tok, strict=True))
     control, _ = most_fluent(model, tok, answerable(disjoint(target, control) if filtered else control, tok))
+    if known is not None:
+        target, control = (known_facts(model, tok, facts, known) for facts in (target, control))
+        kept = set(map(triple, target))
+        rest = replace(rest, items=tuple(f for f in rest if triple(f) in kept))
     train, dev, test = _split_facts(control, seed)
-    known = {c for f in target for c in _concepts(f)}
-    near = replace(test, items=tuple(f for f in test if _concepts(f) & known), name=f"{control.name}/near")
+    about = {c for f in target for c in _concepts(f)}
+    near = replace(test, items=tuple(f for f in test if _concepts(f) & about), name=f"{control.name}/near")
     texts = tuple(_take(text, part) for part in _parts(len(text), seed, "texts"))
     return Material(target, rest, Split(train, dev, test), near, texts, both if filtered else 0)
 
@@ -240,14 +251,14 @@ def critical(
     batches: tuple[Count, Count] = (250, 10),        # control facts and texts per step; the target is in every step
     position: str = "predict_tail",                  # where facts are read: predict_tail, or at_tail as released
     noise: str = "shared",                           # draws of the mask in a step: shared, or independent as published
-    sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share of the weights
-                                                     # is not critical
+    sparsity: Share = 0.95,                          # the rule for checkpoints: at least this share is not critical
     tolerance: Weight = 0.05,                        # the rule: perplexity of control and text changes by no more
                                                      # than this share
     checks: Count = 20,                              # checkpoints that the rule chooses among; published: 200
     seeds: Seeds = (0, 1, 2),                        # of noise and the order of the data; published: 735, 1318, 84
     split_seed: Seed = 0,                            # of the 8:1:1 split of control and text
     filtered: bool = True,                           # take facts of the target out of the control; published: no
+    known: Count | None = None,                      # only facts whose object is among the full model's first so many
     random: Natural = 5,                             # random removals of the same size, per seed
     published: bool = False,                         # what is not given is set as in the paper
     to: str | Path | None = None,                    # folder: the study can be stopped and goes on
@@ -257,7 +268,7 @@ def critical(
     settings = settings_of(critical, locals()) | {"weights": all_weights(weights), "seeds": list(seeds)}
     check_study(settings)
     space = granular(model, granularity, layers)
-    data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered)
+    data = material(model, tok, target, control, text, seed=split_seed, filtered=filtered, known=known)
     read = {"target": data.target, "control": data.control.train, "text": text}
     bench = Bench(identity_of(settings, space, data), to, progress, read, settings)
     runs = searched(bench, model, tok, space, data, settings)
@@ -279,7 +290,7 @@ def identity_of(settings: Mapping[str, Any], space: Space, data: Material) -> di
     made: dict[str, Any] = {"recipe": "critical", "model": str(space.model), "space": space.id,
                             "layers": layer_text(space.layers)}
     lists = {"density": list(settings["density_weights"]), "batches": list(settings["batches"])}
-    if settings["published"]: made["published"] = True
+    made |= {name: settings[name] for name in ("known", "published") if settings[name]}
     return {**made, **{name: settings[name] for name in SAME}, **lists, "data": data.fingerprint}
 
 
@@ -379,9 +390,19 @@ def measured(
         masks=masks, tables={"items": items, "curves": curves},
         config={**bench.config, "seeds": settings["seeds"], "random": random},
         model_name=space.model.name, seconds=bench.seconds, folder=bench.folder,
-        notes=tuple(few_note("items", {name: len(items) for name, items in data.on.items() if name != "target"})),
+        notes=(*(known_note(items) if settings["known"] is None else ()),
+               *few_note("items", {name: len(part) for name, part in data.on.items() if name != "target"})),
         failed=failed, material=data, space=space, parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def known_note(items: pd.DataFrame) -> list[str]:
+    "Say how many target facts the full model knows, if it does not know all."
+    of_full = items[(items.under == "full") & (items.data == "target")]
+    first = int((of_full["rank"] == 1).sum())
+    if first == len(of_full): return []
+    return [f"the full model ranks the object first for {first} of {len(of_full)} target facts: what it does not know "
+            "it cannot forget, and known=1 leaves it out."]
 
 
 def _curve(seed: int, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -448,6 +469,7 @@ def critical_results(study: Critical) -> dict[str, Any]:
     shapes = [study.space.layout.shape(group.role) for group in study.space.groups]
     return {
         "seeds": {str(seed): _seed_results(study, i, seed, files) for i, seed in enumerate(seeds)},
+        "target": study.material.name,
         "overlap": {"iou": overlap.iou.mean(), "chance": overlap.chance.mean()},
         "removed_overlap": study.material.removed,
         "maskable": sum(int(np.prod(shape)) for shape in shapes),

@@ -30,6 +30,7 @@ from ..data.facts import Facts, Split, answerable, at_least as frequent, read_fa
 from ..look import agreement, curves, masks as mask_figures, models
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
+from ..measure.discordant import Discordant, discordant
 from ..measure.vectors import tsne, vectors
 from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
@@ -40,9 +41,9 @@ from .papers import LAMP
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['OF_SEEDS', 'SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text',
-           'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of', 'Start',
-           'mean_logit', 'conditions', 'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections',
+__all__ = ['DRAWN', 'OF_SEEDS', 'SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'drawn', 'averages', 'answered_pairs',
+           'lamp_text', 'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of',
+           'Start', 'mean_logit', 'conditions', 'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections',
            'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
@@ -53,8 +54,7 @@ class LampStudy(Study):
     data: Split                                                 # facts to train on, to choose by, to report on
     start: Mapping[int, Mask]                                   # initial mask by seed, if relations share it
     skipped: Mapping[str, Mapping[str, int]]                    # facts left out: relation → reason → how many
-    subnetworks: Mapping[str, Sequence[Mask | Scores]] = field(repr=False)  # per relation, one per seed: what
-                                                                            # `masked` applies
+    subnetworks: Mapping[str, Sequence[Mask | Scores]] = field(repr=False)  # by relation: one a seed, as applied
     model: nn.Module = field(repr=False)
     tok: Any = field(repr=False)
 
@@ -64,8 +64,8 @@ class LampStudy(Study):
         return self.tables["items"]
 
     def precision(self, k: Sequence[int] = (1, 2, 3), rank: str = "rank") -> pd.DataFrame:
-        "P@K with intervals: see `precision`."
-        return precision(self.items, k, rank)
+        "P@K with intervals over facts, seeds, and shifts or random draws: see `precision`."
+        return precision(drawn(self), k, rank, drawn=DRAWN)
 
     def summary(self, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
         "Macro and micro P@K by condition, `value [low, high]`."
@@ -83,6 +83,10 @@ class LampStudy(Study):
         "Whether each question was answered, by condition."
         return answered_pairs(self)
 
+    def discordant(self, of: str = "subnetwork", against: str | Sequence[str] = "full", **how: Any) -> Discordant:
+        "Held-out questions that only one side answers; relations, n, k: see `discordant`."
+        return discordant(self.items, of, against, questions=self.data.test, **how)
+
     def results(self) -> dict[str, Any]:
         "Counts, sparsity, flips and P@1…3 by relation and averaged, and the files of the masks."
         return lamp_results(self)
@@ -91,13 +95,21 @@ class LampStudy(Study):
         "Scores, where weights are kept, what relations share, and what the model looks like from inside."
         return lamp_sections(self)
 
-    def shown(self) -> str:
-        "The table by relation and the summary."
-        return lamp_text(self)
+    def shown(self) -> str: return lamp_text(self)      # the table by relation, and the summary
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a0ce0c8b
+DRAWN = ("seed", "shift", "draw")
+"Columns of what is drawn, crossed with each other and with the questions."
 OF_SEEDS = ("subnetwork", "subnetwork (binary)", "mismatched")
-"Conditions with a mask for each seed; of random masks there are draws."
+"Conditions with a mask for each seed."
+
+
+def drawn(study: LampStudy) -> pd.DataFrame:
+    "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
+    t, seeds = study.items, np.array(study.config["seeds"])      # draws go through the seeds in turn
+    seed = pd.Series(seeds[t.draw % len(seeds)], t.index, dtype=object).where(t.under.isin(OF_SEEDS))
+    shift = (1 + t.draw // len(seeds)).where(t.under == "mismatched")
+    return t.assign(seed=seed, shift=shift, draw=t.draw.where(t.under == "random"))
 
 
 def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
@@ -111,15 +123,12 @@ def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
 
 def answered_pairs(study: LampStudy) -> Pairs:
     "Whether each question was answered, under the subnetwork and under every other condition; mean over relations."
-    t, seeds = study.items, np.array(study.config["seeds"])
-    seed = pd.Series(seeds[t.draw % len(seeds)], t.index, dtype=object)      # draws go through the seeds in turn
-    drawn = t.under == "random"
-    named = {"seed": seed.where(t.under.isin(OF_SEEDS)), "draw": t.draw.where(drawn).astype(object)}
-    hits = t.assign(score=(t["rank"] == 1).astype(float), **named)
+    t = drawn(study)
+    hits = t.assign(score=(t["rank"] == 1).astype(float))
     others = [under for under in hits.under.unique() if under != "subnetwork"]
     contrasts = [("subnetwork", under) for under in others]
     question = ["uuid", "sub", "obj"]
-    return Pairs(hits, ["seed", "draw"], [], contrasts, items=question, groups=["relation"], bounds=(0, 1))
+    return Pairs(hits, DRAWN, [], contrasts, items=question, groups=["relation"], bounds=(0, 1))
 
 
 def lamp_text(study: LampStudy) -> str:
@@ -408,12 +417,22 @@ def lamp_sections(study: LampStudy) -> Iterator[Section]:
            "repetitions.", [bars, study.summary().reset_index(names="condition")])
     yield ("By relation", "P@1 by condition, final sparsity, and the share of mask bits that training changed.",
            [study.table().reset_index()])
+    yield _answering(study)
     yield "Held out, but how far", HELD_OUT, [study.data.overlap()]
     yield ("Where weights are kept", f"Density per layer and matrix, mean over relations; and of {relation} alone.",
            [mean, one])
     yield "What relations share", _shared(study), _distances(study, first)
     yield _vectors(study)
     yield _looking(study, relation)
+
+
+def _answering(study: LampStudy) -> Section:
+    "Questions that only the subnetwork or only the full model answers: how many, and some of either kind."
+    found = study.discordant(n=8)
+    counts = found.counts.rename(columns={"relation": "condition", "questions": "value"})
+    drawn = curves.bars(counts, colour="only", title="Questions that one side only answers", label="questions")
+    some = found.table.drop(columns="uuid").round(2)
+    return "Who answers what", found.heading, [drawn, some] if len(some) else []
 
 
 def _shared(study: LampStudy) -> str:

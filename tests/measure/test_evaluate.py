@@ -224,6 +224,24 @@ def test_the_order_of_rows_does_not_matter():
     with pytest.raises(UnknownName): precision(ITEMS, rank="ranks")
 
 
+def test_repetitions_that_differ_in_two_ways_are_crossed():
+    "Masks of four shifts from three seeds: twelve draws, but three seeds."
+    rng = np.random.default_rng(0)
+    seed_effect = rng.normal(0, 2, (3, 1, 1))
+    hits = (seed_effect + rng.normal(0, 1, (3, 4, 20)) > 0).astype(float)
+    rows = [{"under": "x", "relation": "A", "seed": s, "shift": d, "draw": 3 * d + s, "uuid": str(i), "sub": "s",
+             "obj": "o", "rank": 2 - int(hits[s, d, i])} for s in range(3) for d in range(4) for i in range(20)]
+    t = pd.DataFrame(rows).sample(frac=1, random_state=0)
+    found = precision(t, (1,), drawn=("seed", "shift")).iloc[0]
+    want = estimate([hits], ("seed", "shift", "fact"), bounds=(0, 1))
+    assert found[["value", "low", "high"]].tolist() == pytest.approx([want.mean, want.low, want.high])
+    alone = precision(t, (1,)).iloc[0]
+    assert alone.value == found.value and found.high - found.low > 1.5 * (alone.high - alone.low)
+    with pytest.raises(SubnetError, match=r"20 answers of A under 'x' are missing.*seed, shift"):
+        precision(t[(t.seed != 1) | (t["shift"] != 2)], drawn=("seed", "shift"))
+    with pytest.raises(UnknownName, match="column"): precision(t, drawn=("sed",))
+
+
 def test_precision_of_the_model(pocket_bert, facts, space):
     model, tok = pocket_bert
     mask = Mask.random(space, .9, seed=2)

@@ -22,13 +22,17 @@ from subnet_explorer.data.facts import Fact, Facts, read_facts
 from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.graphs import disjoint, neighbourhood, read_graph, shared_triples, triple, wordings
 from subnet_explorer.data.texts import Blocks, blocks
+from subnet_explorer.measure.ask import cloze
+from subnet_explorer.measure.removal import NOT_KNOWN, NothingKnown
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.critical import POCKET, critical, material, sensitivity
 from subnet_explorer.recipes.study import without_places
 
 chapter = importlib.import_module("subnet_explorer.recipes.critical")
 TEXT = [" ".join(t["form"] for t in s) for s in sentences(60, seed=5)]
-FAST = POCKET | dict(steps=6, checks=2, seeds=(0,), random=1, progress=False)
+FAST = POCKET | dict(layers="4", steps=3, checks=1, batches=(8, 8), seeds=(0,), random=1, progress=False)
+LEARNS = dict(layers="top-half", steps=30, batches=(32, 16))
+"Enough to forget something."
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +52,15 @@ def birds(graph):
 
 @pytest.fixture(scope="module")
 def control(graph, birds):
-    keep = set(dict.fromkeys(triple(f) for f in graph if triple(f) not in set(map(triple, birds))).__iter__())
-    some = set(sorted(keep)[::12]) | set(map(triple, birds))
-    return replace(graph, items=tuple(f for f in graph if triple(f) in some))
+    told = [triple(f) for f in graph]
+    birds_told = set(map(triple, birds))
+    some = set(sorted(set(told) - birds_told)[::24]) | birds_told
+    return replace(graph, items=tuple(f for f, t in zip(graph, told, strict=True) if t in some))
 
 
 @pytest.fixture(scope="module")
 def study(gpt2, birds, control):
-    return critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=30, seeds=(0, 1, 2)))
+    return critical(*gpt2, birds, control, TEXT, **FAST | LEARNS | dict(checks=2, seeds=(0, 1, 2)))
 
 
 def one_worded(facts: Facts) -> Facts:
@@ -128,6 +133,52 @@ def test_blocks_of_running_text(gpt2, birds, control):
     assert np.isfinite(found.items.logprob).all() and set(found.items.data) >= {"target", "control", "text"}
 
 
+def wrong(facts: Facts) -> Facts:
+    "The same subjects with an object that the model does not know of them."
+    return replace(facts, items=tuple(replace(f, object="tool") for f in facts.items[:3]), name="wrong")
+
+
+def test_facts_that_the_model_does_not_know_can_be_left_out(gpt2, birds, control):
+    "Of target and control, before the split; counted; with their other wordings."
+    asked = replace(birds, items=(*birds.items, *wrong(birds)))
+    all_of, known = (material(*gpt2, asked, control, TEXT, known=k) for k in (None, 1))
+    lost = {triple(f) for f in all_of.target} - {triple(f) for f in known.target}
+    assert {triple(f) for f in wrong(birds)} <= lost and known.target.left_out(NOT_KNOWN.format(1)) == len(lost)
+    told = {triple(f) for f in known.target}
+    assert {triple(f) for f in known.paraphrases} <= told
+    parts = known.control.train, known.control.dev, known.control.test
+    for facts in (known.target, *parts):
+        assert (cloze(*gpt2, facts, {"full": None})["rank"] == 1).all()
+    everything = sum(map(len, (all_of.control.train, all_of.control.dev, all_of.control.test)))
+    assert sum(map(len, parts)) + known.control.train.left_out(NOT_KNOWN.format(1)) == everything
+
+
+def test_a_model_that_knows_nothing_of_it(gpt2, birds, control):
+    with pytest.raises(NothingKnown, match=r"no fact of wrong/fluent \(1 asked\).*known=2 was asked for"):
+        material(*gpt2, replace(wrong(birds), items=wrong(birds).items[:1]), control, TEXT, known=2)
+    with pytest.raises(SubnetError, match="at least 1"):
+        material(*gpt2, birds, control, TEXT, known=0)
+    with pytest.raises(SubnetError, match="known"):
+        material(*gpt2, birds, control, TEXT, known="all")
+
+
+def test_a_study_says_how_much_of_its_target_was_known(gpt2, birds, control):
+    asked = replace(birds, items=(*birds.items, *wrong(birds)))
+    free = critical(*gpt2, asked, control, TEXT, **FAST)
+    full = free.items.query("under == 'full' and data == 'target'")["rank"]
+    said = f"first for {(full == 1).sum()} of {len(full)} target facts"
+    assert (full > 1).any() and any(said in note for note in free.notes) and said in free._repr_html_()
+    gated = critical(*gpt2, asked, control, TEXT, **FAST, known=1)
+    assert gated.config["known"] == 1 and "known" not in free.config and not any("knows" in n for n in gated.notes)
+    lost = gated.tables["left_out"].query("data == 'target' and why == @NOT_KNOWN.format(1)")
+    assert lost.n.sum() == len(full) - len(gated.material.target)
+
+
+def test_targets_are_told_apart_by_name(gpt2, graph, control):
+    names = {material(*gpt2, neighbourhood(graph, word, 8), control, TEXT).name for word in ("bird", "wood")}
+    assert names == {"pocket/bird", "pocket/wood"}
+
+
 # ── study ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -180,10 +231,10 @@ def test_conditions_have_the_sizes_they_claim(gpt2, study):
 
 def test_the_chosen_checkpoint_follows_the_rule(gpt2, birds, control):
     "Loose rule: among admissible states the one with the largest fall; a rule that nothing keeps is named."
-    loose = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=30, checks=6, sparsity=0.2, tolerance=0.95))
+    loose = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=18, checks=6, sparsity=0.2, tolerance=0.95))
     ok = loose.curves[loose.curves.note == ""]
     assert not loose.failed and len(ok) > 1 and ok[ok.chosen].target.item() == ok.target.max()
-    strict = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=12, sparsity=1.0))
+    strict = critical(*gpt2, birds, control, TEXT, **FAST | dict(steps=6, sparsity=1.0))
     assert strict.failed == {0: strict.failed[0]} and "sparsity" in strict.failed[0]
     assert abs(loose.masks[0].sparsity - ok[ok.chosen].sparsity.item()) < 1e-9  # the mask is that of the chosen step
 
@@ -196,7 +247,7 @@ def test_suppression_without_anything_to_hold_is_named(gpt2, birds, control):
         control,
         TEXT,
         **FAST
-        | dict(steps=30, weights=dict(suppress=5.0, control=0.0, text=0.0), density_weights=(0.0, 0.0), sparsity=0.0),
+        | dict(steps=20, weights=dict(suppress=5.0, control=0.0, text=0.0), density_weights=(0.0, 0.0), sparsity=0.0),
     )
     assert "control" in wild.failed[0]
     assert wild.to_json()["seeds"]["0"]["failed"] == wild.failed[0]
@@ -236,7 +287,7 @@ def test_neurons(gpt2, birds, control):
         "up": (128, 1),
         "down": (512, 1),
     }  # stored (in, out)
-    found = critical(model, tok, birds, control, TEXT, **FAST | dict(steps=20, granularity="neuron"))
+    found = critical(model, tok, birds, control, TEXT, **FAST | dict(layers="top-half", steps=8, granularity="neuron"))
     weights = found.masks[0].to("weight")
     for _g, bits in weights.items():
         assert ((bits.sum(1) == 0) | (bits.sum(1) == bits.shape[1])).all()
@@ -255,7 +306,7 @@ def test_a_masked_model(birds):
     known = wordings(one_worded(read_facts("pocket", "IsA,PartOf,MadeOf")), causal=False)
     known = replace(known, items=tuple(f for f in known if not f.uuid.endswith("/0")))
     target = neighbourhood(known, "wood", 6)
-    found = critical(model, tok, target, known, TEXT, **FAST | dict(steps=25))
+    found = critical(model, tok, target, known, TEXT, **FAST | dict(layers="top-half", steps=25, batches=(16, 8)))
     t = found.table().set_index(["under", "data", "measure"]).value
     assert t["remaining", "target", "logprob_difference"] < t["random", "target", "logprob_difference"] - 0.5
     with pytest.raises(SubnetError, match="masked model"):
@@ -286,7 +337,7 @@ def test_a_study_goes_on_and_is_read_back(gpt2, birds, control, tmp_path, monkey
     pd.testing.assert_frame_equal(again.items, more.items, check_dtype=False)
     pd.testing.assert_frame_equal(again.curves, more.curves)
     assert again.failed == more.failed
-    for change in (dict(steps=7), dict(position="at_tail"), dict(tolerance=0.2)):
+    for change in (dict(steps=4), dict(position="at_tail"), dict(tolerance=0.2)):
         with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"):
             critical(*gpt2, birds, control, TEXT, **FAST | change, to=tmp_path / "s")
     with pytest.raises(OtherRun, match="differs in data"):
@@ -369,11 +420,11 @@ def test_report(study, tmp_path):
 @pytest.fixture
 def files(tmp_path, birds, control):
     def lines(facts):
-        return "".join("\t".join((f.relation, f.sub, f.obj)) + "\n" for f in one_worded(facts))
+        return "".join("\t".join((f.relation, f.subject, f.object)) + "\n" for f in one_worded(facts))
 
     (tmp_path / "target.tsv").write_text(lines(birds))
     (tmp_path / "control.jsonl").write_text(
-        "".join(json.dumps(dict(relation=f.relation, head=f.sub, tail=f.obj)) + "\n" for f in one_worded(control))
+        "".join(json.dumps(dict(relation=f.relation, head=f.subject, tail=f.object)) + "\n" for f in one_worded(control))
     )
     (tmp_path / "text.txt").write_text("\n".join(TEXT))
     return tmp_path
@@ -390,10 +441,14 @@ def shell(files, *more: str) -> list[str]:
         str(files / "control.jsonl"),
         "--text",
         str(files / "text.txt"),
+        "--layers",
+        "4",
+        "--batches",
+        "8,8",
         "--steps",
-        "8",
+        "4",
         "--checks",
-        "2",
+        "1",
         "--random",
         "1",
         "--quiet",
@@ -439,6 +494,7 @@ def test_the_command(files, capsys, birds):
         (("--block", "5000"), "longer than"),
         (("--about", "brid"), "did you mean bird"),
         (("--granularity", "heads"), "granularity"),
+        (("--known", "0"), "at least 1"),
         (("--target", "nowhere.tsv"), "no facts file"),
         (("--text", "nowhere.txt"), "no text"),
     ],

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.core.intervals import estimate
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.scores import Scores
 from subnet_explorer.data.facts import Facts, answerable, read_facts, split
@@ -65,7 +66,7 @@ class Spied:
         )
         monkeypatch.setattr(chapter, "find", found)
         monkeypatch.setattr(chapter, "cloze", asked)
-        monkeypatch.setattr(chapter, "fit", lambda *a, **kw: fit(*a, **{**kw, "steps": 8, "every": 4}))  # fewer steps
+        monkeypatch.setattr(chapter, "fit", lambda *a, **kw: fit(*a, **{**kw, "steps": 4, "every": 2}))  # fewer steps
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def world(pocket_bert):
     before = weights(pocket_bert[0])
     with pytest.MonkeyPatch.context() as m:
         spy = Spied(m)
-        study = lamp(*pocket_bert, FACTS, steps=24, lr=0.05, seeds=SEEDS, random=2, fine_tuned=True, progress=False)
+        few = dict(layers="4", steps=6, lr=0.1, batch=16)
+        study = lamp(*pocket_bert, FACTS, **few, seeds=SEEDS, random=2, fine_tuned=True, progress=False)
     return study, spy, before
 
 
@@ -222,7 +224,7 @@ def test_own_initialisations_differ(pocket_bert, monkeypatch):
 def test_stochastic_inference_applies_the_probabilities(pocket_bert, monkeypatch, tmp_path):
     model, tok = pocket_bert
     spy, facts = Spied(monkeypatch), FACTS["MadeOf"]
-    study = lamp(model, tok, facts, method="stochastic", steps=8, lr=0.1, random=1, to=tmp_path / "out", progress=False)
+    study = lamp(model, tok, facts, method="stochastic", steps=4, lr=0.1, random=1, to=tmp_path / "out", progress=False)
     [soft], gate = study.subnetworks["MadeOf"], spy.gates[0]
     assert isinstance(soft, Scores) and spy.under["subnetwork"]["MadeOf"] == [soft]
     twin = copy.deepcopy(model)
@@ -240,7 +242,7 @@ def test_stochastic_inference_applies_the_probabilities(pocket_bert, monkeypatch
         and (ours["rank"].to_numpy() == plain["rank"].to_numpy()).mean() > 0.9
     )
     assert not study.start and abs(study.masks[0].density - 0.5) < 0.05
-    again = lamp(model, tok, facts, method="stochastic", steps=8, lr=0.1, random=1, to=tmp_path / "out", progress=False)
+    again = lamp(model, tok, facts, method="stochastic", steps=4, lr=0.1, random=1, to=tmp_path / "out", progress=False)
     pd.testing.assert_frame_equal(again.items, study.items, rtol=1e-5)
 
 
@@ -324,24 +326,22 @@ def test_the_dictionary(study):
     assert (
         list(j["relations"]) == study.data.test.relations
         and set(j["relations"]) == set(RELATIONS)
-        and j["config"]["steps"] == 24
+        and j["config"]["steps"] == 6
     )
     for r, d in j["relations"].items():
         assert set(d) == at_k | {"n_train", "n_dev", "n_test", "skipped", "sparsity", "flips", "masks"}
         assert [d[f"n_{part}"] for part in ("train", "dev", "test")] == [
             len(getattr(study.data, part)[r]) for part in ("train", "dev", "test")
         ] and d["masks"] == []
-    for k in (1, 2, 3):
-        table = study.table(k)
+    tables = {k: study.table(k) for k in (1, 2, 3)}
+    for k, table in tables.items():
         for r, d in [*j["relations"].items(), ("macro", j["macro"]), ("micro", j["micro"])]:
             assert set(d[f"p_at_{k}"]) == CONDITIONS and d[f"p_at_{k}"] == pytest.approx(
                 {u: table.loc[r, u] for u in CONDITIONS}, abs=1e-6
             )
             assert all(d["p_at_1"][u] <= d["filtered_p_at_1"][u] for u in CONDITIONS)
     for r, d in j["relations"].items():
-        assert (d["sparsity"], d["flips"]) == pytest.approx(
-            (study.table().sparsity[r], study.table().flips[r]), abs=1e-6
-        )
+        assert (d["sparsity"], d["flips"]) == pytest.approx((tables[1].sparsity[r], tables[1].flips[r]), abs=1e-6)
     for low, high in j["macro"]["p_at_1_interval"].values():
         assert 0 <= low <= high <= 1
 
@@ -349,12 +349,60 @@ def test_the_dictionary(study):
 def test_the_tables_are_averages_of_the_items(study):
     hits = study.items.assign(hit=study.items["rank"] <= 1)
     by = hits.groupby(["relation", "under"]).hit.mean().unstack()
+    table, summary = study.table(), study.summary((1,))
     for u in CONDITIONS:
-        assert study.table()[u][RELATIONS].tolist() == pytest.approx(by[u][RELATIONS].tolist())
-        assert study.table().loc["macro", u] == pytest.approx(by[u].mean()) and study.table().loc[
-            "micro", u
-        ] == pytest.approx(hits[hits.under == u].hit.mean())
-        assert study.summary((1,)).loc[u, "macro P@1"].startswith(f"{by[u].mean():.3f} [")
+        assert table[u][RELATIONS].tolist() == pytest.approx(by[u][RELATIONS].tolist())
+        assert table.loc["macro", u] == pytest.approx(by[u].mean())
+        assert table.loc["micro", u] == pytest.approx(hits[hits.under == u].hit.mean())
+        assert summary.loc[u, "macro P@1"].startswith(f"{by[u].mean():.3f} [")
+
+
+def arrays(study, under):      # by relation: (seed, shift, question)
+    "Which questions are answered under a condition whose draws go through the seeds, put together plainly."
+    t, found = study.items[study.items.under == under], []
+    for r in study.data.test.relations:
+        part = t[t.relation == r]
+        hits = [(part[part.draw == d]["rank"] <= 1).to_numpy(float) for d in sorted(part.draw.unique())]
+        found.append(np.stack(hits).reshape(-1, len(SEEDS), hits[0].size).swapaxes(0, 1))
+    return found
+
+
+def test_masks_of_other_relations_are_draws_crossed_with_seeds(study):
+    "As many answers as shifts times seeds are no more independent than the seeds are."
+    found = arrays(study, "mismatched")
+    assert {a.shape[:2] for a in found} == {(2, 2)}
+    want = estimate(found, ("seed", "shift", "question"), bounds=(0, 1))
+    loose = estimate([a.reshape(4, -1) for a in found], bounds=(0, 1))
+    got = study.precision((1,)).set_index(["under", "relation"]).loc["mismatched", "macro"]
+    assert got[["value", "low", "high"]].tolist() == pytest.approx([want.mean, want.low, want.high])
+    assert got.high != pytest.approx(loose.high)
+    pooled = estimate(found, ("seed", "shift", "question"), pooled=True, bounds=(0, 1))
+    micro = study.precision((1,)).set_index(["under", "relation"]).loc["mismatched", "micro"]
+    assert micro[["value", "low", "high"]].tolist() == pytest.approx([pooled.mean, pooled.low, pooled.high])
+
+
+def test_gains_know_the_shifts_too(study):
+    own = [np.repeat(a, 2, axis=1) for a in arrays(study, "subnetwork")]
+    apart = [a - b for a, b in zip(own, arrays(study, "mismatched"), strict=True)]
+    want = estimate(apart, ("seed", "shift", "question"), bounds=(-1, 1))
+    row = study.gains("subnetwork", "mismatched").iloc[0]
+    assert row[["mean", "low", "high"]].tolist() == pytest.approx([want.mean, want.low, want.high])
+    assert row.seeds == 4
+
+
+def test_questions_that_one_side_only_answers(study):
+    "Counted plainly, both ways; under several draws the majority decides."
+    hits = study.items.assign(hit=study.items["rank"] <= 1)
+    most = hits.groupby(["under", "relation", "sub", "obj"]).hit.mean().unstack(0) > 0.5
+    found = study.discordant("fine-tuned", ["full", "mismatched"])
+    theirs = most["full"] | most["mismatched"]
+    assert found.wins == (most["fine-tuned"] & ~theirs).sum() and found.losses == (~most["fine-tuned"] & theirs).sum()
+    t = found.table
+    assert len(t) == found.wins + found.losses and set(t.columns) >= {"prompt", "margin", "fine-tuned answer"}
+    prompts = {(f.relation, f.subject, f.object): f.prompt for f in study.data.test}
+    assert all(prompts[r.relation, r.sub, r.obj] == r.prompt for r in t.itertuples())
+    only = study.discordant("fine-tuned", relations="Desires", n=1).table
+    assert set(only.relation) <= {"Desires"} and only.only.is_unique
 
 
 def test_masks_are_listed_by_path_and_counts_of_what_is_left_out(pocket_bert, tmp_path):
@@ -377,7 +425,8 @@ def test_masks_are_listed_by_path_and_counts_of_what_is_left_out(pocket_bert, tm
 def test_a_causal_model(tmp_path):
     model, tok = load("pocket-gpt2")
     before = weights(model)
-    study = lamp(model, tok, read_facts("pocket", "IsA,MadeOf", prompt=1), steps=6, random=1, progress=False)
+    facts = read_facts("pocket", "IsA,MadeOf", prompt=1)
+    study = lamp(model, tok, facts, layers="4", steps=2, batch=8, random=1, progress=False)
     assert len(study.masks) == 2 and study.table().loc["macro", "full"] > 0.5 and same(model, before)
 
 
@@ -388,7 +437,7 @@ def test_unknown_methods(pocket_bert):
 
 def test_the_ablation(pocket_bert):
     t = lamp_ablation(
-        *pocket_bert, FACTS["MadeOf"], layers=("4", "3-4"), sparsities=(0.5, 0.7), steps=3, progress=False
+        *pocket_bert, FACTS["MadeOf"], layers=("4", "3-4"), sparsities=(0.5, 0.7), steps=1, progress=False
     )
     assert list(zip(t.layers, t.initial, strict=False)) == [("4", 0.5), ("4", 0.7), ("3-4", 0.5), ("3-4", 0.7)]
     assert np.allclose(t.sparsity, t.initial, atol=0.02) and ((t.low <= t.value) & (t.value <= t.high)).all()
@@ -397,11 +446,10 @@ def test_the_ablation(pocket_bert):
 # ── soft gates, few facts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_soft_gates_are_reported_as_what_they_are():
-    model, tok = load("pocket-bert")
-    study = lamp(
-        model, tok, read_facts("pocket", "MadeOf,HasA"), method="stochastic", steps=40, random=1, progress=False
-    )
+def test_soft_gates_are_reported_as_what_they_are(pocket_bert):
+    model, tok = pocket_bert
+    few = dict(layers="4", steps=4, lr=0.1, random=0, mismatched=False)
+    study = lamp(model, tok, FACTS[RELATIONS[:2]], method="stochastic", **few, progress=False)
     t = study.table()
     assert {"subnetwork", "subnetwork (binary)"} <= set(t.columns)
     for r, found in study.subnetworks.items():
@@ -415,9 +463,8 @@ def test_soft_gates_are_reported_as_what_they_are():
     )  # the saved masks are what was measured
 
 
-def test_few_facts_still_give_a_report(tmp_path):
-    model, tok = load("pocket-bert")
-    facts = read_facts("pocket", "MadeOf")
-    study = lamp(model, tok, Facts(facts.items[:10]), steps=5, random=1, progress=False)
+def test_few_facts_still_give_a_report(pocket_bert, tmp_path):
+    facts = Facts(FACTS["MadeOf"].items[:10])
+    study = lamp(*pocket_bert, facts, layers="4", steps=1, random=1, progress=False)
     assert "t-SNE needs" in study.report(tmp_path / "r.html").read_text()
     assert study.to_json()["macro"]["p_at_1"]["mismatched"] is None
