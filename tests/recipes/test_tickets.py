@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,28 +28,37 @@ from subnet_explorer.measure.baselines import majority_label
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.study import Bench
 from subnet_explorer.recipes.tasks import BASELINES, baseline_table, trivial_on
-from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
+from subnet_explorer.recipes.ticket_cells import SUPER
+from subnet_explorer.recipes.tickets import summary, table, tickets
 from subnet_explorer.search.prune import NoFloor
 
 chapter = importlib.import_module("subnet_explorer.recipes.tickets")
+cells = importlib.import_module("subnet_explorer.recipes.ticket_cells")
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def floors():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small are slower with more
     with pytest.MonkeyPatch.context() as patch:
         any_floor(patch)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return load("pocket-bert")
+    "The pocket model with two of its layers."
+    model, tok = load("pocket-bert")
+    model.bert.encoder.layer = model.bert.encoder.layer[:2]
+    model.config.num_hidden_layers = 2
+    return model, tok
 
 
 @pytest.fixture(scope="module")
 def tasks():
-    return {t: task_data(f"pocket:{t}", search=0.05, train=256, test=60) for t in ("paraphrase", "entails")}
+    return {t: task_data(f"pocket:{t}", search=0.03, train=64, test=40) for t in ("paraphrase", "entails")}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def study(bert, tasks, tmp_path_factory):
 
 
 def untrained():
-    "A tiny encoder that was never trained, for what does not need a good one."
+    "A tiny encoder of two layers that was never trained, for what does not need a good one."
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
@@ -77,7 +85,7 @@ def untrained():
         BertConfig(
             vocab_size=len(tok),
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
             max_position_embeddings=64,
@@ -86,7 +94,7 @@ def untrained():
 
 
 def one_task():
-    return {"entails": task_data("pocket:entails", search=0.05, train=128, test=60)}
+    return {"entails": task_data("pocket:entails", search=0.03, train=64, test=40)}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +180,7 @@ def test_masks_are_matched_in_size_by_kind(study, tasks):
                 kept(by["super-good"]) == kept(by["super-random"]) == kept(by["super-bad"])
                 and by["super-good"] <= by["good"]
             )
-            if kept(by["good"])["head"] <= 8 and kept(by["good"])["mlp"] <= 2:
+            if kept(by["good"])["head"] <= 4 and kept(by["good"])["mlp"] <= 1:
                 assert (by["good"] & by["bad"]).count == 0
         assert study.masks.sel(task=task, seed=0, kind="super-good")[0] == study.good.sel(task=task).intersection()
     assert len({m.space for _, m in study.masks}) == 1
@@ -280,7 +288,7 @@ def test_the_model_comes_back(small, entails, monkeypatch):
     model, before = small[0], weights(small[0])
     tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    monkeypatch.setattr(chapter, "matched_controls", lambda *a: 1 / 0)
+    monkeypatch.setattr(cells, "matched_controls", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -298,7 +306,7 @@ def test_weights_by_magnitude(bert, entails, tmp_path):
         and not found.importance
     )
     with found.fine_tuned("entails", 0):
-        name = "encoder.layer.3.output.dense.weight"
+        name = "encoder.layer.1.output.dense.weight"
         w = model.base_model.get_parameter(name).detach().abs().numpy()
         kept, bad = by["good"][name], by["bad"][name]
         assert w[kept].min() >= w[~kept].max() - 1e-9 and w[bad].max() <= w[~bad].min() + 1e-9
@@ -334,6 +342,8 @@ def test_one_kind_of_unit(small, entails, kind):
 
 def test_other_families(entails):
     model, tok = load("pocket-gpt2")
+    model.transformer.h = model.transformer.h[:2]
+    model.config.n_layer = 2
     found = tickets(model, tok, entails, seeds=(0,), floor=1.0, random_init=True, **QUICK)
     assert {"full", "good", "random", "bad", "random-init"} == set(found.scores.kind) and found.good[0].density < 1
 
@@ -341,30 +351,39 @@ def test_other_families(entails):
 # ── stopped, continued, grown, shared among processes ────────────────────────────────────────────────────────────────
 
 PROGRAM = """
-import sys
+import os, sys, time
+from pathlib import Path
 sys.path.insert(0, "..")
+import torch
 from pytest import MonkeyPatch
 from floors import any_floor
 from test_tickets import QUICK, one_task, tickets, untrained
+torch.set_num_threads(1)
 any_floor(MonkeyPatch())
-tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUICK)
+model, tasks, folder = untrained(), one_task(), Path(sys.argv[1])
+for wanted in (1, 6):      # killed after so many masks were finished
+    child = os.fork()
+    if not child:
+        tickets(*model, tasks, seeds=(0, 1), floor=1.0, to=folder, **QUICK)
+        os._exit(0)
+    while len(list(folder.glob("runs/*/mask.safetensors"))) < wanted:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+        time.sleep(0.005)
+    os.kill(child, 9)
+    assert os.waitpid(child, 0)[1] == 9
 """
 
 
-def test_killed_and_continued(small, entails, tmp_path):
-    whole = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "whole", **QUICK)
-    for wanted in (1, 6):  # killed after so many masks were finished
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "cut")],
-            cwd=Path(__file__).parent,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        while len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < wanted:
-            assert child.poll() is None, child.stderr.read().decode()[-2000:]
-            time.sleep(0.02)
-        child.kill()
-        child.wait()
+@pytest.fixture(scope="module")
+def whole(small, entails):
+    "The study of two seeds, made at once."
+    return tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
+
+
+def test_killed_and_continued(small, entails, whole, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cut")]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < len(whole.masks)
     cut = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "cut", **QUICK)
     pd.testing.assert_frame_equal(whole.scores, cut.scores)
     assert [m for _, m in whole.masks] == [m for _, m in cut.masks]
@@ -374,8 +393,8 @@ def test_killed_and_continued(small, entails, tmp_path):
 
 
 def test_from_the_folder_nothing_is_done_again(study, bert, tasks, monkeypatch):
-    monkeypatch.setattr(chapter, "fit", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr(cells, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(cells, "iterate", lambda *a, **k: pytest.fail("pruned again"))
     again = tickets(*bert, tasks, seeds=(0, 1), floor=1.0, random_init=True, longer=(4,), to=study.plan.folder, **QUICK)
     pd.testing.assert_frame_equal(again.scores, study.scores)
     pd.testing.assert_frame_equal(again.steps, study.steps)
@@ -406,22 +425,18 @@ def test_a_study_grows(small, entails, tmp_path):
         tickets(*small, entails, seeds=(0,), floor=0.7, to=tmp_path / "s", **QUICK)
 
 
-def test_processes_share_the_cells(small, entails, tmp_path):
-    torch.set_num_threads(1)
-    try:
-        one = tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
-    finally:
-        torch.set_num_threads(2)
+@pytest.mark.slow  # two more interpreters; how processes share cells in general is tested with the campaign
+def test_processes_share_the_cells(small, entails, whole, tmp_path):
     two = tickets(*small, entails, seeds=(0, 1), floor=1.0, processes=2, to=tmp_path / "two", **QUICK)
-    pd.testing.assert_frame_equal(one.scores, two.scores)
-    assert [m for _, m in one.masks] == [m for _, m in two.masks]
+    pd.testing.assert_frame_equal(whole.scores, two.scores)
+    assert [m for _, m in whole.masks] == [m for _, m in two.masks]
 
 
 # ── refused, by name ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_model_that_has_learned_nothing(small):
-    data = task_data("pocket:acceptable", search=0.05, train=64, test=60)
+    data = task_data("pocket:acceptable", search=0.03, train=64, test=40)
     with pytest.raises(
         SubnetError,
         match=r"no cell could be pruned: acceptable, seed 0: the full model scores .*: a share of that is no floor",
@@ -431,27 +446,27 @@ def test_a_model_that_has_learned_nothing(small):
 
 def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path, monkeypatch):
     "It stays in the table with its reason; also when read from the folder."
-    real = chapter.iterate
+    real = cells.iterate
 
     def pruned(*a, labels, **k):
         if labels == {"task": "entails", "seed": 1}:
             raise NoFloor("the full model scores -0.1")
         return real(*a, labels=labels, **k)
 
-    monkeypatch.setattr(chapter, "iterate", pruned)
+    monkeypatch.setattr(cells, "iterate", pruned)
     for _ in range(2):
         found = tickets(*small, entails, seeds=(0, 1, 2), floor=1.0, to=tmp_path / "s", **QUICK)
         assert found.skipped == {("entails", 1): "the full model scores -0.1"} and set(found.good.index.seed) == {0, 2}
         one = found.scores.query("seed == 1")
         assert list(one.kind) == ["full"] and one.note.item() == "not pruned: the full model scores -0.1"
         assert set(found.masks.sel(kind="super-good").index.seed) == {0, 2}
-        monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+        monkeypatch.setattr(cells, "iterate", lambda *a, **k: pytest.fail("pruned again"))
 
 
 def test_constant_predictions_are_named(small, tmp_path):
     "Not a silent NaN, neither in the table nor in the file."
-    task = task_data("pocket:similar", search=0.05, train=256, test=60)
-    tasks = {"similar": task, "entails": task_data("pocket:entails", search=0.05, train=64, test=20)}
+    task = task_data("pocket:similar", search=0.05, train=64, test=40)
+    tasks = {"similar": task, "entails": task_data("pocket:entails", search=0.03, train=64, test=20)}
     found = tickets(*small, tasks, seeds=(0,), floor=0.99, to=tmp_path / "s", **QUICK)
     assert np.isfinite(summary(found)["mean"]).all()
     assert "undefined" in table(found).loc[("majority", ""), "similar"]
@@ -483,7 +498,7 @@ def test_both_densities_by_name(study):
     assert row.density_weights == pytest.approx(weights.kept.sum() / weights["size"].sum())
     shown = table(study)
     assert ("good", "units kept") in shown.index and ("good", "weights kept") in shown.index
-    assert set(study.to_json()["tasks"]["entails"]["kept"]["good"]) == {"units", "weights"}
+    assert set(study.to_json()["tasks"]["entails"]["kept"]["good"]) == {"units", "weights", "weights_with_embeddings"}
 
 
 def test_a_floor_of_an_earlier_version_that_a_baseline_passes_is_said(study, tasks):
@@ -516,8 +531,8 @@ def test_a_task_whose_floor_a_part_of_the_input_passes_is_named(small, entails, 
         assert set(k["baselines"]) == {"majority", "first text", "second text"}
         return real(*a, labels=labels, **{**k, "baselines": k["baselines"] if labels["task"] == "given" else {}})
 
-    real = chapter.iterate
-    monkeypatch.setattr(chapter, "iterate", pruned)
+    real = cells.iterate
+    monkeypatch.setattr(cells, "iterate", pruned)
     found = tickets(*small, {"given": TaskData(*parts), **entails}, seeds=(0,), floor=1.0, to=tmp_path / "s", **QUICK)
     assert list(found.skipped) == [("given", 0)] and "baseline 'second text'" in found.skipped["given", 0]
     assert set(found.good.index.task) == {"entails"} and any("baseline 'second text'" in note for note in found.notes)
