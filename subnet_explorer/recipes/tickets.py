@@ -46,10 +46,9 @@ from .ticket_cells import Plan, do_cell, do_super_cell, fine_tuned, read_note, s
 from .tuning import training_of
 
 # %% auto #0
-__all__ = ['WHOLE_MODEL', 'CONTRASTS', 'BAG', 'SHARES', 'AGREEMENT', 'NAMES', 'KEPT', 'tickets', 'check_study', 'worked',
-           'TicketData', 'Tickets', 'collected', 'all_weights', 'densities', 'usual', 'drawn', 'trivial_of', 'summary',
-           'table', 'tickets_results', 'tickets_text', 'tickets_sections', 'survival_maps', 'kept_table',
-           'attention_patterns']
+__all__ = ['WHOLE_MODEL', 'CONTRASTS', 'BAG', 'AGREEMENT', 'NAMES', 'KEPT', 'tickets', 'check_study', 'worked', 'TicketData',
+           'Tickets', 'collected', 'all_weights', 'densities', 'usual', 'drawn', 'trivial_of', 'summary', 'table',
+           'tickets_results', 'tickets_text', 'tickets_sections', 'survival_maps', 'kept_table', 'attention_patterns']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #2b3fea4e
 @recipe("Lottery tickets", "Prasanna, Rogers & Rumshisky 2020, arXiv 2005.00561", read=read_tasks,
@@ -274,8 +273,6 @@ CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random")
              ("good", "random-init")]
 "What is paired in `gains`."
 BAG = "bag of words"
-SHARES = ("units", "weights", "weights with embeddings")
-"What the columns of `WHOLE_MODEL` are called where they are read."
 
 
 def usual(study: Tickets) -> pd.DataFrame:
@@ -325,7 +322,7 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean �
 
 def _kept_rows(t: pd.DataFrame) -> pd.DataFrame:      # (kind, "units kept", …) × task
     means = t[t.kind != "full"].groupby(["kind", "task"], sort=False)[list(WHOLE_MODEL)].mean()
-    named = means.set_axis([f"{name} kept" for name in SHARES], axis=1).stack().map("{:.3f}".format)
+    named = means.set_axis([f"{name} kept" for name in curves.KEPT_SHARES.values()], axis=1).stack().map("{:.3f}".format)
     return named.unstack("task").rename_axis(["kind", "stage"])
 
 
@@ -455,11 +452,11 @@ def _kept_said(study: Tickets, task: str) -> str:
     return f"{units}{t.density_weights.mean():.2f} of weights kept over seeds"
 
 
-def kept_table(study: Tickets) -> pd.DataFrame:      # task, kind, and a column for each of `SHARES`, text
+def kept_table(study: Tickets) -> pd.DataFrame:      # task, kind, and shares of units and weights, text
     "What masks keep, mean ± standard deviation over seeds."
     t = study.scores[study.scores.kind != "full"].drop_duplicates(["task", "kind", "seed"])
     found = t.groupby(["task", "kind"], sort=False)[list(WHOLE_MODEL)].agg(_spread)
-    return found.set_axis(list(SHARES), axis=1).reset_index()
+    return found.set_axis(list(curves.KEPT_SHARES.values()), axis=1).reset_index()
 
 
 def _spread(values: pd.Series) -> str:
