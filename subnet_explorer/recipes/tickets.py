@@ -24,7 +24,7 @@ from ..core.kinds import space_to, weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
-from ..core.pairs import Pairs
+from ..core.pairs import Pairs, mean_of
 from ..core.run import Run
 from ..core.scores import Scores
 from ..core.selection import SURVIVAL_TEXT, selection_table, selection_tables
@@ -164,8 +164,8 @@ class Tickets(TicketData):
         return summary(self)
 
     def pairs(self) -> Pairs:
-        "Scores of the usual training, by seed."
-        return Pairs(usual(self), ["seed"], ["task", "stage"], CONTRASTS, under="kind")
+        "Scores of the usual training, by seed and test sentence."
+        return Pairs(usual(self), ["seed"], ["task", "stage"], CONTRASTS, under="kind", packed="items")
 
     def table(self) -> pd.DataFrame:
         "The study as in table 3 of the paper."
@@ -299,13 +299,16 @@ def trivial_of(study: Tickets, task: str) -> dict[str, float]:
 
 
 def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage and epochs
-    "What is kept; mean score over seeds, deviation (ddof 1), 95 % Student interval, without undefined ones; baselines."
+    "What is kept; mean of defined scores over seeds, deviation, 95 % interval over seeds and items; baselines."
     rows = []
     for key, t in study.scores.groupby(["task", "kind", "stage", "epochs"], sort=False):
         names = dict(zip(("task", "kind", "stage", "epochs"), key, strict=True))
         note = "; ".join(sorted({note for note in t.note if note}))
         kept = {name: t[name].mean() for name in WHOLE_MODEL}
-        rows.append({**names, **kept, **defined_interval(t.score), **trivial_of(study, names["task"]), "note": note})
+        over = mean_of(Pairs(t, ["seed"], packed="items"), t)
+        ends = {name: over[name] for name in ("items", "low", "high")}
+        beside = trivial_of(study, names["task"])
+        rows.append({**names, **kept, **defined_interval(t.score), **ends, **beside, "note": note})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/recipes/07_tickets.ipynb #501ecbd5
