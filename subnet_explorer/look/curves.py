@@ -91,8 +91,6 @@ def bars(
 # %% ../../nbs/look/05_curves.ipynb #58400c59
 STAGES = {"pruned": "#9CCBE8", "retrained": "#0072B2", "full": "#E8E8E8"}
 "Colours of the stages, light and dark in greyscale, too."
-KEPT_SHARES = {"density": "units", "density_weights": "weights", "density_model": "weights with embeddings"}
-"Columns that say how much is kept, and of what."
 
 
 @checked
@@ -137,6 +135,10 @@ def _ticket_said(r: pd.Series, spread: str) -> str:
     return f"{name} {r['mean']:.2f} {ends}"
 
 # %% ../../nbs/look/05_curves.ipynb #b191333a
+KEPT_SHARES = {"density": "units", "density_weights": "weights", "density_model": "weights with embeddings"}
+"Columns that say how much is kept, and of what."
+
+
 def _kept(r: Any) -> str:
     "Say how much a subnetwork keeps, where that is known."
     known = {said: getattr(r, name, np.nan) for name, said in KEPT_SHARES.items()}

@@ -325,7 +325,7 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean �
 
 def _kept_rows(t: pd.DataFrame) -> pd.DataFrame:      # (kind, "units kept", …) × task
     means = t[t.kind != "full"].groupby(["kind", "task"], sort=False)[list(WHOLE_MODEL)].mean()
-    named = means.set_axis([f"{name} kept" for name in curves.KEPT_SHARES.values()], axis=1).stack().map("{:.3f}".format)
+    named = means.rename(columns=curves.KEPT_SHARES).add_suffix(" kept").stack().map("{:.3f}".format)
     return named.unstack("task").rename_axis(["kind", "stage"])
 
 
