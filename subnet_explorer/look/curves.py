@@ -23,7 +23,7 @@ from .paper import CannotDraw
 from .style import DASHES, PALETTE, safe_text, style
 
 # %% auto #0
-__all__ = ['STAGES', 'bars', 'tickets', 'removal', 'pareto', 'scatter', 'curves', 'tradeoff']
+__all__ = ['STAGES', 'KEPT_SHARES', 'bars', 'tickets', 'removal', 'pareto', 'scatter', 'curves', 'tradeoff']
 
 # %% ../../nbs/look/05_curves.ipynb #c5058615
 def _whiskers(
@@ -135,10 +135,24 @@ def _ticket_said(r: pd.Series, spread: str) -> str:
     return f"{name} {r['mean']:.2f} {ends}"
 
 # %% ../../nbs/look/05_curves.ipynb #b191333a
+KEPT_SHARES = {"density": "units", "density_weights": "weights", "density_model": "weights with embeddings"}
+"Columns that say how much is kept, and of what."
+
+
 def _kept(r: Any) -> str:
     "Say how much a subnetwork keeps, where that is known."
-    if getattr(r, "density_weights", None) is None: return ""
-    return f" (units {r.density:.2f}, weights {r.density_weights:.2f})"
+    known = {said: getattr(r, name, np.nan) for name, said in KEPT_SHARES.items()}
+    shares = ", ".join(f"{said} {value:.2f}" for said, value in known.items() if np.isfinite(value))
+    return f" ({shares})" if shares else ""
+
+
+def _panel_title(data: pd.DataFrame, task: str) -> str:
+    "A task and, where that is known, how much its good subnetworks keep."
+    good = data[(data.task == task) & (data.kind == "good")]
+    if good.empty or "density_weights" not in good: return safe_text(task)
+    r = good.iloc[0]
+    small = f"good: {r.density:.2f} of units, {r.density_weights:.2f} of weights"
+    return f"{safe_text(task)}<br><span style='font-size:75%'>{small}</span>"
 
 # %% ../../nbs/look/05_curves.ipynb #82f1f23f
 def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:
@@ -147,7 +161,7 @@ def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict
     mean, std = known["mean"], known["std"]
     low, high = (mean - std, mean + std) if spread == "std" else (known["low"], known["high"])
     task, kind, stage = keys
-    kept = {name: float(part[name].mean()) for name in ("density", "density_weights") if name in part}
+    kept = {name: float(part[name].mean()) for name in KEPT_SHARES if name in part}
     return dict(
         task=task, kind=kind, stage=stage, mean=mean, std=std, low=low, high=high,
         n=known["n"], undefined=known["undefined"], **kept,
@@ -165,7 +179,7 @@ def _ticket_panels(
     across = min(len(tasks), 3 if len(tasks) > 4 or len(kinds) > 5 else 4)
     down, wide, high = ceil(len(tasks) / across), 80 + 44 * len(kinds), 250
     fig = make_subplots(
-        down, across, subplot_titles=list(map(safe_text, tasks)),
+        down, across, subplot_titles=[_panel_title(data, task) for task in tasks],
         horizontal_spacing=60 / (across * wide), vertical_spacing=95 / (down * high),
     )
     place = _places(data, kinds, stages)

@@ -146,7 +146,7 @@ def importance(
     groups, units = [g for g in scores.space.groups if g.kind == kind], UNIT_NAMES.get(kind, kind)
     if alive is not None: same_space(scores.space, alive.space, "compare")
     values = np.concatenate([_alive(scores, g.name, alive) for g in groups])
-    if remove is None: remove = sum(g.size for g in groups) // 10
+    if remove is None: remove = max(1, sum(g.size for g in groups) // 10)
     if not 0 < remove < len(values):
         asked = f"cannot mark {remove} of {len(values)} {units}"
         raise SubnetError(f"{asked}: give remove=… between 1 and {len(values) - 1}.")

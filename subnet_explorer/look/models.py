@@ -28,7 +28,7 @@ from .paper import paper_color
 from .style import is_dark, safe_text, shades, style
 
 # %% auto #0
-__all__ = ['UNPACKED', 'predictions', 'tsne', 'patterns', 'mask_attention', 'attention', 'attention_pair']
+__all__ = ['UNPACKED', 'predictions', 'tsne', 'patterns', 'pattern_grid', 'mask_attention', 'attention', 'attention_pair']
 
 # %% ../../nbs/look/06_models.ipynb #1bb5d0fa
 @checked
@@ -188,6 +188,48 @@ def _patterns_said(data: pd.DataFrame, group: str) -> str:
         shares = ", ".join(f"{r.pattern} {r.share:.2f}" for r in part.itertuples())
         said.append(shares if group == "all" else f"{name}: {shares}")
     return "; ".join(said)
+
+# %% ../../nbs/look/06_models.ipynb #b3696e05
+@checked
+def pattern_grid(
+    table: pd.DataFrame,      # columns pattern, share (0…1), and the three below
+    by: str,                  # one bar per value of this column
+    down: str,                # one row of panels per value
+    across: str,              # one column of panels per value
+    title: str = "Attention patterns",
+    label: str = "share of attention maps",
+) -> Figure:
+    "Draw the shares of patterns as stacked bars in a grid of panels; raise `SubnetError` for percentages."
+    keys = [down, across, by]
+    check_names(["pattern", "share", *keys], table.columns, "column")
+    if table.empty or table.duplicated(["pattern", *keys]).any():
+        raise SubnetError(f"one row for every pattern, {', '.join(keys)} is needed, found several or none.")
+    _check_shares(table.share, table.groupby(keys, sort=False).share.sum(min_count=1))
+    rows, columns, bars = (list(dict.fromkeys(table[key])) for key in keys)
+    titles = [f"{safe_text(r)}, {safe_text(c)}" for r in rows for c in columns]
+    fig = make_subplots(len(rows), len(columns), subplot_titles=titles, shared_yaxes=True, shared_xaxes=True,
+                        horizontal_spacing=0.04, vertical_spacing=0.09)
+    for i, part in enumerate(table[(table[down] == r) & (table[across] == c)] for r in rows for c in columns):
+        _add_patterns(fig, part, by, bars, i // len(columns) + 1, i % len(columns) + 1)
+    width, height = 270 + len(columns) * max(180, 48 * len(bars)), 230 + 250 * len(rows)
+    set_layout(fig, title, width, height, barmode="stack", legend=dict(title_text="pattern", traceorder="reversed"))
+    fig.update_layout(margin=dict(r=190, b=60 + 5 * max(len(str(bar)) for bar in bars)))
+    fig.update_xaxes(tickangle=-50)
+    fig.update_yaxes(range=[0, 1]).update_yaxes(title_text=safe_text(label), col=1)
+    named = table.assign(_bar=[f"{r}, {c}, {b}" for r, c, b in table[keys].itertuples(index=False)])
+    return Figure(fig, table.reset_index(drop=True), f"{title}, {label}. {_patterns_said(named, '_bar')}.")
+
+# %% ../../nbs/look/06_models.ipynb #0ef7efb5
+def _add_patterns(fig: go.Figure, part: pd.DataFrame, by: str, bars: list[str], row: int, col: int) -> None:
+    "Add the stacked bars of one panel."
+    kinds = list(dict.fromkeys(part.pattern))
+    for pattern, colour in zip(kinds, shades(len(kinds)), strict=True):
+        shares = part[part.pattern == pattern].set_index(by).share.reindex(bars)
+        look = dict(color=colour, line=dict(color="#333333", width=1))
+        fig.add_trace(go.Bar(
+            x=list(map(safe_text, bars)), y=shares, name=safe_text(pattern), legendgroup=str(pattern), marker=look,
+            showlegend=row == col == 1, **_inside(shares.fillna(0), colour),
+        ), row=row, col=col)
 
 # %% ../../nbs/look/06_models.ipynb #eea70429
 @checked

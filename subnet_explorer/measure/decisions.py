@@ -17,7 +17,7 @@ from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count
 from ..core.scores import Scores
-from .attention import Text, each_attention
+from .attention import NORMS, Text, each_attention
 from .maps import ATTENTION_PATTERNS, BadMap
 from .patterns import PatternCNN, classifier
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['decide', 'shares', 'survival_correlation']
+__all__ = ['decide', 'shares', 'survival_correlation', 'pattern_shares']
 
 # %% ../../nbs/measure/08_decisions.ipynb #d42aee45
 @checked
@@ -182,3 +182,26 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if len(x) <= 2 or not np.ptp(x) or not np.ptp(y): return np.nan, np.nan
     r, p = pearsonr(x, y)
     return float(r), float(p)
+
+# %% ../../nbs/measure/08_decisions.ipynb #2ff9a6f7
+@checked
+def pattern_shares(
+    model: nn.Module,
+    tok: Any,
+    texts: Sequence[Text],               # pairs are tuples; those that are too short are left out
+    survivors: Mask | None = None,       # of heads, perhaps with MLPs; None, or one without heads: only all heads
+    normed: str = "correct",             # how maps are normed: one of `NORMS`
+    cnn: PatternCNN | None = None,       # None: the one that comes with the library
+    segments: bool = True,
+) -> pd.DataFrame:                       # columns maps, heads, pattern, share, n
+    "Shares of patterns in raw and in weight-normed maps, of all heads and of survivors alone (Prasanna et al. 2020)."
+    check_names([normed], NORMS, "way to norm attention")
+    cnn = classifier() if cnn is None else cnn
+    sides: dict[str, Mask | None] = {"all heads": None}
+    if survivors is not None and len(_survivors(Masks([({}, survivors)]), []).query("survives > 0")):
+        sides["survivors"] = survivors
+    how: dict[str, Any] = {"cnn": cnn, "drop_short": True, "segments": segments}
+    return pd.concat([
+        shares(decide(model, tok, texts, under, norm, **how)).assign(maps=maps, heads=heads)
+        for maps, norm in (("raw", None), ("weight-normed", normed)) for heads, under in sides.items()
+    ], ignore_index=True)[["maps", "heads", "pattern", "share", "n"]]

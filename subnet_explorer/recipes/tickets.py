@@ -5,11 +5,9 @@
 # %% ../../nbs/recipes/07_tickets.ipynb #7c8eee32
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,11 @@ import pandas as pd
 from torch import nn
 
 from ..core.agreement import consensus, said_of_empty_pairs
-from ..core.compare import overlap as shared_units
+from ..core.compare import overlap as shared_units, placement
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
-from ..core.files import DamagedFile, kept_at, read_json, remove, write_json
 from ..core.intervals import defined_interval, left_out
-from ..core.kinds import weight_density
+from ..core.kinds import space_to, weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
@@ -32,198 +29,26 @@ from ..core.run import Run
 from ..core.scores import Scores
 from ..core.selection import SURVIVAL_TEXT, selection_table, selection_tables
 from ..core.space import Space
-from ..core.store import Store
 from ..data.parts import TaskData
 from ..look import agreement, curves, masks as mask_figures
-from ..measure.metrics import TaskScore
-from ..search.objectives import Task
-from ..search.prune import NoFloor, iterate, matched_controls, random_matched, super_survivors
-from ..search.score import magnitude
-from ..tasks.fit import fit, preserved
+from ..look.figure import Figure
+from ..look.models import pattern_grid
+from ..measure.baselines import WHOLE
+from ..measure.decisions import pattern_shares
+from ..measure.patterns import PatternCNN
+from ..search.prune import super_survivors
 from ..tasks.heads import TaskHead
 from .cost import tickets_cost
 from .papers import TICKETS
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
-from .tasks import baseline_table, best_trivial, low_floors, read_tasks, trivial_on, trivial_text
-from .tuning import score_after_training, scored, training_of, untrained
+from .tasks import baseline_table, best_trivial, low_floors, read_tasks, trivial_text
+from .ticket_cells import Plan, do_cell, do_super_cell, fine_tuned, read_note, super_runs
+from .tuning import training_of
 
 # %% auto #0
-__all__ = ['SUPER', 'CONTRASTS', 'AGREEMENT', 'NAMES', 'Plan', 'fine_tuned', 'do_cell', 'found_masks', 'write_note', 'read_note',
-           'do_super_cell', 'super_runs', 'tickets', 'check_study', 'worked', 'TicketData', 'Tickets', 'collected',
-           'usual', 'drawn', 'summary', 'table', 'tickets_results', 'tickets_text', 'tickets_sections']
-
-# %% ../../nbs/recipes/07_tickets.ipynb #a974cd4a
-@dataclass(frozen=True)
-class Plan:
-    "What all cells of a study of lottery tickets share."
-    model: nn.Module = field(repr=False)
-    tok: Any = field(repr=False)
-    tasks: Mapping[str, TaskData]
-    folder: Path
-    space: Space                         # of the pretrained weights; the masks of all tasks and seeds live here
-    training: Mapping[str, Any]          # for `fit`
-    pruning: Mapping[str, Any]           # for `iterate`
-    longer: Sequence[float] = ()         # epochs for which bad masks are also retrained
-    random_init: bool = False
-    published: bool = False
-    baselines: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)      # what a floor must be above
-    progress: Any = False              # or a line of a study
-
-    @property
-    def epochs(self) -> float:
-        "Of the usual training."
-        return self.training["epochs"]
-
-    def run(self, task: str, seed: int, kind: str, **more: Any) -> Run:
-        "The run of one mask."
-        epochs = {"epochs": more["epochs"]} if "epochs" in more else {}
-        labels = {"task": task, "seed": seed, "kind": kind, **epochs}
-        config = _identity(self, task, seed, kind) | more
-        return Run(Store(self.folder / "runs").path(labels, config), config, labels)
-
-    def runs(self, task: str, seed: int) -> list[Run]:
-        "The runs of one task and seed but for the super-survivors: one a kind, one a longer training of the bad."
-        kinds = ["full", "good", "random", "bad"] + ["random-init"] * self.random_init
-        longer = [self.run(task, seed, "bad", epochs=epochs) for epochs in self.longer]
-        return [self.run(task, seed, kind) for kind in kinds] + longer
-
-    def model_folder(self, task: str, seed: int, name: str) -> Path:
-        "Where a trained model is kept."
-        return kept_at(self.folder / "models", f"{task}-{seed}-{name}")
-
-    def fit(self, model: nn.Module, task: str, seed: int, name: str, epochs: float | None = None) -> TaskHead:
-        "Train in place, or read what was trained before; return the head."
-        data, how = self.tasks[task].train, dict(self.training)
-        if epochs is not None: how["epochs"] = epochs
-        if how["length"] is None: how["length"] = data.task.length
-        to = self.model_folder(task, seed, name)
-        return fit(model, self.tok, data, **how, seed=seed, keep="last", to=to, progress=self.progress).head
-
-# %% ../../nbs/recipes/07_tickets.ipynb #c56022cc
-def _identity(plan: Plan, task: str, seed: int, kind: str) -> dict[str, Any]:
-    "What tells a run from others."
-    return {
-        "method": "tickets", "model": str(plan.space.model), "space": plan.space.id,
-        "data": plan.tasks[task].identity(), "kind": kind, "seed": seed,
-        "training": plan.training, "pruning": plan.pruning, "published": plan.published,
-    }
-
-# %% ../../nbs/recipes/07_tickets.ipynb #2a412a50
-@contextmanager
-def fine_tuned(plan: Plan, task: str, seed: int) -> Iterator[TaskHead]:
-    "Let the model be the fine-tuned one while the block runs; gives the trained head."
-    with preserved(plan.model): yield plan.fit(plan.model, task, seed, "full")
-
-
-def _once(run: Run, stage: str, epochs: float, measure: Callable[[], dict[str, Any]]) -> None:
-    "Log a measurement unless the run has it."
-    known = {(row["stage"], row["epochs"]) for row in run.metrics.to_dict("records")}
-    if (stage, epochs) not in known: run.log(stage=stage, epochs=epochs, **measure())
-
-# %% ../../nbs/recipes/07_tickets.ipynb #7185ef65
-def _retrained(plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float) -> dict[str, Any]:
-    "Scores of the subnetwork after training it from the pretrained (or fresh) weights."
-    name, fresh = f"{kind}-{epochs:g}", kind == "random-init"
-    model = untrained(plan.model, seed) if fresh else plan.model
-    def train() -> TaskHead: return plan.fit(model, task, seed, name, epochs)
-    out = score_after_training(model, plan.tok, plan.tasks[task], mask, train, check=not fresh)
-    remove(plan.model_folder(task, seed, name))      # scored, and large
-    return out
-
-# %% ../../nbs/recipes/07_tickets.ipynb #4f9400e9
-def do_cell(plan: Plan, task: str, seed: int) -> None:
-    "Everything for one task and seed, but for the super-survivors."
-    runs = plan.runs(task, seed)
-    with fine_tuned(plan, task, seed) as head:
-        try: masks = found_masks(plan, task, seed, head)
-        except NoFloor as why:
-            _not_pruned(plan, task, seed, head, runs[0], str(why))
-            return
-        for run in runs[:4]:
-            measure = partial(scored, plan.model, plan.tok, head, plan.tasks[task].test, masks[run.labels["kind"]])
-            _once(run, _first_stage(run), plan.epochs, measure)
-    for run in runs:
-        kind, epochs = run.labels["kind"], run.labels.get("epochs", plan.epochs)
-        mask = masks[kind].rebase(plan.space)
-        if kind != "full": _once(run, "retrained", epochs, partial(_retrained, plan, task, seed, kind, mask, epochs))
-        if not run.done: run.finish(mask)
-
-
-def _first_stage(run: Run) -> str: return "full" if run.labels["kind"] == "full" else "pruned"
-
-# %% ../../nbs/recipes/07_tickets.ipynb #9a56bb1b
-def _not_pruned(plan: Plan, task: str, seed: int, head: TaskHead, full: Run, why: str) -> None:
-    "Write down why, and the score of the full model."
-    write_note(plan, task, seed, skipped=why)
-    def measure() -> dict[str, Any]:
-        return {**scored(plan.model, plan.tok, head, plan.tasks[task].test), "note": f"not pruned: {why}"}
-    _once(full, "full", plan.epochs, measure)
-
-# %% ../../nbs/recipes/07_tickets.ipynb #7e10f17e
-def found_masks(plan: Plan, task: str, seed: int, head: TaskHead) -> dict[str, Mask]:
-    "The masks of all kinds, in the space of the fine-tuned weights."
-    data: Any = plan.tasks[task].search
-    space = Space.of(plan.model, plan.space.kind)
-    weights = plan.space.kind == "weight"
-    found = iterate(
-        plan.model, plan.tok, None if weights else Task(data, head), TaskScore(data, head), space,
-        **plan.pruning, seed=seed, published=plan.published, baselines=trivial_on(plan.baselines, task, "search"),
-        to=kept_at(plan.folder / "search", f"{task}-{seed}"),
-        labels={"task": task, "seed": seed}, progress=plan.progress,
-    )
-    first = {} if weights else found.scores[Mask.full(space).id].values
-    importance = {name: np.asarray(values, float).tolist() for name, values in first.items()}
-    steps = json.loads(found.table.to_json(orient="records"))
-    write_note(plan, task, seed, steps=steps, importance=importance, floor=found.floor)
-    good, full = found.mask, Mask.full(space)
-    others = _by_magnitude(plan, space, good, seed) if weights else matched_controls(good, seed, plan.published)
-    return {"full": full, **others, "random-init": random_matched(good, [], seed + 1)}
-
-
-def _by_magnitude(plan: Plan, space: Space, good: Mask, seed: int) -> dict[str, Mask]:
-    "Counterparts of a mask over weights."
-    bad = magnitude(plan.model, space).bottom(like=good)
-    return {"good": good, "random": random_matched(good, [], seed), "bad": bad}
-
-
-def _note_file(plan: Plan, task: str, seed: int) -> Path:
-    return kept_at(plan.folder / "search", f"{task}-{seed}", ".json")
-
-
-def write_note(plan: Plan, task: str, seed: int, **what: Any) -> None:
-    "Write what the search of a cell saw: steps, importance, or why nothing was pruned."
-    write_json(_note_file(plan, task, seed), {"steps": [], "importance": {}, "skipped": None, **what})
-
-
-def read_note(plan: Plan, task: str, seed: int) -> dict[str, Any]:
-    "What the search of a cell saw; nothing if it was not searched yet."
-    file = _note_file(plan, task, seed)
-    return read_json(file, DamagedFile, keys=["steps", "importance", "skipped"]) if file.exists() else {}
-
-# %% ../../nbs/recipes/07_tickets.ipynb #7451049c
-SUPER = ("super-good", "super-random", "super-bad")
-
-
-def do_super_cell(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> None:
-    "The super-survivors of a task under one seed."
-    runs, data = super_runs(plan, task, seed, seeds), plan.tasks[task]
-    good = Masks([({"seed": s}, plan.run(task, s, "good").mask) for s in seeds])
-    found = super_survivors(good)
-    random = super_survivors(good, seed)["random"]
-    masks = {"super-good": found["good"], "super-random": random, "super-bad": found["bad"]}
-    with fine_tuned(plan, task, seed) as head:
-        now = Space.of(plan.model, plan.space.kind)
-        for kind, mask in masks.items():
-            measure = partial(scored, plan.model, plan.tok, head, data.test, mask.rebase(now))
-            _once(runs[kind], "pruned", plan.epochs, measure)
-    for kind, mask in masks.items():
-        _once(runs[kind], "retrained", plan.epochs, partial(_retrained, plan, task, seed, kind, mask, plan.epochs))
-        runs[kind].finish(mask)
-
-
-def super_runs(plan: Plan, task: str, seed: int, seeds: Sequence[int]) -> dict[str, Run]:
-    "The runs of the super-survivors of some seeds."
-    return {kind: plan.run(task, seed, kind, seeds=list(seeds)) for kind in SUPER}
+__all__ = ['WHOLE_MODEL', 'CONTRASTS', 'BAG', 'AGREEMENT', 'NAMES', 'KEPT', 'tickets', 'check_study', 'worked', 'TicketData',
+           'Tickets', 'collected', 'all_weights', 'densities', 'usual', 'drawn', 'trivial_of', 'summary', 'table',
+           'tickets_results', 'tickets_text', 'tickets_sections', 'survival_maps', 'kept_table', 'attention_patterns']
 
 # %% ../../nbs/recipes/07_tickets.ipynb #2b3fea4e
 @recipe("Lottery tickets", "Prasanna, Rogers & Rumshisky 2020, arXiv 2005.00561", read=read_tasks,
@@ -308,7 +133,7 @@ class TicketData(Study):
 
     @property
     def scores(self) -> pd.DataFrame:
-        "On the test sentences: task, seed, kind, stage, epochs, density, score, each metric, note."
+        "On the test sentences: task, seed, kind, stage, epochs, what is kept (`WHOLE_MODEL`), score, metrics, note."
         return self.tables["scores"]
 
     @property
@@ -346,6 +171,10 @@ class Tickets(TicketData):
         "The study as in table 3 of the paper."
         return table(self)
 
+    def patterns(self, **how: Any) -> Figure:
+        "What heads look at, before and after fine-tuning: see `attention_patterns`."
+        return attention_patterns(self, **how)
+
     def results(self) -> dict[str, Any]:
         "Scores over seeds, sizes, gains, mask files."
         return tickets_results(self)
@@ -379,7 +208,7 @@ def collected(
     usual = [run for run in runs if run.done and "epochs" not in run.labels]
     masks = [(run.labels, run.folder / "mask.safetensors" if kept and run.folder else run.mask) for run in usual]
     steps = pd.concat([pd.DataFrame(note["steps"]) for note in notes.values() if note["steps"]], ignore_index=True)
-    scores = _scores_of(runs)
+    scores = _scores_of(runs, all_weights(plan))
     return Tickets(
         masks=Masks(masks), tables={"scores": scores, "steps": steps, "baselines": plan.baselines}, config=bench.config,
         model_name=plan.space.model.name, seconds=bench.seconds, folder=bench.folder if kept else None,
@@ -398,20 +227,33 @@ def _importance(plan: Plan, note: Mapping[str, Any]) -> Scores:
     return Scores(plan.space, values, {"method": "importance"})
 
 
-def _scores_of(runs: Sequence[Run]) -> pd.DataFrame:
+def _scores_of(runs: Sequence[Run], whole: Space) -> pd.DataFrame:
     "One row per measurement."
     rows = []
     for run in runs:
-        kept = {"density": run.mask.density, "density_weights": weight_density(run.mask)} if run.done else _WHOLE
+        kept = densities(run.mask, whole) if run.done else WHOLE_MODEL
         rows += [{**run.labels, **row, **kept} for row in run.metrics.to_dict("records")]
     scores = pd.DataFrame(rows)
-    front = ["task", "seed", "kind", "stage", "epochs", *_WHOLE, "score"]
+    front = ["task", "seed", "kind", "stage", "epochs", *WHOLE_MODEL, "score"]
     return scores[[*front, *(column for column in scores if column not in front)]]
 
+# %% ../../nbs/recipes/07_tickets.ipynb #64d87db7
+WHOLE_MODEL = {"density": 1.0, "density_weights": 1.0, "density_model": 1.0}
+"What the full model keeps: of units, of the weights they consist of, of all weights with the word embeddings."
+
+
+def all_weights(plan: Plan) -> Space:
+    "Every weight of the model: the matrices of its blocks and the word embeddings."
+    return Space.of(plan.model, "weight", embeddings=True)
+
+
+def densities(mask: Mask, whole: Space) -> dict[str, float]:      # `whole`: see `all_weights`
+    "The shares that a mask keeps, each 0…1, by the names in `WHOLE_MODEL`."
+    own, weights = weight_density(mask), space_to(mask.space, "weight", "full").groups
+    size = sum(group.size for group in weights if group.kind == "weight")
+    return {"density": mask.density, "density_weights": own, "density_model": 1 - (1 - own) * size / whole.size}
+
 # %% ../../nbs/recipes/07_tickets.ipynb #e67bff89
-_WHOLE = {"density": 1.0, "density_weights": 1.0}
-
-
 def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
     unpruned = [f"not pruned: {why}" for why in _reasons(skipped)]
     sizes = {name: len(data.test) for name, data in plan.tasks.items()}
@@ -430,6 +272,7 @@ def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFr
 CONTRASTS = [("good", "random"), ("good", "bad"), ("super-good", "super-random"), ("super-good", "super-bad"),
              ("good", "random-init")]
 "What is paired in `gains`."
+BAG = "bag of words"
 
 
 def usual(study: Tickets) -> pd.DataFrame:
@@ -438,24 +281,37 @@ def usual(study: Tickets) -> pd.DataFrame:
 
 
 def drawn(study: Tickets) -> pd.DataFrame:
-    "These with the best baseline of each task, the majority label or a part of the input, for `plots.tickets`."
-    best = best_trivial(study.tables["baselines"]).assign(kind="baseline", stage="full", seed=0)
-    return pd.concat([usual(study), best], ignore_index=True)
+    """These with two baselines of each task, for `plots.tickets`.
+
+    They are the best of the majority label and parts of the input, and a bag of words over the whole input.
+    """
+    table = study.tables["baselines"]
+    bags = table[(table.baseline == WHOLE) & (table.part == "test") & table.score.notna()]
+    bars = [best_trivial(table).assign(kind="baseline"), bags[["task", "score"]].assign(kind=BAG)]
+    return pd.concat([usual(study), *(bar.assign(stage="full", seed=0) for bar in bars)], ignore_index=True)
+
+
+def trivial_of(study: Tickets, task: str) -> dict[str, float]:
+    "What the majority label and a bag of words over the whole input score on the test sentences; nan: no such score."
+    table = study.tables["baselines"]
+    known = table[(table.task == task) & (table.part == "test")].set_index("baseline").score
+    return {name: float(known.get(row, np.nan)) for name, row in (("majority", "majority"), ("bag_of_words", WHOLE))}
 
 
 def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage and epochs
-    "Densities; mean score over seeds, deviation (ddof 1), 95 % interval over seeds and items; undefined ones left out."
+    "What is kept; mean of defined scores over seeds, deviation, 95 % interval over seeds and items; baselines."
     rows = []
     for key, t in study.scores.groupby(["task", "kind", "stage", "epochs"], sort=False):
         names = dict(zip(("task", "kind", "stage", "epochs"), key, strict=True))
         note = "; ".join(sorted({note for note in t.note if note}))
-        kept = {name: t[name].mean() for name in _WHOLE}
+        kept = {name: t[name].mean() for name in WHOLE_MODEL}
         over = mean_of(Pairs(t, ["seed"], packed="items"), t)
         ends = {name: over[name] for name in ("items", "low", "high")}
-        rows.append({**names, **kept, **defined_interval(t.score), **ends, "note": note})
+        beside = trivial_of(study, names["task"])
+        rows.append({**names, **kept, **defined_interval(t.score), **ends, **beside, "note": note})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/recipes/07_tickets.ipynb #501ecbd5
 def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean ± std"
     "The study as in table 3 of the paper, with the baselines."
     t = summary(study)
@@ -467,9 +323,9 @@ def table(study: Tickets) -> pd.DataFrame:      # (kind, stage) × task: "mean �
     return pd.concat([first, wide, _kept_rows(t).reindex(columns=wide.columns)]).rename_axis(columns=None)
 
 
-def _kept_rows(t: pd.DataFrame) -> pd.DataFrame:      # (kind, "units kept" or "weights kept") × task
-    means = t[t.kind != "full"].groupby(["kind", "task"], sort=False)[list(_WHOLE)].mean()
-    named = means.set_axis(["units kept", "weights kept"], axis=1).stack().map("{:.3f}".format)
+def _kept_rows(t: pd.DataFrame) -> pd.DataFrame:      # (kind, "units kept", …) × task
+    means = t[t.kind != "full"].groupby(["kind", "task"], sort=False)[list(WHOLE_MODEL)].mean()
+    named = means.rename(columns=curves.KEPT_SHARES).add_suffix(" kept").stack().map("{:.3f}".format)
     return named.unstack("task").rename_axis(["kind", "stage"])
 
 
@@ -489,7 +345,7 @@ def tickets_results(study: Tickets) -> dict[str, Any]:
     t = summary(study)
     gains, files = study.gains().rename(columns={"of": "kind"}), study.mask_files("task", "kind", "seed", "epochs")
     return {
-        "kind": study.config["kind"], "baselines": study.tables["baselines"],
+        "kind": study.config["kind"], "weights": _sizes(study.plan), "baselines": study.tables["baselines"],
         "tasks": {task: _task_results(study, task, t[t.task == task], files) for task in study.plan.tasks},
         "gains": gains, "stability": selection_table(study.good, "task"),
         "skipped": {f"{task}, seed {seed}": why for (task, seed), why in study.skipped.items()},
@@ -497,16 +353,15 @@ def tickets_results(study: Tickets) -> dict[str, Any]:
 
 
 def _task_results(study: Tickets, task: str, rows: pd.DataFrame, files: Mapping[Any, str]) -> dict[str, Any]:
-    data, scores = study.plan.tasks[task], dict[str, dict[str, Any]]()
+    data, whole, scores = study.plan.tasks[task], all_weights(study.plan), dict[str, dict[str, Any]]()
     for row in rows.itertuples(): scores.setdefault(row.kind, {})[_stage_text(study, row)] = _score_results(study, row)
     good: Any = study.good.sel(task=task) if task in set(study.good.index.task) else []
     masks = study.masks.index[study.masks.index.task == task]
     return {
         "metric": data.metric, "n": {part: len(d) for part, d in data.parts.items()},
-        "majority": trivial_on(study.tables["baselines"], task).get("majority"), "scores": scores,
-        "kept": {kind: {"units": t.density.mean(), "weights": t.density_weights.mean()}
-                 for kind, t in rows.groupby("kind", sort=False)},
-        "survivors": [_survivors(mask) for _, mask in good],
+        **trivial_of(study, task), "scores": scores,
+        "kept": {kind: _shares(t[list(WHOLE_MODEL)].mean()) for kind, t in rows.groupby("kind", sort=False)},
+        "survivors": [_survivors(mask) | {"kept": _shares(densities(mask, whole))} for _, mask in good],
         "masks": {kind: [files[task, kind, seed, None] for seed in masks[masks.kind == kind].seed if files]
                   for kind in rows.kind.unique() if kind in set(masks.kind)},
     }
@@ -521,8 +376,19 @@ def _score_results(study: Tickets, row: Any) -> dict[str, Any]:
     return {**out, "note": row.note} if row.note else out
 
 
-def _survivors(mask: Mask) -> dict[str, int]:
+def _survivors(mask: Mask) -> dict[str, Any]:
     return {kind: int(kept) for kind, kept in mask.table().groupby("kind").kept.sum().items()}
+
+
+def _shares(kept: Mapping[Any, float] | pd.Series) -> dict[str, float]:
+    return dict(zip(("units", "weights", "weights_with_embeddings"), (kept[name] for name in WHOLE_MODEL), strict=True))
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    "How many weights the model has, in its blocks and in its word embeddings."
+    sizes = {group.layer < 0: 0 for group in all_weights(plan).groups}
+    for group in all_weights(plan).groups: sizes[group.layer < 0] += group.size
+    return {"blocks": sizes[False], "embeddings": sizes[True]}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #ea6341f1
 def tickets_text(study: Tickets) -> str:
@@ -535,6 +401,8 @@ def tickets_text(study: Tickets) -> str:
 AGREEMENT = ("Fleiss' kappa depends on how much is kept: read it with prevalence and raw agreement. Q tests equal "
              "numbers of survivors, not agreement.")
 NAMES = {"head": "heads", "mlp": "MLPs"}
+KEPT = ("Weights are those of the matrices that the units consist of; with embeddings, all weights of the model, whose "
+        "word embeddings stay. Less the share of the embeddings, this is the size in figures 2 and 17 of the paper.")
 
 
 def tickets_sections(study: Tickets) -> Iterator[Section]:
@@ -542,16 +410,15 @@ def tickets_sections(study: Tickets) -> Iterator[Section]:
     good, units = study.good, [kind for kind in study.config["kind"].split("+") if kind != "weight"]
     several = good.index.seed.nunique() > 1
     by_task = {task: good.sel(task=task) for task in study.plan.tasks if task in set(good.index.task)}
-    survival, agree, share = [], [], []
-    if several and units:
-        survival = [agreement.survival(masks, title=f"{task}: kept over seeds") for task, masks in by_task.items()]
+    agree, share = [], []
     if several: agree = [agreement.consensus(consensus(good, kind), units=NAMES[kind]) for kind in units]
     if several and len(by_task) > 1:
         share = [agreement.overlap(shared_units(good, "task"), kind) for kind in units]
     yield "Scores", _scores_text(study), [curves.tickets(drawn(study)), study.table().reset_index()]
     yield ("Gains", "Differences of good subnetworks to their counterparts, paired by seed, with 95 % intervals; "
            "p corrected over the table by Holm and by Benjamini and Hochberg.", [study.gains().round(3)])
-    yield "What survives", SURVIVAL_TEXT, [*survival, *selection_tables(good, "task")]
+    maps = survival_maps(study, by_task) if several or not units else []
+    yield "What survives", f"{SURVIVAL_TEXT} {KEPT}", [*maps, kept_table(study), *selection_tables(good, "task")]
     yield "Do seeds agree?", AGREEMENT, agree
     yield "Do tasks share units?", "Units kept by both tasks under the same seed, beside chance.", share
     yield ("Importance", "Of the units of the fine-tuned models; marked are those that go first.",
@@ -571,3 +438,77 @@ def _importances(study: Tickets, by_task: Mapping[str, Masks]) -> list[Any]:
     if not study.importance: return []
     first = [(task, masks.index.seed.iloc[0]) for task, masks in by_task.items()]
     return [mask_figures.importance(study.importance[t, s], title=f"{t}, seed {s}") for t, s in first]
+
+# %% ../../nbs/recipes/07_tickets.ipynb #1bd0eaca
+def survival_maps(study: Tickets, by_task: Mapping[str, Masks]) -> list[Figure]:
+    "How often units are kept over seeds, by task; of weights the share of every matrix, before that over all tasks."
+    found = [agreement.survival(masks, title=f"{task}: {_kept_said(study, task)}") for task, masks in by_task.items()]
+    if study.config["kind"] != "weight" or not found: return found
+    title = "Share of weights that survive, over seeds" + " and tasks" * (len(by_task) > 1)
+    return [mask_figures.placement(placement(study.good), title, label="share kept"), *found]
+
+
+def _kept_said(study: Tickets, task: str) -> str:
+    "How much the good masks of a task keep, on average."
+    t = study.scores[(study.scores.task == task) & (study.scores.kind == "good")]
+    units = "" if study.config["kind"] == "weight" else f"{t.density.mean():.2f} of units, "
+    return f"{units}{t.density_weights.mean():.2f} of weights kept over seeds"
+
+
+def kept_table(study: Tickets) -> pd.DataFrame:      # task, kind, and shares of units and weights, text
+    "What masks keep, mean ± standard deviation over seeds."
+    t = study.scores[study.scores.kind != "full"].drop_duplicates(["task", "kind", "seed"])
+    found = t.groupby(["task", "kind"], sort=False)[list(WHOLE_MODEL)].agg(_spread)
+    return found.set_axis(list(curves.KEPT_SHARES.values()), axis=1).reset_index()
+
+
+def _spread(values: pd.Series) -> str:
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+# %% ../../nbs/recipes/07_tickets.ipynb #8d59bb5f
+def attention_patterns(
+    study: Tickets,
+    tasks: Sequence[str] | None = None,      # None: all that were pruned
+    seeds: Sequence[int] | None = None,      # of fine-tuned models; None: all
+    texts: Count = 100,                      # test texts of a task at most; short ones are left out
+    normed: str = "correct",                 # how maps are normed: one of `NORMS`
+    cnn: PatternCNN | None = None,           # None: the classifier that comes with the library
+) -> Figure:                                 # .data: task, model, maps, heads, pattern, share, std, seeds, n
+    "Patterns before and after fine-tuning × raw and weight-normed × all heads and super-survivors, mean over seeds."
+    if "head" not in study.config["kind"].split("+"):
+        raise SubnetError(f"attention patterns are of heads, and this study pruned {study.config['kind']!r}: make one "
+                          "of heads, or of head+mlp.")
+    pruned = list(dict.fromkeys(study.good.index.task))
+    chosen = check_names(pruned if tasks is None else tasks, pruned, "task that was pruned")
+    how: dict[str, Any] = {"normed": normed, "cnn": cnn}
+    found = pd.concat([part for task in chosen for part in _patterns_of(study, task, seeds, texts, how)])
+    keys = ["task", "model", "maps", "heads", "pattern"]
+    named = {"share": ("share", "mean"), "std": ("share", "std"), "seeds": ("share", "size"), "n": ("n", "sum")}
+    out = found.groupby(keys, sort=False).agg(**named).reset_index()
+    bars = out.assign(bar=out.task + ", " + out["heads"])
+    title = f"Attention patterns of {study.model_name}, before and after fine-tuning"
+    return replace(pattern_grid(bars, by="bar", down="maps", across="model", title=title), data=out)
+
+# %% ../../nbs/recipes/07_tickets.ipynb #a76f5cbd
+def _patterns_of(
+    study: Tickets, task: str, seeds: Sequence[int] | None, texts: int, how: Mapping[str, Any],
+) -> Iterator[pd.DataFrame]:
+    "Shares of patterns of a task: of the pre-trained model, then of each fine-tuned one."
+    plan, good = study.plan, study.good.sel(task=task)
+    there = list(good.index.seed)
+    check_names(map(str, seeds or ()), map(str, there), "seed that was pruned")
+    alive, asked = super_survivors(good)["good"], [_as_read(row) for row in plan.tasks[task].test.take(texts)]
+
+    def told(model: str, mask: Mask) -> pd.DataFrame:
+        found = pattern_shares(plan.model, plan.tok, asked, mask, **how)
+        return found.assign(task=task, model=model, heads=found["heads"].replace("survivors", "super-survivors"))
+
+    yield told("pre-trained", alive)
+    for seed in there if seeds is None else seeds:
+        with study.fine_tuned(task, seed): yield told("fine-tuned", alive.rebase(Space.of(plan.model, plan.space.kind)))
+
+
+def _as_read(row: Mapping[str, Any]) -> str | tuple[str, str]:
+    "A text, or the pair of texts, that a model reads of an example."
+    texts = [row[key] for key in ("sentence", "pair", "question", "context") if key in row]
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])

@@ -262,7 +262,7 @@ def test_a_recipe_without_clauses_is_as_it_was():
 def test_published_tickets_train_with_dropout(pocket_bert, monkeypatch, tmp_path):
     "Of the model and of the head, in fine-tuning and when trained again."
     any_floor(monkeypatch)
-    module, seen = sys.modules["subnet_explorer.recipes.tickets"], []
+    module, seen = sys.modules["subnet_explorer.recipes.ticket_cells"], []
     fit = module.fit
     monkeypatch.setattr(module, "fit", lambda *a, **k: seen.append((k["dropout"], k["head_dropout"])) or fit(*a, **k))
     data = task_data("pocket:entails", on_dev=True, train=48, test=24)

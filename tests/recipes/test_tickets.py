@@ -6,51 +6,64 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from floors import any_floor
-from scipy import stats
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from subnet_explorer.core.errors import SubnetError, UnknownName
+from subnet_explorer.core.intervals import interval
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.parts import TaskData, task_data
+from subnet_explorer.data.questions import read_squad
 from subnet_explorer.data.tables import GLUE, Labelled, read_glue
 from subnet_explorer.look import curves
 from subnet_explorer.measure.baselines import majority_label
+from subnet_explorer.measure.decisions import decide, shares
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.study import Bench
-from subnet_explorer.recipes.tasks import BASELINES, baseline_table, trivial_on
-from subnet_explorer.recipes.tickets import SUPER, summary, table, tickets
+from subnet_explorer.recipes.tasks import BASELINES, baseline_table, trivial_on, trivial_text
+from subnet_explorer.recipes.ticket_cells import SUPER
+from subnet_explorer.recipes.tickets import summary, table, tickets
 from subnet_explorer.search.prune import NoFloor
 
 chapter = importlib.import_module("subnet_explorer.recipes.tickets")
+cells = importlib.import_module("subnet_explorer.recipes.ticket_cells")
 QUICK = dict(epochs=3, lr=1e-3, length=32, progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def floors():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small are slower with more
     with pytest.MonkeyPatch.context() as patch:
         any_floor(patch)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return load("pocket-bert")
+    "The pocket model with two of its layers."
+    model, tok = load("pocket-bert")
+    model.bert.encoder.layer = model.bert.encoder.layer[:2]
+    model.config.num_hidden_layers = 2
+    return model, tok
 
 
 @pytest.fixture(scope="module")
 def tasks():
-    return {t: task_data(f"pocket:{t}", search=0.05, train=256, test=60) for t in ("paraphrase", "entails")}
+    return {t: task_data(f"pocket:{t}", search=0.03, train=64, test=40) for t in ("paraphrase", "entails")}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +81,7 @@ def study(bert, tasks, tmp_path_factory):
 
 
 def untrained():
-    "A tiny encoder that was never trained, for what does not need a good one."
+    "A tiny encoder of two layers that was never trained, for what does not need a good one."
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
@@ -77,7 +90,7 @@ def untrained():
         BertConfig(
             vocab_size=len(tok),
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
             max_position_embeddings=64,
@@ -86,7 +99,7 @@ def untrained():
 
 
 def one_task():
-    return {"entails": task_data("pocket:entails", search=0.05, train=128, test=60)}
+    return {"entails": task_data("pocket:entails", search=0.03, train=32, test=40)}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +185,7 @@ def test_masks_are_matched_in_size_by_kind(study, tasks):
                 kept(by["super-good"]) == kept(by["super-random"]) == kept(by["super-bad"])
                 and by["super-good"] <= by["good"]
             )
-            if kept(by["good"])["head"] <= 8 and kept(by["good"])["mlp"] <= 2:
+            if kept(by["good"])["head"] <= 4 and kept(by["good"])["mlp"] <= 1:
                 assert (by["good"] & by["bad"]).count == 0
         assert study.masks.sel(task=task, seed=0, kind="super-good")[0] == study.good.sel(task=task).intersection()
     assert len({m.space for _, m in study.masks}) == 1
@@ -255,7 +268,10 @@ def test_tables(study):
     ).score.to_numpy()
     row = t.loc["entails", "bad", "retrained", 3]
     assert np.isclose(row["mean"], x.mean()) and np.isclose(row["std"], np.std(x, ddof=1)) and row["n"] == 2
-    assert np.allclose([row.low, row.high], stats.t.interval(0.95, 1, x.mean(), stats.sem(x)), equal_nan=True)
+    hits = study.scores.query("task == 'entails' and kind == 'bad' and stage == 'retrained' and epochs == 3")["items"]
+    by_seed = np.array([[float(v) for v in text.split(",")] for text in hits])
+    assert by_seed.shape == (2, 40) and np.allclose(by_seed.mean(1), x)
+    assert row["items"] == 40 and np.allclose([row.low, row.high], interval([by_seed], bounds=(0, 1))[1:])
     wide = study.scores.query("task == 'entails' and stage == 'retrained' and epochs == 3").pivot(
         index="seed", columns="kind", values="score"
     )
@@ -280,15 +296,21 @@ def test_the_model_comes_back(small, entails, monkeypatch):
     model, before = small[0], weights(small[0])
     tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    monkeypatch.setattr(chapter, "matched_controls", lambda *a: 1 / 0)
+    monkeypatch.setattr(cells, "matched_controls", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tickets(*small, entails, seeds=(0,), floor=1.0, **QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_weights_by_magnitude(bert, entails, tmp_path):
-    model = bert[0]
-    found = tickets(*bert, entails, kind="weight", seeds=(0,), floor=0.95, to=tmp_path / "w", **QUICK)
+@pytest.fixture(scope="module")
+def weighty(bert, entails, tmp_path_factory):
+    "A study of weights, pruned by magnitude."
+    to = tmp_path_factory.mktemp("weights") / "w"
+    return tickets(*bert, entails, kind="weight", seeds=(0,), floor=0.95, to=to, **QUICK)
+
+
+def test_weights_by_magnitude(weighty, bert):
+    model, found = bert[0], weighty
     by = found.masks.by("kind")
     n = len(found.steps[found.steps.passed]) - 1
     assert (
@@ -298,7 +320,7 @@ def test_weights_by_magnitude(bert, entails, tmp_path):
         and not found.importance
     )
     with found.fine_tuned("entails", 0):
-        name = "encoder.layer.3.output.dense.weight"
+        name = "encoder.layer.1.output.dense.weight"
         w = model.base_model.get_parameter(name).detach().abs().numpy()
         kept, bad = by["good"][name], by["bad"][name]
         assert w[kept].min() >= w[~kept].max() - 1e-9 and w[bad].max() <= w[~bad].min() + 1e-9
@@ -334,6 +356,8 @@ def test_one_kind_of_unit(small, entails, kind):
 
 def test_other_families(entails):
     model, tok = load("pocket-gpt2")
+    model.transformer.h = model.transformer.h[:2]
+    model.config.n_layer = 2
     found = tickets(model, tok, entails, seeds=(0,), floor=1.0, random_init=True, **QUICK)
     assert {"full", "good", "random", "bad", "random-init"} == set(found.scores.kind) and found.good[0].density < 1
 
@@ -341,30 +365,39 @@ def test_other_families(entails):
 # ── stopped, continued, grown, shared among processes ────────────────────────────────────────────────────────────────
 
 PROGRAM = """
-import sys
+import os, sys, time
+from pathlib import Path
 sys.path.insert(0, "..")
+import torch
 from pytest import MonkeyPatch
 from floors import any_floor
 from test_tickets import QUICK, one_task, tickets, untrained
+torch.set_num_threads(1)
 any_floor(MonkeyPatch())
-tickets(*untrained(), one_task(), seeds=(0, 1), floor=1.0, to=sys.argv[1], **QUICK)
+model, tasks, folder = untrained(), one_task(), Path(sys.argv[1])
+for wanted in (1, 6):      # killed after so many masks were finished
+    child = os.fork()
+    if not child:
+        tickets(*model, tasks, seeds=(0, 1), floor=1.0, to=folder, **QUICK)
+        os._exit(0)
+    while len(list(folder.glob("runs/*/mask.safetensors"))) < wanted:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+        time.sleep(0.005)
+    os.kill(child, 9)
+    assert os.waitpid(child, 0)[1] == 9
 """
 
 
-def test_killed_and_continued(small, entails, tmp_path):
-    whole = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "whole", **QUICK)
-    for wanted in (1, 6):  # killed after so many masks were finished
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "cut")],
-            cwd=Path(__file__).parent,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        while len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < wanted:
-            assert child.poll() is None, child.stderr.read().decode()[-2000:]
-            time.sleep(0.02)
-        child.kill()
-        child.wait()
+@pytest.fixture(scope="module")
+def whole(small, entails):
+    "The study of two seeds, made at once."
+    return tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
+
+
+def test_killed_and_continued(small, entails, whole, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cut")]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("cut/runs/*/mask.safetensors"))) < len(whole.masks)
     cut = tickets(*small, entails, seeds=(0, 1), floor=1.0, to=tmp_path / "cut", **QUICK)
     pd.testing.assert_frame_equal(whole.scores, cut.scores)
     assert [m for _, m in whole.masks] == [m for _, m in cut.masks]
@@ -374,8 +407,8 @@ def test_killed_and_continued(small, entails, tmp_path):
 
 
 def test_from_the_folder_nothing_is_done_again(study, bert, tasks, monkeypatch):
-    monkeypatch.setattr(chapter, "fit", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr(cells, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(cells, "iterate", lambda *a, **k: pytest.fail("pruned again"))
     again = tickets(*bert, tasks, seeds=(0, 1), floor=1.0, random_init=True, longer=(4,), to=study.plan.folder, **QUICK)
     pd.testing.assert_frame_equal(again.scores, study.scores)
     pd.testing.assert_frame_equal(again.steps, study.steps)
@@ -406,22 +439,18 @@ def test_a_study_grows(small, entails, tmp_path):
         tickets(*small, entails, seeds=(0,), floor=0.7, to=tmp_path / "s", **QUICK)
 
 
-def test_processes_share_the_cells(small, entails, tmp_path):
-    torch.set_num_threads(1)
-    try:
-        one = tickets(*small, entails, seeds=(0, 1), floor=1.0, **QUICK)
-    finally:
-        torch.set_num_threads(2)
+@pytest.mark.slow  # two more interpreters; how processes share cells in general is tested with the campaign
+def test_processes_share_the_cells(small, entails, whole, tmp_path):
     two = tickets(*small, entails, seeds=(0, 1), floor=1.0, processes=2, to=tmp_path / "two", **QUICK)
-    pd.testing.assert_frame_equal(one.scores, two.scores)
-    assert [m for _, m in one.masks] == [m for _, m in two.masks]
+    pd.testing.assert_frame_equal(whole.scores, two.scores)
+    assert [m for _, m in whole.masks] == [m for _, m in two.masks]
 
 
 # ── refused, by name ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_model_that_has_learned_nothing(small):
-    data = task_data("pocket:acceptable", search=0.05, train=64, test=60)
+    data = task_data("pocket:acceptable", search=0.03, train=64, test=40)
     with pytest.raises(
         SubnetError,
         match=r"no cell could be pruned: acceptable, seed 0: the full model scores .*: a share of that is no floor",
@@ -431,27 +460,27 @@ def test_a_model_that_has_learned_nothing(small):
 
 def test_a_cell_without_floor_does_not_stop_the_others(small, entails, tmp_path, monkeypatch):
     "It stays in the table with its reason; also when read from the folder."
-    real = chapter.iterate
+    real = cells.iterate
 
     def pruned(*a, labels, **k):
         if labels == {"task": "entails", "seed": 1}:
             raise NoFloor("the full model scores -0.1")
         return real(*a, labels=labels, **k)
 
-    monkeypatch.setattr(chapter, "iterate", pruned)
+    monkeypatch.setattr(cells, "iterate", pruned)
     for _ in range(2):
         found = tickets(*small, entails, seeds=(0, 1, 2), floor=1.0, to=tmp_path / "s", **QUICK)
         assert found.skipped == {("entails", 1): "the full model scores -0.1"} and set(found.good.index.seed) == {0, 2}
         one = found.scores.query("seed == 1")
         assert list(one.kind) == ["full"] and one.note.item() == "not pruned: the full model scores -0.1"
         assert set(found.masks.sel(kind="super-good").index.seed) == {0, 2}
-        monkeypatch.setattr(chapter, "iterate", lambda *a, **k: pytest.fail("pruned again"))
+        monkeypatch.setattr(cells, "iterate", lambda *a, **k: pytest.fail("pruned again"))
 
 
 def test_constant_predictions_are_named(small, tmp_path):
     "Not a silent NaN, neither in the table nor in the file."
-    task = task_data("pocket:similar", search=0.05, train=256, test=60)
-    tasks = {"similar": task, "entails": task_data("pocket:entails", search=0.05, train=64, test=20)}
+    task = task_data("pocket:similar", search=0.05, train=64, test=40)
+    tasks = {"similar": task, "entails": task_data("pocket:entails", search=0.03, train=64, test=20)}
     found = tickets(*small, tasks, seeds=(0,), floor=0.99, to=tmp_path / "s", **QUICK)
     assert np.isfinite(summary(found)["mean"]).all()
     assert "undefined" in table(found).loc[("majority", ""), "similar"]
@@ -475,15 +504,127 @@ def test_undefined_scores_are_left_out_and_counted_everywhere(study):
     assert some.to_json()["tasks"]["entails"]["scores"]["bad"]["pruned"]["undefined"] == 1
 
 
-def test_both_densities_by_name(study):
+def matrices(model):
+    "Sizes of the matrices in the blocks, and of the word embeddings."
+    sizes = {name: p.numel() for name, p in model.base_model.named_parameters() if p.ndim == 2}
+    blocks = {name: n for name, n in sizes.items() if name.startswith("encoder.layer")}
+    return blocks, sizes["embeddings.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize("kind", ["head+mlp", "head", "mlp", "weight"])
+def test_shares_of_weights_are_those_of_the_exact_map(bert, kind):
+    "Of the weights of the units, and of all weights of the model, whatever the kind of unit."
+    model, space = bert[0], Space.of(bert[0], kind)
+    blocks, embeddings = matrices(model)
+    mask = Mask.random(space, 0.6, seed=1)
+    fine = mask.to("weight", how="full").table().query("kind == 'weight'") if kind != "weight" else mask.table()
+    kept, size = fine.kept.sum(), fine["size"].sum()
+    found = chapter.densities(mask, Space.of(model, "weight", embeddings=True))
+    assert found["density"] == mask.density and found["density_weights"] == pytest.approx(kept / size)
+    everything = sum(blocks.values()) + embeddings
+    assert found["density_model"] == pytest.approx(1 - (size - kept) / everything)
+
+
+def test_shares_of_weights_stand_beside_those_of_units(study, bert):
+    blocks, embeddings = matrices(bert[0])
     good = study.masks.sel(task="entails", seed=0, kind="good")[0]
     weights = good.to("weight", how="full").table().query("kind == 'weight'")
+    removed = (weights["size"] - weights.kept).sum()
     row = study.scores.query("task == 'entails' and seed == 0 and kind == 'good'").iloc[0]
     assert row.density == good.density
-    assert row.density_weights == pytest.approx(weights.kept.sum() / weights["size"].sum())
-    shown = table(study)
-    assert ("good", "units kept") in shown.index and ("good", "weights kept") in shown.index
-    assert set(study.to_json()["tasks"]["entails"]["kept"]["good"]) == {"units", "weights"}
+    assert row.density_weights == pytest.approx(1 - removed / sum(blocks.values()))
+    assert row.density_model == pytest.approx(1 - removed / (sum(blocks.values()) + embeddings))
+    of = study.scores.query("task == 'entails' and kind == 'good'")
+    mean = summary(study).query("task == 'entails' and kind == 'good'").iloc[0]
+    shown, said = table(study), study.to_json()
+    names = {"density": "units", "density_weights": "weights", "density_model": "weights with embeddings"}
+    for column, name in names.items():
+        value = of.drop_duplicates("seed")[column].mean()
+        assert mean[column] == pytest.approx(value)
+        assert shown.loc[("good", f"{name} kept"), "entails"] == f"{value:.3f}"
+        assert said["tasks"]["entails"]["kept"]["good"][name.replace(" ", "_")] == pytest.approx(value, abs=1e-6)
+    assert said["weights"] == {"blocks": sum(blocks.values()), "embeddings": embeddings}
+    first = said["tasks"]["entails"]["survivors"][0]["kept"]
+    assert list(first.values()) == pytest.approx([row[name] for name in names], abs=1e-6)
+    alt = curves.tickets(chapter.drawn(study)).alt
+    assert f"weights with embeddings {of.density_model.mean():.2f})" in alt and "nan" not in alt
+
+
+def test_the_report_says_what_survives_in_weights_too(study):
+    sections = {title: (text, parts) for title, text, parts in study.sections()}
+    text, parts = sections["What survives"]
+    kept = next(part for part in parts if isinstance(part, pd.DataFrame) and "weights with embeddings" in part)
+    of = study.scores.query("task == 'paraphrase' and kind == 'bad'").drop_duplicates("seed").density_weights
+    row = kept.query("task == 'paraphrase' and kind == 'bad'").iloc[0]
+    assert row.weights == f"{of.mean():.3f} ± {of.std():.3f}" and "figures 2 and 17" in text
+    maps = [part for part in parts if not isinstance(part, pd.DataFrame)]
+    assert len(maps) == 2 and all("of weights kept" in part.alt for part in maps)
+
+
+def test_survival_of_weights_by_layer_and_matrix(weighty):
+    "The share of every matrix, over all masks, and by task over seeds; heads and MLPs have their own maps."
+    good, bad = (weighty.masks.sel(kind=kind)[0] for kind in ("good", "bad"))
+    labels = [{"task": task, "seed": seed, "kind": "good"} for task in ("a", "b") for seed in (0, 1)]
+    some = replace(weighty, masks=Masks(list(zip(labels, [good, bad, good, good], strict=True))))
+    kept = {"density": 0.5, "density_weights": 0.5, "density_model": 0.6}
+    scores = pd.DataFrame([label | kept for label in labels])
+    some = replace(some, tables={**some.tables, "scores": scores})
+    first, *tasks = chapter.survival_maps(some, {task: some.good.sel(task=task) for task in ("a", "b")})
+    name = "encoder.layer.1.intermediate.dense.weight"
+    share = {mask: mask[name].mean() for mask in (good, bad)}
+    row = first.data.query("layer == 2 and matrix == 'up'")
+    assert row.kept.sum() / row["size"].sum() == pytest.approx((3 * share[good] + share[bad]) / 4)
+    one = tasks[0].data.query("layer == 2 and role == 'up'").iloc[0]
+    pair = [share[good], share[bad]]
+    assert one["mean"] == pytest.approx(np.mean(pair)) and one["std"] == pytest.approx(np.std(pair, ddof=1))
+    assert "over seeds and tasks" in first.alt and tasks[0].alt.startswith("a: 0.50 of weights kept over seeds")
+    shown = {title: parts for title, _, parts in weighty.sections()}
+    assert any("Share of weights that survive" in getattr(part, "alt", "") for part in shown["What survives"])
+
+
+# ── attention patterns ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_patterns_before_and_after_in_raw_and_normed_maps_of_all_heads_and_survivors(study, bert, tasks):
+    "In one call, what `decide` says of each of the eight conditions."
+    space = Space.of(bert[0], "head+mlp")
+    good = [({"task": "entails", "seed": seed, "kind": "good"}, Mask.random(space, 0.7, seed=seed)) for seed in (0, 1)]
+    study = replace(study, masks=Masks(good))
+    found = study.patterns(texts=6)
+    keys = ["model", "maps", "heads"]
+    assert len(found.data) == 8 * 5 and np.allclose(found.data.groupby(keys).share.sum(), 1)
+    texts = [(r["sentence"], r["pair"]) for r in tasks["entails"].test.take(6)]
+    alive = study.good.sel(task="entails").intersection()
+    assert 0 < sum(alive[g.name].sum() for g in alive.space.groups if g.kind == "head") < 8
+
+    def share(**conditions):
+        rows = found.data[(found.data[list(conditions)] == pd.Series(conditions)).all(axis=1)]
+        return rows.share.tolist(), rows["std"].tolist(), rows.n.iloc[0]
+
+    before = shares(decide(*bert, texts, drop_short=True))
+    assert share(model="pre-trained", maps="raw", heads="all heads")[0] == pytest.approx(before.share.tolist())
+    by_seed = []
+    for seed in (0, 1):
+        with study.fine_tuned("entails", seed):
+            now = alive.rebase(Space.of(bert[0], "head+mlp"))
+            by_seed.append(shares(decide(*bert, texts, now, "correct", drop_short=True)))
+    got, std, n = share(model="fine-tuned", maps="weight-normed", heads="super-survivors")
+    both = np.array([part.share for part in by_seed])
+    assert got == pytest.approx(both.mean(0)) and std == pytest.approx(both.std(0, ddof=1))
+    assert n == sum(part.n.iloc[0] for part in by_seed)
+    assert "weight-normed, fine-tuned, entails, super-survivors: heterogeneous" in found.alt
+
+
+def test_patterns_need_heads_and_seeds(study, weighty):
+    with pytest.raises(SubnetError, match="patterns are of heads, and this study pruned 'weight'"):
+        weighty.patterns()
+    with pytest.raises(UnknownName, match="task that was pruned"):
+        study.patterns(tasks=["RTE"])
+    with pytest.raises(UnknownName, match="seed that was pruned"):
+        study.patterns(tasks=["entails"], seeds=[7])
+
+
+# ── floors and baselines ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_floor_of_an_earlier_version_that_a_baseline_passes_is_said(study, tasks):
@@ -516,8 +657,8 @@ def test_a_task_whose_floor_a_part_of_the_input_passes_is_named(small, entails, 
         assert set(k["baselines"]) == {"majority", "first text", "second text"}
         return real(*a, labels=labels, **{**k, "baselines": k["baselines"] if labels["task"] == "given" else {}})
 
-    real = chapter.iterate
-    monkeypatch.setattr(chapter, "iterate", pruned)
+    real = cells.iterate
+    monkeypatch.setattr(cells, "iterate", pruned)
     found = tickets(*small, {"given": TaskData(*parts), **entails}, seeds=(0,), floor=1.0, to=tmp_path / "s", **QUICK)
     assert list(found.skipped) == [("given", 0)] and "baseline 'second text'" in found.skipped["given", 0]
     assert set(found.good.index.task) == {"entails"} and any("baseline 'second text'" in note for note in found.notes)
@@ -529,11 +670,42 @@ def test_baselines_stand_beside_the_scores(study, tasks):
     assert study.to_json()["baselines"][0].keys() == set(BASELINES)
     assert said["entails", "test", "majority"] == majority_label(tasks["entails"])["score"]
     assert table(study).loc[("second text", ""), "entails"] == f"{said['entails', 'test', 'second text']:.3f}"
-    bars = curves.tickets(chapter.drawn(study)).data.query("kind == 'baseline'").set_index("task")["mean"]
+    bars = curves.tickets(chapter.drawn(study)).data.set_index(["kind", "task"])["mean"]
+    rows, told = summary(study).set_index("task"), study.to_json()["tasks"]
     for task in tasks:
         known = [said[task, "test", name] for name in ("majority", "first text", "second text")]
-        assert bars[task] == max(known)
+        whole = said[task, "test", "whole input"]
+        assert bars["baseline", task] == max(known) and bars["bag of words", task] == whole
+        assert set(rows.majority[task]) == {known[0]} and set(rows.bag_of_words[task]) == {whole}
+        assert (told[task]["majority"], told[task]["bag_of_words"]) == pytest.approx((known[0], whole), abs=1e-6)
     assert (study.plan.folder / "baselines.csv").exists()
+
+
+def test_baselines_of_every_kind_of_task(bert):
+    "Classes of a text, of a pair, numbers and spans: the majority label and a bag of words, or why there is none."
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    names = ("acceptable", "entails", "similar")
+    tasks = {name: task_data(f"pocket:{name}", search=0.05, train=200, test=100) for name in names}
+    spans = read_squad("pocket", "train").take(60)
+    tasks["spans"] = TaskData(spans, spans, read_squad("pocket", "dev").take(40))
+    found = baseline_table(Bench({}), tasks, ("test",))
+    shown = trivial_text(found)
+    assert shown.loc["majority", "similar"] == "undefined" and shown.loc["whole input", "spans"] == "n/a"
+    for name in ("acceptable", "entails"):
+        words, d = CountVectorizer(binary=True, token_pattern=r"\w+|[^\w\s]"), tasks[name]
+        texts = {part: [" ".join([r["sentence"], *([r["pair"]] if "pair" in r else [])]) for r in d.parts[part]]
+                 for part in ("train", "test")}
+        bag = LogisticRegression(max_iter=300).fit(words.fit_transform(texts["train"]), d.train.gold)
+        answers = bag.predict(words.transform(texts["test"]))
+        metric = matthews_corrcoef if d.metric == "matthews" else accuracy_score
+        assert shown.loc["whole input", name] == f"{metric(d.test.gold, answers):.3f}"
+    known = found.set_index(["task", "baseline"]).score
+    assert np.isfinite(known["similar", "whole input"]) and known["spans", "majority"] >= 0
+    study = SimpleNamespace(tables={"baselines": found})
+    assert chapter.trivial_of(study, "entails") == {
+        "majority": known["entails", "majority"], "bag_of_words": known["entails", "whole input"]}
 
 
 def test_settings_are_checked_at_the_door(small, entails, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from subnet_explorer.core.intervals import defined_interval, left_out
 from subnet_explorer.look import curves
+from subnet_explorer.recipes.tasks import BASELINES
 
 probe, tamt, tickets = (importlib.import_module(f"subnet_explorer.recipes.{n}") for n in ("probe", "tamt", "tickets"))
 
@@ -34,8 +35,10 @@ def test_the_function():
 
 
 def test_tickets_in_table_and_figure():
-    scores = by_seed(task="t", kind="good", stage="pruned", epochs=3, note="", density=.5, density_weights=.5)
-    study: Any = SimpleNamespace(scores=scores, plan=SimpleNamespace(epochs=3))
+    scores = by_seed(task="t", kind="good", stage="pruned", epochs=3, note="", density=.5, density_weights=.5,
+                     density_model=.6)
+    bars = pd.DataFrame(columns=BASELINES)
+    study: Any = SimpleNamespace(scores=scores, plan=SimpleNamespace(epochs=3), tables={"baselines": bars})
     found = tickets.summary(study)
     assert of(found.iloc[0]) == EXPECTED
     assert [tickets._mean_text(row) for row in found.itertuples()] == ["0.600 ± 0.000 (1 undefined)"]
