@@ -386,14 +386,12 @@ def scatter(
 # %% ../../nbs/look/05_curves.ipynb #8c4f7395
 def _add_points(
     fig: go.Figure, points: pd.DataFrame, base: pd.DataFrame, columns: tuple[str, str, str],
-    numbers: Mapping[Any, int],      # of the colours
-    where: Mapping[str, int],
+    numbers: Mapping[Any, int], where: Mapping[str, int],      # of the colours; row and column
 ) -> str:
     "Add a line with points for every colour, and the level lines; what is there, in words."
     x, y, colour = columns
     for name, rows in points.groupby(colour, sort=False):
-        i, line = numbers[name], rows.sort_values(x)
-        look = style(i)
+        i, line, look = numbers[name], rows.sort_values(x), style(numbers[name])
         fig.add_trace(go.Scatter(
             x=line[x], y=line[y], mode="lines+markers",
             error_y=_whiskers(line, line[y], complete=True, color="#333333", thickness=1),
