@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from ..core.chance import expected_by_tensor
 from ..core.compare import jaccard as jaccard_between, placement
 from ..core.mask import Mask
 from ..core.masks import Masks, overlaps
-from ..core.pairs import Pairs
 from ..core.space import Space
 from ..look import agreement, curves, masks as mask_figures
 from .study import Section
@@ -32,9 +32,7 @@ __all__ = ['STEPS', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT', 'WAY_TEXT', 'ALIKE
 # %% ../../nbs/recipes/18_textreport.ipynb #9fa1b481
 def means_by_task(study: Tamt) -> pd.DataFrame:      # task, density, method, seeds, items, mean, low, high, undefined
     "Scores of every task under the masks that were found, with 95 % intervals as those of the mean over tasks."
-    keys = ["method", "density", "seed"]
-    rows = study.transfer.merge(study.scores[[*keys, "steps"]], on=keys).query("step == steps")
-    return Pairs(rows, study.pairs().seeds, ["task", "density"], under="method").means()
+    return replace(study.pairs(), scores=study.runs(), cases=["task", "density"], groups=[]).means()
 
 
 def scores_figure(study: Tamt) -> Any:
@@ -142,8 +140,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks and all seeds "
-               "of fine-tuning, which are crossed; of a single mask over the latter. ")
+               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks, all seeds "
+               "of fine-tuning, which are crossed, and test sentences. ")
 TRANSFER_TEXT = ("In the figures against losses and seconds each point is a method at a density, and lines join the "
                  "densities of a method, of which the lowest has as a rule the highest loss. In those against steps "
                  "each point is a mask, where they were fine-tuned also masks on the way.")
@@ -207,7 +205,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
     out = [curves.scatter(points, x, "score", "method", title=f"Score against {said}", log=log,
                           labels=(said, "mean score")) for x, said, log in against]
     out.insert(1, losses_figure(study))
-    runs = Pairs(study.runs(final=False), study.pairs().seeds, ["density", "step"], under="method")
+    runs = replace(study.pairs(), scores=study.runs(final=False), cases=["density", "step"])
     steps = runs.means().rename(columns={"mean": "score"})
     return out + [_steps_figure(steps, density) for density in study.config["densities"]]
 
