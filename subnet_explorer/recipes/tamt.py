@@ -23,13 +23,6 @@ from subnet_explorer.recipes.textmasks import (
     said_of_reach,
     steps_on_the_way,
 )
-from subnet_explorer.recipes.textreport import (
-    distances_by_matrix,
-    distances_by_step,
-    jaccard,
-    means_by_task,
-    tamt_sections,
-)
 
 from ..core.compare import jaccard_chance, jaccard_distance
 from ..core.errors import SubnetError, check_names
@@ -46,7 +39,7 @@ from ..data.texts import Blocks
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
-from . import textmasks
+from . import textmasks, textreport
 from .cost import tamt_cost
 from .papers import TAMT
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
@@ -54,10 +47,9 @@ from .tasks import baseline_table, read_running_text, trivial_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'RUN', 'CURVES', 'Job', 'CROSSED', 'Tamt', 'tamt', 'complete',
-           'check_study', 'identity_of', 'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of',
-           'fine_tuned', 'tuned_rows', 'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html',
-           'tamt_text', 'tamt_results']
+__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'Tamt', 'tamt', 'complete', 'check_study',
+           'identity_of', 'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned',
+           'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'tamt_results']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +79,11 @@ class Tamt(Study):
 
     def jaccard(self, average: str = "micro") -> pd.DataFrame:
         "Jaccard distance of masks between methods and densities, with its chance value."
-        return jaccard(self, average)
+        return textreport.jaccard(self, average)
 
     def by_matrix(self) -> pd.DataFrame:
         "The same for every matrix."
         return self.tables["distances"]
-
-    def by_step(self) -> pd.DataFrame:
-        "The same between methods at every step at which masks were kept, and between the seeds of each."
-        return self.tables["jaccard_by_step"]
-
-    def by_task(self) -> pd.DataFrame:
-        "Score of every task by method and density, with intervals."
-        return means_by_task(self)
-
-    def runs(self, final: bool = True) -> pd.DataFrame:
-        "Score of every task and fine-tuning run; with `final` only of the masks that were found."
-        return tuned_rows(self, final)
 
     def pairs(self) -> Pairs:
         "Mean score over tasks, by mask seed, at every density."
@@ -115,7 +95,7 @@ class Tamt(Study):
 
     def sections(self) -> Iterator[Section]:
         "Scores, what pre-training losses say of them, the way, and how alike masks are."
-        return tamt_sections(self)
+        return textreport.tamt_sections(self, {name: data.metric for name, data in self.tasks.items()})
 
     def shown(self) -> str:
         "The tasks and the summary."
@@ -257,8 +237,8 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], t
         "scores": pd.DataFrame([_full_row(losses), *(_score_row(key, f, losses) for key, f in made.items())]),
         "curves": pd.DataFrame(curves, columns=CURVES),
         "transfer": fine_tuned(bench, s, jobs_of(made, on_the_way, asked["along"]), asked),
-        "distances": distances_by_matrix(masks, s.space),
-        "jaccard_by_step": distances_by_step({key: f.run.mask for key, f in made.items()}, on_the_way),
+        "distances": textreport.distances_by_matrix(masks, s.space),
+        "jaccard_by_step": textreport.distances_by_step({key: f.run.mask for key, f in made.items()}, on_the_way),
         "baselines": baseline_table(bench, asked["tasks"]),
     }
     return Tamt(
@@ -291,7 +271,6 @@ def found_masks(bench: Bench, s: TamtSetting, asked: Mapping[str, Any]) -> dict[
 
 # %% ../../nbs/recipes/12_tamt.ipynb #ed2e5e63
 Losses = Callable[[Mask | None], dict[str, float]]
-RUN = ["method", "density", "seed", "step", "tuning_seed"]
 CURVES = ["method", "density", "seed", "step", "kept", "mlm_loss", "hidden_loss", "moved", "chance"]
 
 
@@ -363,17 +342,9 @@ def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping
     return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
-def tuned_rows(study: Tamt, final: bool = True) -> pd.DataFrame:      # as `transfer`
-    "The score of every task and fine-tuning run; with `final` only of the masks that were found."
-    t = study.transfer
-    if t.empty: raise SubnetError('this study has no task: give tasks={"RTE": task_data("RTE")}.')
-    if final: t = t.merge(study.scores[[*RUN[:3], "steps"]], on=RUN[:3]).query("step == steps")
-    return t.assign(score=t.score.astype(float))
-
-
-def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns RUN and score
+def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns `textreport.RUN` and score
     "Mean score over tasks of every fine-tuning run, see `tuned_rows`."
-    runs = tuned_rows(study, final).groupby(RUN, sort=False).score
+    runs = textreport.tuned_rows(study, final).groupby(textreport.RUN, sort=False).score
     return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
 
 
@@ -391,8 +362,8 @@ def over_masks(rows: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, it
 
 def summary(study: Tamt) -> pd.DataFrame:
     "Losses and scores by method and density; with tasks also each task, and what `over_masks` gives."
-    scored = {} if study.transfer.empty else dict(tuple(tuned_rows(study).groupby(RUN[:2])))
-    found = study.scores.groupby(RUN[:2], sort=False)
+    scored = {} if study.transfer.empty else dict(tuple(textreport.tuned_rows(study).groupby(textreport.RUN[:2])))
+    found = study.scores.groupby(textreport.RUN[:2], sort=False)
     return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in found])
 
 
@@ -419,7 +390,7 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
     "Scores by seed of mask and fine-tuning, task and sentence, at every density; there is one mask of largest weights."
-    rows = tuned_rows(study).query("method != 'full'")
+    rows = textreport.tuned_rows(study).query("method != 'full'")
     rows = rows.assign(seed=rows.seed.astype(object).where(rows.method != "omp"))
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
     return Pairs(rows, CROSSED, ["density"], contrasts, under="method", groups=["task"], packed="items")
@@ -450,7 +421,8 @@ def tamt_results(study: Tamt) -> dict[str, Any]:
     return {
         "full": {"mlm_loss": full.mlm_loss, "tasks": _tasks_results(study, "full", 1.0)},
         "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves,
-        "jaccard_by_step": study.by_step(), "by_task": study.by_task() if study.tasks else [],
+        "jaccard_by_step": study.tables["jaccard_by_step"],
+        "by_task": textreport.means_by_task(study) if study.tasks else [],
         "baselines": study.tables["baselines"],
     }
 
@@ -471,7 +443,7 @@ def _tasks_results(study: Tamt, method: str, density: float) -> dict[str, Any]:
 
 
 def _jaccard_results(study: Tamt) -> dict[str, Any]:
-    near = jaccard(study)
+    near = textreport.jaccard(study)
     labels = list(dict.fromkeys([*near.a, *near.b]))
     def square(column: str) -> np.ndarray:
         return near.pivot(index="a", columns="b", values=column).reindex(index=labels, columns=labels).to_numpy(float)

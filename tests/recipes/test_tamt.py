@@ -791,7 +791,7 @@ def test_how_far_masks_are(straight, world):
 def test_distances_at_every_step(straight):
     "Of seeds of one method, of methods with each other, and with masks that stand still, counted plainly."
     study, to = straight
-    t = study.by_step().set_index(["density", "step", "a", "b"])
+    t = study.tables["jaccard_by_step"].set_index(["density", "step", "a", "b"])
     way = {
         (seed, step): mask
         for seed in (0, 1)
