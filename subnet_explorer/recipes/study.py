@@ -11,7 +11,8 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
            'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'said_of_paper', 'printed',
            'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published', 'all_recipes', 'find_recipe', 'Bench',
-           'shared_work', 'folder_or_scratch', 'differing_from_paper', 'settings_of', 'labelled_cells']
+           'shared_work', 'up_to_the_bench', 'folder_or_scratch', 'differing_from_paper', 'settings_of',
+           'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -378,6 +380,7 @@ class Bench:
     asked: Mapping[str, Any] = field(default_factory=dict)     # all settings; where they differ from the paper is said
 
     def __post_init__(self) -> None:
+        if _LOOKING.get(): raise _WouldBegin
         self.store: Store | None = open_study(self.to, self.config)
         self.folder = None if self.to is None else Path(self.to)
         self.line: Any = False      # or a `StudyLine`: hand it to `find`, `fit` and `iterate` as progress
@@ -442,6 +445,20 @@ def _tried(
             yield outcome
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
+class _WouldBegin(Exception): "A recipe has accepted all that it was given."
+
+
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+def up_to_the_bench(make: Callable[[], Study]) -> None:
+    "Call a recipe up to where it opens its bench, so that it refuses what it would; nothing is made or written."
+    before = _LOOKING.set(True)
+    try:
+        with suppress(_WouldBegin): make()
+    finally: _LOOKING.reset(before)
+
+
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
     return scratch() if to is None else nullcontext(to)
