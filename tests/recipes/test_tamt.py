@@ -34,6 +34,7 @@ from subnet_explorer.model.load import load, tiny
 from subnet_explorer.model.sequences import Sequences, row_losses
 from subnet_explorer.recipes.tamt import tamt
 from subnet_explorer.recipes.textmasks import METHODS, first_mask, imp, ladder, objective, pruned
+from subnet_explorer.recipes.textreport import means_by_task
 from subnet_explorer.recipes.tuning import SPANS, TUNE, tuned_by
 from subnet_explorer.search.distil import MLM, Hidden, LanguageHead
 from subnet_explorer.search.find import find
@@ -819,7 +820,7 @@ def test_distances_at_every_step(straight):
 def test_every_task_has_its_own_interval(straight):
     "The mean over masks and fine-tuning seeds; of the full model its runs."
     study, _ = straight
-    t = study.by_task().set_index(["task", "method"])
+    t = means_by_task(study).set_index(["task", "method"])
     for task, method in itertools.product(study.tasks, ("full", "omp", "random", "imp", "mlm")):
         scores = study.transfer.query("task == @task and method == @method").score
         assert t["mean"][task, method] == pytest.approx(scores.mean()) and t.seeds[task, method] == len(scores)
