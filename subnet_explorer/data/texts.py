@@ -28,51 +28,79 @@ from ..core.space import digest
 from .files import BadTexts, Reading, dataset_parts, numbered_pieces, source_path, text_lines
 
 # %% auto #0
-__all__ = ['PIECE', 'LINE', 'Markup', 'markup_of', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
+__all__ = ['PIECE', 'LINE', 'Markup', 'unknown_id', 'markup_of', 'read_texts', 'Blocks', 'release', 'blocks', 'read_blocks']
 
 # %% ../../nbs/data/03_texts.ipynb #4862741d
 _NAMED = re.compile(r"(?i)(^|[/:])wikitext[^/]*(/[^/]*)?$|\.tokens(\.gz)?$|(^|/)wiki\.\w+\.raw(\.gz)?$")
+_HEADING = re.compile(r"\s*(=(?: =)*) (?!=)(.*[^\s=]) \1\s*")
 _INSIDE = re.compile(r" ?@([-,.])@ ?")
+_SIGNS = (
+    (re.compile(r" ([,.;:!?%°)\]}]+)(?!\S)"), r"\1"),                                # the word, then the sign
+    (re.compile(r"(?<!\S)([(\[{#$£€₹]) "), r"\1"),                                  # the sign, then the word
+    (re.compile(r" ('[^\W\d]+)(?!\S)"), r"\1"),                                     # was n't: 's, 't, 're, …
+    (re.compile(r'(?<![^\s(\[{])" ([^"]*?) "(?=[\s,.;:!?)\]}]|$)'), r'"\1"'),
+)
 
 
 @dataclass
 class Markup:
     "The markup of a source, and how often it was met."
     source: str | Path
-    unknown: str = ""      # what stands for <unk>; empty: nothing is looked for
+    unknown: str | None = None      # what is read for <unk>, empty: it is left out; None: there is no markup
+    apart: bool = True              # with the space before it
     counts: Counter[str] = field(default_factory=Counter)
 
     def read(self, line: str) -> str:
         "Read a line as what its markup stands for."
-        if not self.unknown: return line
-        self.counts["unknown"] += line.count("<unk>")
-        line, n = _INSIDE.subn(r"\1", line.replace("<unk>", self.unknown))
-        self.counts["inside"] += n
+        if self.unknown is None: return line
+        if heading := _HEADING.fullmatch(line): line = heading[2]
+        self.counts["headings"] += heading is not None
+        line = self._changed("inside", _INSIDE, r"\1", line)
+        for sign, read in _SIGNS: line = self._changed("signs", sign, read, line)
+        return self._changed("unknown", _UNKNOWN[self.apart], self.unknown, line)
+
+    def _changed(self, what: str, pattern: re.Pattern[str], read: str, line: str) -> str:
+        line, n = pattern.subn(read, line)
+        self.counts[what] += n
         return line
 
     @property
     def notes(self) -> tuple[str, ...]:
         "What a reader of results must be told."
         if not self.counts.total(): return ()
-        words = f"{self.counts['unknown']:,} <unk> as {self.unknown}"
-        inside = f"{self.counts['inside']:,} @-@, @,@ and @.@ as the signs inside of words that they stand for"
-        return (f"{Path(str(self.source)).name} was read as WikiText: {words}, {inside}.",)
+        read = f"as {self.unknown}, never predicted" if self.unknown else "left out"
+        return (_READ.format(name=Path(str(self.source)).name, read=read, **{k: self.counts[k] for k in _COUNTED}),)
+
+
+_UNKNOWN = {True: re.compile("<unk>"), False: re.compile(" ?<unk>")}
+_COUNTED = ("unknown", "inside", "headings", "signs")
+_READ = ("{name} was read as WikiText: {unknown:,} <unk> {read}; {inside:,} @-@, @,@ and @.@ as the signs inside of "
+         "words that they stand for; {headings:,} headings without their =; {signs:,} signs beside their words.")
+
+# %% ../../nbs/data/03_texts.ipynb #60e837c7
+def unknown_id(tok: Any) -> int | None:
+    "The token of unknown words, if it stands for nothing else: it is read, and neither masked nor predicted."
+    return None if tok.unk_token_id in (None, tok.bos_token_id, tok.eos_token_id) else int(tok.unk_token_id)
 
 
 def markup_of(source: str | Path, tok: Any = None) -> Markup:
     "Tell by its name whether a source is WikiText."
+    if isinstance(source, str) and source.startswith("plain:"): return Markup(source.removeprefix("plain:"))
     bare = source.removeprefix("wikitext:") if isinstance(source, str) else source
     if bare == source and not _NAMED.search(str(source)): return Markup(source)
-    return Markup(bare, "[UNK]" if tok is None else tok.unk_token or "<unk>")
+    if tok is None: return Markup(bare, "[UNK]")
+    if unknown_id(tok) is None: return Markup(bare, "", apart=False)
+    beside, apart = (len(tok(f"a{space}{tok.unk_token}").input_ids) for space in ("", " "))
+    return Markup(bare, tok.unk_token, apart=apart <= beside)
 
 # %% ../../nbs/data/03_texts.ipynb #cc6efb43
 @checked
 def read_texts(
     source: str | Path,           # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]";
-                                  # perhaps with "wikitext:" before it
+                                  # perhaps with "wikitext:" or "plain:" before it
     by: str = "line",             # or "paragraph": lines up to an empty one belong together
     part: str = "train",          # which part of a data set
-    tok: Any = None,              # tokenizer whose unknown token stands for <unk> of WikiText; None: [UNK]
+    tok: Any = None,              # tokenizer whose unknown token is read for <unk> of WikiText; None: [UNK]
 ) -> Reading[str]:
     "Read plain text; raise `BadTexts` where there is none."
     check_names([by], ["line", "paragraph"], "unit of text")
@@ -322,7 +350,7 @@ def read_blocks(
     "Map running text of any size as blocks, in bounded memory; raise `BadTexts` where there is none."
     _check_size(tok, size)
     folder = Path(cache or os.environ.get("SUBNET_EXPLORER_CACHE") or _usual_cache()) / "blocks"
-    markup, version = markup_of(source, tok), 2      # of the format
+    markup, version = markup_of(source, tok), 3      # of the format
     key = digest([_content(markup.source, part), _coding(tok), size, between, markup.unknown, version], 32)
     file, note = folder / f"{key}.npy", folder / f"{key}.json"
     if not (file.exists() and note.exists()):

@@ -369,9 +369,10 @@ def scatter(
     labels: tuple[str, str] | None = None,      # of the axes; None: the columns' names
     log: bool = False,               # the horizontal axis
     level: str | None = "full",      # the value of `colour` that is drawn as a level line
+    panel: str | None = None,        # a column, each value of which has a panel of its own
 ) -> Figure:
     "Draw one column against another."
-    check_names([x, y, colour], table.columns, "column")
+    check_names([x, y, colour, *([panel] if panel else [])], table.columns, "column")
     _check_scores(table, [x, y])
     points = table[table[colour] != level].dropna(subset=[x, y])
     if log and (points[x] <= 0).any():
@@ -379,26 +380,46 @@ def scatter(
     base = table[table[colour] == level].dropna(subset=[y])
     if points.empty: raise SubnetError(f"there is no point to draw: no row has both {x} and {y}.")
     across, up = labels or (x, y)
-    fig = go.Figure()
-    for i, (name, rows) in enumerate(points.groupby(colour, sort=False)):
-        line, look = rows.sort_values(x), style(i)
+    panels = {None: (points, base)} if panel is None else {
+        name: (points[points[panel] == name], base[base[panel] == name]) for name in points[panel].unique()}
+    numbers = {name: i for i, name in enumerate(points[colour].unique())}
+    wide = min(3, len(panels))
+    down = ceil(len(panels) / wide)
+    fig = make_subplots(down, wide, subplot_titles=[safe_text("" if name is None else name) for name in panels],
+                        horizontal_spacing=0.24 / wide, vertical_spacing=0.3 / down)
+    said = []
+    for i, (name, (some, flat)) in enumerate(panels.items()):
+        told = _add_points(fig, some, flat, (x, y, colour), numbers, dict(row=i // wide + 1, col=i % wide + 1))
+        said.append(f"{name}: {told}" if panel else told)
+    size = (760, 440) if panel is None else (150 + 290 * wide, 120 + 300 * down)
+    set_layout(fig, title, *size)
+    fig.update_xaxes(type="log" if log else "linear", title_text=safe_text(across))
+    fig.update_yaxes(title_text=safe_text(up), col=1)
+    return Figure(fig, table.reset_index(drop=True), f"{title or f'{up} against {across}'}. {'. '.join(said)}.")
+
+# %% ../../nbs/look/05_curves.ipynb #8c4f7395
+def _add_points(
+    fig: go.Figure, points: pd.DataFrame, base: pd.DataFrame, columns: tuple[str, str, str],
+    numbers: Mapping[Any, int], where: Mapping[str, int],      # of the colours; row and column
+) -> str:
+    "Add a line with points for every colour, and the level lines; what is there, in words."
+    x, y, colour = columns
+    for name, rows in points.groupby(colour, sort=False):
+        i, line, look = numbers[name], rows.sort_values(x), style(numbers[name])
         fig.add_trace(go.Scatter(
             x=line[x], y=line[y], mode="lines+markers",
             error_y=_whiskers(line, line[y], complete=True, color="#333333", thickness=1),
             line=dict(color=look["color"], width=1.5, dash=list(DASHES)[i % len(DASHES)]),
-            marker=look | dict(size=8), name=safe_text(name), hoverinfo="name+x+y",
-        ))
-    ends = [points[x].min(), points[x].max()]
-    for v in base[y]:
+            marker=look | dict(size=8), name=safe_text(name), hoverinfo="name+x+y", legendgroup=str(i),
+            showlegend=not any(d.legendgroup == str(i) for d in fig.data),
+        ), **where)
+    for name, v in zip(base[colour], base[y], strict=True):
         fig.add_trace(go.Scatter(
-            x=ends, y=[v] * 2, mode="lines", line=dict(color="#666666", width=1.5, dash="dot"),
-            name=safe_text(level), hoverinfo="y+name",
-        ))
-    axis = dict(type="log" if log else "linear", title_text=safe_text(across))
-    set_layout(fig, title, 760, 440, xaxis=axis, yaxis_title_text=safe_text(up))
+            x=[points[x].min(), points[x].max()], y=[v] * 2, mode="lines", name=safe_text(name), hoverinfo="y+name",
+            line=dict(color="#666666", width=1.5, dash="dot"), showlegend=where == dict(row=1, col=1),
+        ), **where)
     rows = points.to_dict("records") + base.to_dict("records")
-    said = "; ".join(f"{r[colour]} {r[y]:.3g} at {r[x]:.3g}" for r in rows)
-    return Figure(fig, table.reset_index(drop=True), f"{title or f'{up} against {across}'}. {said}.")
+    return "; ".join(f"{r[colour]} {r[y]:.3g} at {r[x]:.3g}" for r in rows)
 
 # %% ../../nbs/look/05_curves.ipynb #a41ae0d2
 @checked

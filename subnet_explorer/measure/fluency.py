@@ -25,7 +25,7 @@ from ..core.numbers import Count, Seed
 from ..core.scores import Scores
 from ..data.facts import Facts, mask_token, with_start
 from ..data.graphs import triple
-from ..data.texts import Blocks
+from ..data.texts import Blocks, unknown_id
 from ..model.apply import evaluating, masked
 from ..model.limits import check_head, longest
 from ..model.sequences import Prompts, Sequences, block_ids, row_losses
@@ -42,9 +42,11 @@ Spots = tuple[list[int], list[int], list[int]]
 
 
 def _spots(model: nn.Module, tok: Any, text: list[int]) -> Iterator[Spots]:      # text: token ids
-    "List what is predicted of a text: next tokens at once, or each token masked in turn."
+    "List what is predicted of a text: next tokens at once, or each token masked in turn; no unknown word."
     if is_causal(model):
-        if len(text) > 1: yield text, list(range(len(text) - 1)), text[1:]
+        unknown = unknown_id(tok)
+        known = [i for i in range(1, len(text)) if text[i] != unknown]
+        if known: yield text, [i - 1 for i in known], [text[i] for i in known]
         return
     for position, token in enumerate(text):
         if token in tok.all_special_ids: continue

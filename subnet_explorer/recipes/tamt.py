@@ -24,36 +24,32 @@ from subnet_explorer.recipes.textmasks import (
     steps_on_the_way,
 )
 
-from ..core.chance import expected_by_tensor
-from ..core.compare import jaccard as jaccard_between, jaccard_chance, jaccard_distance, placement
+from ..core.compare import jaccard_chance, jaccard_distance
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, table_html
 from ..core.intervals import defined_interval, left_out
 from ..core.mask import Mask
-from ..core.masks import Masks, overlaps
+from ..core.masks import Masks
 from ..core.numbers import Count, Natural, PartShare, Positive, Seeds, SomeShare
 from ..core.pairs import Pairs, mean_of
 from ..core.space import Space, digest
 from ..data.files import BadTexts
 from ..data.parts import TaskData
 from ..data.texts import Blocks
-from ..look import agreement, curves, masks as mask_figures
 from ..measure.fluency import HeldOut
 from ..search.distil import MLM, Hidden, LanguageHead, teacher_of
 from ..search.objectives import fingerprint_of
-from . import textmasks
+from . import textmasks, textreport
 from .cost import tamt_cost
 from .papers import TAMT
 from .study import Bench, Section, Study, few_note, folder_or_scratch, recipe, settings_of
-from .tasks import baseline_table, best_trivial, read_running_text, trivial_text
+from .tasks import baseline_table, read_running_text, trivial_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'RUN', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT',
-           'TRANSFER_TEXT', 'WAY_TEXT', 'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of',
-           'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'tuned_rows',
-           'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard',
-           'distances_by_matrix', 'tamt_results', 'tamt_sections']
+__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'Tamt', 'tamt', 'complete', 'check_study',
+           'identity_of', 'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned',
+           'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'tamt_results']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +79,7 @@ class Tamt(Study):
 
     def jaccard(self, average: str = "micro") -> pd.DataFrame:
         "Jaccard distance of masks between methods and densities, with its chance value."
-        return jaccard(self, average)
+        return textreport.jaccard(self, average)
 
     def by_matrix(self) -> pd.DataFrame:
         "The same for every matrix."
@@ -99,7 +95,7 @@ class Tamt(Study):
 
     def sections(self) -> Iterator[Section]:
         "Scores, what pre-training losses say of them, the way, and how alike masks are."
-        return tamt_sections(self)
+        return textreport.tamt_sections(self, {name: data.metric for name, data in self.tasks.items()})
 
     def shown(self) -> str:
         "The tasks and the summary."
@@ -241,7 +237,9 @@ def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], t
         "scores": pd.DataFrame([_full_row(losses), *(_score_row(key, f, losses) for key, f in made.items())]),
         "curves": pd.DataFrame(curves, columns=CURVES),
         "transfer": fine_tuned(bench, s, jobs_of(made, on_the_way, asked["along"]), asked),
-        "distances": distances_by_matrix(masks, s.space), "baselines": baseline_table(bench, asked["tasks"]),
+        "distances": textreport.distances_by_matrix(masks, s.space),
+        "jaccard_by_step": textreport.distances_by_step({key: f.run.mask for key, f in made.items()}, on_the_way),
+        "baselines": baseline_table(bench, asked["tasks"]),
     }
     return Tamt(
         masks=masks, tables=tables, config=config_of(bench, s, asked), model_name=s.space.model.name,
@@ -273,7 +271,6 @@ def found_masks(bench: Bench, s: TamtSetting, asked: Mapping[str, Any]) -> dict[
 
 # %% ../../nbs/recipes/12_tamt.ipynb #ed2e5e63
 Losses = Callable[[Mask | None], dict[str, float]]
-RUN = ["method", "density", "seed", "step", "tuning_seed"]
 CURVES = ["method", "density", "seed", "step", "kept", "mlm_loss", "hidden_loss", "moved", "chance"]
 
 
@@ -345,17 +342,9 @@ def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping
     return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
-def tuned_rows(study: Tamt, final: bool = True) -> pd.DataFrame:      # as `transfer`
-    "The score of every task and fine-tuning run; with `final` only of the masks that were found."
-    t = study.transfer
-    if t.empty: raise SubnetError('this study has no task: give tasks={"RTE": task_data("RTE")}.')
-    if final: t = t.merge(study.scores[[*RUN[:3], "steps"]], on=RUN[:3]).query("step == steps")
-    return t.assign(score=t.score.astype(float))
-
-
-def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns RUN and score
+def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns `textreport.RUN` and score
     "Mean score over tasks of every fine-tuning run, see `tuned_rows`."
-    runs = tuned_rows(study, final).groupby(RUN, sort=False).score
+    runs = textreport.tuned_rows(study, final).groupby(textreport.RUN, sort=False).score
     return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
 
 
@@ -373,8 +362,8 @@ def over_masks(rows: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, it
 
 def summary(study: Tamt) -> pd.DataFrame:
     "Losses and scores by method and density; with tasks also each task, and what `over_masks` gives."
-    scored = {} if study.transfer.empty else dict(tuple(tuned_rows(study).groupby(RUN[:2])))
-    found = study.scores.groupby(RUN[:2], sort=False)
+    scored = {} if study.transfer.empty else dict(tuple(textreport.tuned_rows(study).groupby(textreport.RUN[:2])))
+    found = study.scores.groupby(textreport.RUN[:2], sort=False)
     return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in found])
 
 
@@ -401,7 +390,7 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
     "Scores by seed of mask and fine-tuning, task and sentence, at every density; there is one mask of largest weights."
-    rows = tuned_rows(study).query("method != 'full'")
+    rows = textreport.tuned_rows(study).query("method != 'full'")
     rows = rows.assign(seed=rows.seed.astype(object).where(rows.method != "omp"))
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
     return Pairs(rows, CROSSED, ["density"], contrasts, under="method", groups=["task"], packed="items")
@@ -421,37 +410,6 @@ def tamt_text(study: Tamt) -> str:
     beat = ["", trivial_text(study.tables["baselines"]).to_string()] if study.tasks else []
     return "\n".join([*data, repr(study.space), *beat, "", text])
 
-# %% ../../nbs/recipes/12_tamt.ipynb #19420fd0
-def jaccard(study: Tamt, average: str = "micro") -> pd.DataFrame:      # columns a, b, distance, chance
-    "Jaccard distance of masks between methods and densities, with its chance value; over seeds, the mean."
-    return jaccard_between(_named(study.masks), by="name", average=average)
-
-
-def distances_by_matrix(masks: Masks, space: Space) -> pd.DataFrame:      # a, b, layer, matrix, size, distance, chance
-    "The same for every matrix (layer 0: the embedding)."
-    named, keys = _named(masks), ["a", "b", "layer", "matrix", "size"]
-    names, both = named.index["name"].tolist(), overlaps(named).astype(float)      # (mask, mask, tensor)
-    kept = both.diagonal().T                                                       # (mask, tensor)
-    chance = expected_by_tensor(space, kept, kept)
-    where = pd.DataFrame([{"layer": g.layer + 1, "matrix": g.role, "size": g.size} for g in space.groups])
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    pairs = [(i, j) for i, a in enumerate(names) for j, b in enumerate(names) if order[a] < order[b]]
-    tables = []
-    for i, j in pairs:
-        far = _far(both[i, j], kept[i] + kept[j] - both[i, j])
-        tables.append(where.assign(a=names[i], b=names[j], distance=far, chance=chance[:, i, j]))
-    if not tables: return pd.DataFrame(columns=[*keys, "distance", "chance"])
-    return pd.concat(tables).groupby(keys, sort=False)[["distance", "chance"]].mean().reset_index()
-
-
-def _far(shared: np.ndarray, either: np.ndarray) -> np.ndarray:
-    "Jaccard distance by tensor."
-    return 1 - np.divide(shared, either, out=np.ones_like(either), where=either > 0)
-
-
-def _named(masks: Masks) -> Masks:
-    return Masks([(labels | {"name": f"{labels['method']} {labels['density']:g}"}, mask) for labels, mask in masks])
-
 # %% ../../nbs/recipes/12_tamt.ipynb #b962917d
 def tamt_results(study: Tamt) -> dict[str, Any]:
     "What `results.json` says."
@@ -463,6 +421,8 @@ def tamt_results(study: Tamt) -> dict[str, Any]:
     return {
         "full": {"mlm_loss": full.mlm_loss, "tasks": _tasks_results(study, "full", 1.0)},
         "methods": methods, "jaccard": _jaccard_results(study), "curves": study.curves,
+        "jaccard_by_step": study.tables["jaccard_by_step"],
+        "by_task": textreport.means_by_task(study) if study.tasks else [],
         "baselines": study.tables["baselines"],
     }
 
@@ -483,109 +443,8 @@ def _tasks_results(study: Tamt, method: str, density: float) -> dict[str, Any]:
 
 
 def _jaccard_results(study: Tamt) -> dict[str, Any]:
-    near = jaccard(study)
+    near = textreport.jaccard(study)
     labels = list(dict.fromkeys([*near.a, *near.b]))
     def square(column: str) -> np.ndarray:
         return near.pivot(index="a", columns="b", values=column).reindex(index=labels, columns=labels).to_numpy(float)
     return {"labels": labels, "distance": square("distance"), "chance": square("chance")}
-
-# %% ../../nbs/recipes/12_tamt.ipynb #2cc67a32
-LOSSES = {
-    "mlm_loss": "loss of masked words on held-out text",
-    "hidden_loss": "distance of hidden states (1 − cosine)",
-    "moved": "Jaccard distance from the start",
-}
-SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks, all seeds "
-               "of fine-tuning, which are crossed, and test sentences. ")
-TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
-                 "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
-                 "mask, where they were fine-tuned also masks on the way.")
-WAY_TEXT = ("Losses on held-out text, and how far masks are from those before any training (Jaccard distance; of imp, "
-            "whose density falls, from the largest weights at the same density).")
-ALIKE_TEXT = ("Jaccard distance; chance is that of unrelated masks of the same sizes. By matrix at the lowest density.")
-
-
-def tamt_sections(study: Tamt) -> Iterator[Section]:
-    "The parts of the report."
-    t, low = study.summary(), min(study.config["densities"])
-    metrics = "; ".join(f"{name}: {data.metric}" for name, data in study.tasks.items())
-    beat = [trivial_text(study.tables["baselines"]).reset_index(names="baseline")] if study.tasks else []
-    yield "Scores", f"{SCORES_TEXT}{metrics}." if study.tasks else "", [*_score_bars(study, t), t.round(4), *beat]
-    yield "Pre-training and transfer", TRANSFER_TEXT, _transfers(study, t)
-    ways = _ways(study)
-    yield "On the way", WAY_TEXT + _chances(study), [curves.curves(ways, "Masks on the way")] if ways else []
-    near = [agreement.jaccard(jaccard(study))] if len(study.masks) > 1 else []
-    yield "How alike are the masks?", ALIKE_TEXT, [*near, *_from_largest(study, low)]
-    which = f"the lowest density, {low:g}" if len(study.config["densities"]) > 1 else f"density {low:g}"
-    yield "Where weights are kept", f"Mean over seeds, at {which}; one colour scale for all.", _kept(study, low)
-
-
-def _score_bars(study: Tamt, t: pd.DataFrame) -> list[Any]:
-    "Mean over tasks, with intervals where there are several runs."
-    if not study.tasks: return []
-    names = [m if m == "full" else f"{m} {d:g}" for m, d in zip(t.method, t.density, strict=True)]
-    interval = ["low", "high"] if t.low.notna().all() else []
-    bars = t.assign(condition=names).rename(columns={"mean": "value"})[["condition", "value", *interval]]
-    best = best_trivial(study.tables["baselines"])
-    if len(best) == len(study.tasks): bars.loc[len(bars), ["condition", "value"]] = ["baseline", best.score.mean()]
-    return [curves.bars(bars, title="Mean over tasks", label="score")]
-
-# %% ../../nbs/recipes/12_tamt.ipynb #7e1fd0ab
-def _kept(study: Tamt, density: float) -> list[Any]:
-    methods = study.masks.index.method.unique()
-    lies = {m: placement(study.masks.sel(method=m, density=density)) for m in methods}
-    most = max(p.density.max() for p in lies.values())
-    return [mask_figures.placement(p, f"{m} {density:g}", top=most) for m, p in lies.items()]
-
-# %% ../../nbs/recipes/12_tamt.ipynb #4be6f962
-def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
-    "Scores against loss and seconds, over densities, and against steps, for each density."
-    if not study.tasks: return []
-    points = t.rename(columns={"mean": "score"}).assign(seconds=t.seconds.clip(lower=0.01))
-    against = (("mlm_loss", LOSSES["mlm_loss"], False), ("seconds", "seconds of search (log)", True))
-    out = [curves.scatter(points, x, "score", "method", title=f"Score against {said}", log=log,
-                          labels=(said, "mean score")) for x, said, log in against]
-    keys = ["method", "density", "step"]
-    rows = [{**dict(zip(keys, key, strict=True)), **over_masks(r)}
-            for key, r in tuned_rows(study, final=False).groupby(keys, sort=False)]
-    steps = pd.DataFrame(rows).rename(columns={"mean": "score"})
-    return out + [_steps_figure(steps, density) for density in study.config["densities"]]
-
-
-def _steps_figure(steps: pd.DataFrame, density: float) -> Any:
-    some = steps[(steps.density == density) | (steps.method == "full")]
-    return curves.scatter(some, "step", "score", "method", labels=("steps", "mean score"),
-                          title=f"Score against steps of search, density {density:g}")
-
-
-def _ways(study: Tamt) -> dict[str, pd.DataFrame]:
-    "Losses and distances over steps; of a ladder over all its densities."
-    t, low = study.curves, min(study.config["densities"])
-    names = [f"imp to {low:g}" if m == "imp" else f"{m} {d:g}" for m, d in zip(t.method, t.density, strict=True)]
-    several = {name: way for name, way in t.groupby(names, sort=False) if way.step.nunique() > 1}
-    return {name: way.groupby("step")[list(LOSSES)].mean().rename(columns=LOSSES).reset_index()
-            for name, way in several.items()}
-
-
-def _chances(study: Tamt) -> str:
-    chance = study.curves[study.curves.method != "imp"].groupby("density", sort=False).chance.mean()
-    if not len(chance): return ""
-    return f" Unrelated masks: {', '.join(f'{c:.2f} at {d:g}' for d, c in chance.items())}."
-
-
-def _from_largest(study: Tamt, density: float) -> list[Any]:
-    "Where masks differ from the largest weights, by matrix."
-    t, first, end = study.by_matrix(), f"omp {density:g}", f" {density:g}"
-    pairs = {name: part for mine, other in (("a", "b"), ("b", "a"))
-             for name, part in t[t[mine] == first].groupby(other, sort=False)}
-    pairs = {name: part for name, part in pairs.items() if name.endswith(end) and not name.startswith("random")}
-    most = max([part.distance.max() for part in pairs.values()], default=0.0)
-    return [_distance_figure(name, part, most) for name, part in pairs.items()]
-
-
-def _distance_figure(name: str, part: pd.DataFrame, most: float) -> Any:
-    chance = np.average(part.chance, weights=part["size"])
-    cells = part.assign(head=0, kept=part["size"] * part.distance)
-    title = f"{name}: distance from the largest weights (chance {chance:.2f})"
-    return mask_figures.placement(cells, title, "Jaccard distance", top=most or None)

@@ -24,7 +24,7 @@ from ..core.layout import Layout, body_of, is_causal, layout_of, unwrap
 from ..core.numbers import Count, Share, SomeShare
 from ..core.space import model_id
 from ..data.facts import Facts, mask_token, with_start
-from ..data.texts import Blocks
+from ..data.texts import Blocks, unknown_id
 from ..model.limits import check_head, check_vocabulary, longest
 from ..model.sequences import POSITIONS, LossWithSlope, Sequences, block_ids, empty_states, row_losses
 from .objectives import Context, Loss, Objective, fingerprint_of
@@ -65,7 +65,8 @@ _CUT = (
 def _check_predictable(ids: Sequence[Sequence[int]], context: Context) -> None:
     "Raise `SubnetError` for texts of which no token can be predicted."
     special, causal = set(context.tok.all_special_ids), is_causal(context.model)
-    empty = [k for k, i in enumerate(ids) if (len(i) < 2 if causal else special.issuperset(i))]
+    unknown = {unknown_id(context.tok)}
+    empty = [k for k, i in enumerate(ids) if (unknown.issuperset(i[1:]) if causal else special.issuperset(i))]
     if not empty: return
     raise SubnetError(
         f"{len(empty)} of {len(ids)} texts have no token to predict, the first of them is text {empty[0]}: "
@@ -112,10 +113,12 @@ class Drawn(NamedTuple):
     gold: Tensor            # (row,) the right answer
 
 
-def _next(seqs: Sequences, index: np.ndarray) -> Drawn:
-    "Every next token."
+def _next(seqs: Sequences, index: np.ndarray, unknown: int | None) -> Drawn:
+    "Every next token, but for unknown words."
     x = seqs.inputs(index)["input_ids"]
-    batch, position = torch.nonzero(seqs.real(index)[:, 1:], as_tuple=True)
+    wanted = seqs.real(index)[:, 1:]
+    if unknown is not None: wanted = wanted & (x[:, 1:].cpu() != unknown)
+    batch, position = torch.nonzero(wanted, as_tuple=True)
     return Drawn(None, batch, position, x[batch, position + 1])
 
 
@@ -125,8 +128,9 @@ def _masked(mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step
     numbers = [_uniform((context.seed, step, _key(seqs, i, context)), int(seqs.lengths[i])) for i in index]
     choice, kind, word = pad_sequence(numbers, batch_first=True).unbind(-1)
     special = torch.isin(x.cpu(), torch.tensor(tok.all_special_ids))
-    picked = (choice < mlm.share) & seqs.real(index) & ~special
-    if not (picked.any() or context.reading): picked[:, 1] = True
+    words = seqs.real(index) & ~special
+    picked = (choice < mlm.share) & words
+    if not (picked.any() or context.reading): picked = words & (words.cumsum(1) == 1)
     mixed, replaced = x.clone(), picked & (kind > 0.9)
     mixed[picked & (kind < 0.8)] = tok.mask_token_id
     mixed[replaced] = (word[replaced] * len(tok)).long().to(x.device)
@@ -171,7 +175,8 @@ def _reading(mlm: MLM, context: Context) -> tuple[Sequences, Draw]:
     if not isinstance(ids, np.ndarray): _check_predictable(ids, context)
     if is_causal(context.model):
         seqs = context.sequences(ids)
-        return seqs, lambda index, step: _next(seqs, index)
+        unknown = unknown_id(context.tok)
+        return seqs, lambda index, step: _next(seqs, index, unknown)
     mask_token(context.tok)
     check_vocabulary(context.model, len(context.tok))
     if mlm.static: return _masked_once(mlm, context, ids)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.data.facts import read_facts
@@ -15,7 +17,7 @@ from subnet_explorer.data.files import BadFacts, BadTexts, file_text, numbered_l
 from subnet_explorer.data.questions import read_squad
 from subnet_explorer.data.sentences import read_conllu, read_ner
 from subnet_explorer.data.tables import read_choices, read_glue
-from subnet_explorer.data.texts import read_blocks, read_texts
+from subnet_explorer.data.texts import read_blocks, read_texts, unknown_id
 from subnet_explorer.measure.maps import read_labels
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.options import read_yaml
@@ -131,8 +133,12 @@ def test_json_that_cannot_be_written_again_is_refused(tmp_path):
 
 # ── WikiText ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WIKI = " = Robert <unk> = \n \n a guest @-@ starring role , 1 @,@ 000 of 2 @.@ 5 birds \n"
-READ = ["= Robert [UNK] =", "a guest-starring role , 1,000 of 2.5 birds"]
+WIKI = (' = Robert <unk> = \n \n a guest @-@ starring role , 1 @,@ 000 of 2 @.@ 5 birds \n'
+        ' He wasn \'t " quick " ( or <unk> ) ; it \'s $ 5 . \n = = Early life = = \n')
+READ = ["Robert [UNK]", "a guest-starring role, 1,000 of 2.5 birds", 'He wasn\'t "quick" (or [UNK]); it\'s $5.',
+        "Early life"]
+NOTE = ("{} was read as WikiText: 2 <unk> {}; 3 @-@, @,@ and @.@ as the signs inside of words that they stand for; "
+        "2 headings without their =; {} signs beside their words.")
 
 
 @pytest.mark.parametrize("name", ["wiki.train.tokens", "wiki.valid.raw", "mine.tokens.gz", "wikitext.txt"])
@@ -141,14 +147,48 @@ def test_wikitext_is_read_as_what_was_meant(tmp_path, name):
     for tok in (None, load("pocket-bert")[1]):
         found = read_texts(file, tok=tok)
         assert found == READ
-        assert found.notes == (f"{name} was read as WikiText: 1 <unk> as [UNK], 3 @-@, @,@ and @.@ as the signs inside "
-                               "of words that they stand for.",)
+        assert found.notes == (NOTE.format(name, "as [UNK], never predicted", 9),)
 
 
 def test_wikitext_is_told_by_its_name_or_by_yours(tmp_path):
     file = written(tmp_path, "plain.txt", WIKI.encode())
     assert read_texts(file)[0] == "= Robert <unk> =" and read_texts(file).notes == ()
     assert read_texts(f"wikitext:{file}") == READ
+    named = written(tmp_path, "wiki.tokens", WIKI.encode())
+    assert read_texts(f"plain:{named}") == read_texts(file) and read_texts(f"plain:{named}").notes == ()
+    cache = tmp_path / "cache"
+    _, tok = load("pocket-bert")
+    one, other = (read_blocks(tok, f"{how}:{named}", 16, cache=cache) for how in ("plain", "wikitext"))
+    assert one.fingerprint == read_blocks(tok, file, 16, cache=cache).fingerprint != other.fingerprint
+
+
+def test_what_is_no_markup_stays(tmp_path):
+    lines = ["= x is no heading", "a = b", "= = Two =", "the dogs ' ball", 'an odd " mark']
+    assert read_texts(written(tmp_path, "wiki.tokens", "\n".join(lines).encode())) == lines
+
+
+def test_a_tokenizer_without_an_unknown_token_leaves_the_word_out(tmp_path):
+    _, tok = load("pocket-gpt2")
+    file = written(tmp_path, "wiki.tokens", WIKI.encode())
+    found = read_texts(file, tok=tok)
+    assert found[0] == "Robert" and found.notes == (NOTE.format("wiki.tokens", "left out", 9),)
+
+
+def byte_level(unknown: str = "<unk>"):
+    "A byte-level tokenizer with tokens of its own, as RoBERTa's."
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    t = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token=unknown))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", unk_token=unknown,
+                                   mask_token="<mask>")
+
+
+def test_no_space_is_left_before_an_unknown_token_that_does_not_take_it(tmp_path):
+    file = written(tmp_path, "wiki.tokens", b"a <unk> b")
+    tok = byte_level()
+    assert read_texts(file, tok=tok) == ["a<unk> b"]
+    assert tok.convert_ids_to_tokens(read_blocks(tok, file, 4, cache=tmp_path).ids[0]) == ["a", "<unk>", "\u0120", "b"]
+    assert unknown_id(tok) == 3 and unknown_id(byte_level("</s>")) is None      # one that also ends texts
 
 
 def test_blocks_of_wikitext_hold_the_unknown_token(tmp_path):
@@ -157,8 +197,8 @@ def test_blocks_of_wikitext_hold_the_unknown_token(tmp_path):
     found = read_blocks(tok, file, 16, cache=tmp_path / "cache")
     again = read_blocks(tok, file, 16, cache=tmp_path / "cache")
     ids = tok(READ[0], add_special_tokens=False).input_ids
-    assert ids.count(tok.unk_token_id) == 3 and found.ids[0, 1: 1 + len(ids)].tolist() == ids
-    assert found.notes == again.notes == found[:2].notes and "30 <unk> as [UNK]" in found.notes[0]
+    assert ids.count(tok.unk_token_id) == 1 and found.ids[0, 1: 1 + len(ids)].tolist() == ids
+    assert found.notes == again.notes == found[:2].notes and "60 <unk> as [UNK]" in found.notes[0]
     plain = written(tmp_path, "plain.txt", (WIKI * 30).encode())
     assert read_blocks(tok, plain, 16, cache=tmp_path / "cache").fingerprint != found.fingerprint
 
@@ -167,5 +207,6 @@ def test_blocks_of_wikitext_hold_the_unknown_token(tmp_path):
 def test_the_published_wikitext_has_no_markup_left(real):
     _, tok = load("pocket-bert")
     found = read_texts(real / "datasets" / "wikitext-2" / "wiki.test.tokens.gz", tok=tok)
-    assert len(found) == 2891 and not any("<unk>" in line or "@-@" in line for line in found)
+    assert len(found) == 2891
+    assert not any(sign in line for line in found for sign in ("<unk>", "@-@", " , ", " . ", "= ="))
     assert sum(line.count("[UNK]") for line in found) > 10_000

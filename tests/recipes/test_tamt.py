@@ -28,12 +28,13 @@ from subnet_explorer.data.grammar import sentences
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.tables import BadTable
 from subnet_explorer.data.texts import blocks, read_blocks, read_texts
-from subnet_explorer.measure.fluency import HeldOut
+from subnet_explorer.measure.fluency import HeldOut, text_nll
 from subnet_explorer.model.apply import applied, masked, parameter
 from subnet_explorer.model.load import load, tiny
 from subnet_explorer.model.sequences import Sequences, row_losses
 from subnet_explorer.recipes.tamt import tamt
 from subnet_explorer.recipes.textmasks import METHODS, first_mask, imp, ladder, objective, pruned
+from subnet_explorer.recipes.textreport import means_by_task
 from subnet_explorer.recipes.tuning import SPANS, TUNE, tuned_by
 from subnet_explorer.search.distil import MLM, Hidden, LanguageHead
 from subnet_explorer.search.find import find
@@ -242,6 +243,38 @@ def test_masking_is_berts_recipe(world):
             swapped + int(((now != gold) & (now != tok.mask_token_id)).sum()),
         )
     assert abs(picked / total - 0.15) < 0.01 and abs(left / picked - 0.1) < 0.02 and abs(swapped / picked - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-9])
+def test_unknown_words_are_neither_masked_nor_predicted(world, share):
+    "Not even where no other token was drawn, and one must be."
+    from subnet_explorer.search.distil import _masked
+
+    model, tok = world
+    c = Context(model, tok, 10, 2, 0)
+    ids = [tok(t).input_ids for t in ("[UNK] [UNK] a dog can run", "[UNK] a bird")]
+    mixed, batch, position, gold = _masked(MLM(["a"], share=share), Sequences(model, ids), np.arange(2), c, 0)
+    words = [(i, j) for i, row in enumerate(ids) for j, t in enumerate(row) if t not in tok.all_special_ids]
+    chosen = list(zip(batch.tolist(), position.tolist(), strict=True))
+    assert chosen == (words if share == 1 else [(0, 3), (1, 2)])
+    assert mixed[0, 1] == mixed[0, 2] == mixed[1, 1] == tok.unk_token_id and tok.unk_token_id not in gold
+
+
+def test_a_causal_model_predicts_no_unknown_word():
+    model, tok = load("pocket-gpt2")
+    text = "a dog can run"
+    known = tok(text, add_special_tokens=False).input_ids
+    plain = text_nll(model, tok, [text]).tokens.item()
+    tok.unk_token = tok.convert_ids_to_tokens(known[1])  # as if the word were the token of unknown ones
+    try:
+        assert tok.unk_token_id == known[1] and text_nll(model, tok, [text]).tokens.item() == plain - 1
+        c = Context(model, tok, 10, 1, 0)
+        mean = MLM([text]).prepare(c)(0).item()
+        assert mean == pytest.approx(text_nll(model, tok, [text]).nll.item() / (plain - 1), rel=1e-5)
+        with pytest.raises(SubnetError, match="no token to predict"):
+            MLM([text, " dog"]).prepare(c)
+    finally:
+        tok.unk_token = None
 
 
 def test_blocks_cost_what_hugging_face_says(world):
@@ -678,11 +711,16 @@ def test_json_and_report(straight, tmp_path):
             for t in cell["tasks"].values()
         ) and list(cell["tasks"]) == ["entails", "similar"]
         assert cell["steps"] == {"omp": 0, "random": 0, "imp": 3 * 1, "mlm": 4}[m]
+    assert {r["step"] for r in out["jaccard_by_step"]} == {0, 2, 4}
+    assert [(r["task"], r["method"]) for r in out["by_task"]] == [
+        (t, m) for t in ("entails", "similar") for m in ("full", "omp", "random", "imp", "mlm")
+    ]
     n, j = len(out["jaccard"]["labels"]), out["jaccard"]
     assert n == 4 and np.shape(j["distance"]) == np.shape(j["chance"]) == (4, 4)
     assert j["distance"][0][1] == pytest.approx(j["chance"][0][1], abs=0.01)
     page = study.report(tmp_path / "r.html").read_text()
     assert all(s in page for s in ("Mean over tasks", "Jaccard distance", "Score against loss", "Masks on the way"))
+    assert all(s in page for s in ("Score of every task at density 0.6", "Score of every task against loss on text"))
 
 
 def test_matched_masks_have_taken_what_pruning_takes(world):
@@ -749,6 +787,45 @@ def test_how_far_masks_are(straight, world):
             and r.chance == pytest.approx(1 - 0.6 / 1.4, abs=1e-3)
         )
     assert t.distance.gt(0).any() and len(study.by_matrix()) == 6 * len(study.space.groups)
+
+
+def test_distances_at_every_step(straight):
+    "Of seeds of one method, of methods with each other, and with masks that stand still, counted plainly."
+    study, to = straight
+    t = study.tables["jaccard_by_step"].set_index(["density", "step", "a", "b"])
+    way = {
+        (seed, step): mask
+        for seed in (0, 1)
+        for labels, mask in Run.open(next(to.glob(f"searches/mlm-0.6-{seed}-*"))).snapshots
+        for step in [labels["step"]]
+    }
+
+    def far(a, b):
+        both = sum(int((x & y).sum()) for (_, x), (_, y) in zip(a.items(), b.items(), strict=True))
+        return 1 - both / (a.count + b.count - both)
+
+    (omp,), imps = study.masks.sel(method="omp"), study.masks.sel(method="imp")
+    omp = omp[1]
+    for step in (0, 2, 4):
+        assert t.distance[0.6, step, "mlm", "mlm"] == pytest.approx(far(way[0, step], way[1, step]))
+        assert t.distance[0.6, step, "omp", "mlm"] == pytest.approx(np.mean([far(omp, way[s, step]) for s in (0, 1)]))
+        assert t.distance[0.6, step, "imp", "mlm"] == pytest.approx(
+            np.mean([far(mask, way[s, step]) for _, mask in imps for s in (0, 1)])
+        )
+    assert t.distance[0.6, 0, "mlm", "mlm"] == 0 < t.distance[0.6, 4, "mlm", "mlm"] < t.chance[0.6, 4, "mlm", "mlm"]
+    assert t.chance.to_numpy() == pytest.approx(1 - 0.6 / 1.4, abs=1e-3)
+    assert ("omp", "omp") not in t.loc[0.6, 0].index and ("mlm", "omp") not in t.loc[0.6, 0].index
+
+
+def test_every_task_has_its_own_interval(straight):
+    "Over masks, fine-tuning seeds and sentences; of a single run over sentences."
+    study, _ = straight
+    t = means_by_task(study).set_index(["task", "method"])
+    for task, method in itertools.product(study.tasks, ("full", "omp", "random", "imp", "mlm")):
+        scores = study.transfer.query("task == @task and method == @method").score
+        assert t["mean"][task, method] == pytest.approx(scores.mean()) and t.seeds[task, method] == len(scores)
+    assert t.low["entails", "mlm"] <= t["mean"]["entails", "mlm"] <= t.high["entails", "mlm"]
+    assert (t["items"]["entails"] == 32).all() and t.low["entails", "omp"] < t.high["entails", "omp"]  # one run
 
 
 def test_questions_are_tuned_by_their_own_settings():
