@@ -125,6 +125,7 @@ def probe(
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
     batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
+    dropout: bool = False,                            # of encoder and word vectors in training; published: True
     init: str | None = None,                          # how weights are drawn anew: architecture; published: framework
     published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
     selection: Sequence[Any] | None = None,           # what lambda is chosen on; None: every other sentence of dev
@@ -139,7 +140,7 @@ def probe(
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = probes.named(model, granularity, published)
-    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
+    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, dropout, selection=selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
     bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)
