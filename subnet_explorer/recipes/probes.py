@@ -60,12 +60,12 @@ def head_of(
     seed: int,
     mlp: int | None = None,        # rank of an MLP probe
     published: bool = False,       # learn from special tokens, too
-    dropout: bool = False,         # drop a tenth of the vectors of words, as published
+    dropout: float | None = None,  # of the vectors of words, published: 0.1; None: 0.1 of the parser, else none
     **parser: Any,                 # sizes of the parser, e.g. arc=32, label=16, std=.1
 ) -> TaskHead:
     "A new head for a task."
     check_names([task], TASKS, "task")
-    how: dict[str, Any] = {"dropout": 0.1} if dropout else {}
+    how: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
     if published and task != "ner": how["specials"] = True
     if task == "dep": return Parser(model, examples, seed, mlp=mlp, **how | parser)
     return (Tagger if task == "pos" else EntityTagger)(model, examples, seed, mlp=mlp, **how)
@@ -177,7 +177,8 @@ class ProbeSetting:
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
         tell = self.train if self.known is None else self.known
-        how = {"published": self.published, "dropout": self.dropout, **self.parser}
+        own = self.parser if self.task == "dep" else {}
+        how = {"published": self.published, "dropout": 0.1 if self.dropout else None, **own}
         head = head_of(self.task, self.model, tell, cell.seed, cell.rank or None, **how)
         head.unseen = list(unseen(self.task, tell, [*self.dev, *(self.selection or [])]))
         return head

@@ -544,7 +544,11 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
 def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
     "Strided groups, lessons with special tokens, constant rates, framework resets; another study than without."
     seen = []
-    monkeypatch.setattr(probes, "fit", lambda *a, **k: seen.append(k["schedule"]) or fit(*a, **k))
+    def seeing(f):
+        return lambda *a, **k: seen.append((k["schedule"], k["dropout"])) or f(*a, **k)
+
+    for door in ("fit", "find"):
+        monkeypatch.setattr(probes, door, seeing(getattr(probes, door)))
     monkeypatch.setattr(probes, "reset", lambda m, what, init, seed: seen.append(init) or reset(m, what, init, seed))
     found = probe(
         *bert,
@@ -561,7 +565,7 @@ def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
         and found.config["published"] is True
         and found.config["init"] == "framework"
     )
-    assert set(seen) == {"constant", "framework"} and all(
+    assert set(seen) == {("constant", True), "framework"} and all(
         g.strided for _, m in found.masks.sel(granularity="128x1-strided") for g in m.space.groups
     )
     with pytest.raises(OtherRun, match="differs in"):
