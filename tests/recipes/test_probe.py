@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import cut
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
@@ -29,6 +30,7 @@ from subnet_explorer.look.curves import pareto
 from subnet_explorer.measure.metrics import entity_scores, task_scores
 from subnet_explorer.model.apply import applied
 from subnet_explorer.model.load import load
+from subnet_explorer.recipes.choice import lambda_of_report
 from subnet_explorer.recipes.probe import (
     POCKET,
     centre,
@@ -68,17 +70,18 @@ from subnet_explorer.tasks.heads import EntityTagger, Tagger
 
 chapter = importlib.import_module("subnet_explorer.recipes.probe")
 probes = importlib.import_module("subnet_explorer.recipes.probes")
-TRAIN, DEV = read_conllu("pocket", part="train")[:40], read_conllu("pocket", part="dev")[:30]
-NER = read_ner("pocket", part="train")[:40], read_ner("pocket", part="dev")[:30]
+TRAIN, DEV = read_conllu("pocket", part="train")[:24], read_conllu("pocket", part="dev")[:16]
+NER = read_ner("pocket", part="train")[:24], read_ner("pocket", part="dev")[:16]
+LAYERS, STEPS = 2, 6  # of the model that is probed; of a probe
 HEAD_ALONE: dict[str, Any] = dict(
-    steps=12, lr=1e-3, head_lr=5e-3, batch=32, train="head", keep="last", progress=False
+    steps=STEPS, lr=1e-3, head_lr=5e-3, batch=32, train="head", keep="last", progress=False
 )
-FAST = POCKET | dict(steps=12, progress=False)
+FAST = POCKET | dict(steps=STEPS, progress=False)
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return load("pocket-bert")
+    return cut(*load("pocket-bert"), layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +94,14 @@ def study(bert):
         granularity=("neuron", "matrix"),
         lambdas=(1.0, 25.0),
         seeds=(0, 1),
-        **FAST | dict(steps=40, ranks=(128, 2)),
+        **FAST | dict(steps=24, ranks=(128, 2)),
     )
 
 
 def setting(bert, task="pos", **training) -> ProbeSetting:
     model, tok = bert
     train, dev = NER if task == "ner" else (TRAIN, DEV)
-    settings: dict[str, Any] = {"steps": 12, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training}
+    settings: dict[str, Any] = {"steps": STEPS, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training}
     return ProbeSetting(
         model,
         tok,
@@ -437,8 +440,8 @@ def test_complexity_is_counted(bert, study):
 
     widths = [granular(bert[0], "weight").layout.widths(r) for r in ("q", "k", "v", "o", "up", "down")]
     assert (
-        of(probe="subnetwork", granularity="neuron") == 4 * sum(i for _, i in widths)
-        and of(probe="subnetwork", granularity="matrix") == 24
+        of(probe="subnetwork", granularity="neuron") == LAYERS * sum(i for _, i in widths)
+        and of(probe="subnetwork", granularity="matrix") == 6 * LAYERS
     )
     assert of(probe="mlp", rank=2) == (2 * 128 + 1) * 2 + 3 * 128 and of(probe="linear") == 0
     assert (
@@ -458,8 +461,9 @@ def test_the_online_code_by_hand(bert):
     model, tok = bert
     s, cell = setting(bert), Cell("linear", 0)
     code, k = online_code(s, cell, (0.25, 0.5, 1.0)), len(s.head(cell).labels)
-    bits = sum(len(e.words) for e in TRAIN[:10]) * np.log2(k)
-    for a, b in ((10, 20), (20, 40)):
+    quarter = len(TRAIN) // 4
+    bits = sum(len(e.words) for e in TRAIN[:quarter]) * np.log2(k)
+    for a, b in ((quarter, 2 * quarter), (2 * quarter, 4 * quarter)):
         head = s.head(cell)
         with preserved(model):
             fit(model, tok, Task(TRAIN[:a], head), seed=0, **HEAD_ALONE)
@@ -468,7 +472,7 @@ def test_the_online_code_by_hand(bert):
                 with torch.no_grad():
                     logits = head.out(model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0][places])
                 bits += F.cross_entropy(logits, torch.tensor(gold), reduction="sum").item() / np.log(2)
-    assert code["bits"] == pytest.approx(bits, rel=1e-5) and code["portions"] == [10, 20, 40]
+    assert code["bits"] == pytest.approx(bits, rel=1e-5) and code["portions"] == [6, 12, 24]
     assert code["uniform"] == pytest.approx(sum(len(e.words) for e in TRAIN) * np.log2(k)) and code[
         "compression"
     ] == pytest.approx(code["uniform"] / code["bits"])
@@ -503,9 +507,8 @@ def test_controls_within_the_study(bert, tmp_path, monkeypatch):
         and set(out["code"]) == set(t.index[t.code.notna()])
         and out["selectivity"]["mlp"]["interval"] == [None, None]
     )
-    assert {"control", "selectivity", "code", "compression"} <= set(
-        found.summary()
-    ) and "not learned by heart" in found.report(tmp_path.parent / "c.html").read_text()
+    assert {"control", "selectivity", "code", "compression"} <= set(found.summary())
+    assert "not learned by heart" in next(found.sections())[1]
     monkeypatch.setattr(
         chapter, "run_cell", lambda s, cell, *a: (_ for _ in ()).throw(AssertionError(f"trained again: {cell}"))
     )
@@ -535,10 +538,10 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
     )
     assert (
         centre(found).centre.isna().all()
-        and centre(found, 1.0).centre.between(1, 4).all()
+        and centre(found, 1.0).centre.between(1, LAYERS).all()
         and strongest_lambda(found, 1.0) == 1e4
     )
-    assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()
+    assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()  # and its figures can be drawn
 
 
 def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
@@ -600,13 +603,13 @@ def test_sentences_that_choose_do_not_report(bert, tmp_path):
             assert found.scores[name].tolist() == pytest.approx(alone.tolist())
     assert named.scores.score.tolist() == named.scores.score_reported.tolist()
     assert named.config["chosen_on"] == "the 20 sentences of the selection"
-    assert halves.config["chosen_on"] == "every other sentence of dev (15)"
+    assert halves.config["chosen_on"] == "every other sentence of dev (8)"
     at = chapter.choose_lambda(halves.scores, "neuron", within=1.0)
     assert at["score"] == halves.scores.score_reported[0] and at["n"] == 1
     study = replace(halves, tables={"scores": halves.scores.assign(score_selection=1.0)})
-    out, page = study.to_json()["chosen"], study.report(tmp_path / "r.html").read_text()
+    out, said = study.to_json()["chosen"], lambda_of_report(study.scores, study.config)[1]
     assert out["chosen_on"] == halves.config["chosen_on"] and out["score"] == pytest.approx(at["score"], abs=1e-6)
-    assert "Chosen on every other sentence of dev (15)" in page
+    assert "Chosen on every other sentence of dev (8)" in said
     with pytest.raises(OtherRun, match="selection"):
         for selection in (None, other):
             probe(*bert, "pos", TRAIN, DEV, selection=selection, to=tmp_path / "study", **some)
@@ -657,7 +660,7 @@ def test_where_adds_up(study):
         )
         assert (
             part[["kept", "size"]].groupby(part.layer).sum().pipe(lambda x: x.kept / x["size"])
-        ).to_numpy() == pytest.approx([np.mean([placed_density(m, i) for m in own]) for i in range(1, 5)])
+        ).to_numpy() == pytest.approx([np.mean([placed_density(m, i) for m in own]) for i in range(1, LAYERS + 1)])
         assert part.groupby("matrix")["head"].max().to_dict() == dict(q=4, k=4, v=4, o=4, up=0, down=0)
         a, b = (placement(m.to("weight")).density.to_numpy() for m in own)
         assert part.density.to_numpy() == pytest.approx((a + b) / 2) and part.sd.to_numpy() == pytest.approx(
@@ -721,7 +724,7 @@ def test_soft_gates_of_attention_are_means_over_weights(bert, granularity):
                 ]
             )
         assert value == pytest.approx(want, rel=1e-5)
-    assert len(found) == 4
+    assert len(found) == LAYERS
 
 
 def test_the_published_quantity_survives_the_folder(bert, tmp_path):
@@ -731,7 +734,7 @@ def test_the_published_quantity_survives_the_folder(bert, tmp_path):
     again = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for file in (tmp_path / "s" / "cells").glob("*.json"):
         kept = json.loads(file.read_text())
-        assert kept.pop("checksum") and len(kept.pop("attention")) == 4
+        assert kept.pop("checksum") and len(kept.pop("attention")) == LAYERS
         write_json(file, kept)
     old = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for other in (again, old):
@@ -747,7 +750,7 @@ def test_centres_have_intervals(study):
         set(t.quantity) == {"density", "published"}
         and t.n.eq(2).all()
         and (t.low <= t.centre).all()
-        and t.centre.between(1, 4).all()
+        and t.centre.between(1, LAYERS).all()
     )
     own = centre(study).query("probe == 'subnetwork'").centre
     row = t.query("probe == 'subnetwork' and quantity == 'density'").iloc[0]
@@ -764,7 +767,7 @@ def test_centres_have_intervals(study):
 def test_figures_of_where_have_one_scale(study):
     bars, *maps = where_figures(study, 1.0)
     assert len(maps) == 3 and len({m.plotly.layout.coloraxis.cmax for m in maps}) == 1
-    assert "λ 1" in maps[0].alt and "Reset all" not in maps[0].alt and "layer 4" in bars.alt
+    assert "λ 1" in maps[0].alt and "Reset all" not in maps[0].alt and f"layer {LAYERS}" in bars.alt
     assert len(bars.plotly.data) == 3 and all(t.error_y.array is not None for t in bars.plotly.data)
 
 
@@ -864,7 +867,7 @@ def test_plain_data_and_figures(study, tmp_path):
         and set(out["results"]) == set(PROBES)
         and set(out["granularity"]) == {"neuron", "matrix"}
         and set(out["lambda"]) == {"1", "25"}
-        and len(out["layers"]) == 4
+        and len(out["layers"]) == LAYERS
     )
     assert out["results"]["subnetwork"]["score"] == pytest.approx(
         study.scores.query("probe == 'subnetwork' and granularity == 'neuron' and lam == 1").score.mean(), abs=1e-6
@@ -872,6 +875,7 @@ def test_plain_data_and_figures(study, tmp_path):
     fig = pareto(study.summary())
     assert "subnetwork" in fig.alt and fig.save(tmp_path / "p.svg").read_text().startswith("<?xml")
     page = study.report(tmp_path / "r.html").read_text()
+    assert lambda_of_report(study.scores, study.config)[1] in page
     for title in ("Scores", "Beside the published numbers", "Score against complexity", "Where", "How it was made"):
         assert title in page
 
@@ -895,7 +899,7 @@ def test_a_study_goes_on(bert, tmp_path, monkeypatch):
         str(tmp_path / "moved")
     )
     (tmp_path / "moved").rename(tmp_path / "s")
-    for change in (dict(steps=13), dict(init="framework")):
+    for change in (dict(steps=STEPS + 1), dict(init="framework")):
         with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"):
             probe(*bert, "pos", TRAIN, DEV, **FAST | change, to=tmp_path / "s")
 
@@ -927,8 +931,8 @@ def test_probe_refuses(bert):
 
 
 def test_a_causal_model():
-    model, tok = load("pocket-gpt2")
-    found = probe(model, tok, "dep", TRAIN, DEV, baselines=("linear",), **FAST | dict(steps=20))
+    model, tok = cut(*load("pocket-gpt2"), layers=LAYERS)
+    found = probe(model, tok, "dep", TRAIN, DEV, baselines=("linear",), **FAST)
     assert found.scores.score.between(0, 1).all() and found.masks[0].space.layout.transposed
 
 
