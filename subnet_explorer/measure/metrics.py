@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.items import Items, items_text
 from ..core.mask import Mask
 from ..core.numbers import Count
 from ..core.scores import Scores
@@ -28,8 +29,8 @@ from ..model.sequences import Sequences
 from ..search.objectives import Context, Examples, encoded, fingerprint_of
 
 # %% auto #0
-__all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_scores', 'TaskScore', 'tag_accuracy', 'attachment',
-           'entity_scores']
+__all__ = ['Arcs', 'predict', 'accuracy', 'task_metrics', 'task_items', 'task_scores', 'TaskScore', 'sentence_shares',
+           'tag_accuracy', 'attachment', 'entity_scores']
 
 # %% ../../nbs/measure/03_metrics.ipynb #fa7384bc
 @checked
@@ -147,6 +148,31 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
     spearman = float(spearmanr(gold, predicted).statistic)
     return {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}
 
+# %% ../../nbs/measure/03_metrics.ipynb #a5746a9f
+def task_items(
+    task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],      # as for `task_metrics`
+) -> Items:
+    "What every item adds to the score of a task."
+    if task.spans: return Items.of_shares(answer_scores(gold, predicted)[task.metrics[0]])
+    if task.metrics[0] == "accuracy":
+        gold, predicted = (_as_labels(task, values) for values in (gold, predicted))
+        return Items.of_shares([float(g == p) for g, p in zip(gold, predicted, strict=True)])
+
+    def score(kept: np.ndarray) -> float:
+        return float(task_metrics(task, [gold[i] for i in kept], [predicted[i] for i in kept])["score"])
+    return Items.by_leaving_out(score, len(gold))
+
+
+def _head_items(head: Any, targets: Sequence[Any], out: np.ndarray) -> Items:
+    "What every example adds to what a head measures."
+    if hasattr(head, "items"): return head.items(targets, out)
+    parts = np.split(out, np.cumsum([len(t) for t in targets])[:-1])
+
+    def score(kept: np.ndarray) -> float:
+        some = [targets[i] for i in kept]
+        return float(head.measure(some, np.concatenate([parts[i] for i in kept]))["score"]) if any(some) else math.nan
+    return Items.by_leaving_out(score, len(targets))
+
 # %% ../../nbs/measure/03_metrics.ipynb #c1884573
 @checked
 def task_scores(
@@ -155,18 +181,23 @@ def task_scores(
     head: Any,                          # a trained task head
     data: Labelled | Sequence[Any],     # labelled sentences, or what the head reads
     under: Mask | Scores | None = None,
+    items: bool = False,                # also what every example adds to the score, as `items_text` writes it
 ) -> dict[str, Any]:                    # score, each metric by name, for labelled sentences a note
     "Give the metrics of a task on examples."
     scored = _scoring(tok, head, data)
     with evaluating(model), masked(model, under):
-        return scored(lambda coded: predict(model, head, coded))
+        return scored(lambda coded: predict(model, head, coded), items)
 
 
 _Predicting = Callable[[Sequence[Any]], np.ndarray]
 "From encoded examples to predictions, (row, label)."
 
 
-def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_Predicting], dict[str, Any]]:
+_Scoring = Callable[[_Predicting, bool], dict[str, Any]]
+"From what predicts, and whether items are asked for, to metrics by name."
+
+
+def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> _Scoring:
     "Encode examples; what comes back scores whatever predicts them."
     if not isinstance(data, Labelled) and not hasattr(head, "measure"):
         raise SubnetError(
@@ -177,12 +208,19 @@ def _scoring(tok: Any, head: Any, data: Labelled | Sequence[Any]) -> Callable[[_
     if isinstance(data, Labelled):
         task, gold = data.task, data.gold
 
-        def by_task(ask: _Predicting) -> dict[str, Any]:
+        def by_task(ask: _Predicting, items: bool) -> dict[str, Any]:
             out = ask(coded)
             answers = head.answers(coded, out) if hasattr(head, "answers") else head.read(out)
-            return task_metrics(task, gold, answers)
+            found = task_metrics(task, gold, answers)
+            return {**found, "items": items_text(task_items(task, gold, answers))} if items else found
         return by_task
-    return lambda ask: head.measure([c[2] for c in coded], ask(coded))
+    targets = [c[2] for c in coded]
+
+    def by_head(ask: _Predicting, items: bool) -> dict[str, Any]:
+        out = ask(coded)
+        found = head.measure(targets, out)
+        return {**found, "items": items_text(_head_items(head, targets, out))} if items else found
+    return by_head
 
 # %% ../../nbs/measure/03_metrics.ipynb #cc82a17e
 @checked
@@ -197,7 +235,7 @@ class TaskScore:
         scored = _scoring(context.tok, self.head, self.data)
 
         def look() -> float | dict[str, Any]:
-            out = scored(lambda coded: predict(context.model, self.head, coded, context.path))
+            out = scored(lambda coded: predict(context.model, self.head, coded, context.path), False)
             return out["score"] if isinstance(self.data, Labelled) else out
         return look
 
@@ -239,6 +277,11 @@ def _share(hits: Sequence[np.ndarray], average: str) -> float:
     return float(np.mean([float(h.mean()) for h in hits]))
 
 # %% ../../nbs/measure/03_metrics.ipynb #f2210e86
+def sentence_shares(gold: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> np.ndarray:
+    "The share of words whose label is right, of every sentence that has words: `tag_accuracy` is its mean."
+    return np.array([float(hits.mean()) for hits in _hits(gold, predicted) if len(hits)])
+
+
 @checked
 def tag_accuracy(
     gold: Sequence[Sequence[Any]],           # labels of each sentence

@@ -37,7 +37,7 @@ from ..core.files import DamagedFile, kept_at, read_json, write_json
 from ..core.intervals import defined_interval, left_out
 from ..core.masks import Masks
 from ..core.numbers import Count, Positive, Seeds, Weight
-from ..core.pairs import Pairs
+from ..core.pairs import Pairs, mean_of
 from ..core.run import Run
 from ..data.sentences import Sentence
 from ..look import curves, masks as mask_figures
@@ -75,9 +75,8 @@ class Probing(Study):
         return layers(self)
 
     def pairs(self) -> Pairs:
-        "Scores of the main cells, by seed."
-        main = main_cells(self)
-        return Pairs(main, ["seed"], under="probe")
+        "Scores of the main cells, by seed and sentence."
+        return Pairs(main_cells(self), ["seed"], under="probe", packed="items")
 
     def results(self) -> dict[str, Any]:
         "Scores, density and bits by probe and granularity, density by layer, the centre, mask files."
@@ -213,7 +212,7 @@ KEYS = ["probe", "granularity", "lam", "rank"]
 
 
 def summary(study: Probing) -> pd.DataFrame:
-    "Mean score of every probe over seeds, with a 95 % Student interval (none for one seed); density, bits, centre."
+    "Mean score of every probe, with a 95 % interval over seeds and sentences; density, bits, centre."
     rows = [_summed(key, part) for key, part in study.scores.groupby(KEYS, sort=False)]
     out = pd.DataFrame(rows)
     best = out[out.probe == "finetune"].score
@@ -224,7 +223,8 @@ def _summed(key: tuple[Any, ...], part: pd.DataFrame) -> dict[str, Any]:
     "One row of the summary."
     row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
     known = defined_interval(part.score)
-    row |= {"n": known["n"], **_over_seeds(part.score, "score")}
+    over = mean_of(Pairs(part, ["seed"], packed="items"), part)
+    row |= {"n": known["n"], "items": over["items"], "score": over["mean"], "low": over["low"], "high": over["high"]}
     if known["undefined"]: row["undefined"] = known["undefined"]
     gaps = ["gaps"] if "gaps" in part else []
     for column in ("score_soft", *gaps, "density", "bits"): row[column] = _mean(part, column)
@@ -454,7 +454,7 @@ BITS_TEXT = ("Bits of a mask: one for each coordinate. Of an MLP probe: at least
 def probe_sections(study: Probing) -> Iterator[Section]:
     "The parts of the report."
     t = summary(study)
-    scores = f"{TASKS[study.task]}; mean and 95 % Student interval over seeds. {RESET_TEXT}"
+    scores = f"{TASKS[study.task]}; mean and 95 % interval over seeds and sentences. {RESET_TEXT}"
     scores += CONTROL_TEXT * ("control" in t) + CODE_TEXT * ("code" in t)
     yield "Scores", scores, [t.dropna(axis=1, how="all").round(4)]
     yield ("Beside the published numbers", f"{SOURCE[0].upper()}{SOURCE[1:]}. Another model on other sentences has "

@@ -190,7 +190,8 @@ def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: Any) ->
     if cell.aim == "control": s = replace(_with_control_labels(s, cell.seed), selection=None)
     with trained(s, cell, store, progress) as (head, run):
         mask = None if run is None else run.mask
-        found = task_scores(s.model, s.tok, head, s.dev, mask) | gap_score(s.model, s.tok, head, s.dev, mask)
+        found = task_scores(s.model, s.tok, head, s.dev, mask, items=True)
+        found |= gap_score(s.model, s.tok, head, s.dev, mask)
         if cell.aim == "task" and cell.probe in COMPARED: found |= _choice_scores(s, head, mask)
         if run is not None: return {**found, **_about_mask(s, head, run)}
         tuned = cell.probe.partition("_reset_")[0] == "finetune"

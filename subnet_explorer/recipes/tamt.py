@@ -49,11 +49,11 @@ from .tasks import baseline_table, best_trivial, read_running_text, trivial_text
 from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 
 # %% auto #0
-__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT', 'TRANSFER_TEXT',
-           'WAY_TEXT', 'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of', 'setting_of',
-           'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'runs_of', 'over_masks',
-           'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard', 'distances_by_matrix',
-           'tamt_results', 'tamt_sections']
+__all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'RUN', 'CURVES', 'Job', 'CROSSED', 'LOSSES', 'SCORES_TEXT',
+           'TRANSFER_TEXT', 'WAY_TEXT', 'ALIKE_TEXT', 'Tamt', 'tamt', 'complete', 'check_study', 'identity_of',
+           'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned', 'tuned_rows',
+           'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'jaccard',
+           'distances_by_matrix', 'tamt_results', 'tamt_sections']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +273,7 @@ def found_masks(bench: Bench, s: TamtSetting, asked: Mapping[str, Any]) -> dict[
 
 # %% ../../nbs/recipes/12_tamt.ipynb #ed2e5e63
 Losses = Callable[[Mask | None], dict[str, float]]
+RUN = ["method", "density", "seed", "step", "tuning_seed"]
 CURVES = ["method", "density", "seed", "step", "kept", "mlm_loss", "hidden_loss", "moved", "chance"]
 
 
@@ -344,12 +345,17 @@ def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping
     return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
-def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # method, density, seed, step, tuning_seed, score
-    "Mean score over tasks of every fine-tuning run; with `final` only of the masks that were found."
-    t, keys = study.transfer, ["method", "density", "seed"]
+def tuned_rows(study: Tamt, final: bool = True) -> pd.DataFrame:      # as `transfer`
+    "The score of every task and fine-tuning run; with `final` only of the masks that were found."
+    t = study.transfer
     if t.empty: raise SubnetError('this study has no task: give tasks={"RTE": task_data("RTE")}.')
-    if final: t = t.merge(study.scores[[*keys, "steps"]], on=keys).query("step == steps")
-    runs = t.assign(score=t.score.astype(float)).groupby([*keys, "step", "tuning_seed"], sort=False).score
+    if final: t = t.merge(study.scores[[*RUN[:3], "steps"]], on=RUN[:3]).query("step == steps")
+    return t.assign(score=t.score.astype(float))
+
+
+def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns RUN and score
+    "Mean score over tasks of every fine-tuning run, see `tuned_rows`."
+    runs = tuned_rows(study, final).groupby(RUN, sort=False).score
     return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
 
 
@@ -357,29 +363,29 @@ CROSSED = ["seed", "tuning_seed"]
 "Seeds of masks and of fine-tuning: every mask is fine-tuned from every seed."
 
 
-def over_masks(runs: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, mean, low, high, undefined
-    "Mean of the runs of one kind, with an interval over masks and fine-tuning seeds; of one mask over the latter."
-    found = mean_of(Pairs(runs, CROSSED), runs)
-    tuned = found["seeds"] if runs.seed.nunique() == 1 else runs.tuning_seed.nunique()
-    told = {name: found[name] for name in ("mean", "low", "high", "undefined")}
+def over_masks(rows: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, items, mean, low, high, undefined
+    "Mean over tasks of one kind of mask, with an interval over masks, seeds of fine-tuning and test sentences."
+    found = mean_of(Pairs(rows, CROSSED, groups=["task"] if "task" in rows else [], packed="items"), rows)
+    tuned = found["seeds"] if rows.seed.nunique() == 1 else rows.tuning_seed.nunique()
+    told = {name: found[name] for name in ("items", "mean", "low", "high", "undefined")}
     return {"n": found["seeds"] // max(1, tuned), "tuning_seeds": tuned, **told}
 
 
 def summary(study: Tamt) -> pd.DataFrame:
     "Losses and scores by method and density; with tasks also each task, and what `over_masks` gives."
-    keys = ["method", "density"]
-    scored = {} if study.transfer.empty else dict(tuple(runs_of(study).groupby(keys)))
-    return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in study.scores.groupby(keys, sort=False)])
+    scored = {} if study.transfer.empty else dict(tuple(tuned_rows(study).groupby(RUN[:2])))
+    found = study.scores.groupby(RUN[:2], sort=False)
+    return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in found])
 
 
-def _summed(study: Tamt, key: tuple[str, float], t: pd.DataFrame, runs: pd.DataFrame | None) -> dict[str, Any]:
+def _summed(study: Tamt, key: tuple[str, float], t: pd.DataFrame, rows: pd.DataFrame | None) -> dict[str, Any]:
     "One row of the summary."
     means = {column: float(t[column].mean()) for column in ("kept", "mlm_loss", "hidden_loss")}
     cost = {"steps": int(t.steps.iloc[0]), "seconds": float(t.seconds.mean())}
     row = {"method": key[0], "density": key[1], **means, **cost}
-    if runs is None: return row
+    if rows is None: return row
     by_name = {task: by_task(study, task, *key)["mean"] for task in study.tasks}
-    return {**row, **by_name, **over_masks(runs)}
+    return {**row, **by_name, **over_masks(rows)}
 
 
 def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, Any]:      # mean, std, undefined, scores
@@ -394,11 +400,11 @@ def by_task(study: Tamt, task: str, method: str, density: float) -> dict[str, An
 
 # %% ../../nbs/recipes/12_tamt.ipynb #9ad90b55
 def mean_pairs(study: Tamt) -> Pairs:
-    "Mean score over tasks by mask seed and fine-tuning seed, at every density; there is one mask of largest weights."
-    rows = runs_of(study).query("method != 'full'")
+    "Scores by seed of mask and fine-tuning, task and sentence, at every density; there is one mask of largest weights."
+    rows = tuned_rows(study).query("method != 'full'")
     rows = rows.assign(seed=rows.seed.astype(object).where(rows.method != "omp"))
     contrasts = [(a, b) for a in study.config["methods"] for b in ("omp", "random") if a not in ("omp", "random", b)]
-    return Pairs(rows, CROSSED, ["density"], contrasts, under="method")
+    return Pairs(rows, CROSSED, ["density"], contrasts, under="method", groups=["task"], packed="items")
 
 
 def tamt_html(study: Tamt) -> Html:
@@ -490,8 +496,8 @@ LOSSES = {
     "moved": "Jaccard distance from the start",
 }
 SCORES_TEXT = ("On sentences by which nothing was chosen, after fine-tuning with the mask held; mean over tasks "
-               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks and all seeds "
-               "of fine-tuning, which are crossed; of a single mask over the latter. ")
+               "(of baselines the best) with 95 % intervals (columns mean, low, high) over n masks, all seeds "
+               "of fine-tuning, which are crossed, and test sentences. ")
 TRANSFER_TEXT = ("In the first two figures each point is a method at a density, and lines join the densities of a "
                  "method, of which the lowest has as a rule the highest loss. In those against steps each point is a "
                  "mask, where they were fine-tuned also masks on the way.")
@@ -542,7 +548,7 @@ def _transfers(study: Tamt, t: pd.DataFrame) -> list[Any]:
                           labels=(said, "mean score")) for x, said, log in against]
     keys = ["method", "density", "step"]
     rows = [{**dict(zip(keys, key, strict=True)), **over_masks(r)}
-            for key, r in runs_of(study, final=False).groupby(keys, sort=False)]
+            for key, r in tuned_rows(study, final=False).groupby(keys, sort=False)]
     steps = pd.DataFrame(rows).rename(columns={"mean": "score"})
     return out + [_steps_figure(steps, density) for density in study.config["densities"]]
 

@@ -27,7 +27,7 @@ from ..core.kinds import weight_density
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, PartShare, Positive, Seeds, SomeShare
-from ..core.pairs import Pairs
+from ..core.pairs import Pairs, mean_of
 from ..core.run import Run
 from ..core.scores import Scores
 from ..core.selection import SURVIVAL_TEXT, selection_table, selection_tables
@@ -339,8 +339,8 @@ class Tickets(TicketData):
         return summary(self)
 
     def pairs(self) -> Pairs:
-        "Scores of the usual training, by seed."
-        return Pairs(usual(self), ["seed"], ["task", "stage"], CONTRASTS, under="kind")
+        "Scores of the usual training, by seed and test sentence."
+        return Pairs(usual(self), ["seed"], ["task", "stage"], CONTRASTS, under="kind", packed="items")
 
     def table(self) -> pd.DataFrame:
         "The study as in table 3 of the paper."
@@ -444,13 +444,15 @@ def drawn(study: Tickets) -> pd.DataFrame:
 
 
 def summary(study: Tickets) -> pd.DataFrame:      # one row by task, kind, stage and epochs
-    "Both densities; mean score over seeds, deviation (ddof 1), 95 % Student interval; undefined scores are left out."
+    "Densities; mean score over seeds, deviation (ddof 1), 95 % interval over seeds and items; undefined ones left out."
     rows = []
     for key, t in study.scores.groupby(["task", "kind", "stage", "epochs"], sort=False):
         names = dict(zip(("task", "kind", "stage", "epochs"), key, strict=True))
         note = "; ".join(sorted({note for note in t.note if note}))
         kept = {name: t[name].mean() for name in _WHOLE}
-        rows.append({**names, **kept, **defined_interval(t.score), "note": note})
+        over = mean_of(Pairs(t, ["seed"], packed="items"), t)
+        ends = {name: over[name] for name in ("items", "low", "high")}
+        rows.append({**names, **kept, **defined_interval(t.score), **ends, "note": note})
     return pd.DataFrame(rows)
 
 

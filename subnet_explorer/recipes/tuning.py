@@ -35,8 +35,8 @@ __all__ = ['TUNE', 'SPANS', 'FIXED', 'TUNABLE', 'scored', 'score_after_training'
 def scored(
     model: nn.Module, tok: Any, head: TaskHead, data: Labelled, mask: Mask | None = None,
 ) -> dict[str, Any]:
-    "Scores as a line of JSON: undefined ones are None."
-    scores = task_scores(model, tok, head, data, mask)
+    "Scores as a line of JSON: undefined ones are None; `items` is what every sentence adds, see `read_items`."
+    scores = task_scores(model, tok, head, data, mask, items=True)
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in scores.items()}
 
 

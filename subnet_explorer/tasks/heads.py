@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.items import Items
 from ..core.layout import body_of, is_causal, unwrap
 from ..core.numbers import Count, Dropout, Seed
 from ..data.sentences import coded_words
 from ..data.tables import Labelled
-from ..measure.metrics import entity_scores, tag_accuracy
+from ..measure.metrics import entity_scores, sentence_shares, tag_accuracy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -250,6 +251,10 @@ class Tagger(TaskHead):
         macro, micro = (tag_accuracy(*_by_sentence(self, targets, out), average=a) for a in ("macro", "micro"))
         return {"score": macro, "macro": macro, "micro": micro}
 
+    def items(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> Items:
+        "What every sentence adds to the score."
+        return Items.of_shares(sentence_shares(*_by_sentence(self, targets, out)))
+
     def settings(self) -> dict[str, Any]:
         "Say what identifies the head, where it differs from the usual."
         given = dict(pool=self.pool, of=self.of, specials=self.specials)
@@ -275,6 +280,14 @@ class EntityTagger(Tagger):
         "Compute `f1` of entities, which is the score, `precision`, `recall`, and `accuracy` of words."
         found = entity_scores(*_by_sentence(self, targets, out))
         return {k: found[k] for k in ("score", "f1", "precision", "recall", "accuracy")}
+
+    def items(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> Items:
+        "What every sentence adds to the score, which is no mean over sentences."
+        true, said = _by_sentence(self, targets, out)
+
+        def f1(kept: np.ndarray) -> float:
+            return float(entity_scores([true[i] for i in kept], [said[i] for i in kept])["score"])
+        return Items.by_leaving_out(f1, len(true))
 
 # %% ../../nbs/tasks/00_heads.ipynb #0598d09a
 def _joined(tok: Any, example: Mapping[str, Any], limit: int | None = None) -> list[int]:

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.items import Items
 from ..core.layout import is_causal
 from ..core.numbers import Count, Dropout, Positive, Seed
-from ..measure.metrics import attachment, tag_accuracy
+from ..measure.metrics import attachment, sentence_shares, tag_accuracy
 from ..model.sequences import LOGITS
 from .heads import POOLS, TaskHead, as_row, linear, special_rows, word_rows
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['Biaffine', 'spanning_tree', 'ArcScorer', 'split_sentences', 'decoded', 'parse_scores', 'Parser']
+__all__ = ['Biaffine', 'spanning_tree', 'ArcScorer', 'split_sentences', 'decoded', 'parse_scores', 'arc_shares', 'Parser']
 
 # %% ../../nbs/tasks/01_parser.ipynb #a72d9444
 class Biaffine(nn.Module):
@@ -231,6 +232,12 @@ def parse_scores(
     out = {"score": macro["las"], **{k: macro[k] for k in ("las", "uas", "la")}}
     return out | {f"{k}_micro": micro[k] for k in ("las", "uas", "la")}
 
+
+def arc_shares(gold: Sequence[Any], parts: Sequence[np.ndarray], tree: bool = False) -> np.ndarray:
+    "The share of right arcs with right labels, of every sentence that has words: las is its mean."
+    chosen = [list(zip(*decoded(part, tree), strict=True)) for part in parts]
+    return sentence_shares([[(head, label) for head, label in sentence] for sentence in gold], chosen)
+
 # %% ../../nbs/tasks/01_parser.ipynb #ac5381ca
 @checked
 class Parser(ArcScorer):
@@ -272,6 +279,10 @@ class Parser(ArcScorer):
     def measure(self, targets: Sequence[Any], out: np.ndarray) -> dict[str, float]:
         "Score the answers; see `parse_scores`."
         return parse_scores([np.array(t) for t in targets], list(split_sentences(out)), self.tree)
+
+    def items(self, targets: Sequence[Any], out: np.ndarray) -> Items:
+        "What every sentence adds to the score: its share of right arcs with right labels."
+        return Items.of_shares(arc_shares(targets, list(split_sentences(out)), self.tree))
 
     def settings(self) -> dict[str, Any]:
         "Say what identifies the head, where it differs from the usual."
