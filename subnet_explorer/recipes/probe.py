@@ -428,7 +428,7 @@ def where_figures(study: Probing, lam: float | None = None) -> list[Any]:
             for (name, i), x in share.groupby(["probe", "layer"], sort=False).share]
     bars = curves.bars(pd.DataFrame(rows).dropna(axis=1), colour="probe", label="share of the sum over layers",
                        title="Soft gates of query, key and value by layer")
-    top = float(t.density.max())
+    top = float(t.density.max()) or 1.0      # empty masks have a scale, too
     maps = [mask_figures.placement(g, _map_title(said[name], int(g.n.iloc[0])), "share kept", top=top)
             for name, g in t.groupby("probe", sort=False)]
     return [bars, *maps]

@@ -28,6 +28,7 @@ from subnet_explorer.core.space import GRANULARITIES, Space, granular
 from subnet_explorer.data.sentences import GAP, gapped, read_conllu, read_ner
 from subnet_explorer.look.curves import pareto
 from subnet_explorer.measure.metrics import entity_scores, task_scores
+from subnet_explorer.model import load as loading
 from subnet_explorer.model.apply import applied
 from subnet_explorer.model.load import load
 from subnet_explorer.recipes.choice import lambda_of_report
@@ -254,7 +255,7 @@ def test_soft_gates_are_evaluated_as_published(bert):
 def test_an_input_feature_gated_is_the_feature_scaled(bert):
     "Soft gates of neurons equal scaled columns of the weight, to rounding."
     model, tok = bert
-    space = granular(model, "neuron", layers=3)
+    space = granular(model, "neuron", layers=1)
     gate = HardConcrete(space, init="normal", seed=0)
     ids = torch.tensor([tok("a robin is a kind of bird .").input_ids])
     with torch.no_grad():
@@ -541,7 +542,8 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
         and centre(found, 1.0).centre.between(1, LAYERS).all()
         and strongest_lambda(found, 1.0) == 1e4
     )
-    assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()  # and its figures can be drawn
+    assert len(where_figures(found, 1e4)) == 2  # of nothing but empty masks
+    assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()
 
 
 def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
@@ -594,7 +596,7 @@ def test_the_strongest_lambda(study):
 
 def test_sentences_that_choose_do_not_report(bert, tmp_path):
     "Every other sentence, or a part of its own; said in the results and the report."
-    other, some = read_conllu("pocket", part="test")[:20], FAST | dict(baselines=("finetune",), seeds=(0,))
+    other, some = read_conllu("pocket", part="test")[:10], FAST | dict(steps=2, baselines=("finetune",), seeds=(0,))
     halves = probe(*bert, "pos", TRAIN, DEV, **some)
     named = probe(*bert, "pos", TRAIN, DEV, selection=other, **some)
     for found, parts in ((halves, (DEV[::2], DEV[1::2])), (named, (other, DEV))):
@@ -602,7 +604,7 @@ def test_sentences_that_choose_do_not_report(bert, tmp_path):
             alone = probe(*bert, "pos", TRAIN, part, **some).scores.score
             assert found.scores[name].tolist() == pytest.approx(alone.tolist())
     assert named.scores.score.tolist() == named.scores.score_reported.tolist()
-    assert named.config["chosen_on"] == "the 20 sentences of the selection"
+    assert named.config["chosen_on"] == "the 10 sentences of the selection"
     assert halves.config["chosen_on"] == "every other sentence of dev (8)"
     at = chapter.choose_lambda(halves.scores, "neuron", within=1.0)
     assert at["score"] == halves.scores.score_reported[0] and at["n"] == 1
@@ -939,6 +941,12 @@ def test_a_causal_model():
 # ── shell ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def small(bert, monkeypatch):
+    "A shell that is told of pocket-bert loads the smaller model."
+    monkeypatch.setattr(loading, "load", lambda name, **how: bert if name == "pocket-bert" else load(name, **how))
+
+
 def shell(tmp_path, *more: str) -> list[str]:
     return [
         "probe",
@@ -951,11 +959,11 @@ def shell(tmp_path, *more: str) -> list[str]:
         "--dev",
         "pocket",
         "--limit-train",
-        "40",
+        "24",
         "--limit-dev",
-        "20",
+        "8",
         "--steps",
-        "6",
+        "3",
         "--baselines",
         "linear",
         "--quiet",
@@ -965,7 +973,7 @@ def shell(tmp_path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, small):
     assert main(shell(tmp_path, "--granularity", "neuron,matrix", "--json", "--no-report")) == 0
     out = json.loads(capsys.readouterr().out)
     assert (
@@ -982,7 +990,7 @@ def test_the_command(tmp_path, capsys):
     assert "density by layer" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
 
 
-def test_the_command_with_everything(tmp_path, capsys):
+def test_the_command_with_everything(tmp_path, capsys, small):
     assert (
         main(
             shell(
@@ -1008,7 +1016,7 @@ def test_the_command_with_everything(tmp_path, capsys):
     )
 
 
-def test_the_command_reads_gaps(tmp_path, capsys):
+def test_the_command_reads_gaps(tmp_path, capsys, small):
     assert (
         main(shell(tmp_path, "--train", "pocket-gaps", "--dev", "pocket-gaps", "--baselines", "", "--no-report")) == 0
     )
@@ -1032,7 +1040,7 @@ def test_the_command_reads_gaps(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_the_command_refuses(tmp_path, capsys, change, says):
+def test_the_command_refuses(tmp_path, capsys, small, change, says):
     args = shell(tmp_path)
     if change[0] in args:
         args[args.index(change[0]) + 1] = change[1]
