@@ -190,6 +190,13 @@ from subnet_explorer.recipes.start import order_from_file
 open('study.yaml', 'w').write('steps: 200')
 order_from_file('study.yaml')
 """,
+    "BadSweep": """
+from subnet_explorer import load, read_facts, recipes
+model, tok = load('pocket-bert')
+facts = read_facts('pocket', 'MadeOf')
+recipes.sweep('lamp', model, tok, facts, over={'sparsity': [.5, .3, .5]})
+""",
+    "NoneSucceeded": None,      # every combination would have to fail
     "TwoRecipes": """
 from subnet_explorer.recipes.study import recipe
 @recipe('Pruning from another package', 'A. Author, 2026')

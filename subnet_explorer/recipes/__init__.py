@@ -23,10 +23,11 @@ def pocket_settings(name: str) -> Mapping[str, Any]:
 
 
 def __dir__() -> list[str]:
-    return sorted([*RECIPES, "lamp_ablation", "pocket_settings"])
+    return sorted([*RECIPES, "lamp_ablation", "pocket_settings", "sweep"])
 
 
 from .lamp import lamp_ablation as lamp_ablation  # noqa: E402  (after its module, whose name `lamp` hides)
+from .sweep import sweep as sweep  # noqa: E402  (likewise)
 
 if TYPE_CHECKING:
     from .critical import critical as critical

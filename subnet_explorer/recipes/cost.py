@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.power import detectable, in_seed_deviations
 from .probes import plan, steps_of
 from .textmasks import TRAINED, ladder
 
 # %% auto #0
-__all__ = ['Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost']
+__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost', 'power_of',
+           'power_text']
 
 # %% ../../nbs/recipes/15_cost.ipynb #2d484423
 @dataclass(frozen=True)
@@ -144,3 +146,31 @@ def _tuning(values: _Values, axes: Mapping[str, int | None]) -> Work:
     how = {"epochs": 3.0, "batch": 32, **(values["tuning"] or {})}
     return Work("fine-tuning", axes, _steps(how["epochs"], how["batch"], values["limit_train"]), how["batch"],
                 how["epochs"])
+
+# %% ../../nbs/recipes/15_cost.ipynb #4c8961fb
+ITEMS = (30, 100, 300, 1000, 3000)
+"Numbers of test items for which an answer is given, where the number is not known."
+LIMITS = ("limit_test", "limit_dev")
+"Options of readers that limit what is reported on."
+
+
+def power_of(values: Mapping[str, Any]) -> dict[str, Any]:      # seeds, deviations, differences by number of items
+    "The smallest differences that the asked seeds and items can show; None: none, or not known."
+    known = [values[name] for name in LIMITS if values.get(name)]
+    seeds = len(values["seeds"]) if values.get("seeds") else None
+    deviations = None if seeds in (None, 1) else in_seed_deviations(int(seeds or 1))
+    return {"seeds": seeds, "deviations": deviations, "differences": {n: detectable(n) for n in known or ITEMS}}
+
+
+def power_text(power: Mapping[str, Any]) -> str:      # power: of `power_of`
+    "The same for people."
+    several = power["differences"]
+    by_items = f"{_listed(f'{n:,}' for n in several)} test items show differences from " + _listed(
+        f"{d:.2g}" for d in several.values())
+    if power["seeds"] is None: return f"can show: {by_items}"
+    if power["deviations"] is None: return f"can show: {by_items}; one seed says nothing of other seeds"
+    return (f"can show: {by_items}, {power['seeds']} seeds from {power['deviations']:.2g} standard deviations between "
+            "seeds")
+
+
+def _listed(parts: Iterable[str]) -> str: return ", ".join(parts)

@@ -346,7 +346,7 @@ def measured(
         masks=Masks([({"task": r, "seed": s}, run.mask) for (r, s), run in runs.items()]),
         tables={"items": pd.concat(tables, ignore_index=True)},
         config=bench.config, model_name=start.space.model.name, seconds=bench.seconds, folder=bench.folder,
-        notes=tuple(few_note("test facts", {r: len(data.test[r]) for r in start.relations})),
+        notes=tuple(few_note("test facts", {r: len(data.test[r]) for r in start.relations}, together=True)),
         space=start.space, data=data, start=start.masks(settings["seeds"]),
         skipped={r: dict(why) for r, why in usable.skipped.items()},
         subnetworks=under["subnetwork"], model=model, tok=tok,

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 from ..core.escape import visible
 
 # %% auto #0
-__all__ = ['StudyLine', 'in_words', 'InnerBar', 'short']
+__all__ = ['StudyLine', 'within', 'in_words', 'InnerBar', 'short']
 
 # %% ../../nbs/recipes/00_progress.ipynb #12dac2d6
 class StudyLine:
@@ -24,7 +26,8 @@ class StudyLine:
         self.what, self.total = what, total
         self.place, self.finished, self.labels, self.inner = 0, 0, "", ""
         self.share, self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0, 0.0
-        self.shown = tqdm(bar_format="{desc}", disable=not show)
+        self.above = _ABOVE.get()
+        self.shown = tqdm(bar_format="{desc}", disable=not show or self.above is not None)
 
     def enter(self, labels: Mapping[str, Any]) -> None:
         "Begin the next cell."
@@ -42,9 +45,9 @@ class StudyLine:
         "What a search or training inside the cell moves."
         return InnerBar(self, total, done)
 
-    def text(self) -> str:
+    def text(self, left: bool = True) -> str:      # left: with the time
         "What the line says now."
-        parts = [f"{self.what} {self.place}/{self.total}", self.labels, self.inner, self.left()]
+        parts = [f"{self.what} {self.place}/{self.total}", self.labels, self.inner, self.left() if left else ""]
         return " · ".join(part for part in parts if part)
 
     def left(self) -> str:
@@ -57,6 +60,9 @@ class StudyLine:
 
     def draw(self, now: bool = False) -> None:
         "Show it, twice a second at most."
+        if self.above is not None:
+            self.above.inner, self.above.share = self.text(False), (self.worked + self.share) / max(1, self.total)
+            return self.above.draw(now)
         if not now and time.monotonic() - self.drawn < 0.5: return
         self.drawn = time.monotonic()
         self.shown.set_description_str(visible(self.text()).replace("\n", " "))
@@ -67,6 +73,17 @@ class StudyLine:
         self.shown.close()
 
 # %% ../../nbs/recipes/00_progress.ipynb #8a918b8d
+_ABOVE: ContextVar[StudyLine | None] = ContextVar("above", default=None)
+
+
+@contextmanager
+def within(line: Any) -> Iterator[None]:      # line: a `StudyLine`, or False
+    "Let lines that begin in the block be a part of one that is there."
+    before = _ABOVE.set(line if isinstance(line, StudyLine) else None)
+    try: yield
+    finally: _ABOVE.reset(before)
+
+
 def in_words(seconds: float) -> str:
     "A duration as people say it."
     if seconds < 90: return f"{seconds:.0f} s"

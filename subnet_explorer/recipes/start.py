@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from subnet_explorer.recipes.options import (
@@ -24,17 +28,29 @@ from subnet_explorer.recipes.options import (
     parser_of,
     read_yaml,
 )
+from subnet_explorer.recipes.sweep import (
+    Axes,
+    BadSweep,
+    Labels,
+    Sweep,
+    axes_of,
+    one_by_one,
+    refused,
+    swept,
+)
 
-from ..core.errors import SubnetError
+from ..core.errors import SubnetError, check_names
 from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
 from ..core.run import check_empty
 from .clauses import filled
+from .cost import Work, power_of, power_text
 from .papers import PAPERS, paper_file
-from .study import Recipe, Study, find_recipe
+from .study import Recipe, Study, find_recipe, labelled_cells, up_to_the_bench
 
 # %% auto #0
-__all__ = ['place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'order', 'order_from_file', 'already', 'plan_text',
+__all__ = ['FLAG', 'NO_AXES', 'place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'World', 'split_off',
+           'typed_values', 'asked_axes', 'SweepOrder', 'multiplied', 'order', 'order_from_file', 'already', 'plan_text',
            'usable_device']
 
 # %% ../../nbs/recipes/03_start.ipynb #74192cd2
@@ -45,6 +61,9 @@ def place(
     report: bool = True,       # write report.html
     wait: str = "share",       # if another process works in the folder: share the work, wait, or leave
     quiet: bool = False,       # no progress
+    sweep: Mapping[str, Sequence[Any]] | None = None,      # a study for every value: init=magnitude,random; of what
+                                                           # takes several values densities=0.5,0.3;0.1; may be given
+                                                           # several times, for a study of every combination
 ) -> None:
     "What every recipe can be told."
 
@@ -83,26 +102,32 @@ class Order:
         "Load the model, read the data, make the study and, if asked, its report."
         with waiting(self.values["wait"]): return self._made()
 
+    def work(self) -> list[Work]:
+        "What it would do; nothing where the recipe does not say it."
+        return [] if self.recipe.cost is None else list(self.recipe.cost(self.values))
+
     def plan(self) -> dict[str, Any]:
         "What it would do and cost, and what is already there; no model is loaded, and no folder made."
         v, out = self.values, Path(self.values["out"])
         usable_device(v["device"])
         data = {} if self.recipe.read is None else self._of(self.recipe.read)
-        work = [] if self.recipe.cost is None else self.recipe.cost(v)
-        return {"recipe": self.recipe.name, "model": v["model"], "published": bool(v.get("published")),
+        work = self.work()
+        return {"recipe": self.recipe.name, "model": v.get("model"), "published": bool(v.get("published")),
                 "data": {name: value for name, value in data.items() if value not in (None, False)},
                 "work": [part.to_json() for part in work], "text": [str(part) for part in work],
+                "power": power_of(v),
                 "out": str(out), "there": already(out)}
 
-    def _made(self) -> Study:
-        from subnet_explorer.model.load import load
-        v = self.values
-        model, tok = load(v["model"], device=usable_device(v["device"]))
-        read, run = self.recipe.read, self.recipe.run
-        data = {} if read is None else read(model, tok, **self._of(read))
+    def _made(self) -> Study: return self.made(World())
+
+    def made(self, world: World) -> Study:
+        "The study, with model and data of the world if they are there; `out` may be None."
+        v, read, run = self.values, self.recipe.read, self.recipe.run
+        model, tok = world.model(v["model"], usable_device(v["device"]))
+        data = {} if read is None else world.data(v["model"], read, self._of(read), model, tok)
         settings = {name: value for name, value in self._of(run).items() if name not in data}
         study = run(model, tok, **data, **settings, to=v["out"], progress=not v["quiet"])
-        if v["report"]: study.report(Path(v["out"], "report.html"))
+        if v["report"] and v["out"] is not None: study.report(Path(v["out"], "report.html"))
         return study
 
     def _of(self, function: Any) -> dict[str, Any]:
@@ -111,21 +136,167 @@ class Order:
         return {name: self.values[name] for name in names if name in self.values}
 
 # %% ../../nbs/recipes/03_start.ipynb #8f41b1c7
+class World:
+    "The model and the data that were read last."
+
+    def __init__(self) -> None: self.kept: dict[str, tuple[Any, Any]] = {}
+
+    def model(self, name: str, device: str) -> tuple[Any, Any]:
+        "A model and its tokenizer."
+        from subnet_explorer.model.load import load
+        return self._once("model", (name, device), lambda: load(name, device=device))
+
+    def data(self, name: str, read: Callable[..., Any], asked: Mapping[str, Any], model: Any, tok: Any) -> Any:
+        "What a recipe reads for a model."
+        return self._once("data", (name, asked), lambda: read(model, tok, **asked))
+
+    def _once(self, what: str, key: Any, read: Callable[[], Any]) -> Any:
+        "What was read last, if it was the same; before anything else is read, it is given up."
+        if what in self.kept and self.kept[what][0] == key: return self.kept[what][1]
+        self.kept.pop(what, None)
+        self.kept[what] = (key, read())
+        return self.kept[what][1]
+
+# %% ../../nbs/recipes/03_start.ipynb #0517d084
+FLAG = "--sweep"
+NO_AXES = ("out", "device", "report", "wait", "quiet", "sweep")
+"Options that are said of the whole sweep."
+
+
+def split_off(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    "The words of a shell without those behind `--sweep`; and these."
+    rest: list[str] = []
+    said: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("--"): inside = word.partition("=")[0] == FLAG
+        if not inside: rest.append(word)
+        elif word.startswith(f"{FLAG}="): said.append(word.removeprefix(f"{FLAG}="))
+        elif word != FLAG: said.append(word)
+    if FLAG in words and not said: raise BadSweep("--sweep wants an axis with values: --sweep init=magnitude,random.")
+    return rest, said
+
+
+def typed_values(options: Sequence[Option], said: Sequence[str]) -> dict[str, list[str]]:
+    "Values by axis, as texts; parted by semicolons, or by commas where an option takes one value."
+    several = {option.name for option in options if option.is_mapping or any(map(_is_list, option.kinds))}
+    found: dict[str, list[str]] = {}
+    for text in said:
+        name, sign, values = text.partition("=")
+        if not sign or not name: raise BadSweep(f"cannot read the axis {text!r}: write --sweep init=magnitude,random.")
+        axis = name.replace("-", "_")
+        between = ";" if ";" in values or axis in several else ","
+        found.setdefault(axis, []).extend(value.strip() for value in values.split(between) if value.strip())
+    return found
+
+
+def _is_list(kind: Any) -> bool: return typing.get_origin(kind) in (list, tuple)
+
+# %% ../../nbs/recipes/03_start.ipynb #68de18e2
+def asked_axes(
+    options: Sequence[Option],
+    parser: ArgumentParser,
+    said: Sequence[str],                   # behind --sweep
+    written: Any = None,                   # under the key sweep of a file
+) -> dict[str, Any]:
+    "Values by axis, or values by name by axis, typed and checked; what the shell says goes over the file."
+    typed = typed_values(options, said)
+    if not isinstance(written or {}, Mapping):
+        raise BadSweep("sweep wants axes with values, e.g. {init: [magnitude, random]}.")
+    over = {str(name).replace("-", "_"): values for name, values in (written or {}).items()}
+    known = {option.name: option for option in options if option.name not in NO_AXES}
+    check_names([*typed, *over], known, "axis")
+    axes = {**axes_of(over, known)} if over else {}
+    found: dict[str, Any] = {}
+    for axis, values in axes.items():
+        each = {label: from_file(options, parser, {axis: value}).get(axis) for label, value in values.items()}
+        found[axis] = each if isinstance(over[axis], Mapping) else list(each.values())
+    for axis, texts in typed.items(): found[axis] = [_typed(known[axis], options, parser, text) for text in texts]
+    return found
+
+
+def _typed(option: Option, options: Sequence[Option], parser: ArgumentParser, text: str) -> Any:
+    "A value of an axis as its option has it."
+    if option.type is bool: return from_file(options, parser, {option.name: yaml.safe_load(text)})[option.name]
+    return from_shell(options, parser, [option.flag, text]).get(option.name)
+
+# %% ../../nbs/recipes/03_start.ipynb #49eef3bd
+@dataclass(frozen=True)
+class SweepOrder(Order):
+    "A recipe with several values for some settings; `values` are what all combinations have in common, and `sweep`."
+    axes: Axes
+    at: Callable[[Labels], Mapping[str, Any]] = field(repr=False)      # all values of a combination
+
+    def of(self, labels: Labels, folder: Path | None) -> Order:
+        "The order of a combination."
+        return Order(self.recipe, {**self.at(labels), "out": folder})
+
+    def work(self) -> list[Work]:
+        "What all combinations would do."
+        return multiplied([self.of(labels, None).work() for labels in labelled_cells(**self.axes)])
+
+    def plan(self) -> dict[str, Any]:
+        "What it would do and cost, and what is already there."
+        names = {axis: list(labels) for axis, labels in self.axes.items()}
+        plan = super().plan()
+        model = plan["model"] or ", ".join(map(str, names["model"]))
+        return {**plan, "model": model, "sweep": names, "combinations": len(labelled_cells(**names))}
+
+    def _made(self) -> Sweep:
+        v, world = self.values, World()
+        def make(labels: Labels, folder: Path | None) -> Study: return self.of(labels, folder).made(world)
+        def look(labels: Labels) -> None: up_to_the_bench(lambda: make(labels, None))
+        for cell in one_by_one(self.axes, "model"): refused(cell, partial(look, cell))
+        study = swept(self.recipe, self.axes, make, to=v["out"], progress=not v["quiet"])
+        if v["report"]: study.report(Path(v["out"], "report.html"))
+        return study
+
+
+def multiplied(works: Sequence[Sequence[Work]]) -> list[Work]:
+    "Work of all combinations; what is alike is counted."
+    counts: dict[str, tuple[Work, int]] = {}
+    for work in itertools.chain.from_iterable(works):
+        counts[repr(work)] = (work, counts.get(repr(work), (work, 0))[1] + 1)
+    return [replace(work, axes={"combination": n, **work.axes}) for work, n in counts.values()]
+
+# %% ../../nbs/recipes/03_start.ipynb #b40c9474
 def order(
     recipe: Recipe,
     words: Sequence[str] = (),                  # of a shell
     written: Mapping[str, Any] | None = None,   # keys and values of a file
 ) -> Order:
-    "Put together what was asked for; raise `BadSetting` or `UnknownName` for what cannot be."
+    "Put together what was asked for; raise `BadSetting`, `BadSweep` or `UnknownName` for what cannot be."
     options, parser = recipe_options(recipe), recipe_parser(recipe)
-    file = from_file(options, parser, written or {})
-    typed = from_shell(options, parser, words)
-    asked = {**file, **typed}
-    usual = recipe.pocket if str(asked.get("model", "")).startswith("pocket-") else {}
-    published = filled(recipe.clauses, asked) if asked.get("published") else {}
-    return Order(recipe, completed(options, usual, published, file, typed))
+    rest, said = split_off(words)
+    file = from_file(options, parser, {name: v for name, v in (written or {}).items() if name != "sweep"})
+    typed = from_shell(options, parser, rest)
+    over = asked_axes(options, parser, said, (written or {}).get("sweep"))
+    in_shell = typed_values(options, said)
+    for name in over:
+        if name in (typed if name in in_shell else file):
+            raise BadSweep(f"{name} is given twice, once and as an axis: leave one of them out.")
+    over = {name: values for name, values in over.items() if name not in typed}
+    file = {name: value for name, value in file.items() if name not in over}
+
+    def chosen(more: Mapping[str, Any]) -> dict[str, Any]:
+        asked = {**file, **typed, **more}
+        usual = recipe.pocket if str(asked.get("model", "")).startswith("pocket-") else {}
+        published = filled(recipe.clauses, asked) if asked.get("published") else {}
+        found = completed(options, usual, published, file, typed, more)
+        return {name: value for name, value in found.items() if name != "sweep"}
+
+    return _swept_order(recipe, over, chosen) if over else Order(recipe, chosen({}))
 
 
+def _swept_order(recipe: Recipe, over: Mapping[str, Any], chosen: Callable[[Labels], dict[str, Any]]) -> SweepOrder:
+    "The order of a sweep."
+    axes = axes_of(over, over)
+    def at(labels: Labels) -> dict[str, Any]: return chosen({axis: axes[axis][labels[axis]] for axis in axes})
+    each = [at(labels) for labels in labelled_cells(**axes)]
+    same = [name for name in each[0] if name not in axes and all(v[name] == each[0][name] for v in each)]
+    return SweepOrder(recipe, {**{name: each[0][name] for name in same}, "sweep": dict(over)}, axes, at)
+
+# %% ../../nbs/recipes/03_start.ipynb #b8a0519b
 def order_from_file(
     path: str | Path,               # or papers:NAME
     words: Sequence[str] = (),      # of a shell
@@ -150,7 +321,11 @@ def plan_text(plan: Mapping[str, Any]) -> str:      # plan: of `Order.plan`
     "What an order would do, for people."
     data = ", ".join(f"{name} {_plain(value)}" for name, value in plan["data"].items())
     lines = [f"{plan['recipe']} of {plan['model']}" + (", as published" if plan["published"] else ""), f"data: {data}"]
+    if "sweep" in plan:
+        axes = " × ".join(f"{axis} {', '.join(map(str, labels))}" for axis, labels in plan["sweep"].items())
+        lines.append(f"sweep: {axes}: {plan['combinations']} combinations")
     lines += plan["text"] or ["this recipe does not say what it costs."]
+    lines.append(power_text(plan["power"]))
     there = plan["there"]
     if not there["study"]: return "\n".join([*lines, f"out: {plan['out']}, where nothing is yet"])
     also = [name for name in ("results", "report") if there[name]]

@@ -11,7 +11,8 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -39,6 +40,7 @@ from ..core.folders import cached_table, given_back, open_study, table_file, tid
 from ..core.lease import join
 from ..core.masks import Masks
 from ..core.pairs import Pairs
+from ..core.power import detectable
 from ..core.run import Run
 from ..core.store import Store
 from ..data.parts import TaskData
@@ -49,10 +51,11 @@ if TYPE_CHECKING:
     from subnet_explorer.recipes.cost import Work
 
 # %% auto #0
-__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study', 'save_study',
-           'study_html', 'left_out_of', 'notes_of', 'few_note', 'with_remarks', 'remarks', 'said_of_paper', 'printed',
-           'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published', 'all_recipes', 'find_recipe', 'Bench',
-           'shared_work', 'folder_or_scratch', 'differing_from_paper', 'settings_of', 'labelled_cells']
+__all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'SMALL', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study',
+           'save_study', 'study_html', 'left_out_of', 'notes_of', 'few_note', 'in_order', 'with_remarks', 'remarks',
+           'said_of_paper', 'printed', 'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published',
+           'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'up_to_the_bench', 'folder_or_scratch',
+           'differing_from_paper', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -190,8 +193,10 @@ def save_study(study: Study, folder: Path) -> Path:
 
 def study_html(study: Study) -> Html:
     "What a notebook shows, with what a reader must be told."
-    notes = Html("").join(Html("<p>{}</p>").format(note) for note in [*study.notes, *said_of_paper(study)])
-    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}</div>').format(study.html(), notes)
+    first, others = in_order(study)
+    before, behind = (Html("").join(Html("<p>{}</p>").format(note) for note in notes)
+                      for notes in (first, [*others, *said_of_paper(study)]))
+    return Html('<div class="tex2jax_ignore mathjax_ignore">{}{}{}</div>').format(before, study.html(), behind)
 
 # %% ../../nbs/recipes/01_study.ipynb #c1df0061
 S = TypeVar("S", bound=Study)
@@ -219,14 +224,27 @@ def notes_of(data: Any) -> list[str]:
     return list(getattr(data, "notes", ()))
 
 # %% ../../nbs/recipes/01_study.ipynb #a25fc738
-FEW = 10      # items of a part, below which a note is made
+FEW = 32      # items that show a difference of a fifth
+SMALL = "Small test part"
+"How a note begins that comes before everything else."
 
 
-def few_note(what: str, sizes: Mapping[str, int]) -> list[str]:
-    "Say which parts that are reported on are small."
-    few = ", ".join(f"{name} {n}" for name, n in sizes.items() if n < FEW)
+def few_note(what: str, sizes: Mapping[str, int], together: bool = False) -> list[str]:
+    "Say which parts that are reported on are too small; `together`: what counts is the mean over them."
+    whole = sum(sizes.values())
+    least = 10 if together and whole >= FEW else FEW
+    few = {name: n for name, n in sizes.items() if n < least}
     if not few: return []
-    return [f"few {what} ({few}): intervals over fewer than {FEW} say little, and nothing where all agree."]
+    n = whole if together and whole < FEW else min(few.values())
+    shown = f"differences below {detectable(n):.2f} are not told from none, as a rule" if n else "nothing can be said"
+    named = ", ".join(f"{name} {n}" for name, n in few.items())
+    return [f"{SMALL}: {named} {what}. Of {n:,}, {shown}."]
+
+
+def in_order(study: Study) -> tuple[list[str], list[str]]:
+    "Notes that come first, and all others."
+    first = [note for note in study.notes if note.startswith(SMALL)]
+    return first, [note for note in study.notes if note not in first]
 
 
 def with_remarks(study: S, data: Mapping[str, Any]) -> S:
@@ -264,7 +282,8 @@ def printed(study: Study) -> str:
     rows = study.tables.get("left_out", pd.DataFrame(columns=LEFT_OUT))
     by_relation = rows[rows.of != ""]
     table = [] if by_relation.empty else ["left out, by relation:\n" + by_relation.to_string(index=False)]
-    return "\n\n".join([study.shown(), *study.notes, *said_of_paper(study), *table])
+    first, others = in_order(study)
+    return "\n\n".join([*first, study.shown(), *others, *said_of_paper(study), *table])
 
 
 def remark_sections(study: Study) -> list[Section]:
@@ -378,6 +397,7 @@ class Bench:
     asked: Mapping[str, Any] = field(default_factory=dict)     # all settings; where they differ from the paper is said
 
     def __post_init__(self) -> None:
+        if _LOOKING.get(): raise _WouldBegin
         self.store: Store | None = open_study(self.to, self.config)
         self.folder = None if self.to is None else Path(self.to)
         self.line: Any = False      # or a `StudyLine`: hand it to `find`, `fit` and `iterate` as progress
@@ -442,6 +462,20 @@ def _tried(
             yield outcome
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
+class _WouldBegin(Exception): "A recipe has accepted all that it was given."
+
+
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+def up_to_the_bench(make: Callable[[], Study]) -> None:
+    "Call a recipe up to where it opens its bench, so that it refuses what it would; nothing is made or written."
+    before = _LOOKING.set(True)
+    try:
+        with suppress(_WouldBegin): make()
+    finally: _LOOKING.reset(before)
+
+
 def folder_or_scratch(to: str | Path | None) -> AbstractContextManager[str | Path]:
     "The folder `to`, or one that is gone after the block."
     return scratch() if to is None else nullcontext(to)

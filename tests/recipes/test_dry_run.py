@@ -35,11 +35,22 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 # ── ready files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_there_is_a_file_for_every_table():
-    models = ("distilbert", "bert", "roberta", "mpnet")
-    wanted = {f"lamp-table2-{m}{end}" for m in models for end in ("", "-stochastic")} | {"lamp-table10-bert-large"}
-    wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs", "critical-main-gpt2"}
-    wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambda5", "-lambda125")}
-    assert wanted | {"tamt-main-bert", "tamt-main-roberta"} <= set(FILES)
+    wanted = {"lamp-table2", "lamp-table10", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
+    wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
+    assert wanted <= set(FILES)
+
+
+def test_a_table_of_many_models_is_one_study(nothing_is_read):
+    rows = {"lamp-table2": ("model", 4, 8), "critical-main": ("model", 4, 4), "lamp-table10": ("method", 2, 2),
+            "probe-tables1-2-pos-lambdas": ("lambdas", 3, 3)}
+    for name, (axis, n, combinations) in rows.items():
+        plan = order_from_file(f"papers:{name}").plan()
+        assert len(plan["sweep"][axis]) == n and plan["combinations"] == combinations
+        assert sum(work["axes"]["combination"] for work in plan["work"] if work["what"] != "fine-tuning") == combinations
+    table = order_from_file("papers:lamp-table2")
+    each = {m: table.at({"model": "roberta-base", "method": m}) for m in ("deterministic", "stochastic")}
+    assert [v["sparsity"] for v in each.values()] == [0.5, 0.3] and each["stochastic"]["epochs"] == 6
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -52,7 +63,8 @@ def test_a_ready_file_is_a_study_as_published(name, nothing_is_read):
     assert made.values["published"] is True and made.values["out"] == f"runs/papers/{name}"
     lines = FILES[name].read_text().splitlines()
     assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1] and name.startswith(recipe.name)
-    assert not Path(written["model"]).is_absolute() and "pocket" not in str(written)
+    models = written.get("sweep", {}).get("model") or [written["model"]]
+    assert not any(Path(model).is_absolute() for model in models) and "pocket" not in str(written)
     for c in recipe.clauses:
         given = c.name in written or c.unless in written
         if c.by == "setting" and not given and not c.when and "." not in c.name:
@@ -65,19 +77,22 @@ def test_a_ready_file_is_found_by_name(capsys, nothing_is_read):
     assert main(["papers"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == len(FILES) and all(line.split()[0] in FILES for line in listed)
-    assert main(["papers", "lamp-table2-bert"]) == 0
-    assert capsys.readouterr().out == FILES["lamp-table2-bert"].read_text()
+    assert main(["papers", "lamp-table2"]) == 0
+    assert capsys.readouterr().out == FILES["lamp-table2"].read_text()
     assert main(["papers", "--json"]) == 0 and set(json.loads(capsys.readouterr().out)["papers"]) == set(FILES)
-    for words in (["run", "papers:lamp-table2-brt"], ["run", "papers:lamp-table2-brt", "--dry-run"]):
+    for words in (["run", "papers:lamp-tabel2"], ["run", "papers:lamp-tabel2", "--dry-run"]):
         assert main(words) == 2
-        assert "UnknownName: unknown ready file 'lamp-table2-brt': did you mean lamp-table2-bert" in (
+        assert "UnknownName: unknown ready file 'lamp-tabel2': did you mean lamp-table2" in (
             capsys.readouterr().err)
     with pytest.raises(SubnetError): paper_file("nothing")
 
 
 def test_an_option_goes_over_a_ready_file(nothing_is_read):
-    made = order_from_file("papers:lamp-table2-bert", ["--epochs", "2", "--out", "mine"])
+    made = order_from_file("papers:lamp-table2", ["--epochs", "2", "--out", "mine"])
     assert made.values["epochs"] == 2 and made.values["out"] == "mine" and made.values["clip"] == 5
+    row = ["--model", "bert-base-uncased", "--method", "stochastic"]
+    made = order_from_file("papers:lamp-table2", row)
+    assert "sweep" not in made.values and made.values["model"] == "bert-base-uncased" and made.values["sparsity"] == 0.3
 
 
 # ── what would be done ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,16 +2,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from subnet_explorer.core.masks import Masks
+from subnet_explorer.core.power import detectable
 from subnet_explorer.data.facts import Facts, read_facts
 from subnet_explorer.data.files import Reading
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.recipes.start import order
-from subnet_explorer.recipes.study import LEFT_OUT, Bench, Study, few_note, find_recipe, left_out_of, notes_of, printed
+from subnet_explorer.recipes.study import (
+    FEW,
+    LEFT_OUT,
+    Bench,
+    Study,
+    few_note,
+    find_recipe,
+    left_out_of,
+    notes_of,
+    printed,
+)
 
 RELATIONS = {"P463": {"object is not one token": 212}, "P19": {"repeated fact": 3, "false triple": 0}}
 FACTS = Facts(read_facts("pocket").items[:3], "mine", RELATIONS)
@@ -71,9 +83,25 @@ def test_nothing_is_said_of_nothing(tmp_path):
 
 
 def test_small_parts_are_named():
-    assert few_note("test facts", {"IsA": 2, "PartOf": 30}) == [
-        "few test facts (IsA 2): intervals over fewer than 10 say little, and nothing where all agree."]
-    assert few_note("test facts", {"PartOf": 10}) == []
+    assert few_note("test facts", {"IsA": 21, "PartOf": 32}) == [
+        "Small test part: IsA 21 test facts. Of 21, differences below 0.27 are not told from none, as a rule."]
+    assert few_note("test facts", {"PartOf": 32}) == few_note("test facts", {"a": 17, "b": 17}, together=True) == []
+    whole = few_note("test facts", {"IsA": 12, "PartOf": 9}, together=True)
+    assert whole == ["Small test part: IsA 12, PartOf 9 test facts. Of 21, differences below 0.27 are not told from "
+                     "none, as a rule."]
+    assert "IsA 2 test" in few_note("test facts", {"IsA": 2, "PartOf": 60}, together=True)[0]
+
+
+def test_a_small_test_part_is_the_first_thing_that_is_said(tmp_path):
+    small = few_note("sentences", {"RTE": 9})
+    found = replace(study(tmp_path, {"text": Reading(["x"], notes=["Read as WikiText."])}), notes=("first", *small))
+    assert printed(found).startswith("Small test part: RTE 9") and printed(found).endswith("first")
+    html = found._repr_html_()
+    assert html.index("Small test part") < html.index("<table") < html.index("first")
+
+
+def test_the_threshold_of_small_parts_is_what_shows_a_fifth():
+    assert detectable(FEW) <= .2 < detectable(FEW - 1)
 
 
 class Opened(Exception):
