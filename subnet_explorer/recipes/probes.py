@@ -40,8 +40,8 @@ from ..tasks.parser import Parser
 from .choice import choice_parts
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score',
-           'attention_soft', 'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable',
+__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'check_sentences',
+           'gap_score', 'attention_soft', 'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable',
            'read_sentences', 'named', 'steps_of', 'plan', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
@@ -76,6 +76,17 @@ def unseen(task: str, train: Sequence[Any], dev: Sequence[Any]) -> dict[str, int
     seen = {label for example in train for label in _labels(task, example)}
     counts = Counter(label for example in dev for label in _labels(task, example) if label not in seen)
     return dict(sorted(counts.items()))
+
+
+def check_sentences(task: str, sentences: Sequence[Any]) -> None:
+    "Raise `SubnetError` for sentences that do not say what a task asks for."
+    trees = [hasattr(sentence, "arcs") for sentence in sentences]
+    if task == "ner" and any(trees):
+        raise SubnetError("the task ner asks for entities, and sentences of a treebank have none: give what read_ner "
+                          "reads.")
+    if task == "dep" and not all(trees):
+        raise SubnetError("the task dep asks for syntactic heads, and pairs of words and tags have none: give what "
+                          "read_conllu reads.")
 
 
 def _labels(task: str, example: Any) -> Sequence[str]:

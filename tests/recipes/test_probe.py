@@ -31,6 +31,7 @@ from subnet_explorer.measure.metrics import entity_scores, task_scores
 from subnet_explorer.model import load as loading
 from subnet_explorer.model.apply import applied
 from subnet_explorer.model.load import load
+from subnet_explorer.recipes import sweep
 from subnet_explorer.recipes.choice import lambda_of_report
 from subnet_explorer.recipes.probe import (
     POCKET,
@@ -915,6 +916,8 @@ def test_probe_refuses(bert):
         (dict(lambdas=()), "at least one"),
         (dict(train=[]), "nothing to learn from"),
         (dict(dev=[]), "nothing to report on"),
+        (dict(task="ner"), "what read_ner reads"),
+        (dict(task="dep", dev=NER[1]), "what read_conllu reads"),
         (dict(steps=0), "at least 1"),
         (dict(ranks=(0,)), "rank"),
         (dict(granularity=("48x1",)), "do not fill"),
@@ -930,6 +933,18 @@ def test_probe_refuses(bert):
                 **args,
                 **FAST | {k: v for k, v in wrong.items() if k not in args} | dict(steps=wrong.get("steps", 1)),
             )
+
+
+def test_a_task_is_an_axis(bert):
+    "Of one treebank: tags and heads, compared within each; entities are refused before anything is trained."
+    how = FAST | dict(baselines=("linear",), steps=2)
+    found = sweep("probe", *bert, train=TRAIN, dev=DEV, over={"task": ["pos", "dep"]}, **how)
+    assert found.gains().task.tolist() == ["pos", "dep"] and len(found.tables["scores"]) == 4
+    alone = probe(*bert, "dep", TRAIN, DEV, **how).scores.score
+    table = found.tables["scores"]
+    assert table[table.task == "dep"].score.tolist() == pytest.approx(alone.tolist())
+    with pytest.raises(SubnetError, match="what read_ner reads"):
+        sweep("probe", *bert, train=TRAIN, dev=DEV, over={"task": ["pos", "dep", "ner"]}, **how)
 
 
 def test_a_causal_model():
