@@ -115,8 +115,7 @@ def probe(
     granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, 768x24(-strided), grid
     lambdas: Sequence[Weight] = (1.0,),               # weights of the density; the first is the main one
     ranks: Sequence[Count] = (768,),                  # of MLP probes; the first is the main one
-    baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
-                                                      # many bits tell the labels (pos, ner)
+    baselines: Sequence[str] = BASELINES,             # besides control tasks (pos), and code: bits of labels (pos, ner)
     steps: Count = 2000,                              # of every probe
     epochs: Positive | None = None,                   # instead of steps; published: 30
     lr: Positive = 0.2,                               # of the mask logits
@@ -139,7 +138,7 @@ def probe(
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = probes.named(model, granularity, published)
-    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, dropout, selection=selection)
+    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, dropout, None, selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
     bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)

@@ -16,20 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subnet_explorer.search.loop import (
-    SCHEDULES,
-    Learner,
-    Loop,
-    Monitor,
-    Parameters,
-    Plan,
-    Turn,
-    begin,
-    dropping_out,
-    frozen,
-    lr_at,
-)
-
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.files import DamagedFile, atomic_write, reading
@@ -41,10 +27,11 @@ from ..core.run import Run, working
 from ..core.space import check_model
 from ..core.store import Store
 from ..core.tensors import open_torch, sealed_torch
-from ..model.apply import masked, parameter_like
+from ..model.apply import dropping_out, masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine
 from .gates import Gate
+from .loop import SCHEDULES, Learner, Loop, Monitor, Parameters, Plan, Turn, begin, frozen, lr_at
 from .objectives import NOISE, Cloze, Context, Objective, Pass, passes
 from .processes import Processes
 from .reach import warn_if_stuck

@@ -20,13 +20,12 @@ from ..core.errors import SubnetError, check_names
 from ..core.progress import progress_bar
 from ..core.run import Run, save_state
 from ..core.signals import orderly
-from ..model.apply import evaluating, parameter_like
+from ..model.apply import evaluating
 from .objectives import Context
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'lr_at', 'Monitor', 'seen', 'frozen', 'dropping_out', 'Learner', 'Parameters', 'copy_into', 'Turn',
-           'Plan', 'Diverged', 'Loop', 'one_step', 'advance', 'stop', 'look', 'bar_of', 'put_back_best', 'state_of',
-           'save', 'begin']
+__all__ = ['SCHEDULES', 'lr_at', 'Monitor', 'seen', 'frozen', 'Learner', 'Parameters', 'copy_into', 'Turn', 'Plan', 'Diverged',
+           'Loop', 'one_step', 'advance', 'stop', 'look', 'bar_of', 'put_back_best', 'state_of', 'save', 'begin']
 
 # %% ../../nbs/search/07_loop.ipynb #cbf0106a
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -78,22 +77,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
         with evaluating(model): yield
     finally:
         for p, g in grads: p.requires_grad_(g)
-
-# %% ../../nbs/search/07_loop.ipynb #3743e7bb
-@contextmanager
-def dropping_out(model: nn.Module, dropout: bool, seed: int, step: int) -> Iterator[None]:
-    "Use the dropout of a model in evaluation mode, if asked, while a block runs; drawn by seed and step."
-    if not dropout:
-        yield
-        return
-    device = parameter_like(model).device
-    gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu):
-        model.train()
-        generator: Any = torch.cuda if gpu else torch.default_generator
-        generator.manual_seed(seed * 1_000_003 + step)
-        try: yield
-        finally: model.eval()
 
 # %% ../../nbs/search/07_loop.ipynb #adda8e4f
 class Learner(Protocol):

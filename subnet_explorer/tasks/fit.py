@@ -28,8 +28,8 @@ from ..core.space import model_id
 from ..core.tensors import open_torch, sealed_torch
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
-from ..model.apply import evaluating, parameter_like
-from ..search.loop import SCHEDULES, Loop, Parameters, Plan, Turn, begin, copy_into, dropping_out, frozen, lr_at
+from ..model.apply import dropping_out, evaluating, parameter_like
+from ..search.loop import SCHEDULES, Loop, Parameters, Plan, Turn, begin, copy_into, frozen, lr_at
 from ..search.objectives import Context, Objective, Task
 from .heads import Classifier, Regressor, TaskHead
 
