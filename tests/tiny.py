@@ -70,7 +70,7 @@ def get_ready(names: list[str], place: Path) -> None:
     os.chdir(place)
     _write_inputs()
     needed = {COMMANDS[name][COMMANDS[name].index("--model") + 1] for name in names}
-    models = {name: _cut(*loading.load(name)) for name in sorted(needed)}
+    models = {name: cut(*loading.load(name)) for name in sorted(needed)}
     loading.load = lambda name, **how: models[str(name)]
     for door in (find, fit): _defaults(door)["checkpoint"] = 0.0
     any_floor(pytest.MonkeyPatch())
@@ -84,7 +84,7 @@ def _defaults(door: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _cut(model: Any, tok: Any, layers: int = 2) -> tuple[Any, Any]:
+def cut(model: Any, tok: Any, layers: int = 2) -> tuple[Any, Any]:
     "A model with fewer layers."
     if hasattr(model, "bert"):
         model.bert.encoder.layer = model.bert.encoder.layer[:layers]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ValuesOrFunction', 'swapped', 'parameter', 'parameter_like', 'applied', 'ModelInUse', 'lent', 'masked', 'evaluating',
-           'blocks_of', 'entering', 'resuming', 'attending']
+           'dropping_out', 'blocks_of', 'entering', 'resuming', 'attending']
 
 # %% ../../nbs/model/01_apply.ipynb #3e4f2468
 def _tables_with(model: PreTrainedModel, name: str) -> list[tuple[dict[str, Any], str]]:
@@ -286,6 +286,22 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     try: yield
     finally:
         for m, training in modes: m.training = training
+
+# %% ../../nbs/model/01_apply.ipynb #3743e7bb
+@contextmanager
+def dropping_out(model: nn.Module, dropout: bool, seed: int, step: int) -> Iterator[None]:
+    "Use the dropout of a model in evaluation mode, if asked, while a block runs; drawn by seed and step."
+    if not dropout:
+        yield
+        return
+    device = parameter_like(model).device
+    gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpu):
+        model.train()
+        generator: Any = torch.cuda if gpu else torch.default_generator
+        generator.manual_seed(seed * 1_000_003 + step)
+        try: yield
+        finally: model.eval()
 
 # %% ../../nbs/model/01_apply.ipynb #0b9a3291
 def blocks_of(model: PreTrainedModel, family: str) -> tuple[nn.Module, str, nn.ModuleList]:

@@ -115,8 +115,7 @@ def probe(
     granularity: Sequence[str] = ("neuron",),         # weight, neuron, matrix, head, layer, 768x24(-strided), grid
     lambdas: Sequence[Weight] = (1.0,),               # weights of the density; the first is the main one
     ranks: Sequence[Count] = (768,),                  # of MLP probes; the first is the main one
-    baselines: Sequence[str] = BASELINES,             # besides control for a control task (pos), and code for how
-                                                      # many bits tell the labels (pos, ner)
+    baselines: Sequence[str] = BASELINES,             # besides control tasks (pos), and code: bits of labels (pos, ner)
     steps: Count = 2000,                              # of every probe
     epochs: Positive | None = None,                   # instead of steps; published: 30
     lr: Positive = 0.2,                               # of the mask logits
@@ -124,6 +123,7 @@ def probe(
     tune_lr: Positive = 5e-5,                         # of the encoder in fine-tuning
     batch: Count = 32,                                # sentences per step
     parser: Mapping[str, Any] | None = None,          # sizes of the parser, e.g. arc=32,label=16
+    dropout: bool = False,                            # of encoder and word vectors in training; published: True
     init: str | None = None,                          # how weights are drawn anew: architecture; published: framework
     published: bool = False,                          # what is not given is set as in the paper; see `papers.PROBE`
     selection: Sequence[Any] | None = None,           # what lambda is chosen on; None: every other sentence of dev
@@ -138,7 +138,7 @@ def probe(
     training = {"steps": steps, "lr": lr, "head_lr": head_lr, "tune_lr": tune_lr, "batch": batch}
     check_study(task, train, dev, granularity, lambdas, ranks, baselines, init)
     granularity = probes.named(model, granularity, published)
-    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, selection=selection)
+    setting = ProbeSetting(model, tok, task, train, dev, training, parser, init, published, dropout, None, selection)
     sweep = {"granularity": granularity, "lambdas": [float(x) for x in lambdas], "ranks": list(ranks),
              "baselines": list(baselines), "seeds": seeds}
     bench = Bench(setting.identity(), to, progress, {**(left_out or {}), "read": {"train": train, "dev": dev}}, asked)
@@ -161,6 +161,7 @@ def check_study(
         raise SubnetError("give at least one granularity, one lambda and one rank.")
     if not len(train): raise SubnetError("there is nothing to learn from: no sentence was given.")
     if not len(dev): raise SubnetError("there is nothing to report on: no sentence was given.")
+    probes.check_sentences(task, [*train, *dev])
 
 # %% ../../nbs/recipes/10_probe.ipynb #fc14d9ac
 def measured(bench: Bench, s: ProbeSetting, sweep: Mapping[str, Any], left_out: Mapping[str, Any]) -> Probing:
@@ -427,7 +428,7 @@ def where_figures(study: Probing, lam: float | None = None) -> list[Any]:
             for (name, i), x in share.groupby(["probe", "layer"], sort=False).share]
     bars = curves.bars(pd.DataFrame(rows).dropna(axis=1), colour="probe", label="share of the sum over layers",
                        title="Soft gates of query, key and value by layer")
-    top = float(t.density.max())
+    top = float(t.density.max()) or 1.0      # empty masks have a scale, too
     maps = [mask_figures.placement(g, _map_title(said[name], int(g.n.iloc[0])), "share kept", top=top)
             for name, g in t.groupby("probe", sort=False)]
     return [bars, *maps]

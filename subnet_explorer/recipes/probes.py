@@ -40,8 +40,8 @@ from ..tasks.parser import Parser
 from .choice import choice_parts
 
 # %% auto #0
-__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'gap_score',
-           'attention_soft', 'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable',
+__all__ = ['TASKS', 'PROBES', 'COMPARED', 'PORTIONS', 'BASELINES', 'EXTRAS', 'SOURCE', 'head_of', 'unseen', 'check_sentences',
+           'gap_score', 'attention_soft', 'Cell', 'ProbeSetting', 'run_cell', 'trained', 'online_code', 'check_codable',
            'read_sentences', 'named', 'steps_of', 'plan', 'published']
 
 # %% ../../nbs/recipes/09_probes.ipynb #836fca6d
@@ -59,12 +59,13 @@ def head_of(
     examples: Sequence[Any],       # tell the labels
     seed: int,
     mlp: int | None = None,        # rank of an MLP probe
-    published: bool = False,       # learn as in the released code
+    published: bool = False,       # learn from special tokens, too
+    dropout: float | None = None,  # of the vectors of words, published: 0.1; None: 0.1 of the parser, else none
     **parser: Any,                 # sizes of the parser, e.g. arc=32, label=16, std=.1
 ) -> TaskHead:
     "A new head for a task."
     check_names([task], TASKS, "task")
-    how: dict[str, Any] = {"dropout": 0.1} if published else {}
+    how: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
     if published and task != "ner": how["specials"] = True
     if task == "dep": return Parser(model, examples, seed, mlp=mlp, **how | parser)
     return (Tagger if task == "pos" else EntityTagger)(model, examples, seed, mlp=mlp, **how)
@@ -75,6 +76,17 @@ def unseen(task: str, train: Sequence[Any], dev: Sequence[Any]) -> dict[str, int
     seen = {label for example in train for label in _labels(task, example)}
     counts = Counter(label for example in dev for label in _labels(task, example) if label not in seen)
     return dict(sorted(counts.items()))
+
+
+def check_sentences(task: str, sentences: Sequence[Any]) -> None:
+    "Raise `SubnetError` for sentences that do not say what a task asks for."
+    trees = [hasattr(sentence, "arcs") for sentence in sentences]
+    if task == "ner" and any(trees):
+        raise SubnetError("the task ner asks for entities, and sentences of a treebank have none: give what read_ner "
+                          "reads.")
+    if task == "dep" and not all(trees):
+        raise SubnetError("the task dep asks for syntactic heads, and pairs of words and tags have none: give what "
+                          "read_conllu reads.")
 
 
 def _labels(task: str, example: Any) -> Sequence[str]:
@@ -158,7 +170,8 @@ class ProbeSetting:
     training: Mapping[str, Any]                                  # steps, lr, head_lr, tune_lr, batch
     parser: Mapping[str, Any]
     init: str                                                    # rule by which weights are drawn anew
-    published: bool = False                                      # heads and learning rates of the released code
+    published: bool = False                                      # special tokens and learning rates as published
+    dropout: bool = False                                        # while probes are trained
     known: Sequence[Any] | None = field(default=None, repr=False)      # sentences that tell the labels; None: those
                                                                        # to learn from
     selection: Sequence[Any] | None = field(default=None, repr=False)  # sentences to choose lambda on; None: every
@@ -170,12 +183,14 @@ class ProbeSetting:
         config = {"recipe": "probe", "model": model, "task": self.task, "train": fingerprint_of(self.train),
                   "dev": fingerprint_of(self.dev), "init": self.init, "parser": dict(self.parser), **self.training}
         if self.selection is not None: config["selection"] = fingerprint_of(self.selection)
-        return {**config, "published": True} if self.published else config
+        return config | {name: True for name in ("published", "dropout") if getattr(self, name)}
 
     def head(self, cell: Cell) -> TaskHead:
         "A new head for a cell."
         tell = self.train if self.known is None else self.known
-        head = head_of(self.task, self.model, tell, cell.seed, cell.rank or None, self.published, **self.parser)
+        own = self.parser if self.task == "dep" else {}
+        how = {"published": self.published, "dropout": 0.1 if self.dropout else None, **own}
+        head = head_of(self.task, self.model, tell, cell.seed, cell.rank or None, **how)
         head.unseen = list(unseen(self.task, tell, [*self.dev, *(self.selection or [])]))
         return head
 
@@ -245,7 +260,7 @@ def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progre
     fit(
         s.model, s.tok, Task(s.train, head), steps=t["steps"], lr=t["tune_lr"], head_lr=t["head_lr"],
         batch=t["batch"], schedule="constant" if s.published else "linear",
-        dropout=s.published and kind == "finetune", train="all" if kind == "finetune" else "head",
+        dropout=s.dropout, train="all" if kind == "finetune" else "head",
         seed=cell.seed, keep="last", progress=progress,
     )
 
@@ -259,7 +274,7 @@ def _masked_probe(
     goal = Task(s.train, head) + Ramp(0.0, cell.lam, begin=0.25, finish=0.75) * Density()
     return find(
         s.model, s.tok, gate, goal, steps=t["steps"], lr=t["lr"], head_lr=t["head_lr"], batch=t["batch"],
-        schedule="constant", seed=cell.seed, to=store, labels=cell.labels, progress=progress,
+        schedule="constant", dropout=s.dropout, seed=cell.seed, to=store, labels=cell.labels, progress=progress,
         every=max(1, t["steps"] // 10),
     )
 

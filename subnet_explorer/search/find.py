@@ -27,7 +27,7 @@ from ..core.run import Run, working
 from ..core.space import check_model
 from ..core.store import Store
 from ..core.tensors import open_torch, sealed_torch
-from ..model.apply import masked, parameter_like
+from ..model.apply import dropping_out, masked, parameter_like
 from .adam import PlainOptimizer, plain_state, restore_plain
 from .engine import MaskOptimizer, engine_state, restore_engine
 from .gates import Gate
@@ -65,6 +65,7 @@ def find(
     batch: Count = 32,                   # examples per step and objective
     seed: Seed = 0,                      # data order, dynamic masking (the gate has its own)
     complement: bool = False,            # train the model *without* the gate's coordinates
+    dropout: bool = False,               # in the model, as configured, which is then read as it is and from its start
     noise: str = "shared",               # "independent": every term has a pass and a draw of its own
     monitor: Monitor | None = None,      # keep the logits with the best score on held-out data
     every: Count = 100,                  # steps between log entries and monitor calls
@@ -109,7 +110,7 @@ _SAME = (
 )  # fmt: skip
 "Settings that always identify a run, with `every` and `precision`."
 
-_LATER: dict[str, Any] = {"accumulate": 1, "noise": NOISE[0], "snapshots": []}
+_LATER: dict[str, Any] = {"accumulate": 1, "noise": NOISE[0], "snapshots": [], "dropout": False}
 "Settings that came later, with their usual values."
 
 
@@ -301,7 +302,7 @@ def start(
     context.penalty = opt.penalty
     learners: list[Learner] = [GateLearner(gate, opt), *_others(goal, s, rates, team.share)]
     def turn(part: Pass) -> Turn:
-        return Turn(part.goal.prepare(context), partial(_around, model, opt, s["along"], part.draw, part.flip))
+        return Turn(part.goal.prepare(context), partial(_around, model, opt, s, part))
     turns = [turn(p) for p in parts]
     loop = Loop(
         run, _plan(run, s, team), turns, learners, gate.logits[0].device,
@@ -315,7 +316,8 @@ def start(
 
 # %% ../../nbs/search/09_find.ipynb #70647d1f
 def _context(model: PreTrainedModel, tok: Any, gate: Gate, s: _Settings, team: Processes) -> Context:
-    first = 0 if s["along"] is not None else max(0, min(gate.space.layers))
+    whole = s["along"] is not None or s["dropout"]      # what lies below the gate changes, too
+    first = 0 if whole else max(0, min(gate.space.layers))
     return Context(
         model, tok, s["steps"] * s["accumulate"], s["batch"], s["seed"], first, gate,
         cache={} if s["cache"] is None else s["cache"], rank=team.rank, world=team.world,
@@ -335,10 +337,11 @@ def _plan(run: Run, s: _Settings, team: Processes) -> Plan:
 
 @contextmanager
 def _around(
-    model: PreTrainedModel, opt: GateOptimizer, along: Weights | None, draw: int, flip: bool, part: int,
+    model: PreTrainedModel, opt: GateOptimizer, s: _Settings, term: Pass, part: int,
 ) -> Iterator[None]:  # fmt: skip
-    "Let the model compute under the gate, with the weights that train along."
-    with _with(along, model), opt.applied(draw, flip): yield
+    "Let the model compute under the gate, with the weights that train along, and with dropout if asked."
+    dropping = dropping_out(model, s["dropout"], s["seed"], part)
+    with _with(s["along"], model), opt.applied(term.draw, term.flip), dropping: yield
 
 
 def _with(along: Weights | None, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -446,8 +449,8 @@ _ONE_SPACE = (
     "use find for the others."
 )
 _ONE_BATCH = (
-    "searches that share a pass take one batch a step, by the engine, and train no weights along: "
-    'use find for accumulate, engine="plain" or along.'
+    "searches that share a pass take one batch a step, by the engine, without dropout, and train no weights along: "
+    'use find for accumulate, engine="plain", dropout or along.'
 )
 _ONE_PROCESS = "searches that share a pass run in one process: use find to share batches among several."
 _NOT_PACKED = (
@@ -466,5 +469,5 @@ def _check_team(
     spaces = {g.space.id: g.space for g in gates}
     odd = any(x.kind != "weight" or -1 in x.layers for x in spaces.values())
     if odd or len(spaces) > 1: raise SubnetError(_ONE_SPACE)
-    if s["accumulate"] > 1 or s["engine"] == "plain" or s["along"] is not None:
+    if s["accumulate"] > 1 or s["engine"] == "plain" or s["along"] is not None or s["dropout"]:
         raise SubnetError(_ONE_BATCH)

@@ -118,6 +118,7 @@ def capturable(search: Search) -> bool:
     "Whether the steps of a search can be those of a team of one, on a GPU."
     opt, gate, goal = search.opt, search.gate, search.goal
     if not (gate.logits[0].is_cuda and type(goal) is Cloze and isinstance(opt, MaskOptimizer)): return False
+    if search.run.config.get("dropout"): return False
     if not opt.fast or opt.scores != "all" or opt.small or opt.held is not None or opt.share is not None: return False
     return -1 not in gate.space.layers and prompts_of(search).sequences.packed
 

@@ -28,7 +28,7 @@ from ..core.space import model_id
 from ..core.tensors import open_torch, sealed_torch
 from ..data.tables import Labelled
 from ..measure.metrics import TaskScore
-from ..model.apply import evaluating, parameter_like
+from ..model.apply import dropping_out, evaluating, parameter_like
 from ..search.loop import SCHEDULES, Loop, Parameters, Plan, Turn, begin, copy_into, frozen, lr_at
 from ..search.objectives import Context, Objective, Task
 from .heads import Classifier, Regressor, TaskHead
@@ -337,27 +337,11 @@ def training(
         checkpoint=s["checkpoint"], what="fit", progress=s["progress"], advice=f"Lower lr (now {s['lr']}).",
     )  # fmt: skip
     loop = Loop(
-        run, plan, [Turn(loss, partial(_dropping, model, s["dropout"], s["seed"]))],
+        run, plan, [Turn(loss, partial(dropping_out, model, s["dropout"], s["seed"]))],
         [Parameters("weight", opt, rates, s["clip"])], parameter_like(model).device,
         ahead=partial(_look_ahead, context, params, given), score=score, log=partial(_log, run),
     )  # fmt: skip
     return begin(loop, load_state(run))
-
-# %% ../../nbs/tasks/03_fit.ipynb #1c728137
-@contextmanager
-def _dropping(model: PreTrainedModel, dropout: bool, seed: int, step: int) -> Iterator[None]:
-    "Use the dropout of the model while a block runs."
-    if not dropout:
-        yield
-        return
-    device = parameter_like(model).device
-    gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu):
-        model.train()
-        generator: Any = torch.cuda if gpu else torch.default_generator
-        generator.manual_seed(seed * 1_000_003 + step)
-        try: yield
-        finally: model.eval()
 
 # %% ../../nbs/tasks/03_fit.ipynb #62819b52
 _Tensors = Sequence[torch.Tensor]

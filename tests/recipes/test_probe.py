@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import cut
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
@@ -27,8 +28,11 @@ from subnet_explorer.core.space import GRANULARITIES, Space, granular
 from subnet_explorer.data.sentences import GAP, gapped, read_conllu, read_ner
 from subnet_explorer.look.curves import pareto
 from subnet_explorer.measure.metrics import entity_scores, task_scores
+from subnet_explorer.model import load as loading
 from subnet_explorer.model.apply import applied
 from subnet_explorer.model.load import load
+from subnet_explorer.recipes import sweep
+from subnet_explorer.recipes.choice import lambda_of_report
 from subnet_explorer.recipes.probe import (
     POCKET,
     centre,
@@ -68,17 +72,18 @@ from subnet_explorer.tasks.heads import EntityTagger, Tagger
 
 chapter = importlib.import_module("subnet_explorer.recipes.probe")
 probes = importlib.import_module("subnet_explorer.recipes.probes")
-TRAIN, DEV = read_conllu("pocket", part="train")[:40], read_conllu("pocket", part="dev")[:30]
-NER = read_ner("pocket", part="train")[:40], read_ner("pocket", part="dev")[:30]
+TRAIN, DEV = read_conllu("pocket", part="train")[:24], read_conllu("pocket", part="dev")[:16]
+NER = read_ner("pocket", part="train")[:24], read_ner("pocket", part="dev")[:16]
+LAYERS, STEPS = 2, 6  # of the model that is probed; of a probe
 HEAD_ALONE: dict[str, Any] = dict(
-    steps=12, lr=1e-3, head_lr=5e-3, batch=32, train="head", keep="last", progress=False
+    steps=STEPS, lr=1e-3, head_lr=5e-3, batch=32, train="head", keep="last", progress=False
 )
-FAST = POCKET | dict(steps=12, progress=False)
+FAST = POCKET | dict(steps=STEPS, progress=False)
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return load("pocket-bert")
+    return cut(*load("pocket-bert"), layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +96,14 @@ def study(bert):
         granularity=("neuron", "matrix"),
         lambdas=(1.0, 25.0),
         seeds=(0, 1),
-        **FAST | dict(steps=40, ranks=(128, 2)),
+        **FAST | dict(steps=24, ranks=(128, 2)),
     )
 
 
 def setting(bert, task="pos", **training) -> ProbeSetting:
     model, tok = bert
     train, dev = NER if task == "ner" else (TRAIN, DEV)
-    settings: dict[str, Any] = {"steps": 12, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training}
+    settings: dict[str, Any] = {"steps": STEPS, "lr": 0.2, "head_lr": 5e-3, "tune_lr": 1e-3, "batch": 32, **training}
     return ProbeSetting(
         model,
         tok,
@@ -251,7 +256,7 @@ def test_soft_gates_are_evaluated_as_published(bert):
 def test_an_input_feature_gated_is_the_feature_scaled(bert):
     "Soft gates of neurons equal scaled columns of the weight, to rounding."
     model, tok = bert
-    space = granular(model, "neuron", layers=3)
+    space = granular(model, "neuron", layers=1)
     gate = HardConcrete(space, init="normal", seed=0)
     ids = torch.tensor([tok("a robin is a kind of bird .").input_ids])
     with torch.no_grad():
@@ -437,8 +442,8 @@ def test_complexity_is_counted(bert, study):
 
     widths = [granular(bert[0], "weight").layout.widths(r) for r in ("q", "k", "v", "o", "up", "down")]
     assert (
-        of(probe="subnetwork", granularity="neuron") == 4 * sum(i for _, i in widths)
-        and of(probe="subnetwork", granularity="matrix") == 24
+        of(probe="subnetwork", granularity="neuron") == LAYERS * sum(i for _, i in widths)
+        and of(probe="subnetwork", granularity="matrix") == 6 * LAYERS
     )
     assert of(probe="mlp", rank=2) == (2 * 128 + 1) * 2 + 3 * 128 and of(probe="linear") == 0
     assert (
@@ -458,8 +463,9 @@ def test_the_online_code_by_hand(bert):
     model, tok = bert
     s, cell = setting(bert), Cell("linear", 0)
     code, k = online_code(s, cell, (0.25, 0.5, 1.0)), len(s.head(cell).labels)
-    bits = sum(len(e.words) for e in TRAIN[:10]) * np.log2(k)
-    for a, b in ((10, 20), (20, 40)):
+    quarter = len(TRAIN) // 4
+    bits = sum(len(e.words) for e in TRAIN[:quarter]) * np.log2(k)
+    for a, b in ((quarter, 2 * quarter), (2 * quarter, 4 * quarter)):
         head = s.head(cell)
         with preserved(model):
             fit(model, tok, Task(TRAIN[:a], head), seed=0, **HEAD_ALONE)
@@ -468,7 +474,7 @@ def test_the_online_code_by_hand(bert):
                 with torch.no_grad():
                     logits = head.out(model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0][places])
                 bits += F.cross_entropy(logits, torch.tensor(gold), reduction="sum").item() / np.log(2)
-    assert code["bits"] == pytest.approx(bits, rel=1e-5) and code["portions"] == [10, 20, 40]
+    assert code["bits"] == pytest.approx(bits, rel=1e-5) and code["portions"] == [6, 12, 24]
     assert code["uniform"] == pytest.approx(sum(len(e.words) for e in TRAIN) * np.log2(k)) and code[
         "compression"
     ] == pytest.approx(code["uniform"] / code["bits"])
@@ -503,9 +509,8 @@ def test_controls_within_the_study(bert, tmp_path, monkeypatch):
         and set(out["code"]) == set(t.index[t.code.notna()])
         and out["selectivity"]["mlp"]["interval"] == [None, None]
     )
-    assert {"control", "selectivity", "code", "compression"} <= set(
-        found.summary()
-    ) and "not learned by heart" in found.report(tmp_path.parent / "c.html").read_text()
+    assert {"control", "selectivity", "code", "compression"} <= set(found.summary())
+    assert "not learned by heart" in next(found.sections())[1]
     monkeypatch.setattr(
         chapter, "run_cell", lambda s, cell, *a: (_ for _ in ()).throw(AssertionError(f"trained again: {cell}"))
     )
@@ -535,16 +540,21 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
     )
     assert (
         centre(found).centre.isna().all()
-        and centre(found, 1.0).centre.between(1, 4).all()
+        and centre(found, 1.0).centre.between(1, LAYERS).all()
         and strongest_lambda(found, 1.0) == 1e4
     )
+    assert len(where_figures(found, 1e4)) == 2  # of nothing but empty masks
     assert "the mask is empty" in found.report(tmp_path / "r.html").read_text()
 
 
 def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
     "Strided groups, lessons with special tokens, constant rates, framework resets; another study than without."
     seen = []
-    monkeypatch.setattr(probes, "fit", lambda *a, **k: seen.append(k["schedule"]) or fit(*a, **k))
+    def seeing(f):
+        return lambda *a, **k: seen.append((k["schedule"], k["dropout"])) or f(*a, **k)
+
+    for door in ("fit", "find"):
+        monkeypatch.setattr(probes, door, seeing(getattr(probes, door)))
     monkeypatch.setattr(probes, "reset", lambda m, what, init, seed: seen.append(init) or reset(m, what, init, seed))
     found = probe(
         *bert,
@@ -561,7 +571,7 @@ def test_published_is_the_released_code(bert, tmp_path, monkeypatch):
         and found.config["published"] is True
         and found.config["init"] == "framework"
     )
-    assert set(seen) == {"constant", "framework"} and all(
+    assert set(seen) == {("constant", True), "framework"} and all(
         g.strided for _, m in found.masks.sel(granularity="128x1-strided") for g in m.space.groups
     )
     with pytest.raises(OtherRun, match="differs in"):
@@ -587,7 +597,7 @@ def test_the_strongest_lambda(study):
 
 def test_sentences_that_choose_do_not_report(bert, tmp_path):
     "Every other sentence, or a part of its own; said in the results and the report."
-    other, some = read_conllu("pocket", part="test")[:20], FAST | dict(baselines=("finetune",), seeds=(0,))
+    other, some = read_conllu("pocket", part="test")[:10], FAST | dict(steps=2, baselines=("finetune",), seeds=(0,))
     halves = probe(*bert, "pos", TRAIN, DEV, **some)
     named = probe(*bert, "pos", TRAIN, DEV, selection=other, **some)
     for found, parts in ((halves, (DEV[::2], DEV[1::2])), (named, (other, DEV))):
@@ -595,14 +605,14 @@ def test_sentences_that_choose_do_not_report(bert, tmp_path):
             alone = probe(*bert, "pos", TRAIN, part, **some).scores.score
             assert found.scores[name].tolist() == pytest.approx(alone.tolist())
     assert named.scores.score.tolist() == named.scores.score_reported.tolist()
-    assert named.config["chosen_on"] == "the 20 sentences of the selection"
-    assert halves.config["chosen_on"] == "every other sentence of dev (15)"
+    assert named.config["chosen_on"] == "the 10 sentences of the selection"
+    assert halves.config["chosen_on"] == "every other sentence of dev (8)"
     at = chapter.choose_lambda(halves.scores, "neuron", within=1.0)
     assert at["score"] == halves.scores.score_reported[0] and at["n"] == 1
     study = replace(halves, tables={"scores": halves.scores.assign(score_selection=1.0)})
-    out, page = study.to_json()["chosen"], study.report(tmp_path / "r.html").read_text()
+    out, said = study.to_json()["chosen"], lambda_of_report(study.scores, study.config)[1]
     assert out["chosen_on"] == halves.config["chosen_on"] and out["score"] == pytest.approx(at["score"], abs=1e-6)
-    assert "Chosen on every other sentence of dev (15)" in page
+    assert "Chosen on every other sentence of dev (8)" in said
     with pytest.raises(OtherRun, match="selection"):
         for selection in (None, other):
             probe(*bert, "pos", TRAIN, DEV, selection=selection, to=tmp_path / "study", **some)
@@ -653,7 +663,7 @@ def test_where_adds_up(study):
         )
         assert (
             part[["kept", "size"]].groupby(part.layer).sum().pipe(lambda x: x.kept / x["size"])
-        ).to_numpy() == pytest.approx([np.mean([placed_density(m, i) for m in own]) for i in range(1, 5)])
+        ).to_numpy() == pytest.approx([np.mean([placed_density(m, i) for m in own]) for i in range(1, LAYERS + 1)])
         assert part.groupby("matrix")["head"].max().to_dict() == dict(q=4, k=4, v=4, o=4, up=0, down=0)
         a, b = (placement(m.to("weight")).density.to_numpy() for m in own)
         assert part.density.to_numpy() == pytest.approx((a + b) / 2) and part.sd.to_numpy() == pytest.approx(
@@ -717,7 +727,7 @@ def test_soft_gates_of_attention_are_means_over_weights(bert, granularity):
                 ]
             )
         assert value == pytest.approx(want, rel=1e-5)
-    assert len(found) == 4
+    assert len(found) == LAYERS
 
 
 def test_the_published_quantity_survives_the_folder(bert, tmp_path):
@@ -727,7 +737,7 @@ def test_the_published_quantity_survives_the_folder(bert, tmp_path):
     again = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for file in (tmp_path / "s" / "cells").glob("*.json"):
         kept = json.loads(file.read_text())
-        assert kept.pop("checksum") and len(kept.pop("attention")) == 4
+        assert kept.pop("checksum") and len(kept.pop("attention")) == LAYERS
         write_json(file, kept)
     old = localisation(probe(*bert, "pos", TRAIN, DEV, **args), 1.0)
     for other in (again, old):
@@ -743,7 +753,7 @@ def test_centres_have_intervals(study):
         set(t.quantity) == {"density", "published"}
         and t.n.eq(2).all()
         and (t.low <= t.centre).all()
-        and t.centre.between(1, 4).all()
+        and t.centre.between(1, LAYERS).all()
     )
     own = centre(study).query("probe == 'subnetwork'").centre
     row = t.query("probe == 'subnetwork' and quantity == 'density'").iloc[0]
@@ -760,7 +770,7 @@ def test_centres_have_intervals(study):
 def test_figures_of_where_have_one_scale(study):
     bars, *maps = where_figures(study, 1.0)
     assert len(maps) == 3 and len({m.plotly.layout.coloraxis.cmax for m in maps}) == 1
-    assert "λ 1" in maps[0].alt and "Reset all" not in maps[0].alt and "layer 4" in bars.alt
+    assert "λ 1" in maps[0].alt and "Reset all" not in maps[0].alt and f"layer {LAYERS}" in bars.alt
     assert len(bars.plotly.data) == 3 and all(t.error_y.array is not None for t in bars.plotly.data)
 
 
@@ -860,7 +870,7 @@ def test_plain_data_and_figures(study, tmp_path):
         and set(out["results"]) == set(PROBES)
         and set(out["granularity"]) == {"neuron", "matrix"}
         and set(out["lambda"]) == {"1", "25"}
-        and len(out["layers"]) == 4
+        and len(out["layers"]) == LAYERS
     )
     assert out["results"]["subnetwork"]["score"] == pytest.approx(
         study.scores.query("probe == 'subnetwork' and granularity == 'neuron' and lam == 1").score.mean(), abs=1e-6
@@ -868,6 +878,7 @@ def test_plain_data_and_figures(study, tmp_path):
     fig = pareto(study.summary())
     assert "subnetwork" in fig.alt and fig.save(tmp_path / "p.svg").read_text().startswith("<?xml")
     page = study.report(tmp_path / "r.html").read_text()
+    assert lambda_of_report(study.scores, study.config)[1] in page
     for title in ("Scores", "Beside the published numbers", "Score against complexity", "Where", "How it was made"):
         assert title in page
 
@@ -891,7 +902,7 @@ def test_a_study_goes_on(bert, tmp_path, monkeypatch):
         str(tmp_path / "moved")
     )
     (tmp_path / "moved").rename(tmp_path / "s")
-    for change in (dict(steps=13), dict(init="framework")):
+    for change in (dict(steps=STEPS + 1), dict(init="framework")):
         with pytest.raises(OtherRun, match=f"differs in {next(iter(change))}"):
             probe(*bert, "pos", TRAIN, DEV, **FAST | change, to=tmp_path / "s")
 
@@ -905,6 +916,8 @@ def test_probe_refuses(bert):
         (dict(lambdas=()), "at least one"),
         (dict(train=[]), "nothing to learn from"),
         (dict(dev=[]), "nothing to report on"),
+        (dict(task="ner"), "what read_ner reads"),
+        (dict(task="dep", dev=NER[1]), "what read_conllu reads"),
         (dict(steps=0), "at least 1"),
         (dict(ranks=(0,)), "rank"),
         (dict(granularity=("48x1",)), "do not fill"),
@@ -922,13 +935,31 @@ def test_probe_refuses(bert):
             )
 
 
+def test_a_task_is_an_axis(bert):
+    "Of one treebank: tags and heads, compared within each; entities are refused before anything is trained."
+    how = FAST | dict(baselines=("linear",), steps=2)
+    found = sweep("probe", *bert, train=TRAIN, dev=DEV, over={"task": ["pos", "dep"]}, **how)
+    assert found.gains().task.tolist() == ["pos", "dep"] and len(found.tables["scores"]) == 4
+    alone = probe(*bert, "dep", TRAIN, DEV, **how).scores.score
+    table = found.tables["scores"]
+    assert table[table.task == "dep"].score.tolist() == pytest.approx(alone.tolist())
+    with pytest.raises(SubnetError, match="what read_ner reads"):
+        sweep("probe", *bert, train=TRAIN, dev=DEV, over={"task": ["pos", "dep", "ner"]}, **how)
+
+
 def test_a_causal_model():
-    model, tok = load("pocket-gpt2")
-    found = probe(model, tok, "dep", TRAIN, DEV, baselines=("linear",), **FAST | dict(steps=20))
+    model, tok = cut(*load("pocket-gpt2"), layers=LAYERS)
+    found = probe(model, tok, "dep", TRAIN, DEV, baselines=("linear",), **FAST)
     assert found.scores.score.between(0, 1).all() and found.masks[0].space.layout.transposed
 
 
 # ── shell ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def small(bert, monkeypatch):
+    "A shell that is told of pocket-bert loads the smaller model."
+    monkeypatch.setattr(loading, "load", lambda name, **how: bert if name == "pocket-bert" else load(name, **how))
 
 
 def shell(tmp_path, *more: str) -> list[str]:
@@ -943,11 +974,11 @@ def shell(tmp_path, *more: str) -> list[str]:
         "--dev",
         "pocket",
         "--limit-train",
-        "40",
+        "24",
         "--limit-dev",
-        "20",
+        "8",
         "--steps",
-        "6",
+        "3",
         "--baselines",
         "linear",
         "--quiet",
@@ -957,7 +988,7 @@ def shell(tmp_path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, small):
     assert main(shell(tmp_path, "--granularity", "neuron,matrix", "--json", "--no-report")) == 0
     out = json.loads(capsys.readouterr().out)
     assert (
@@ -974,7 +1005,7 @@ def test_the_command(tmp_path, capsys):
     assert "density by layer" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
 
 
-def test_the_command_with_everything(tmp_path, capsys):
+def test_the_command_with_everything(tmp_path, capsys, small):
     assert (
         main(
             shell(
@@ -1000,7 +1031,7 @@ def test_the_command_with_everything(tmp_path, capsys):
     )
 
 
-def test_the_command_reads_gaps(tmp_path, capsys):
+def test_the_command_reads_gaps(tmp_path, capsys, small):
     assert (
         main(shell(tmp_path, "--train", "pocket-gaps", "--dev", "pocket-gaps", "--baselines", "", "--no-report")) == 0
     )
@@ -1024,7 +1055,7 @@ def test_the_command_reads_gaps(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_the_command_refuses(tmp_path, capsys, change, says):
+def test_the_command_refuses(tmp_path, capsys, small, change, says):
     args = shell(tmp_path)
     if change[0] in args:
         args[args.index(change[0]) + 1] = change[1]

@@ -52,7 +52,7 @@ PAPERS: dict[str, dict[str, Any]] = {
     ),
     "probe": dict(
         epochs=30, lr=0.2, head_lr=5e-5, tune_lr=5e-5, batch=32, init="framework", lambdas=[1], ranks=[768],
-        longest=128, granularity=["neuron"], baselines=["mlp", "linear", "finetune", "reset"],
+        dropout=True, longest=128, granularity=["neuron"], baselines=["mlp", "linear", "finetune", "reset"],
     ),
     "tamt": dict(
         steps=27_920, lr=5e-5, batch=16, clip=1, densities=[0.5, 0.4, 0.3, 0.2, 0.1], matched=True, padding=True,
@@ -96,7 +96,7 @@ def test_a_clause_sets_what_was_not_given(name, clause):
     own = {"seeds": "7", "tuning_seeds": "7", "tuning.dropout": "false", "tuning.head_dropout": "0.5", "mode": "batch",
            "on_dev": "", "shared_init": "", "filtered": "", "matched": "", "padding": "", "normalise": "layer",
            "noise": "shared", "init": "architecture", "densities": "0.7", "epochs": "2", "clip": "2", "steps": "3",
-           "checks": "3", "lr": "0.5", "sparsity": "0.25"}[clause.name]
+           "checks": "3", "lr": "0.5", "sparsity": "0.25", "dropout": ""}[clause.name]
     setting, dot, inner = clause.name.partition(".")
     flag = setting.replace("_", "-") + dot + inner
     no = "no-" if own == "" and clause.published else ""

@@ -650,6 +650,7 @@ def test_an_unknown_block_cannot_share_a_pass(world, monkeypatch):
     (dict(kind="head"), "one space of weights"),
     (dict(accumulate=2), "one batch a step"),
     (dict(engine="plain"), "one batch a step"),
+    (dict(dropout=True), "without dropout"),
     (dict(stepps=3), "did you mean steps"),
 ], ids=said)
 def test_what_cannot_share_a_pass_says_so(world, change, message):

@@ -283,6 +283,43 @@ def test_a_search_is_the_plain_search(family):
         assert (run.mask[g.name] != (s > 0).numpy()).mean() < .002      # a logit within rounding of 0
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_search_with_dropout_is_the_plain_search_in_training_mode(family):
+    "What is drawn follows from seed and step; the caller's random numbers are not touched, blocks below drop, too."
+    model = tiny(family)
+    space = Space.of(model, "weight", layers=[2])
+    logits, losses = [s.detach().clone() for s in GATES["threshold"](space).logits], []
+    opt, width, seed = torch.optim.Adam(logits, lr=.05), np.array([len(i) for i in IDS]), 3
+    for step in range(4):
+        twin = copy.deepcopy(model).train()
+        with torch.no_grad():
+            for g, s in zip(space.groups, logits, strict=True): twin.base_model.get_parameter(g.name).mul_(s > 0)
+        index = batch_at(step, width, 8, seed)
+        ids = torch.tensor([IDS[i] + [0] * (max(width[index]) - len(IDS[i])) for i in index])
+        real = torch.tensor([[1] * len(IDS[i]) + [0] * (max(width[index]) - len(IDS[i])) for i in index])
+        torch.manual_seed(seed * 1_000_003 + step)
+        said = twin(input_ids=ids, attention_mask=real).logits[range(len(index)), [ROWS[i] for i in index]]
+        loss = F.cross_entropy(said, torch.tensor(GOLD)[index])
+        loss.backward()
+        for g, s in zip(space.groups, logits, strict=True):
+            s.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
+        opt.step()
+        losses.append(loss.item())
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run = search(model, space, steps=4, every=1, schedule="constant", warmup=0, seed=seed, dropout=True)
+    assert np.abs(run.metrics.loss - losses).max() < 1e-5 and torch.equal(torch.get_rng_state(), before)
+    assert not model.training and run.config["dropout"] is True
+
+
+def test_dropout_is_another_search_and_continues_exactly(tmp_path, model, space):
+    straight, without = search(model, space, dropout=True), search(model, space)
+    assert straight.id != without.id and "dropout" not in without.config
+    assert (straight.metrics.loss - without.metrics.loss).abs().max() > .01
+    with pytest.raises(Stop): search(model, space, tmp_path, Until(Tokens(), 21, stop), dropout=True)
+    assert_same(search(model, space, tmp_path, dropout=True), straight)
+
+
 def test_bfloat16_is_close(model, space):
     a, b = search(model, space), search(model, space, precision="bfloat16")
     assert np.abs(a.metrics.loss - b.metrics.loss).max() < .3 and a.id != b.id
