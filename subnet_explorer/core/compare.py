@@ -246,7 +246,7 @@ def _cell_names(space: Space) -> pd.DataFrame:      # kind, layer, role, unit
 
 # %% ../../nbs/core/12_compare.ipynb #e2aaf3b1
 @checked
-def placement(masks: Mask | Masks) -> pd.DataFrame:      # layer, matrix, head, size, kept, density
+def placement(masks: Mask | Masks) -> pd.DataFrame:  # layer, matrix, head, size, kept, density
     "Kept weights by layer, matrix and attention head (from 1; 0: the whole matrix), mean over masks."
     every = [masks] if isinstance(masks, Mask) else aligned(masks, "place")[0]
     space = every[0].space
@@ -270,8 +270,8 @@ def _placed(
 
 
 def _pieces(
-    group: Group, space: Space, bits: Sequence[np.ndarray],      # of every mask
-) -> Iterator[tuple[str, int, Sequence[np.ndarray]]]:            # matrix, head, bits of every mask
+    group: Group, space: Space, bits: Sequence[np.ndarray],  # of every mask
+) -> Iterator[tuple[str, int, Sequence[np.ndarray]]]:        # matrix, head, bits of every mask
     "What belongs to each attention head in the weights of one matrix."
     slices = []
     if group.kind == "weight" and group.layer >= 0:

@@ -24,11 +24,11 @@ class Footprint:
     "The slice of a parameter that a vector of coarse coordinates covers."
     kind: str                  # "weight" or "bias"
     layer: int
-    role: str                  # role whose module holds the tensor
-    axis: int | None           # axis of the stored tensor along which coordinates lie; None: one covers all
-    start: int = 0             # first index on that axis (query, key, value inside a fused matrix)
-    repeat: int = 1            # indices per coordinate
-    pool: int = 1              # coordinates that share one index run (query heads of a key/value group)
+    role: str         # role whose module holds the tensor
+    axis: int | None  # axis of the stored tensor along which coordinates lie; None: one covers all
+    start: int = 0    # first index on that axis (query, key, value inside a fused matrix)
+    repeat: int = 1   # indices per coordinate
+    pool: int = 1     # coordinates that share one index run (query heads of a key/value group)
 
 
 def footprints(

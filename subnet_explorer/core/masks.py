@@ -222,7 +222,7 @@ FEW = 512
 "Bytes of a tensor whose pairs are counted as a product of matrices."
 
 
-def _shared_few(masks: Sequence[Mask], tensor: int, part: range) -> np.ndarray:      # (part, mask)
+def _shared_few(masks: Sequence[Mask], tensor: int, part: range) -> np.ndarray:  # (part, mask)
     "Bits that two masks share in a small tensor; float32 holds such counts exactly."
     bits = np.unpackbits(_stacked(masks, tensor), axis=1).astype(np.float32)
     return bits[part.start:part.stop] @ bits.T
@@ -239,7 +239,7 @@ def _shared_pairs(rows: Sequence[np.ndarray], part: range) -> np.ndarray:      #
     n, words = len(rows), len(rows[0])
     out = np.zeros((len(part), n), np.int64)
     met, bits = np.empty(words, np.uint64), np.empty(words, np.uint8)
-    whole = len(part) == n                                                    # each pair is counted once
+    whole = len(part) == n  # each pair is counted once
     for k, i in enumerate(part):
         for j in range(i + 1 if whole else 0, n):
             np.bitwise_count(np.bitwise_and(rows[i], rows[j], out=met), out=bits)

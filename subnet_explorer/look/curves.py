@@ -315,7 +315,7 @@ def _add_ratios(
 # %% ../../nbs/look/05_curves.ipynb #332f3ac3
 @checked
 def pareto(
-    table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits; low, high
+    table: pd.DataFrame,  # columns probe, granularity, lam, rank, score, bits; low, high
     title: str = "Score against complexity",
     label: str = "score",            # of the vertical axis
 ) -> Figure:

@@ -150,7 +150,7 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
 
 # %% ../../nbs/measure/03_metrics.ipynb #a5746a9f
 def task_items(
-    task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],      # as for `task_metrics`
+    task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],  # as for `task_metrics`
 ) -> Items:
     "What every item adds to the score of a task."
     if task.spans: return Items.of_shares(answer_scores(gold, predicted)[task.metrics[0]])
@@ -181,8 +181,8 @@ def task_scores(
     head: Any,                          # a trained task head
     data: Labelled | Sequence[Any],     # labelled sentences, or what the head reads
     under: Mask | Scores | None = None,
-    items: bool = False,                # also what every example adds to the score, as `items_text` writes it
-) -> dict[str, Any]:                    # score, each metric by name, for labelled sentences a note
+    items: bool = False,  # also what every example adds to the score, as `items_text` writes it
+) -> dict[str, Any]:      # score, each metric by name, for labelled sentences a note
     "Give the metrics of a task on examples."
     scored = _scoring(tok, head, data)
     with evaluating(model), masked(model, under):
@@ -300,9 +300,9 @@ Arcs = tuple[Sequence[int], Sequence[Any]]
 def attachment(
     gold: Sequence[Arcs],
     predicted: Sequence[Arcs],
-    average: str = "macro",               # over sentences, or over words: "micro"
-    without: Collection[str] = (),        # gold relations of words that do not count, e.g. {"punct"}
-) -> dict[str, Any]:                      # score (LAS), las, uas, words, sentences
+    average: str = "macro",         # over sentences, or over words: "micro"
+    without: Collection[str] = (),  # gold relations of words that do not count, e.g. {"punct"}
+) -> dict[str, Any]:                # score (LAS), las, uas, words, sentences
     "Give labelled and unlabelled attachment score."
     heads = _hits([g[0] for g in gold], [p[0] for p in predicted], "heads")
     labels = _hits([g[1] for g in gold], [p[1] for p in predicted], "relations")

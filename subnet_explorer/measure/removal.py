@@ -44,10 +44,10 @@ REMOVAL = [
 def removal(
     model: nn.Module,
     tok: Any,
-    under: Mapping[str, ask.Condition],                       # e.g. {"full": None, "without": ~mask}
-    on: Mapping[str, Facts | Sequence[str] | Blocks],     # e.g. {"target": facts, "text": texts}
-    cut: bool = False,                                    # keep the beginning of texts that are too long
-) -> pd.DataFrame:                                        # columns `REMOVAL`; ranks start at one
+    under: Mapping[str, ask.Condition],  # e.g. {"full": None, "without": ~mask}
+    on: Mapping[str, Facts | Sequence[str] | Blocks],  # e.g. {"target": facts, "text": texts}
+    cut: bool = False,                                 # keep the beginning of texts that are too long
+) -> pd.DataFrame:                                     # columns `REMOVAL`; ranks start at one
     "Ask what the model knows under every condition, item by item."
     if not under or not on:
         raise SubnetError(
@@ -250,7 +250,7 @@ class Removal:
         full: Mapping[str, float],      # mean log-probabilities of target, control and text
         now: Mapping[str, float],       # the same without the critical weights
         sparsity: Share,
-    ) -> dict[str, Any]:                # score, sparsity, perplexities, ratios, and the rules that fail
+    ) -> dict[str, Any]:  # score, sparsity, perplexities, ratios, and the rules that fail
         "Give the score and what it is made of."
         return _scored_removal(self, full, now, sparsity)
 

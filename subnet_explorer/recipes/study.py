@@ -47,9 +47,6 @@ from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
 
-if TYPE_CHECKING:
-    from subnet_explorer.recipes.cost import Work
-
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'SMALL', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study',
            'save_study', 'study_html', 'left_out_of', 'notes_of', 'few_note', 'in_order', 'with_remarks', 'remarks',
@@ -301,6 +298,10 @@ class TwoRecipes(SubnetError):
     Cause: A package that was installed beside the library registers a method under a name that is taken.
     Fix: Give one of the functions another name, or remove the package; the message says where both come from.
     """
+
+
+if TYPE_CHECKING:
+    from subnet_explorer.recipes.cost import Work
 
 
 @dataclass(frozen=True)

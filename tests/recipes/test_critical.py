@@ -424,7 +424,8 @@ def files(tmp_path, birds, control):
 
     (tmp_path / "target.tsv").write_text(lines(birds))
     (tmp_path / "control.jsonl").write_text(
-        "".join(json.dumps(dict(relation=f.relation, head=f.subject, tail=f.object)) + "\n" for f in one_worded(control))
+        "".join(json.dumps(dict(relation=f.relation, head=f.subject, tail=f.object)) + "\n"
+                for f in one_worded(control))
     )
     (tmp_path / "text.txt").write_text("\n".join(TEXT))
     return tmp_path
