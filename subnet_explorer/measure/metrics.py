@@ -149,6 +149,7 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
     return {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}
 
 # %% ../../nbs/measure/03_metrics.ipynb #a5746a9f
+@checked
 def task_items(
     task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],  # as for `task_metrics`
 ) -> Items:
@@ -277,6 +278,7 @@ def _share(hits: Sequence[np.ndarray], average: str) -> float:
     return float(np.mean([float(h.mean()) for h in hits]))
 
 # %% ../../nbs/measure/03_metrics.ipynb #f2210e86
+@checked
 def sentence_shares(gold: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> np.ndarray:
     "The share of words whose label is right, of every sentence that has words: `tag_accuracy` is its mean."
     return np.array([float(hits.mean()) for hits in _hits(gold, predicted) if len(hits)])
