@@ -46,7 +46,8 @@ def as_said_now(words: list[str]) -> list[str]:
 COMMANDS = {name: as_said_now(words) for name, words in EARLIER_COMMANDS.items()}
 NEW_TABLES = {
     "tickets/steps.csv", "critical/curves.csv", "critical/left_out.csv",
-    "tamt/curves.csv", "tamt/transfer.csv", "tamt/distances.csv", "tickets/baselines.csv", "tamt/baselines.csv",
+    "tamt/curves.csv", "tamt/transfer.csv", "tamt/distances.csv", "tamt/jaccard_by_step.csv",
+    "tickets/baselines.csv", "tamt/baselines.csv",
     *(f"{name}/runs/.index.json" for name in COMMANDS),
 }
 "What is now written beside the tables of that time."

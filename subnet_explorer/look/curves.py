@@ -152,7 +152,7 @@ def _panel_title(data: pd.DataFrame, task: str) -> str:
     if good.empty or "density_weights" not in good: return safe_text(task)
     r = good.iloc[0]
     small = f"good: {r.density:.2f} of units, {r.density_weights:.2f} of weights"
-    return f"{safe_text(task)}<br><span style='font-size:75%'>{small}</span>"
+    return f"{safe_text(task)} ({small})"
 
 # %% ../../nbs/look/05_curves.ipynb #82f1f23f
 def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:

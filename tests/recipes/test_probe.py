@@ -534,7 +534,7 @@ def test_an_empty_subnetwork_has_a_name(bert, tmp_path):
         and out["centre"]["subnetwork"]["centre"] is None
     )
     assert (
-        len(out["notes"]) == 1 == len(notes(found))
+        len(out["notes"]) == 2 == len(notes(found)) + 1      # the other: sixteen sentences are few
         and "the mask is empty in 1 of 1 seeds" in out["notes"][0]
         and out["notes"][0] in found._repr_html_()
     )
