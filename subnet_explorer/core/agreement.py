@@ -42,7 +42,7 @@ def krippendorff_alpha(
 ) -> np.ndarray:            # (…)
     "Krippendorff's alpha for two categories (Krippendorff 2011); `nan` when all agree on one."
     items, n, kept, agreed = _tally(votes)
-    apart = items * n * (1 - agreed) / 2  # coincidences of kept and removed
+    apart = items * n * (1 - agreed) / 2                        # coincidences of kept and removed
     other = n * items - kept
     undefined = (kept == 0) | (other == 0)
     return np.where(undefined, np.nan, 1 - (n * items - 1) * apart / np.maximum(kept * other, 1))
@@ -311,7 +311,7 @@ def _empty_pairs(kept: np.ndarray) -> int:
 
 
 @checked
-def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:  # `table` as `consensus` gives it
+def said_of_empty_pairs(table: pd.DataFrame) -> list[str]:      # `table` as `consensus` gives it
     "Say of which tasks some pairs of masks keep nothing, a sentence each."
     rows = zip(table.iloc[:, 0], table.seeds.map(len), table.empty_pairs, strict=True)
     return [_EMPTY.format(name, n, seeds * (seeds - 1) // 2) for name, seeds, n in rows if n]

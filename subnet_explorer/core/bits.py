@@ -38,7 +38,9 @@ def _binary(values: Any, name: str) -> np.ndarray:      # bool
         f"{array.size:,} places: if these are scores, use Scores(space, …) and .top(density) or .above(threshold).")
 
 
-def check_arrays(space: Space, arrays: Mapping[str, Any], what: str) -> None:      # what: "bits", "scores"
+def check_arrays(
+    space: Space, arrays: Mapping[str, Any], what: str,
+) -> None:      # what: "bits", "scores"
     "Raise `SubnetError` unless there is an array for each group of `space`, of its shape."
     check_names(arrays, space.by_name, "tensor of the space")
     for g in space.groups:

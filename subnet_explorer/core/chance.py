@@ -140,7 +140,7 @@ def expected_by_tensor(
     return np.clip(out, 0, 1)
 
 
-def _per_pool(counts: np.ndarray, pools: list[list[int]]) -> np.ndarray:  # int (mask, pool)
+def _per_pool(counts: np.ndarray, pools: list[list[int]]) -> np.ndarray:      # int (mask, pool)
     "What is kept of each pool."
     return np.array([np.asarray(counts, np.int64)[:, tensors].sum(1) for tensors in pools]).T
 

@@ -41,7 +41,9 @@ def jaccard_chance(a: Mask, b: Mask, average: str = "micro") -> float:
     return float(expected_distances(a.space, np.array([a.counts]), np.array([b.counts]), average).item())
 
 
-def _average(both: np.ndarray, either: np.ndarray, average: str) -> np.ndarray:  # counts (…, tensor) -> (…)
+def _average(
+    both: np.ndarray, either: np.ndarray, average: str,
+) -> np.ndarray:  # counts (…, tensor) -> (…)
     "Jaccard distances of what two masks keep both, and either."
     check_names([average], ["micro", "macro"], "average")
     if average == "micro": both, either = both.sum(-1, keepdims=True), either.sum(-1, keepdims=True)
@@ -74,7 +76,9 @@ def jaccard(
     })
 
 
-def _by_names(names: Sequence[Any], values: Mapping[str, np.ndarray]) -> pd.DataFrame:      # values: (mask, mask)
+def _by_names(
+    names: Sequence[Any], values: Mapping[str, np.ndarray],
+) -> pd.DataFrame:      # values: (mask, mask)
     "A row for each pair of names: the mean over the pairs of masks that have them, none with itself."
     order = list(dict.fromkeys(names))
     alone = len(order) == len(names)
@@ -111,7 +115,9 @@ def _distances(
     return 1 - alike / len(parts)
 
 
-def _similarity(both: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:      # (part, mask)
+def _similarity(
+    both: np.ndarray, own: np.ndarray, others: np.ndarray,
+) -> np.ndarray:      # (part, mask)
     "Share of what either keeps that both keep; where neither keeps anything, they are equal."
     either = own[:, None] + others
     either -= both
@@ -145,7 +151,9 @@ def against(
         )
 
 
-def _shared_by_chance(space: Space, kept: np.ndarray, other: np.ndarray) -> float:      # counts (tensor,)
+def _shared_by_chance(
+    space: Space, kept: np.ndarray, other: np.ndarray,
+) -> float:      # counts (tensor,)
     "Coordinates that two random masks are expected to share."
     pools, sizes = matched_tensors(space), np.array([g.size for g in space.groups])
     return float(sum(kept[p].sum() * other[p].sum() / sizes[p].sum() for p in pools))
@@ -246,7 +254,7 @@ def _cell_names(space: Space) -> pd.DataFrame:      # kind, layer, role, unit
 
 # %% ../../nbs/core/12_compare.ipynb #e2aaf3b1
 @checked
-def placement(masks: Mask | Masks) -> pd.DataFrame:  # layer, matrix, head, size, kept, density
+def placement(masks: Mask | Masks) -> pd.DataFrame:      # layer, matrix, head, size, kept, density
     "Kept weights by layer, matrix and attention head (from 1; 0: the whole matrix), mean over masks."
     every = [masks] if isinstance(masks, Mask) else aligned(masks, "place")[0]
     space = every[0].space
@@ -270,8 +278,8 @@ def _placed(
 
 
 def _pieces(
-    group: Group, space: Space, bits: Sequence[np.ndarray],  # of every mask
-) -> Iterator[tuple[str, int, Sequence[np.ndarray]]]:        # matrix, head, bits of every mask
+    group: Group, space: Space, bits: Sequence[np.ndarray],      # of every mask
+) -> Iterator[tuple[str, int, Sequence[np.ndarray]]]:            # matrix, head, bits of every mask
     "What belongs to each attention head in the weights of one matrix."
     slices = []
     if group.kind == "weight" and group.layer >= 0:

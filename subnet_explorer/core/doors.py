@@ -311,7 +311,7 @@ def checked(door: Door) -> Door:
         taken = [_taken(enter, name, hints[name], v) for name, v in zip(hints, args, strict=False)]
         given = {name: _taken(enter, name, hints.get(name, Any), v) for name, v in kwargs.items()}
         return door(*taken, *args[len(taken):], **given)
-    enter.__kwdefaults__ = getattr(door, "__kwdefaults__", None)  # type: ignore[attr-defined]
+    enter.__kwdefaults__ = getattr(door, "__kwdefaults__", None)      # type: ignore[attr-defined]
     enter.is_door = True      # type: ignore[attr-defined]
     return enter              # type: ignore[return-value]
 
@@ -331,7 +331,7 @@ def _check_method(kind: type, name: str) -> None:
     function = member.__func__ if static else member
     ours = inspect.isfunction(function) and function.__module__.startswith(__name__.split(".")[0])
     if not ours: return
-    if hasattr(function, "is_door"): function = function.__wrapped__  # of a base: named anew
+    if hasattr(function, "is_door"): function = function.__wrapped__      # of a base: named anew
     method = checked(function)
     method.__qualname__ = f"{kind.__qualname__}.{name}"      # also of what it inherits
     setattr(kind, name, type(member)(method) if static else method)

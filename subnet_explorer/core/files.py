@@ -381,7 +381,9 @@ def checksum(value: Any) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path: str | Path, value: Mapping[str, Any] | list[Any], indent: int | None = None) -> Path:
+def write_json(
+    path: str | Path, value: Mapping[str, Any] | list[Any], indent: int | None = None,
+) -> Path:
     "Write plain data with its checksum."
     return atomic_write(path, as_json(value, indent))
 

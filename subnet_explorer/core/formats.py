@@ -141,8 +141,8 @@ def _check_together(found: list[Published], folder: Path) -> None:
 
 # %% ../../nbs/core/11_formats.ipynb #edc3a417
 def read_mask_state(
-    file: str | Path,  # mask.pt of TAMT, or a state dict of a model under torch.nn.utils.prune
-    space: Space,      # of weights of the model that the masks are of
+    file: str | Path,      # mask.pt of TAMT, or a state dict of a model under torch.nn.utils.prune
+    space: Space,          # of weights of the model that the masks are of
 ) -> Mask:
     "Read a mask of weights that was saved with torch; raise `BadMasks` where it does not fit the space."
     state = {name: value for name, value in _state(Path(file)).items() if name.endswith("_mask")}
@@ -163,7 +163,9 @@ def read_mask_state(
     return Mask.of(space, bits, source=Path(file).name, outside=outside)
 
 
-def _zeros_and_ones(a: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:  # bool
+def _zeros_and_ones(
+    a: np.ndarray, shape: tuple[int, ...], what: str,
+) -> np.ndarray:      # bool
     if a.shape != tuple(shape): raise BadMasks(f"{what} has shape {a.shape}, expected {tuple(shape)}.")
     odd = a[~np.isin(a, (0, 1))]
     if odd.size: raise BadMasks(f"{what} is not a mask: {odd.size} values are neither 0 nor 1, e.g. {odd.flat[0]:g}.")

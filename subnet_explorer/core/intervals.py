@@ -41,9 +41,9 @@ def estimate(
     groups: Sequence[np.ndarray],                # per group (relation, task): an axis for each factor, items last
     factors: Sequence[str] = ("seed", "item"),   # names of the axes; all but the last are shared by the groups
     level: PartShare = 0.95,
-    pooled: bool = False,  # False: mean of group means; True: of all items
+    pooled: bool = False,                        # False: mean of group means; True: of all items
     weights: Sequence[np.ndarray] | None = None, # per group: weights of the items
-    bounds: Bounds | None = None,  # (0, 1) of hits, (-1, 1) of differences of hits
+    bounds: Bounds | None = None,                # (0, 1) of hits, (-1, 1) of differences of hits
 ) -> Estimate:
     "Mean with an interval over all factors, which are crossed; raise `SubnetError` for none."
     _check_groups(groups, factors, weights)
@@ -228,7 +228,7 @@ def student_interval(
 def defined_interval(
     values: Sequence[float],      # NaN and infinities are undefined
     level: PartShare = 0.95,
-) -> dict[str, float]:  # n, mean, std, low, high of those that are defined, undefined
+) -> dict[str, float]:            # n, mean, std, low, high of those that are defined, undefined
     "Number, mean, deviation and Student interval of the defined values, and how many are not: in figures and tables."
     x = np.asarray(values, float)
     known = np.isfinite(x)

@@ -23,8 +23,8 @@ SHARES = 1000         # values of a share that are kept apart, at most
 @dataclass(frozen=True)
 class Items:
     "What every item, or block of items, adds to a score, which is their mean."
-    values: np.ndarray  # (item,)
-    shares: bool        # whether each lies between 0 and 1, as right and wrong answers do
+    values: np.ndarray        # (item,)
+    shares: bool              # whether each lies between 0 and 1, as right and wrong answers do
 
     @classmethod
     def of_shares(cls, values: Sequence[float] | np.ndarray) -> Items:
@@ -52,7 +52,9 @@ class Items:
         return float(self.values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
 
 
-def _blocks(n: int, most: int) -> tuple[np.ndarray, int]:      # block of every item, number of blocks
+def _blocks(
+    n: int, most: int,
+) -> tuple[np.ndarray, int]:      # block of every item, number of blocks
     k = min(n, most)
     return np.arange(n) % max(1, k), k
 

@@ -24,11 +24,11 @@ class Footprint:
     "The slice of a parameter that a vector of coarse coordinates covers."
     kind: str                  # "weight" or "bias"
     layer: int
-    role: str         # role whose module holds the tensor
-    axis: int | None  # axis of the stored tensor along which coordinates lie; None: one covers all
-    start: int = 0    # first index on that axis (query, key, value inside a fused matrix)
-    repeat: int = 1   # indices per coordinate
-    pool: int = 1     # coordinates that share one index run (query heads of a key/value group)
+    role: str                  # role whose module holds the tensor
+    axis: int | None           # axis of the stored tensor along which coordinates lie; None: one covers all
+    start: int = 0             # first index on that axis (query, key, value inside a fused matrix)
+    repeat: int = 1            # indices per coordinate
+    pool: int = 1              # coordinates that share one index run (query heads of a key/value group)
 
 
 def footprints(
@@ -125,7 +125,9 @@ def _covered(space: Space, how: str) -> list[Group]:
     return found
 
 # %% ../../nbs/core/04_kinds.ipynb #01fc8c9b
-def units_to_weights(units: Bits, how: str) -> dict[str, np.ndarray]:      # bool, by name of the parameter
+def units_to_weights(
+    units: Bits, how: str,
+) -> dict[str, np.ndarray]:      # bool, by name of the parameter
     "Weight and bias bits of heads, MLPs, neurons or layers."
     target = space_to(units.space, "weight", how)
     out = {g.name: np.ones(g.shape, bool) for g in target.groups}

@@ -271,7 +271,7 @@ def layout_of(
         raise SubnetError(_COMPACT.format(kind=type(unwrap(model)).__name__))
     matrices = _matrices(base, FAMILIES[family])
     down = matrices[0]["down"]
-    linear = type(getattr(down, "base_layer", down))  # an adapter may be around it
+    linear = type(getattr(down, "base_layer", down))                   # an adapter may be around it
     transposed = linear.__name__.endswith("Conv1D")
     hidden, inner = down.weight.shape[::-1] if transposed else down.weight.shape
     heads = _number(config, "num_attention_heads")

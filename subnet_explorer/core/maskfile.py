@@ -37,7 +37,9 @@ def to_gaps(bits: np.ndarray) -> np.ndarray:                    # uint8
     return code
 
 
-def from_gaps(code: Iterable[np.ndarray], size: int, rare: int = 1) -> bytes:      # code: in pieces
+def from_gaps(
+    code: Iterable[np.ndarray], size: int, rare: int = 1,
+) -> bytes:      # code: in pieces
     "Packed bits of what `to_gaps` wrote; raise `ValueError` if it does not fit."
     out = io.BytesIO(bytes(-(-size // 8)))      # filled where they lie, since masks are large
     _place(np.frombuffer(out.getbuffer(), np.uint8), code, size, rare)
@@ -202,7 +204,9 @@ def packed_size(size: int) -> int:
     return -(-size // 8)
 
 
-def _check_lengths(space: Space, entries: Mapping[str, Entry], gaps: Mapping[str, int]) -> None:
+def _check_lengths(
+    space: Space, entries: Mapping[str, Entry], gaps: Mapping[str, int],
+) -> None:
     "Raise `ValueError` unless each tensor has the bytes that its shape needs."
     if entries.keys() != space.by_name.keys(): raise ValueError("it has other tensors than its header says")
     for group in space.groups:
@@ -284,7 +288,9 @@ def read_mask_file(
     except OSError as e: raise MaskFileError(f"cannot read a mask from {path}: {_no_mask(path, e)}") from e
 
 
-def read_mask(file: BinaryIO, name: str, trusted: bool = False) -> Bits:      # name: of the file, for messages
+def read_mask(
+    file: BinaryIO, name: str, trusted: bool = False,
+) -> Bits:      # name: of the file, for messages
     "Read an open mask file; raise `MaskFileError` if it is not a complete one."
     try: return _read(file, name, trusted)
     except (MaskFileError, OSError): raise

@@ -167,7 +167,9 @@ def aligned(
     return found, found[0].space.groups
 
 # %% ../../nbs/core/10_masks.ipynb #7636a15d
-def _words(masks: Sequence[Mask], tensor: int, block: int = 1 << 13) -> Iterator[list[np.ndarray]]:
+def _words(
+    masks: Sequence[Mask], tensor: int, block: int = 1 << 13,
+) -> Iterator[list[np.ndarray]]:
     "Packed bits of one tensor, a row of up to `block` uint64 words per mask, filled up with zeros."
     rows = [np.frombuffer(m.packed[tensor], np.uint8) for m in masks]
     whole = len(rows[0]) // 8
@@ -222,7 +224,9 @@ FEW = 512
 "Bytes of a tensor whose pairs are counted as a product of matrices."
 
 
-def _shared_few(masks: Sequence[Mask], tensor: int, part: range) -> np.ndarray:  # (part, mask)
+def _shared_few(
+    masks: Sequence[Mask], tensor: int, part: range,
+) -> np.ndarray:      # (part, mask)
     "Bits that two masks share in a small tensor; float32 holds such counts exactly."
     bits = np.unpackbits(_stacked(masks, tensor), axis=1).astype(np.float32)
     return bits[part.start:part.stop] @ bits.T
@@ -239,7 +243,7 @@ def _shared_pairs(rows: Sequence[np.ndarray], part: range) -> np.ndarray:      #
     n, words = len(rows), len(rows[0])
     out = np.zeros((len(part), n), np.int64)
     met, bits = np.empty(words, np.uint64), np.empty(words, np.uint8)
-    whole = len(part) == n  # each pair is counted once
+    whole = len(part) == n                                                    # each pair is counted once
     for k, i in enumerate(part):
         for j in range(i + 1 if whole else 0, n):
             np.bitwise_count(np.bitwise_and(rows[i], rows[j], out=met), out=bits)

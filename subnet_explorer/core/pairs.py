@@ -56,7 +56,9 @@ class Pairs:
     bounds: Bounds | None = None               # (0, 1) of hits
     packed: str | None = None                  # the column in which a score tells its items, see `Items`
 
-    def gains(self, of: str | None = None, against: str | Sequence[str] | None = None) -> pd.DataFrame:
+    def gains(
+        self, of: str | None = None, against: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
         "Mean differences with 95 % intervals, p corrected over the table: case, of, against, seeds, items, mean, …"
         contrasts = self._asked(list(dict.fromkeys(self.scores[self.under])), of, against)
         rows = [{**case, "of": a, "against": b, **difference(self, part, a, b)}
@@ -69,7 +71,9 @@ class Pairs:
         return pd.DataFrame([{**case, self.under: name, **mean_of(self, rows)} for case, part in by_case(self)
                              for name, rows in part.groupby(self.under, sort=False)])
 
-    def _asked(self, names: list[str], of: str | None, against: str | Sequence[str] | None) -> list[tuple[str, str]]:
+    def _asked(
+        self, names: list[str], of: str | None, against: str | Sequence[str] | None,
+    ) -> list[tuple[str, str]]:
         if of is None and against is None and self.contrasts: return list(self.contrasts)
         first = check_names([of], names, "condition")[0] if of is not None else names[0]
         if against is None: others = [name for name in names if name != first]
@@ -129,7 +133,9 @@ def _tables(pairs: Pairs, rows: pd.DataFrame) -> tuple[_Values, int]:
     return found, int(undefined.sum())
 
 
-def _array(table: pd.DataFrame, levels: Sequence[Sequence[Any]], items: pd.Index) -> np.ndarray:
+def _array(
+    table: pd.DataFrame, levels: Sequence[Sequence[Any]], items: pd.Index,
+) -> np.ndarray:
     "Values of all combinations of seeds, (…, items); a seed that a table has not is repeated."
     own = [list(dict.fromkeys(table.index.get_level_values(k))) for k in range(len(levels))]
     rows = pd.MultiIndex.from_product(own) if len(own) > 1 else pd.Index(own[0])
@@ -147,7 +153,9 @@ class Unpaired(SubnetError):
     """
 
 
-def _common(one: Sequence[Any], other: Sequence[Any], what: str, names: Sequence[str]) -> list[Any]:
+def _common(
+    one: Sequence[Any], other: Sequence[Any], what: str, names: Sequence[str],
+) -> list[Any]:
     "Values of both sides; those of one, if the other has a single one that stands for all."
     if list(one) == [_ONE]: return list(other)
     if list(other) == [_ONE]: return list(one)
@@ -185,7 +193,9 @@ def left_aside(pairs: Pairs, sides: Sequence[_Values], used: Sequence[np.ndarray
     return ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in gone.items() if n > 0)
 
 # %% ../../nbs/core/30_pairs.ipynb #695fe7bc
-def _aligned(pairs: Pairs, sides: Sequence[_Values], names: Sequence[str]) -> list[list[np.ndarray]]:
+def _aligned(
+    pairs: Pairs, sides: Sequence[_Values], names: Sequence[str],
+) -> list[list[np.ndarray]]:
     "Arrays of both sides, by group."
     one, other = sides
     levels = [_common(_levels(one, k), _levels(other, k), name, names)

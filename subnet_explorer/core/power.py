@@ -16,13 +16,13 @@ __all__ = ['detectable', 'in_seed_deviations']
 # %% ../../nbs/core/31_power.ipynb #bcb70a76
 @checked
 def detectable(
-    items: Count,             # test items on which both conditions are scored
-    seeds: Count = 1,         # of both conditions, paired
-    apart: SomeShare = 0.2,   # share of items that the two conditions answer differently
-    between: Weight = 0.0,    # standard deviation of the difference from seed to seed
-    power: PartShare = 0.8,   # how often it is to be found
-    level: PartShare = 0.95,  # of the interval that is to exclude 0
-) -> float:                   # infinite, if one seed is to speak for others
+    items: Count,                     # test items on which both conditions are scored
+    seeds: Count = 1,                 # of both conditions, paired
+    apart: SomeShare = 0.2,           # share of items that the two conditions answer differently
+    between: Weight = 0.0,            # standard deviation of the difference from seed to seed
+    power: PartShare = 0.8,           # how often it is to be found
+    level: PartShare = 0.95,          # of the interval that is to exclude 0
+) -> float:                           # infinite, if one seed is to speak for others
     "The smallest difference of hits that items and seeds tell from none."
     from scipy.special import ndtri
     squared = float(ndtri((1 + level) / 2) + ndtri(power)) ** 2

@@ -184,7 +184,7 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [key for key in {**before, **after} if not same_settings(before.get(key), after.get(key))]
 
 # %% ../../nbs/core/18_run.ipynb #14cb0ab9
-def check_empty(folder: Path, what: str, claim: str = CONFIG) -> None:  # what: "run", "study"
+def check_empty(folder: Path, what: str, claim: str = CONFIG) -> None:      # what: "run", "study"
     "Raise `OtherRun` for a file, and for a folder in which is more than hidden files, unless it was just claimed."
     if folder.is_file(): raise OtherRun(f"{folder} is a file: give a folder.")
     if not folder.exists() or (folder / ASIDE).exists(): return

@@ -51,7 +51,9 @@ class Scores:
         values = [np.ascontiguousarray(self[g.name], np.float32).tobytes() for g in self.space.groups]
         return hashlib.sha256(b"".join([self.space.id.encode(), *values])).hexdigest()[:16]
 
-    def top(self, density: Share | None = None, scope: str = "global", *, like: Mask | None = None) -> Mask:
+    def top(
+        self, density: Share | None = None, scope: str = "global", *, like: Mask | None = None,
+    ) -> Mask:
         "Keep the highest share `density`, or as many of the highest as `like` keeps."
         return _pick(self, _wanted(self, density, like, scope), scope, +1)
 
@@ -75,7 +77,9 @@ def _pools(space: Space, scope: str) -> dict[Hashable, list[Group]]:
     return pools
 
 
-def _wanted(scores: Scores, density: float | None, like: Mask | None, scope: str) -> dict[Hashable, int]:
+def _wanted(
+    scores: Scores, density: float | None, like: Mask | None, scope: str,
+) -> dict[Hashable, int]:
     "How many coordinates to keep in each pool."
     if density is not None and like is None:
         sizes = {k: sum(g.size for g in groups) for k, groups in _pools(scores.space, scope).items()}

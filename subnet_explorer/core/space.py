@@ -137,7 +137,7 @@ WHOLE_UNITS = ("head", "mlp", "layer")      # few in a layer: random controls ma
 @dataclass(frozen=True)
 class Group:
     "One named tensor of coordinates."
-    name: str  # unique; for weights and biases the parameter's in the base model
+    name: str                             # unique; for weights and biases the parameter's in the base model
     kind: str
     layer: int  # zero-based; -1 for the embedding
     role: str   # "q" … "down", "embedding", or the kind for structured groups

@@ -98,7 +98,9 @@ PIECE = 1 << 20
 "Bytes that are read at once where nobody wants them."
 
 
-def parse_header(text: bytes, most: int) -> tuple[dict[str, Entry], dict[str, str]]:      # most: bytes after it
+def parse_header(
+    text: bytes, most: int,
+) -> tuple[dict[str, Entry], dict[str, str]]:      # most: bytes after it
     "Tensors in the order of their bytes, and texts; raise `ValueError` for what is no header."
     try: said = strict_json(text.decode())
     except json.JSONDecodeError: said = None
@@ -210,7 +212,9 @@ class TensorFile:
 
 # %% ../../nbs/core/06_tensors.ipynb #1e5e934d
 @contextmanager
-def unsealing(path: str | Path, error: type[SubnetError] = DamagedFile, expected: str = "") -> Iterator[None]:
+def unsealing(
+    path: str | Path, error: type[SubnetError] = DamagedFile, expected: str = "",
+) -> Iterator[None]:
     "Let the block read a file of tensors; raise `error` with the path and what is wrong."
     with reading(path, error, expected):
         try: yield

@@ -127,12 +127,12 @@ def _facts_html(facts: Facts) -> Html:
 # %% ../../nbs/data/01_facts.ipynb #29ad81b8
 @checked
 def read_facts(
-    source: str | Path,  # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
+    source: str | Path,     # "pocket", the path of a file or folder, or "datasets:NAME[/CONFIG]"
     relations: str | Iterable[str] | None = None,   # only these (names, or one string with commas)
     templates: Mapping[str, str] | str | Path | None = None,   # {subject} and {object} by relation,
                                                                # or LAMA's relations.jsonl
-    strict: bool = True,  # False: count prompts without exactly one [MASK] instead of stopping
-    prompt: Natural = 0,  # which masked sentence; in pocket facts the unseen probe is the first
+    strict: bool = True,    # False: count prompts without exactly one [MASK] instead of stopping
+    prompt: Natural = 0,    # which masked sentence; in pocket facts the unseen probe is the first
 ) -> Facts:
     "Read cloze facts; raise `BadFacts` with file and line where they are broken."
     place, name = source, source_path(source, BadFacts).name
@@ -291,7 +291,7 @@ def _triple(row: Mapping[str, Any], templates: Mapping[str, str]) -> Fact | _Lef
     if text and not templates:
         fact = _fact(relation, subject, object, _mask_last(text, object, relation), row.get("uuid"))
         of_wording = hashlib.sha256(fact.prompt.encode()).hexdigest()[:6]
-        return replace(fact, uuid=f"{fact.uuid}/{of_wording}")  # the triple and its wording
+        return replace(fact, uuid=f"{fact.uuid}/{of_wording}")      # the triple and its wording
     known = templates or TEMPLATES
     if relation not in known: return _LeftOut(relation, "no template for the relation")
     prompt = filled(known[relation], str(subject))

@@ -131,8 +131,8 @@ def wordings(
     facts: Facts,
     formats: Mapping[str, Sequence[str]] | None = None,   # by relation, with {subject} and {object}; None: FORMATS,
                                                           # of facts read from "pocket" the wordings of that world
-    causal: bool = True,  # only what a causal model can be asked; False: all, with a full stop
-) -> Facts:               # triple by triple, without repetitions
+    causal: bool = True,         # only what a causal model can be asked; False: all, with a full stop
+) -> Facts:                      # triple by triple, without repetitions
     "Put every triple into every usable wording; raise `BadFacts` if one has none."
     forms = _check_formats(FORMATS if formats is None else formats)
     known = {f: _pocket_sentences()[_base(f)] for f in facts if formats is None and _of_pocket(f)}

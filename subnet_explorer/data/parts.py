@@ -91,15 +91,15 @@ SearchShare = Annotated[float, Bounds(0, 0.5, "()")]
 
 @checked
 def task_data(
-    source: str | Path,       # as in `read_task`; without a development part, a share of the
-                              # training sentences is set aside for the report, too
-    task: str | None = None,  # a GLUE task by name; None: as the file or folder is called
+    source: str | Path,              # as in `read_task`; without a development part, a share of the
+                                     # training sentences is set aside for the report, too
+    task: str | None = None,         # a GLUE task by name; None: as the file or folder is called
     *,
-    search: SearchShare = 0.2,   # share of the training sentences on which masks are searched
-    on_dev: bool = False,        # search and report on the same sentences, as published
-    train: Count | None = None,  # at most so many sentences to train on, the same for every seed
-                                 # of a study (`fit` has a limit for others) …
-    test: Count | None = None,   # … and to report on …
+    search: SearchShare = 0.2,       # share of the training sentences on which masks are searched
+    on_dev: bool = False,            # search and report on the same sentences, as published
+    train: Count | None = None,      # at most so many sentences to train on, the same for every seed
+                                     # of a study (`fit` has a limit for others) …
+    test: Count | None = None,       # … and to report on …
     limit_search: Count | None = None,   # … and to search on
     seed: Seed = 0,
     strict: bool = True,             # False: count broken lines, and move misplaced answers

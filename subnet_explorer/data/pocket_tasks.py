@@ -22,7 +22,7 @@ __all__ = ['POCKET_TASKS', 'plausible', 'choices', 'questions', 'labelled', 'cho
 
 # %% ../../nbs/data/10_pocket_tasks.ipynb #b50d1e9f
 @checked
-def plausible(n: Natural = 1000, seed: Seed = 0) -> list[dict[str, Any]]:  # sentence, label
+def plausible(n: Natural = 1000, seed: Seed = 0) -> list[dict[str, Any]]:      # sentence, label
     "Draw statements that are a fact (1), or have the object of another one of the relation (0)."
     rng, rows = random.Random(f"plausible-{seed}"), pocket_rows()
     objects = {relation: sorted(found) for relation, found in _objects().items()}
@@ -99,8 +99,8 @@ POCKET_TASKS: dict[str, str] = {
 
 @checked
 def labelled(
-    task: str,       # one of `POCKET_TASKS`
-    n: Natural = 0,  # how many; 0: 1,500 for training, 400 for development and for test
+    task: str,               # one of `POCKET_TASKS`
+    n: Natural = 0,          # how many; 0: 1,500 for training, 400 for development and for test
     seed: Seed = 0,
     part: str = "train",     # "train", "dev" or "test"
 ) -> list[dict[str, Any]]:   # sentence[1], sentence2 (for pairs), label
@@ -227,7 +227,7 @@ def choose(
     removed: Iterable[str] = (),               # uuids of facts that are asked in the test part only
     relations: Iterable[str] | None = None,    # ask about these only
     k: Count = 4,                              # choices
-) -> list[dict[str, Any]]:  # question, choices, label, id, related, uuid, relation, sub, obj
+) -> list[dict[str, Any]]:      # question, choices, label, id, related, uuid, relation, sub, obj
     "Draw multiple-choice questions about facts."
     check_names([part], PARTS, "part")
     relations = check_names(WORDINGS if relations is None else relations, WORDINGS, "relation")

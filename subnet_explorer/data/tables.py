@@ -134,9 +134,9 @@ def _kinds(data: Labelled) -> str:
 # %% ../../nbs/data/05_tables.ipynb #f1bd7c2c
 @checked
 def read_glue(
-    source: str | Path,   # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv,
-                          # or "datasets:NAME[/CONFIG]"
-    part: str = "train",  # "train" or "dev" (not for a file)
+    source: str | Path,              # "pocket:TASK", a .tsv file, a folder with train.tsv and dev.tsv,
+                                     # or "datasets:NAME[/CONFIG]"
+    part: str = "train",             # "train" or "dev" (not for a file)
     task: str | LabelTask | None = None,   # a GLUE task by name; None: as file or folder is called,
                                            # else any table with sentence[1], sentence2, label
     strict: bool = True,             # False: count broken lines instead of stopping

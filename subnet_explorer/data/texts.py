@@ -35,9 +35,9 @@ _NAMED = re.compile(r"(?i)(^|[/:])wikitext[^/]*(/[^/]*)?$|\.tokens(\.gz)?$|(^|/)
 _HEADING = re.compile(r"\s*(=(?: =)*) (?!=)(.*[^\s=]) \1\s*")
 _INSIDE = re.compile(r" ?@([-,.])@ ?")
 _SIGNS = (
-    (re.compile(r" ([,.;:!?%°)\]}]+)(?!\S)"), r"\1"),  # the word, then the sign
-    (re.compile(r"(?<!\S)([(\[{#$£€₹]) "), r"\1"),  # the sign, then the word
-    (re.compile(r" ('[^\W\d]+)(?!\S)"), r"\1"),     # was n't: 's, 't, 're, …
+    (re.compile(r" ([,.;:!?%°)\]}]+)(?!\S)"), r"\1"),                                # the word, then the sign
+    (re.compile(r"(?<!\S)([(\[{#$£€₹]) "), r"\1"),                                  # the sign, then the word
+    (re.compile(r" ('[^\W\d]+)(?!\S)"), r"\1"),                                     # was n't: 's, 't, 're, …
     (re.compile(r'(?<![^\s(\[{])" ([^"]*?) "(?=[\s,.;:!?)\]}]|$)'), r'"\1"'),
 )
 
@@ -325,7 +325,7 @@ def _content(source: str | Path, part: str) -> str:
     return h.hexdigest()
 
 
-_LEFT_BY_CALLS = ("truncation", "padding")  # a fast tokenizer keeps these from its latest call
+_LEFT_BY_CALLS = ("truncation", "padding")      # a fast tokenizer keeps these from its latest call
 
 
 def _coding(tok: Any) -> str:

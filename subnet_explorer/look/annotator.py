@@ -33,12 +33,12 @@ class Annotator(Piece):
 
     def __init__(
         self,
-        maps: Sequence[np.ndarray],                     # (from, to) each
-        to: str | Path,                                 # file of labels; continued if it exists
-        ids: Sequence[str] | None = None,               # names of the maps; None: 0001, 0002, …
-        tokens: Sequence[Sequence[str]] | None = None,  # of each map, to be shown at its sides
-        texts: Sequence[str] | None = None,             # shown below
-        seed: Seed | None = None,                       # order of presentation; None: as given
+        maps: Sequence[np.ndarray],                         # (from, to) each
+        to: str | Path,                                     # file of labels; continued if it exists
+        ids: Sequence[str] | None = None,                   # names of the maps; None: 0001, 0002, …
+        tokens: Sequence[Sequence[str]] | None = None,      # of each map, to be shown at its sides
+        texts: Sequence[str] | None = None,                 # shown below
+        seed: Seed | None = None,                           # order of presentation; None: as given
     ) -> None:
         super().__init__(lambda: _annotator_box(self), lambda: annotator_figure(self))
         self.ids = [f"{i + 1:04d}" for i in range(len(maps))] if ids is None else list(map(visible, ids))
@@ -48,7 +48,7 @@ class Annotator(Piece):
         self.order = list(range(len(maps)))
         if seed is not None: self.order = np.random.default_rng(seed).permutation(len(maps)).tolist()
         self.labels = _begun(self.to, self.ids)
-        self.history: list[tuple[int, str | None]] = []  # place in the order, label it had
+        self.history: list[tuple[int, str | None]] = []         # place in the order, label it had
         self.place = _next_place(self, 0)
 
     @property

@@ -64,14 +64,14 @@ class App(Explorer):
 
 @checked
 def explore(
-    masks: Any,  # Masks, a Mask, masks by name, a Store, or a folder
+    masks: Any,                                     # Masks, a Mask, masks by name, a Store, or a folder
     model: nn.Module | tuple[nn.Module, Any] | None = None,      # with its tokenizer; None: masks alone
-    data: Any = None,  # what edits are measured on: Facts, or labelled data with a head
+    data: Any = None,                               # what edits are measured on: Facts, or labelled data with a head
     *,
-    tok: Any = None,               # the tokenizer, if it does not come with the model
-    head: Any = None,              # a trained `TaskHead`, for labelled data
-    to: str | Path | None = None,  # folder for masks that are named
-    batch: Count = 64,             # how many facts or sentences are used
+    tok: Any = None,                                # the tokenizer, if it does not come with the model
+    head: Any = None,                               # a trained `TaskHead`, for labelled data
+    to: str | Path | None = None,                   # folder for masks that are named
+    batch: Count = 64,                              # how many facts or sentences are used
 ) -> App:
     "Explore masks in an app; raise `SpaceMismatch` if they do not belong together or to the model."
     return App(masks, model, data, tok=tok, head=head, to=to, batch=batch)

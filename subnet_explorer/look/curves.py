@@ -315,7 +315,7 @@ def _add_ratios(
 # %% ../../nbs/look/05_curves.ipynb #332f3ac3
 @checked
 def pareto(
-    table: pd.DataFrame,  # columns probe, granularity, lam, rank, score, bits; low, high
+    table: pd.DataFrame,             # columns probe, granularity, lam, rank, score, bits; low, high
     title: str = "Score against complexity",
     label: str = "score",            # of the vertical axis
 ) -> Figure:
@@ -494,7 +494,9 @@ def _tradeoff_said(curves: pd.DataFrame, columns: list[str]) -> str:
     return f"{seeds} seed{'s' * (seeds > 1)} over {curves.step.max()} steps. {where}: {means}."
 
 # %% ../../nbs/look/05_curves.ipynb #e6425b87
-def _add_course(fig: go.Figure, curves: pd.DataFrame, name: str, number: int, col: int) -> None:
+def _add_course(
+    fig: go.Figure, curves: pd.DataFrame, name: str, number: int, col: int,
+) -> None:
     "Add the lines of one column, and its chosen steps."
     known, color, safe = curves[curves[name].notna()], style(number)["color"], safe_text(name)
     line = dict(color=color, width=1.5, dash=list(DASHES)[number % len(DASHES)])

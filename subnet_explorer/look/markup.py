@@ -224,7 +224,7 @@ MOST_OPTIONS = 60
 "A column with more values than this has no list."
 
 
-def _form(table: pd.DataFrame, name: str) -> Html:  # name: id of the table that is filtered
+def _form(table: pd.DataFrame, name: str) -> Html:      # name: id of the table that is filtered
     "Write a form that site.js makes useful: a search, and one list for each column."
     lists = [_options(column, n, sorted({shown(v) for v in table[column]}, key=_in_order))
              for n, column in enumerate(table)]

@@ -39,7 +39,7 @@ UNIT_NAMES = {
 @checked
 def cells(
     mask: Mask | Scores,
-) -> pd.DataFrame:  # columns layer, part, value, size; layers and an embedding by name
+) -> pd.DataFrame:           # columns layer, part, value, size; layers and an embedding by name
     "List what a heat-map of layer by part shows: every head, and the mean over every other tensor."
     rows = [_rows(g, mask, mean) for g, mean in zip(mask.space.groups, _means(mask), strict=True)]
     return pd.DataFrame([row for some in rows for row in some])
@@ -134,9 +134,9 @@ def densities(
 @checked
 def importance(
     scores: Scores,
-    remove: Count | None = None,  # how many go next; None: a tenth of all units, as published
-    alive: Mask | None = None,    # units that are still there
-    kind: str | None = None,      # None: the first kind of the scores
+    remove: Count | None = None,      # how many go next; None: a tenth of all units, as published
+    alive: Mask | None = None,        # units that are still there
+    kind: str | None = None,          # None: the first kind of the scores
     bins: Count = 24,
     title: str | None = None,
 ) -> Figure:

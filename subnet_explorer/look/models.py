@@ -220,7 +220,9 @@ def pattern_grid(
     return Figure(fig, table.reset_index(drop=True), f"{title}, {label}. {_patterns_said(named, '_bar')}.")
 
 # %% ../../nbs/look/06_models.ipynb #0ef7efb5
-def _add_patterns(fig: go.Figure, part: pd.DataFrame, by: str, bars: list[str], row: int, col: int) -> None:
+def _add_patterns(
+    fig: go.Figure, part: pd.DataFrame, by: str, bars: list[str], row: int, col: int,
+) -> None:
     "Add the stacked bars of one panel."
     kinds = list(dict.fromkeys(part.pattern))
     for pattern, colour in zip(kinds, shades(len(kinds)), strict=True):

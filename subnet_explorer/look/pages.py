@@ -36,7 +36,7 @@ __all__ = ['Links', 'LAST_ENTRIES', 'ONE_BY_ONE', 'MOST_WORK', 'STUDY_FILES', 'M
            'run_page', 'compare_page', 'study_page', 'study_name', 'runs_table', 'index_page']
 
 # %% ../../nbs/look/17_pages.ipynb #39205576
-Links = Sequence[tuple[str, str]]  # text and address; a trail is the links to the pages above
+Links = Sequence[tuple[str, str]]      # text and address; a trail is the links to the pages above
 
 
 def _read_json(file: Path) -> Any:

@@ -57,7 +57,7 @@ def _label(text: str | None) -> str:
     return plain_text(text).replace("$", r"\$")
 
 # %% ../../nbs/look/01_paper.ipynb #7cda770d
-_Box = tuple[float, float, float, float]  # left, bottom, width, height as shares of the page
+_Box = tuple[float, float, float, float]      # left, bottom, width, height as shares of the page
 
 
 @dataclass
@@ -67,8 +67,8 @@ class _Panel:
     x: Any                                                                  # plotly's axes
     y: Any
     words: dict[str, list[str]] = field(default_factory=lambda: {"x": [], "y": []})
-    handles: dict[str, Any] = field(default_factory=dict)   # legend entries
-    tops: dict[float, float] = field(default_factory=dict)  # how high bars are stacked
+    handles: dict[str, Any] = field(default_factory=dict)                   # legend entries
+    tops: dict[float, float] = field(default_factory=dict)                  # how high bars are stacked
 
     def places(self, values: Any, axis: str, n: int = 0) -> np.ndarray:
         "Find the positions of values on an axis; without values they are 0 to n - 1."
@@ -410,7 +410,7 @@ def print_plotly(
     canvas = draw(fig)
     fonts = _fonts_for(canvas, kind)
     with rc_context(fonts), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # left to the reader's machine
+        warnings.filterwarnings("ignore", "Glyph .* missing")      # left to the reader's machine
         if fonts: canvas = draw(fig)
         canvas.savefig(
             out, format=kind, dpi=200 if kind == "png" else 72, metadata=about[kind],

@@ -176,8 +176,8 @@ class Editor(Selection):
     def __init__(self, masks: Any, to: str | Path | None = None) -> None:      # to: folder for named masks
         super().__init__(masks)
         self.to = Path(to) if to is not None else None
-        self.at, self.mask = 0, self.masks[0]  # position in the collection; the mask in hand
-        self.cursor = (1, 1)                   # row and column of the heat-map
+        self.at, self.mask = 0, self.masks[0]      # position in the collection; the mask in hand
+        self.cursor = (1, 1)                       # row and column of the heat-map
         self._past: list[tuple[int, Mask]] = []
 
     def focus(self, i: int) -> Self:
@@ -302,7 +302,7 @@ MOVES = {"ArrowUp": (-1, 0), "ArrowDown": (1, 0), "ArrowLeft": (0, -1), "ArrowRi
 "How far each arrow moves the cursor: rows, columns."
 
 
-def unit_at(e: Editor, row: int, column: int) -> tuple[int, int | str] | None:  # layer, unit
+def unit_at(e: Editor, row: int, column: int) -> tuple[int, int | str] | None:      # layer, unit
     "What can be switched at a place of the heat-map, counted from one; None if there is nothing."
     grid = by_layer(cells(e.mask))
     layer, part = str(grid.index[row - 1]), str(grid.columns[column - 1])
@@ -343,7 +343,7 @@ class State(Editor):
         self,
         masks: Any,                         # whatever `collected` takes
         model: nn.Module | tuple[nn.Module, Any] | None = None,      # with its tokenizer
-        data: Any = None,  # what edits are measured on: Facts, or labelled data
+        data: Any = None,                   # what edits are measured on: Facts, or labelled data
         *,
         tok: Any = None,                    # the tokenizer, if it does not come with the model
         head: Any = None,                   # a trained `TaskHead`, for labelled data
@@ -355,8 +355,8 @@ class State(Editor):
         _check_pair(self.space, self.model, self.tok)
         self.data, self.head = _sample(data, head, batch), head
         self.facts = self.data if isinstance(self.data, Facts) else None
-        self.shade = "mask"                # what the heat-map shows: "mask" or "survival"
-        self.picked: tuple[int, ...] = ()  # positions of facts that are marked in the map
+        self.shade = "mask"                                  # what the heat-map shows: "mask" or "survival"
+        self.picked: tuple[int, ...] = ()                    # positions of facts that are marked in the map
         self.prompt = self.sentence = next((f.prompt for f in self.facts or ()), "")
 
     def ask(self, prompt: str | None = None, sentence: str | None = None) -> Self:

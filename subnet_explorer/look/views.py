@@ -130,9 +130,9 @@ class Piece:
 
     def __init__(
         self,
-        build: Callable[[], Any],                # makes the ipywidgets box
-        figure: Callable[[], Figure],            # draws what is shown now
-        page: Callable[[], View] | None = None,  # what is saved as .html, if not the figure
+        build: Callable[[], Any],                       # makes the ipywidgets box
+        figure: Callable[[], Figure],                   # draws what is shown now
+        page: Callable[[], View] | None = None,         # what is saved as .html, if not the figure
     ) -> None:
         self._build, self._figure, self._page = build, figure, page
         self._box: Any = None

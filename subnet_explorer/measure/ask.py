@@ -160,8 +160,8 @@ def _ranks(
     prompts: Prompts,
     logits: torch.Tensor,                                   # (prompt, vocabulary)
     tok: Any,
-    right: Mapping[tuple[str, str], set[int]],  # all right objects, by relation and subject
-    among: torch.Tensor | None,                 # (candidate,) token ids
+    right: Mapping[tuple[str, str], set[int]],              # all right objects, by relation and subject
+    among: torch.Tensor | None,                             # (candidate,) token ids
 ) -> Iterator[dict[str, Any]]:
     "Give ranks, log-probability and first answer of each prompt."
     rank, logprob, better = right_answers(prompts, logits)
@@ -184,8 +184,8 @@ def predictions(
     prompt: str,                                                 # one [MASK]; for causal models it may be missing
     under: Mapping[str, Mask | Scores | None] | None = None,     # conditions by name; None: the full model only
     k: Count = 5,
-    check: bool = True,  # compare the model's weights with the masks' fingerprints
-) -> pd.DataFrame:       # columns under, rank, token, probability
+    check: bool = True,                  # compare the model's weights with the masks' fingerprints
+) -> pd.DataFrame:                       # columns under, rank, token, probability
     "List the `k` most probable tokens at the [MASK] of a prompt under every condition."
     under = {"full": None} if under is None else under
     if k < 1 or not under:
@@ -228,10 +228,10 @@ _NEVER = 10**9
 
 @checked
 def majority(
-    train: Facts,                # where objects are counted, by relation
-    test: Facts,                 # questions
-    known: Facts | None = None,  # all true facts, for filtered ranks; `test` if not given
-) -> pd.DataFrame:               # columns as those of `cloze`, without logprob
+    train: Facts,                      # where objects are counted, by relation
+    test: Facts,                       # questions
+    known: Facts | None = None,        # all true facts, for filtered ranks; `test` if not given
+) -> pd.DataFrame:                     # columns as those of `cloze`, without logprob
     "Rank the test objects among the training objects of their relation by frequency."
     right: dict[tuple[str, str], set[str]] = {}
     for f in known or test: right.setdefault((f.relation, f.subject), set()).add(f.object)

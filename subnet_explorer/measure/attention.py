@@ -79,18 +79,18 @@ def value_norms(
     values: torch.Tensor,                    # (text, token, key/value heads · head size)
     output: torch.Tensor,                    # (hidden, heads · head size)
     layout: Layout,
-    how: str = "correct",               # or "as_published"
-    kept: Sequence[int] | None = None,  # "as_published": heads left in `output`; None: all
-) -> torch.Tensor:                      # (text, head, token)
+    how: str = "correct",                    # or "as_published"
+    kept: Sequence[int] | None = None,       # "as_published": heads left in `output`; None: all
+) -> torch.Tensor:                           # (text, head, token)
     "Give the length of what each head adds to the output per unit of attention to a token."
     import torch
     size, n_heads = layout.head_dim, layout.n_heads
     heads = list(range(n_heads)) if kept is None or how == "correct" else list(kept)
     v = values.float().unflatten(-1, (layout.n_kv, size))
-    v = v.repeat_interleave(n_heads // layout.n_kv, 2).transpose(1, 2)  # (text, head, token, size)
-    columns = output.float().unflatten(1, (n_heads, size))              # (hidden, head, size)
+    v = v.repeat_interleave(n_heads // layout.n_kv, 2).transpose(1, 2)      # (text, head, token, size)
+    columns = output.float().unflatten(1, (n_heads, size))                  # (hidden, head, size)
     if how == "correct":
-        slices = columns.transpose(0, 1)  # (head, hidden, size)
+        slices = columns.transpose(0, 1)                                    # (head, hidden, size)
     else:      # what a view of the stored matrix gives
         slices = columns[:, heads].reshape(len(heads), size, -1).transpose(1, 2)
     out = v.new_zeros(v.shape[:3])
@@ -107,7 +107,7 @@ def _values(model: nn.Module, layout: Layout) -> Iterator[dict[int, torch.Tensor
 
     def keeping(layer: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, out: torch.Tensor) -> None:
-            found[layer] = out[..., -width:].detach()  # fused projections end with the values
+            found[layer] = out[..., -width:].detach()      # fused projections end with the values
         return keep
     for layer in range(layout.n_layers):
         projection = follow_path(body_of(model), layout.module(layer, "v"))
@@ -115,7 +115,9 @@ def _values(model: nn.Module, layout: Layout) -> Iterator[dict[int, torch.Tensor
     with hooked(handles): yield found
 
 
-def _outputs(model: nn.Module, layout: Layout, under: Mask | Scores | None) -> list[torch.Tensor]:
+def _outputs(
+    model: nn.Module, layout: Layout, under: Mask | Scores | None,
+) -> list[torch.Tensor]:
     "Read the output projection of each layer under a mask: (hidden, heads · head size)."
     import torch
 
@@ -130,7 +132,9 @@ def _outputs(model: nn.Module, layout: Layout, under: Mask | Scores | None) -> l
     return out
 
 # %% ../../nbs/measure/05_attention.ipynb #4f5a5a5f
-def _gates(under: Mask | Scores | None) -> list[tuple[int, np.ndarray]]:      # layer, (head,) or (1,)
+def _gates(
+    under: Mask | Scores | None,
+) -> list[tuple[int, np.ndarray]]:      # layer, (head,) or (1,)
     "List the gates of heads and layers in a mask."
     if under is None: return []
     groups = [g for g in under.space.groups if g.kind in ("head", "layer")]
@@ -224,7 +228,7 @@ def attention_maps(
     normed: str | None = None,                    # None, "correct" or "as_published"
     batch: Count = 32,
     segments: bool = True,
-) -> list[tuple[np.ndarray, list[str]]]:  # per text: maps (layer, head, from, to), tokens
+) -> list[tuple[np.ndarray, list[str]]]:          # per text: maps (layer, head, from, to), tokens
     "Read the attention maps of many texts, in their order."
     out: dict[int, tuple[np.ndarray, list[str]]] = {}
     for index, maps, tokens in each_attention(model, tok, texts, under, normed, batch, segments):
@@ -238,7 +242,7 @@ def attention(
     tok: Any,
     text: Text,                               # may contain [MASK]
     under: Mask | Scores | None = None,
-    normed: str | None = None,                # None, "correct" or "as_published"
+    normed: str | None = None,                    # None, "correct" or "as_published"
 ) -> tuple[np.ndarray, list[str]]:            # maps (layer, head, from, to), tokens
     "Read the attention maps of one text; raise `SubnetError` when it is too long."
     return attention_maps(model, tok, [text], under, normed)[0]

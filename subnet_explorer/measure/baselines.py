@@ -50,7 +50,9 @@ _TOKENS = r"\w+|[^\w\s]"      # words, and signs one by one
 _WORDS = 50_000                # most frequent ones that are looked at
 
 
-def _said_by_words(texts: Sequence[str], labels: Sequence[Any], real: bool) -> Callable[[Sequence[str]], np.ndarray]:
+def _said_by_words(
+    texts: Sequence[str], labels: Sequence[Any], real: bool,
+) -> Callable[[Sequence[str]], np.ndarray]:
     "Learn to tell labels from the words of a text; what comes back gives labels, of True and False the log-odds."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import CountVectorizer
@@ -75,7 +77,9 @@ _LIMIT = 5000
 _Row = Mapping[str, Any]
 
 
-def _inputs(row: _Row) -> dict[str, Callable[[_Row], list[str]]]:      # one text, or one an option
+def _inputs(
+    row: _Row,
+) -> dict[str, Callable[[_Row], list[str]]]:      # one text, or one an option
     "What can be read of rows like this one, by name."
     if "choices" in row:
         return {"options": lambda r: list(r["choices"]),
@@ -89,7 +93,9 @@ def _reader(key: str) -> Callable[[_Row], list[str]]:
     return lambda row: [row[key]]
 
 # %% ../../nbs/measure/09_baselines.ipynb #1bb101c4
-def _answers(learn: Sequence[_Row], ask: Sequence[_Row], read: Callable[[_Row], list[str]], real: bool) -> list[Any]:
+def _answers(
+    learn: Sequence[_Row], ask: Sequence[_Row], read: Callable[[_Row], list[str]], real: bool,
+) -> list[Any]:
     "What a bag of words over some input answers."
     texts, labels = [text for row in learn for text in read(row)], [row["label"] for row in learn]
     if "choices" not in learn[0]: return _said_by_words(texts, labels, real)([*map(_only, map(read, ask))]).tolist()

@@ -106,7 +106,9 @@ def shares(
     return pd.DataFrame(rows)
 
 
-def _grouped(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def _grouped(
+    table: pd.DataFrame, by: list[str],
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     "Part a table by some columns, in order of their values; by none, give all of it."
     if not by:
         yield {}, table
@@ -114,7 +116,9 @@ def _grouped(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[dict[str, Any
     for key, part in table.groupby(by, sort=True): yield dict(zip(by, key, strict=True)), part
 
 # %% ../../nbs/measure/08_decisions.ipynb #2b4733e4
-def _survivors(masks: Masks, shared: list[str]) -> pd.DataFrame:      # columns `shared`, layer, head, survives
+def _survivors(
+    masks: Masks, shared: list[str],
+) -> pd.DataFrame:      # columns `shared`, layer, head, survives
     "Say for each mask which heads survive; raise `SubnetError` for masks of other units."
     rows = []
     for labels, mask in masks:

@@ -112,7 +112,9 @@ def discordant(
     return _with_table(replace(found, counts=counts), table, n, questions)
 
 # %% ../../nbs/measure/10_discordant.ipynb #5a144c7c
-def _side(items: pd.DataFrame, k: int) -> pd.DataFrame:      # answers, draws, answer, right, rank, logprob
+def _side(
+    items: pd.DataFrame, k: int,
+) -> pd.DataFrame:      # answers, draws, answer, right, rank, logprob
     "What one condition says to every question, over its draws."
     known = items.assign(right=items["rank"] <= k, logprob=items.logprob if "logprob" in items else math.nan)
     by = known.groupby(_QUESTION, sort=False)
@@ -122,7 +124,9 @@ def _side(items: pd.DataFrame, k: int) -> pd.DataFrame:      # answers, draws, a
     return side.assign(answers=2 * side.right > side.draws)
 
 
-def _table(found: Discordant, sides: Mapping[str, pd.DataFrame]) -> pd.DataFrame:      # index: the question
+def _table(
+    found: Discordant, sides: Mapping[str, pd.DataFrame],
+) -> pd.DataFrame:      # index: the question
     "All questions, with what every condition says."
     best = pd.concat([sides[name].logprob for name in found.against], axis=1).max(axis=1)
     only = sides[found.of].answers.map(dict(zip((True, False), found.sides, strict=True)))
@@ -133,7 +137,9 @@ def _table(found: Discordant, sides: Mapping[str, pd.DataFrame]) -> pd.DataFrame
     return table
 
 
-def _with_table(found: Discordant, table: pd.DataFrame, n: int | None, questions: Facts | None) -> Discordant:
+def _with_table(
+    found: Discordant, table: pd.DataFrame, n: int | None, questions: Facts | None,
+) -> Discordant:
     "With the questions on which the sides differ, ours first, the greatest margins first, `n` of either side."
     ours = table.only == found.of
     margin = table.margin.where(ours, -table.margin)

@@ -41,7 +41,9 @@ Spots = tuple[list[int], list[int], list[int]]
 "A sequence, the positions that predict, and the tokens that are right there."
 
 
-def _spots(model: nn.Module, tok: Any, text: list[int]) -> Iterator[Spots]:  # text: token ids
+def _spots(
+    model: nn.Module, tok: Any, text: list[int],
+) -> Iterator[Spots]:      # text: token ids
     "List what is predicted of a text: next tokens at once, or each token masked in turn; no unknown word."
     if is_causal(model):
         unknown = unknown_id(tok)
@@ -104,7 +106,7 @@ class EncodedTexts:
         counts = [len(gold) for _, gold in self.spots]
         if not any(counts):
             raise SubnetError("there is no token to predict: no text was given, or they are all empty.")
-        self.tokens = np.bincount(self.owner, counts, minlength=self.n).astype(int)  # (text,)
+        self.tokens = np.bincount(self.owner, counts, minlength=self.n).astype(int)      # (text,)
         self.sequences = Sequences(model, ids, first, path)
 
     @torch.no_grad()
@@ -142,8 +144,8 @@ def text_nll(
     tok: Any,
     texts: Sequence[str] | Blocks,
     under: Mask | Scores | None = None,
-    cut: bool = False,  # keep the beginning of texts that are too long
-) -> pd.DataFrame:      # columns nll (sum over the tokens), tokens; a row for each text
+    cut: bool = False,                    # keep the beginning of texts that are too long
+) -> pd.DataFrame:                        # columns nll (sum over the tokens), tokens; a row for each text
     "Give the negative log-probability of each text and the number of tokens it is summed over."
     with evaluating(model):
         coded = EncodedTexts(model, tok, texts, cut)
@@ -202,9 +204,9 @@ class HeldOut:
 def most_fluent(
     model: nn.Module,
     tok: Any,
-    facts: Facts,          # several wordings of each triple, e.g. from `knowledge.wordings`
-    by: str = "tail",      # perplexity of the object, or of the whole "sentence"
-) -> tuple[Facts, Facts]:  # one wording of each triple, in order of first appearance; all others
+    facts: Facts,                    # several wordings of each triple, e.g. from `knowledge.wordings`
+    by: str = "tail",                # perplexity of the object, or of the whole "sentence"
+) -> tuple[Facts, Facts]:            # one wording of each triple, in order of first appearance; all others
     "Part the wordings of the lowest perplexity (the first of equals) from the rejected ones."
     check_names([by], ["tail", "sentence"], "kind of perplexity")
     if not len(facts): raise SubnetError("there is nothing to choose: no fact was given.")
@@ -223,7 +225,9 @@ def most_fluent(
     )
 
 
-def _log_fluency(model: nn.Module, tok: Any, facts: Facts, by: str) -> np.ndarray:  # (fact,)
+def _log_fluency(
+    model: nn.Module, tok: Any, facts: Facts, by: str,
+) -> np.ndarray:      # (fact,)
     "Logarithm of one over the perplexity of each wording."
     if by == "sentence":
         texts = text_nll(model, tok, [f.prompt.replace("[MASK]", f.object) for f in facts])

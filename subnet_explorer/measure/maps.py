@@ -316,7 +316,9 @@ def _columns(
     return out
 
 
-def _blocks(rng: np.random.Generator, n: int, cuts: Sequence[int], strength: float) -> np.ndarray:
+def _blocks(
+    rng: np.random.Generator, n: int, cuts: Sequence[int], strength: float,
+) -> np.ndarray:
     "Segments that look at themselves, or at one another, (n, n)."
     segment = np.searchsorted(cuts, np.arange(n), side="right") - 1
     same = segment[:, None] == segment[None, :]
@@ -332,14 +334,16 @@ def _diagonals(rng: np.random.Generator, n: int, causal: bool, noise: float) -> 
     shift = rng.normal(0, rng.uniform(.1, .6), (n, 1))
     row = rng.random((n, 1))
     out += shift - 4. * (row < rng.uniform(0, .25))      # some rows leave it
-    if rng.random() < .4:  # it ends before the text does
+    if rng.random() < .4:                                                # it ends before the text does
         stop = int(n * rng.uniform(.45, .95))
         out[stop:] -= 4.
         if rng.random() < .3: out = out[::-1, ::-1]
     return out
 
 # %% ../../nbs/measure/06_maps.ipynb #5d678327
-def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bool) -> np.ndarray:
+def _draw(
+    rng: np.random.Generator, label: str, n: int, causal: bool, normed: bool,
+) -> np.ndarray:
     "Draw one map of a given pattern, (n, n), float32."
     cuts = _cuts(rng, label, n)
     special = [0, *(c - 1 for c in cuts[1:])]
@@ -357,9 +361,9 @@ def _draw(rng: np.random.Generator, label: str, n: int, causal: bool, normed: bo
         diagonal = _diagonals(rng, n, causal, noise) + np.log(n) + rng.uniform(-.2, 1.3)
         logits = np.logaddexp(logits, diagonal)
     if label == "block": logits += _blocks(rng, n, cuts, noise + rng.uniform(.8, 2.8))
-    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5:  # no pattern yet
+    if label in ("heterogeneous", "block", "diagonal") and rng.random() < .5:      # no pattern yet
         logits += _columns(rng, n, marks, rng.uniform(.1, .35), n)
-    if rng.random() < .5: logits *= np.exp(rng.normal(0, .35, (n, 1)))  # some rows are sharper
+    if rng.random() < .5: logits *= np.exp(rng.normal(0, .35, (n, 1)))      # some rows are sharper
     if causal: logits[np.triu_indices(n, 1)] = -np.inf
     a = np.exp(logits - logits.max(1, keepdims=True))
     a /= a.sum(1, keepdims=True)

@@ -140,7 +140,9 @@ def _check_numbers(task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any
         raise SubnetError("some predictions are NaN or infinite: the model has diverged.")
 
 
-def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bool) -> dict[str, float]:
+def _correlations(
+    gold: Sequence[float], predicted: Sequence[float], defined: bool,
+) -> dict[str, float]:
     "Compute Pearson's and Spearman's correlation and their mean; NaN where they are not defined."
     from scipy.stats import pearsonr, spearmanr
     if not defined: return dict.fromkeys(("pearson", "spearman", "correlation"), math.nan)
@@ -151,7 +153,7 @@ def _correlations(gold: Sequence[float], predicted: Sequence[float], defined: bo
 # %% ../../nbs/measure/03_metrics.ipynb #a5746a9f
 @checked
 def task_items(
-    task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],  # as for `task_metrics`
+    task: LabelTask, gold: Sequence[Any], predicted: Sequence[Any],      # as for `task_metrics`
 ) -> Items:
     "What every item adds to the score of a task."
     if task.spans: return Items.of_shares(answer_scores(gold, predicted)[task.metrics[0]])
@@ -182,8 +184,8 @@ def task_scores(
     head: Any,                          # a trained task head
     data: Labelled | Sequence[Any],     # labelled sentences, or what the head reads
     under: Mask | Scores | None = None,
-    items: bool = False,  # also what every example adds to the score, as `items_text` writes it
-) -> dict[str, Any]:      # score, each metric by name, for labelled sentences a note
+    items: bool = False,                # also what every example adds to the score, as `items_text` writes it
+) -> dict[str, Any]:                    # score, each metric by name, for labelled sentences a note
     "Give the metrics of a task on examples."
     scored = _scoring(tok, head, data)
     with evaluating(model), masked(model, under):
@@ -279,7 +281,9 @@ def _share(hits: Sequence[np.ndarray], average: str) -> float:
 
 # %% ../../nbs/measure/03_metrics.ipynb #f2210e86
 @checked
-def sentence_shares(gold: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> np.ndarray:
+def sentence_shares(
+    gold: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]],
+) -> np.ndarray:
     "The share of words whose label is right, of every sentence that has words: `tag_accuracy` is its mean."
     return np.array([float(hits.mean()) for hits in _hits(gold, predicted) if len(hits)])
 
@@ -302,9 +306,9 @@ Arcs = tuple[Sequence[int], Sequence[Any]]
 def attachment(
     gold: Sequence[Arcs],
     predicted: Sequence[Arcs],
-    average: str = "macro",         # over sentences, or over words: "micro"
-    without: Collection[str] = (),  # gold relations of words that do not count, e.g. {"punct"}
-) -> dict[str, Any]:                # score (LAS), las, uas, words, sentences
+    average: str = "macro",               # over sentences, or over words: "micro"
+    without: Collection[str] = (),        # gold relations of words that do not count, e.g. {"punct"}
+) -> dict[str, Any]:                      # score (LAS), las, uas, words, sentences
     "Give labelled and unlabelled attachment score."
     heads = _hits([g[0] for g in gold], [p[0] for p in predicted], "heads")
     labels = _hits([g[1] for g in gold], [p[1] for p in predicted], "relations")
@@ -340,7 +344,9 @@ def entity_scores(
     return {"score": out["f1"], **out, "accuracy": _share(hits, "micro"), "types": types, "note": note}
 
 
-def _entities(labels: Sequence[Sequence[str]], across: bool) -> set[tuple[Any, ...]]:      # (type, sentence, from, to)
+def _entities(
+    labels: Sequence[Sequence[str]], across: bool,
+) -> set[tuple[Any, ...]]:      # (type, sentence, from, to)
     "Find the entities of all sentences."
     if across: labels = [[label for sentence in labels for label in sentence]]
     return {(kind, i, *ends) for i, sentence in enumerate(labels) for kind, *ends in chunks(sentence)}

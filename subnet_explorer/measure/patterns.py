@@ -250,7 +250,9 @@ def _counts(y: np.ndarray, p: np.ndarray) -> np.ndarray:      # (label, answer),
     return np.bincount(y * k + p, minlength=k * k).reshape(k, k).astype(float)
 
 # %% ../../nbs/measure/07_patterns.ipynb #f1b4be05
-def _weighted_f1(counts: np.ndarray) -> tuple[np.ndarray, float]:      # counts: (label, answer)
+def _weighted_f1(
+    counts: np.ndarray,
+) -> tuple[np.ndarray, float]:      # counts: (label, answer)
     "Give the F1 of each class, and their weighted mean."
     f1 = 2 * np.diag(counts) / np.maximum(counts.sum(0) + counts.sum(1), 1)
     return f1, float(f1 @ counts.sum(1) / counts.sum())
@@ -389,6 +391,8 @@ def _first_maps(
 
 # %% ../../nbs/measure/07_patterns.ipynb #243c000b
 @checked
-def classifier(path: str | Path | None = None) -> PatternCNN:      # None: the one that comes with the library
+def classifier(
+    path: str | Path | None = None,
+) -> PatternCNN:      # None: the one that comes with the library
     "Load a classifier of attention patterns."
     return PatternCNN.load(pocket_path("patterns", "model.safetensors") if path is None else path)

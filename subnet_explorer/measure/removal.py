@@ -44,10 +44,10 @@ REMOVAL = [
 def removal(
     model: nn.Module,
     tok: Any,
-    under: Mapping[str, ask.Condition],  # e.g. {"full": None, "without": ~mask}
-    on: Mapping[str, Facts | Sequence[str] | Blocks],  # e.g. {"target": facts, "text": texts}
-    cut: bool = False,                                 # keep the beginning of texts that are too long
-) -> pd.DataFrame:                                     # columns `REMOVAL`; ranks start at one
+    under: Mapping[str, ask.Condition],                       # e.g. {"full": None, "without": ~mask}
+    on: Mapping[str, Facts | Sequence[str] | Blocks],     # e.g. {"target": facts, "text": texts}
+    cut: bool = False,                                    # keep the beginning of texts that are too long
+) -> pd.DataFrame:                                        # columns `REMOVAL`; ranks start at one
     "Ask what the model knows under every condition, item by item."
     if not under or not on:
         raise SubnetError(
@@ -63,7 +63,9 @@ def removal(
     return pd.concat(tables, ignore_index=True).reindex(columns=REMOVAL)
 
 # %% ../../nbs/measure/02_removal.ipynb #05bb452c
-def _facts_lost(model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, ask.Condition]) -> pd.DataFrame:
+def _facts_lost(
+    model: nn.Module, tok: Any, facts: Facts, under: Mapping[str, ask.Condition],
+) -> pd.DataFrame:
     "Ask for facts as items."
     table = cloze(model, tok, facts, under)
     numbers = {r: [i for i, f in enumerate(facts) if f.relation == r] for r in facts.relations}
@@ -250,7 +252,7 @@ class Removal:
         full: Mapping[str, float],      # mean log-probabilities of target, control and text
         now: Mapping[str, float],       # the same without the critical weights
         sparsity: Share,
-    ) -> dict[str, Any]:  # score, sparsity, perplexities, ratios, and the rules that fail
+    ) -> dict[str, Any]:                # score, sparsity, perplexities, ratios, and the rules that fail
         "Give the score and what it is made of."
         return _scored_removal(self, full, now, sparsity)
 

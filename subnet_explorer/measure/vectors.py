@@ -72,8 +72,8 @@ def vectors(
     model: nn.Module,
     tok: Any,
     facts: Facts,
-    under: Mapping[str, SingleCondition] | None = None,  # by name; None: the full model
-    at: str = "cls",                                     # or "mask"; of causal models the last
+    under: Mapping[str, SingleCondition] | None = None,      # by name; None: the full model
+    at: str = "cls",                                         # or "mask"; of causal models the last
 ) -> Vectors:
     "Read the last hidden state of every fact under every condition."
     import torch

@@ -74,7 +74,9 @@ def _many(values: _Values, name: str) -> int | None:
     return None if values.get(name) is None else len(list(values[name]))
 
 
-def _steps(epochs: float, batch: int, n: int | None) -> int | None:      # n: examples, if known
+def _steps(
+    epochs: float, batch: int, n: int | None,
+) -> int | None:      # n: examples, if known
     return None if n is None else math.ceil(epochs * math.ceil(n / batch))
 
 
@@ -154,7 +156,9 @@ LIMITS = ("limit_test", "limit_dev")
 "Options of readers that limit what is reported on."
 
 
-def power_of(values: Mapping[str, Any]) -> dict[str, Any]:      # seeds, deviations, differences by number of items
+def power_of(
+    values: Mapping[str, Any],
+) -> dict[str, Any]:      # seeds, deviations, differences by number of items
     "The smallest differences that the asked seeds and items can show; None: none, or not known."
     known = [values[name] for name in LIMITS if values.get(name)]
     seeds = len(values["seeds"]) if values.get("seeds") else None

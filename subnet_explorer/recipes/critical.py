@@ -343,7 +343,9 @@ def objective(
     return out
 
 # %% ../../nbs/recipes/08_critical.ipynb #e3832f6a
-def conditions(model: nn.Module, tok: Any, masks: Masks, data: Material, random: int) -> dict[str, Any]:
+def conditions(
+    model: nn.Module, tok: Any, masks: Masks, data: Material, random: int,
+) -> dict[str, Any]:
     "What is removed or kept, by name."
     found = [mask for _, mask in masks]
     first = attribution(model, tok, Cloze(data.target), found[0].space)

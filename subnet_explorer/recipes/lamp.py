@@ -137,7 +137,9 @@ def lamp_text(study: LampStudy) -> str:
     return "\n\n".join([repr(study.space), by_relation, study.summary().to_string()])
 
 # %% ../../nbs/recipes/06_lamp.ipynb #ad901544
-def relation_table(study: LampStudy, k: int = 1) -> pd.DataFrame:      # index: relation, then macro and micro
+def relation_table(
+    study: LampStudy, k: int = 1,
+) -> pd.DataFrame:      # index: relation, then macro and micro
     "P@K by relation and condition, with sparsity, flips, and the number of test facts."
     by_relation = {r: study.masks.sel(task=r) for r in study.data.test.relations}
     scores = study.precision((k,)).pivot(index="relation", columns="under", values="value")
@@ -160,7 +162,9 @@ def _flipped(study: LampStudy, masks: Masks) -> float:
     return float(np.mean([(m ^ study.start[labels["seed"]]).density for labels, m in masks]))
 
 
-def flips(study: LampStudy) -> pd.DataFrame:      # columns task, seed, layer, role, size, sparsity, flips
+def flips(
+    study: LampStudy,
+) -> pd.DataFrame:      # columns task, seed, layer, role, size, sparsity, flips
     "Share of mask bits that training changed, and sparsity, per relation, seed and matrix."
     if not study.start:
         raise SubnetError("there is no common start to count flips from: they need shared_init=True and "
@@ -263,7 +267,9 @@ def searched(
     return {(cell["task"], cell["seed"]): run for cell, run in zip(cells, runs, strict=True)}
 
 
-def steps_of(settings: Mapping[str, Any], n: int) -> tuple[int, int]:      # n: training facts of the relation
+def steps_of(
+    settings: Mapping[str, Any], n: int,
+) -> tuple[int, int]:      # n: training facts of the relation
     "Steps of a search, and how many between two looks at the development facts: an eighth of them, or an epoch."
     if settings["epochs"] is None: return settings["steps"], max(1, settings["steps"] // 8)
     epoch = math.ceil(n / settings["batch"])

@@ -195,7 +195,9 @@ class ProbeSetting:
         return head
 
 # %% ../../nbs/recipes/09_probes.ipynb #ec0f3236
-def run_cell(s: ProbeSetting, cell: Cell, store: Store | None, progress: Any) -> dict[str, Any]:
+def run_cell(
+    s: ProbeSetting, cell: Cell, store: Store | None, progress: Any,
+) -> dict[str, Any]:
     "Train one probe and score it on development sentences, or ask it what else the cell aims at."
     if cell.aim == "code": return online_code(s, cell)
     if cell.aim == "control": s = replace(_with_control_labels(s, cell.seed), selection=None)
@@ -254,7 +256,9 @@ def trained(
                 yield head, None
 
 # %% ../../nbs/recipes/09_probes.ipynb #46dec96d
-def _fitted_probe(s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progress: Any) -> None:
+def _fitted_probe(
+    s: ProbeSetting, cell: Cell, head: TaskHead, kind: str, progress: Any,
+) -> None:
     "Train the head, and the whole encoder if it is fine-tuned."
     t = s.training
     fit(
@@ -369,7 +373,9 @@ EXTRAS = ("control", "code")
 "What can be asked of the probes besides."
 
 
-def steps_of(steps: int, epochs: float | None, batch: int, n: int) -> int:      # n: sentences to learn from
+def steps_of(
+    steps: int, epochs: float | None, batch: int, n: int,
+) -> int:      # n: sentences to learn from
     "Steps of every probe: as many as were asked for, or epochs of whole batches, as published."
     return steps if epochs is None else max(1, round(epochs * max(1, n // batch)))
 
@@ -421,7 +427,9 @@ _TABLES = {      # probe, lambda -> pretrained, encoder reset, all reset, in per
 }
 
 
-def published(task: str | None = None) -> pd.DataFrame:      # columns task, probe, lam, rank, score; attrs["source"]
+def published(
+    task: str | None = None,
+) -> pd.DataFrame:      # columns task, probe, lam, rank, score; attrs["source"]
     "The published scores of a task, or of all three: `SOURCE`."
     if task is not None: check_names([task], TASKS, "task")
     columns = [(name, weights) for name in TASKS for weights in ("", "_reset_encoder", "_reset_all")]

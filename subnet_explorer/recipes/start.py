@@ -215,7 +215,9 @@ def asked_axes(
     return found
 
 
-def _typed(option: Option, options: Sequence[Option], parser: ArgumentParser, text: str) -> Any:
+def _typed(
+    option: Option, options: Sequence[Option], parser: ArgumentParser, text: str,
+) -> Any:
     "A value of an axis as its option has it."
     if option.type is bool: return from_file(options, parser, {option.name: yaml.safe_load(text)})[option.name]
     return from_shell(options, parser, [option.flag, text]).get(option.name)
@@ -288,7 +290,9 @@ def order(
     return _swept_order(recipe, over, chosen) if over else Order(recipe, chosen({}))
 
 
-def _swept_order(recipe: Recipe, over: Mapping[str, Any], chosen: Callable[[Labels], dict[str, Any]]) -> SweepOrder:
+def _swept_order(
+    recipe: Recipe, over: Mapping[str, Any], chosen: Callable[[Labels], dict[str, Any]],
+) -> SweepOrder:
     "The order of a sweep."
     axes = axes_of(over, over)
     def at(labels: Labels) -> dict[str, Any]: return chosen({axis: axes[axis][labels[axis]] for axis in axes})

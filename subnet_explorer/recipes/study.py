@@ -144,7 +144,9 @@ class Study(Findings):
         "Scores that belong together, for `gains`."
         raise SubnetError(f"{type(self).__name__} does not say what can be paired: give it a method `pairs`.")
 
-    def gains(self, of: str | None = None, against: str | Sequence[str] | None = None) -> pd.DataFrame:
+    def gains(
+        self, of: str | None = None, against: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
         "Compare conditions on the same items and seeds: see `Pairs.gains`."
         return self.pairs().gains(of, against)
 

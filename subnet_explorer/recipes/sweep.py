@@ -37,7 +37,7 @@ __all__ = ['NO_AXES', 'Axes', 'Labels', 'TOLD', 'NAMES', 'MOST_FIGURES', 'WITHIN
            'label_of', 'axis_of', 'axes_of', 'Part', 'name_of_labels', 'part_of', 'kept_masks', 'Sweep', 'columns_of',
            'labelled', 'joined', 'joined_tables', 'joined_summary', 'joined_pairs', 'across', 'by_name', 'mean_pairs',
            'merged_notes', 'merged_config', 'merged_departures', 'or_why', 'several', 'sweep_results', 'mean_bars',
-           'sweep_sections', 'Places', 'NoneSucceeded', 'place_of', 'swept', 'collected', 'sweep', 'one_by_one',
+           'sweep_sections', 'StudyLinks', 'NoneSucceeded', 'place_of', 'swept', 'collected', 'sweep', 'one_by_one',
            'check_values', 'refused', 'Models']
 
 # %% ../../nbs/recipes/19_sweep.ipynb #d37d13fe
@@ -221,13 +221,17 @@ def labelled(table: pd.DataFrame, labels: Labels, columns: Mapping[str, str]) ->
     return pd.concat([pd.DataFrame(named, index=table.index), table], axis=1)
 
 
-def joined(tables: Sequence[tuple[Labels, pd.DataFrame]], columns: Mapping[str, str]) -> pd.DataFrame:
+def joined(
+    tables: Sequence[tuple[Labels, pd.DataFrame]], columns: Mapping[str, str],
+) -> pd.DataFrame:
     "Tables of one name below each other, with their labels."
     found = [labelled(table, labels, columns) for labels, table in tables]
     return pd.concat([table for table in found if len(table)] or found[:1], ignore_index=True)
 
 
-def joined_tables(parts: Sequence[Part], columns: Mapping[str, str]) -> dict[str, pd.DataFrame]:
+def joined_tables(
+    parts: Sequence[Part], columns: Mapping[str, str],
+) -> dict[str, pd.DataFrame]:
     "Every table of the recipe, in its order."
     names = dict.fromkeys(name for part in parts for name in part.tables)
     def of(name: str) -> list[tuple[Labels, pd.DataFrame]]:
@@ -389,11 +393,11 @@ def sweep_sections(study: Sweep) -> Iterator[Section]:
     yield "Gains", WITHIN, [or_why(study.gains)]
     for axis in several(study): yield f"Over {axis}", OVER, [or_why(functools.partial(study.gains, over=axis))]
     yield "Failed", "Combinations that could not be made.", [study.failed] if len(study.failed) else []
-    yield "Studies", "Every combination is a study in a folder of its own.", [Places(study)] if study.folder else []
+    yield "Studies", "Every combination is a study in a folder of its own.", [StudyLinks(study)] if study.folder else []
 
 
 @dataclass(frozen=True)
-class Places:
+class StudyLinks:
     "Links to the studies of a sweep, from a page in its folder."
     study: Sweep
 

@@ -224,7 +224,9 @@ Key = tuple[str, float, int]
 "Method, density, seed."
 
 
-def measured(bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], to: str | Path | None) -> Tamt:
+def measured(
+    bench: Bench, s: TamtSetting, dev: Any, asked: Mapping[str, Any], to: str | Path | None,
+) -> Tamt:
     "Find, measure, fine-tune, collect."
     kept = to is not None
     made = found_masks(bench, s, asked)
@@ -298,7 +300,9 @@ def _score_row(key: Key, f: FoundMask, losses: Losses) -> dict[str, Any]:
     return {**_labels(key), "kept": mask.density, **losses(mask), "steps": f.steps, "seconds": f.seconds}
 
 
-def _curve_row(s: TamtSetting, key: tuple[str, float, int, int], mask: Mask, losses: Losses) -> dict[str, Any]:
+def _curve_row(
+    s: TamtSetting, key: tuple[str, float, int, int], mask: Mask, losses: Losses,
+) -> dict[str, Any]:
     "A mask on the way, and how far it is from where it began; of imp, from the largest weights."
     method, density, seed, step = key
     init = "magnitude" if method == "imp" else s.search["init"]
@@ -327,7 +331,9 @@ def jobs_of(
     return jobs
 
 
-def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping[str, Any]) -> pd.DataFrame:
+def fine_tuned(
+    bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping[str, Any],
+) -> pd.DataFrame:
     "Scores of every task after fine-tuning under every mask."
     tasks, masks = asked["tasks"], {job[:4]: job[4] for job in jobs}
     names = ("method", "density", "seed", "step")
@@ -342,7 +348,9 @@ def fine_tuned(bench: Bench, s: TamtSetting, jobs: Sequence[Job], asked: Mapping
     return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
-def runs_of(study: Tamt, final: bool = True) -> pd.DataFrame:      # columns `textreport.RUN` and score
+def runs_of(
+    study: Tamt, final: bool = True,
+) -> pd.DataFrame:      # columns `textreport.RUN` and score
     "Mean score over tasks of every fine-tuning run, see `tuned_rows`."
     runs = textreport.tuned_rows(study, final).groupby(textreport.RUN, sort=False).score
     return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
@@ -352,7 +360,9 @@ CROSSED = ["seed", "tuning_seed"]
 "Seeds of masks and of fine-tuning: every mask is fine-tuned from every seed."
 
 
-def over_masks(rows: pd.DataFrame) -> dict[str, Any]:      # n, tuning_seeds, items, mean, low, high, undefined
+def over_masks(
+    rows: pd.DataFrame,
+) -> dict[str, Any]:      # n, tuning_seeds, items, mean, low, high, undefined
     "Mean over tasks of one kind of mask, with an interval over masks, seeds of fine-tuning and test sentences."
     found = mean_of(Pairs(rows, CROSSED, groups=["task"] if "task" in rows else [], packed="items"), rows)
     tuned = found["seeds"] if rows.seed.nunique() == 1 else rows.tuning_seed.nunique()
@@ -367,7 +377,9 @@ def summary(study: Tamt) -> pd.DataFrame:
     return pd.DataFrame([_summed(study, key, t, scored.get(key)) for key, t in found])
 
 
-def _summed(study: Tamt, key: tuple[str, float], t: pd.DataFrame, rows: pd.DataFrame | None) -> dict[str, Any]:
+def _summed(
+    study: Tamt, key: tuple[str, float], t: pd.DataFrame, rows: pd.DataFrame | None,
+) -> dict[str, Any]:
     "One row of the summary."
     means = {column: float(t[column].mean()) for column in ("kept", "mlm_loss", "hidden_loss")}
     cost = {"steps": int(t.steps.iloc[0]), "seconds": float(t.seconds.mean())}

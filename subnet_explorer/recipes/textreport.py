@@ -41,7 +41,9 @@ def tuned_rows(study: Study, final: bool = True) -> pd.DataFrame:      # as the 
     return t.assign(score=t.score.astype(float))
 
 
-def means_by_task(study: Study) -> pd.DataFrame:      # task, density, method, seeds, items, mean, low, high, undefined
+def means_by_task(
+    study: Study,
+) -> pd.DataFrame:      # task, density, method, seeds, items, mean, low, high, undefined
     "Scores of every task under the masks that were found, with 95 % intervals as those of the mean over tasks."
     return replace(study.pairs(), scores=tuned_rows(study), cases=["task", "density"], groups=[]).means()
 
@@ -69,12 +71,16 @@ def _drawn(study: Study) -> pd.DataFrame:
     return t if t.low.notna().all() else t.drop(columns=["low", "high"])
 
 # %% ../../nbs/recipes/18_textreport.ipynb #ff8c4180
-def jaccard(study: Study, average: str = "micro") -> pd.DataFrame:      # columns a, b, distance, chance
+def jaccard(
+    study: Study, average: str = "micro",
+) -> pd.DataFrame:      # columns a, b, distance, chance
     "Jaccard distance of masks between methods and densities, with its chance value; over seeds, the mean."
     return jaccard_between(_named(study.masks), by="name", average=average)
 
 
-def distances_by_matrix(masks: Masks, space: Space) -> pd.DataFrame:      # a, b, layer, matrix, size, distance, chance
+def distances_by_matrix(
+    masks: Masks, space: Space,
+) -> pd.DataFrame:      # a, b, layer, matrix, size, distance, chance
     "The same for every matrix (layer 0: the embedding)."
     named, keys = _named(masks), ["a", "b", "layer", "matrix", "size"]
     names, both = named.index["name"].tolist(), overlaps(named).astype(float)      # (mask, mask, tensor)
@@ -163,7 +169,9 @@ ALIKE_TEXT = ("Jaccard distance; chance is that of unrelated masks of the same s
               "density.")
 
 
-def tamt_sections(study: Study, metrics: Mapping[str, str]) -> Iterator[Section]:      # by task
+def tamt_sections(
+    study: Study, metrics: Mapping[str, str],
+) -> Iterator[Section]:      # by task
     "The parts of the report."
     t, low = study.summary(), min(study.config["densities"])
     told = "; ".join(f"{name}: {metric}" for name, metric in metrics.items())

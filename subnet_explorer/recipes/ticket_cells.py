@@ -105,7 +105,9 @@ def _once(run: Run, stage: str, epochs: float, measure: Callable[[], dict[str, A
     if (stage, epochs) not in known: run.log(stage=stage, epochs=epochs, **measure())
 
 # %% ../../nbs/recipes/17_ticket_cells.ipynb #7185ef65
-def _retrained(plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float) -> dict[str, Any]:
+def _retrained(
+    plan: Plan, task: str, seed: int, kind: str, mask: Mask, epochs: float,
+) -> dict[str, Any]:
     "Scores of the subnetwork after training it from the pretrained (or fresh) weights."
     name, fresh = f"{kind}-{epochs:g}", kind == "random-init"
     model = untrained(plan.model, seed) if fresh else plan.model

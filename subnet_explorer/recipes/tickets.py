@@ -103,7 +103,9 @@ def check_study(
         raise SubnetError(f"bad masks are retrained for {epochs:g} epochs anyway: give other numbers for longer.")
 
 # %% ../../nbs/recipes/07_tickets.ipynb #586086ae
-def worked(bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool) -> Tickets:
+def worked(
+    bench: Bench, plan: Plan, seeds: list[int], supers: bool, processes: int, kept: bool,
+) -> Tickets:
     "Do what is not done yet, and read the finished study."
     plan = replace(plan, baselines=baseline_table(bench, plan.tasks, ("search", "test")))
     cells: list[dict[str, Any]] = [{"task": task, "seed": seed} for seed in seeds for task in plan.tasks]
@@ -254,13 +256,17 @@ def densities(mask: Mask, whole: Space) -> dict[str, float]:      # `whole`: see
     return {"density": mask.density, "density_weights": own, "density_model": 1 - (1 - own) * size / whole.size}
 
 # %% ../../nbs/recipes/07_tickets.ipynb #e67bff89
-def _all_notes(plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any) -> tuple[str, ...]:
+def _all_notes(
+    plan: Plan, cells: Mapping[Any, Any], skipped: Mapping[Any, str], *found: Any,
+) -> tuple[str, ...]:
     unpruned = [f"not pruned: {why}" for why in _reasons(skipped)]
     sizes = {name: len(data.test) for name, data in plan.tasks.items()}
     return (*unpruned, *few_note("test sentences", sizes), *_notes(plan, cells, *found))
 
 
-def _notes(plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame) -> Iterator[str]:
+def _notes(
+    plan: Plan, cells: Mapping[Any, Any], masks: Masks, scores: pd.DataFrame,
+) -> Iterator[str]:
     "What a reader of the numbers must be told."
     if said := left_out(int(scores.score.isna().sum())): yield f"{said} of means, intervals and gains."
     good = masks.sel(kind="good")
@@ -455,7 +461,9 @@ def _kept_said(study: Tickets, task: str) -> str:
     return f"{units}{t.density_weights.mean():.2f} of weights kept over seeds"
 
 
-def kept_table(study: Tickets) -> pd.DataFrame:      # task, kind, and shares of units and weights, text
+def kept_table(
+    study: Tickets,
+) -> pd.DataFrame:      # task, kind, and shares of units and weights, text
     "What masks keep, mean ± standard deviation over seeds."
     t = study.scores[study.scores.kind != "full"].drop_duplicates(["task", "kind", "seed"])
     found = t.groupby(["task", "kind"], sort=False)[list(WHOLE_MODEL)].agg(_spread)

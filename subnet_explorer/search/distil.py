@@ -41,7 +41,9 @@ Texts = Sequence[str] | Blocks
 "Sentences, or blocks of running text."
 
 
-def token_ids(texts: Texts, context: Context) -> np.ndarray | list[list[int]]:      # (text, token)
+def token_ids(
+    texts: Texts, context: Context,
+) -> np.ndarray | list[list[int]]:      # (text, token)
     "Turn texts into token ids; raise `SubnetError` for none, or for blocks that are too long."
     if not len(texts): raise SubnetError("there is nothing to read: no text was given.")
     model, tok = context.model, context.tok
@@ -122,7 +124,9 @@ def _next(seqs: Sequences, index: np.ndarray, unknown: int | None) -> Drawn:
     return Drawn(None, batch, position, x[batch, position + 1])
 
 
-def _masked(mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step: int) -> Drawn:
+def _masked(
+    mlm: MLM, seqs: Sequences, index: np.ndarray, context: Context, step: int,
+) -> Drawn:
     "Random tokens, most of them masked."
     tok, x = context.tok, seqs.inputs(index)["input_ids"]
     numbers = [_uniform((context.seed, step, _key(seqs, i, context)), int(seqs.lengths[i])) for i in index]
@@ -241,7 +245,9 @@ class Teacher:
             self.all[self.seqs.tokens(new).to(self.all.device)] = states.to(self.all.device)
             self.known[new] = True
 
-    def _states(self, step: int, index: np.ndarray) -> list[Tensor]:      # (token, hidden) a block
+    def _states(
+        self, step: int, index: np.ndarray,
+    ) -> list[Tensor]:      # (token, hidden) a block
         every: list[Tensor] = []
         self.theirs.hidden(index, [0], [0], self.ids(step, index), every)
         return every
@@ -361,7 +367,9 @@ def _padded(hidden: Hidden, seqs: Sequences, context: Context) -> Loss:
     theirs = _read_by(hidden.teacher, seqs)
     now: list[Tensor] = []
 
-    def states(reader: Sequences, step: int) -> list[Tensor]:      # (batch, longest, hidden) a block
+    def states(
+        reader: Sequences, step: int,
+    ) -> list[Tensor]:      # (batch, longest, hidden) a block
         inputs = seqs.inputs(context.part(step, seqs.lengths, hidden.batch))
         base = cast(nn.Module, body_of(reader.model))
         return list(base(**inputs, output_hidden_states=True).hidden_states[1:])
@@ -401,7 +409,9 @@ def from_goal(
 class Reference:
     "Final hidden states of the full model at some rows of every sequence, computed once."
 
-    def __init__(self, seqs: Sequences, spots: Sequence[Sequence[int]], context: Context) -> None:
+    def __init__(
+        self, seqs: Sequences, spots: Sequence[Sequence[int]], context: Context,
+    ) -> None:
         # spots: which positions of each sequence
         self.seqs, self.spots = seqs, spots
         self.count = np.array([len(s) for s in spots])               # (sequence,) rows

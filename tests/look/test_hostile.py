@@ -33,11 +33,13 @@ from subnet_explorer.data.tables import LabelTask
 from subnet_explorer.look.figure import Figure, View
 from subnet_explorer.look.site import publish
 from subnet_explorer.look.views import compare_view, grid_of, show, still
+from subnet_explorer.measure.discordant import Discordant
 from subnet_explorer.measure.maps import read_labels
 from subnet_explorer.measure.patterns import PatternReport
 from subnet_explorer.recipes.clauses import Clause
 from subnet_explorer.recipes.options import as_yaml, read_yaml
 from subnet_explorer.recipes.study import Recipe, Study
+from subnet_explorer.recipes.sweep import StudyLinks
 from subnet_explorer.search.prune import Pruned
 
 HIT = "parent.__hit=window.__hit=1"
@@ -157,12 +159,25 @@ def view() -> View:
     return plots.attention_pair({PARTS[0]: (maps, HOSTILE)})
 
 
+def only_one_side() -> Discordant:
+    n = len(HOSTILE)
+    table = pd.DataFrame({"only": HOSTILE, "relation": HOSTILE, "uuid": range(n), "margin": .5, PARTS[0]: HOSTILE})
+    return Discordant(PARTS[0], (PARTS[1],), table, 1, n, 0, 2, {PARTS[0]: 3, PARTS[1]: 1}, FRAME)
+
+
+def links() -> StudyLinks:
+    parts = [types.SimpleNamespace(labels={"model": text}, name=text, model_name=text) for text in HOSTILE]
+    found: Any = types.SimpleNamespace(folder=Path("sweep"), parts=parts)
+    return StudyLinks(found)
+
+
 FORMS: dict[str, Callable[[], Any]] = {
     "CoordinateSet": lambda: mask(PARTS[0]),
     "Mask": lambda: mask(PARTS[1]),
     "Masks": lambda: Masks([({"task": text, PARTS[0]: text}, mask(seed=i)) for i, text in enumerate(HOSTILE)]),
     "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns, "Pruned": pruned, "Study": study,
     "Figure": figure, "View": view, "StabilitySelection": stable, "Recipe": a_recipe,
+    "Discordant": only_one_side, "StudyLinks": links,
 }
 
 
@@ -281,6 +296,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "mask_attention": lambda: plots.mask_attention(attended(), PARTS[0]),
     "tsne": lambda: plots.tsne(points()),
     "patterns": lambda: plots.patterns(two(("task", "pattern", "share"), ..., PARTS[1], .5), by="task"),
+    "pattern_grid": lambda: plots.pattern_grid(
+        two(("task", "pattern", "share", "model", "maps"), ..., PARTS[1], .5, PARTS[2], PARTS[3]),
+        "task", "model", "maps", PARTS[0], PARTS[4]),
 }
 NO_FIGURE = {"add_heat", "attention", "attention_pair", "by_layer", "cells", "check_drawable", "color_axis", "draw",
              "html_card", "html_figure", "html_page", "is_dark", "paper_color", "plain_text", "print_figure",

@@ -21,6 +21,8 @@ from subnet_explorer.cli import main
 from subnet_explorer.core.compare import placement
 from subnet_explorer.core.errors import SpaceMismatch, SubnetError
 from subnet_explorer.core.files import write_json
+from subnet_explorer.core.intervals import estimate
+from subnet_explorer.core.items import read_items
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.scores import Scores
@@ -834,9 +836,11 @@ def test_the_plan_has_every_cell_once():
 def test_tables(study):
     t = study.summary()
     assert t.n.eq(2).all() and (t.low <= t.score).all() and t[t.probe == "finetune"].of_finetuning.item() == 1
-    one = study.scores.query("probe == 'linear'").score
-    half = 12.706204736 * one.std(ddof=1) / np.sqrt(2)  # Student, one degree of freedom
-    assert t[t.probe == "linear"].high.item() == pytest.approx(one.mean() + half)
+    hits = np.stack([read_items(text).values for text in study.scores.query("probe == 'linear'")["items"]])
+    over = estimate([hits], bounds=(0, 1))  # seeds and sentences are crossed
+    linear = t[t.probe == "linear"].iloc[0]
+    assert (linear.score, linear.low, linear.high) == pytest.approx((over.mean, over.low, over.high), abs=1e-5)
+    assert (linear.n, linear["items"]) == hits.shape
     where_kept = layers(study)
     assert where_kept.groupby(["probe", "seed"]).share.sum().to_numpy() == pytest.approx(1) and set(
         where_kept.probe
