@@ -54,7 +54,8 @@ NEW_TABLES = {
 KEPT_TABLES = re.compile(r"(tickets|tamt)/(tables/baselines-.*|sessions/.*)\.json")
 "Tables that are now kept in the folder of a study, and the time that they took."
 NEW_RESULTS = {"baselines", "notes", "left_out", "kept", "files", "checksum", "departures", "stability",
-               "chosen", "chosen_on", "reported_on", "target", "weights", "bag_of_words"}
+               "chosen", "chosen_on", "reported_on", "target", "weights", "bag_of_words",
+               "by_task", "jaccard_by_step"}
 "What `results.json` now says besides."
 OTHERWISE = {"gains", "low", "high", "p_at_1_interval", "chance"}
 "What is now computed otherwise: intervals of the crossed design, corrected p-values, exact chance."
@@ -62,7 +63,7 @@ NEW_COLUMNS = {"density_weights", "density_model"}
 "What tables now say besides."
 
 
-SMALL_PARTS = {"probe"}
+SMALL_PARTS = {"lamp", "critical", "tamt", "probe"}
 "Studies whose test part is now said to be small."
 
 

@@ -235,9 +235,10 @@ def few_note(what: str, sizes: Mapping[str, int], together: bool = False) -> lis
     few = {name: n for name, n in sizes.items() if n < least}
     if not few: return []
     n = whole if together and whole < FEW else min(few.values())
-    shown = f"differences below {detectable(n):.2f} are not told from none, as a rule" if n else "nothing can be said"
     named = ", ".join(f"{name} {n}" for name, n in few.items())
-    return [f"{SMALL}: {named} {what}. Of {n:,}, {shown}."]
+    if not n: return [f"{SMALL}: {named} {what}. Nothing can be said of none."]
+    return [f"{SMALL}: {named} {what}. With {n}, shares of right answers that differ by less than {detectable(n):.2f} "
+            "are not told apart, as a rule."]
 
 
 def in_order(study: Study) -> tuple[list[str], list[str]]:

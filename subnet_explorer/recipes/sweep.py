@@ -202,7 +202,7 @@ class Sweep(Study):
 
 # %% ../../nbs/recipes/19_sweep.ipynb #de652b4c
 TOLD = ("of", "against", "seeds", "items", "mean", "low", "high", "p", "holm", "bh",
-        "wins", "losses", "sign", "undefined", "error", "message")
+        "wins", "losses", "sign", "undefined", "left_out", "error", "message")
 "Columns of comparisons and of what failed."
 
 

@@ -113,13 +113,14 @@ def html_of(cls: type, **more: Any) -> str:
 
 
 def of_recipes() -> dict[str, str]:
-    tickets, tamt, critical, probe = (importlib.import_module(f"subnet_explorer.recipes.{name}")
-                                      for name in ("tickets", "tamt", "critical", "probe"))
+    names = ("tickets", "tamt", "critical", "probe", "sweep")
+    tickets, tamt, critical, probe, sweep = (importlib.import_module(f"subnet_explorer.recipes.{n}") for n in names)
     return {
         "Tickets": html_of(tickets.Tickets, plan=types.SimpleNamespace(tasks=dict.fromkeys(HOSTILE))),
         "Tamt": html_of(tamt.Tamt, tasks=dict.fromkeys(HOSTILE)),
         "Critical": html_of(critical.Critical, material=PARTS[3]),
         "Probing": html_of(probe.Probing, task="pos"),
+        "Sweep": html_of(sweep.Sweep, axes={}, parts=[], failed=FRAME),
     }
 
 

@@ -84,11 +84,12 @@ def test_nothing_is_said_of_nothing(tmp_path):
 
 def test_small_parts_are_named():
     assert few_note("test facts", {"IsA": 21, "PartOf": 32}) == [
-        "Small test part: IsA 21 test facts. Of 21, differences below 0.27 are not told from none, as a rule."]
+        "Small test part: IsA 21 test facts. With 21, shares of right answers that differ by less than 0.27 are not "
+        "told apart, as a rule."]
     assert few_note("test facts", {"PartOf": 32}) == few_note("test facts", {"a": 17, "b": 17}, together=True) == []
     whole = few_note("test facts", {"IsA": 12, "PartOf": 9}, together=True)
-    assert whole == ["Small test part: IsA 12, PartOf 9 test facts. Of 21, differences below 0.27 are not told from "
-                     "none, as a rule."]
+    assert whole == ["Small test part: IsA 12, PartOf 9 test facts. With 21, shares of right answers that differ by "
+                     "less than 0.27 are not told apart, as a rule."]
     assert "IsA 2 test" in few_note("test facts", {"IsA": 2, "PartOf": 60}, together=True)[0]
 
 
