@@ -18,7 +18,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.intervals import defined_interval, left_out
 from ..core.numbers import Weight
-from .figure import Figure, check_drawable, set_layout
+from .figure import Figure, check_drawable, set_layout, with_small
 from .paper import CannotDraw
 from .style import DASHES, PALETTE, safe_text, style
 
@@ -151,8 +151,7 @@ def _panel_title(data: pd.DataFrame, task: str) -> str:
     good = data[(data.task == task) & (data.kind == "good")]
     if good.empty or "density_weights" not in good: return safe_text(task)
     r = good.iloc[0]
-    small = f"good: {r.density:.2f} of units, {r.density_weights:.2f} of weights"
-    return f"{safe_text(task)} ({small})"
+    return with_small(task, f"good: {r.density:.2f} of units, {r.density_weights:.2f} of weights")
 
 # %% ../../nbs/look/05_curves.ipynb #82f1f23f
 def _spread(keys: tuple[str, str, str], part: pd.DataFrame, spread: str) -> dict[str, Any]:

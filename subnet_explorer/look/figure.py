@@ -24,7 +24,7 @@ from .style import plain_text, safe_text
 
 # %% auto #0
 __all__ = ['STYLE', 'POLICY', 'html_page', 'html_card', 'View', 'Figure', 'html_figure', 'print_figure', 'check_drawable',
-           'set_layout', 'color_axis', 'add_heat']
+           'set_layout', 'color_axis', 'add_heat', 'with_small']
 
 # %% ../../nbs/look/02_figure.ipynb #ead391cf
 STYLE = Html(
@@ -214,7 +214,7 @@ def add_heat(
         [_hover(Html("{}, {}").format(r, c), name, said[i, j], below[i, j]) for j, c in enumerate(cols)]
         for i, r in enumerate(rows)
     ]
-    text = said if small is None else np.vectorize(_with_small, otypes=[object])(said, small)
+    text = said if small is None else np.vectorize(with_small, otypes=[object])(said, small)
     fig.add_trace(go.Heatmap(
         z=cells, coloraxis="coloraxis", showscale=True, xgap=1, ygap=1,
         hovertext=hover, hoverinfo="text",
@@ -234,7 +234,8 @@ def _hover(place: Html, name: str, value: str, small: str | None) -> Html:
     return said if small is None else said + " " + Html(" ").join(small.split("\n"))
 
 
-def _with_small(value: str, small: str) -> Html:      # small: lines
+@checked
+def with_small(value: str, small: str) -> Html:      # small: lines
     "Put smaller lines below a value, where there are both."
     if not value or not small: return Html.escape(value)
     return Html('{}<br><span style="font-size:75%">{}</span>').format(value, Html("<br>").join(small.split("\n")))

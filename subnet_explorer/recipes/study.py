@@ -243,7 +243,7 @@ def few_note(what: str, sizes: Mapping[str, int], together: bool = False) -> lis
 
 def in_order(study: Study) -> tuple[list[str], list[str]]:
     "Notes that come first, and all others."
-    first = [note for note in study.notes if note.startswith(SMALL)]
+    first = [note for note in study.notes if SMALL in note]      # of a sweep, with the combination before it
     return first, [note for note in study.notes if note not in first]
 
 

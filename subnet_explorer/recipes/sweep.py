@@ -315,7 +315,7 @@ def mean_pairs(study: Sweep, over: str | None = None, sample: bool = False) -> P
     for keys in ([*apart, *own.groups], apart) if own.groups else (apart,):
         grouped = scores.groupby(keys, sort=False, dropna=False).score
         scores = grouped.agg(lambda values: values.mean(skipna=False)).reset_index()
-    return replace(own, scores=scores, cases=cases, groups=[], items=[column], bounds=None)
+    return replace(own, scores=scores, cases=cases, groups=[], items=[column], bounds=None, packed=None)
 
 # %% ../../nbs/recipes/19_sweep.ipynb #85083ea5
 def merged_notes(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ from .tuning import TUNE, check_tuning, tuned_by, tuned_score
 # %% auto #0
 __all__ = ['POCKET', 'HOW', 'SEARCH', 'Key', 'Losses', 'CURVES', 'Job', 'CROSSED', 'Tamt', 'tamt', 'complete', 'check_study',
            'identity_of', 'setting_of', 'config_of', 'measured', 'found_masks', 'losses_by', 'jobs_of', 'fine_tuned',
-           'runs_of', 'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'tamt_results']
+           'over_masks', 'summary', 'by_task', 'mean_pairs', 'tamt_html', 'tamt_text', 'tamt_results']
 
 # %% ../../nbs/recipes/12_tamt.ipynb #25678533
 @dataclass(frozen=True, kw_only=True)
@@ -348,14 +348,6 @@ def fine_tuned(
     return pd.DataFrame([{**cell, **found} for cell, found in zip(cells, scores, strict=True)])
 
 # %% ../../nbs/recipes/12_tamt.ipynb #e18f6b50
-def runs_of(
-    study: Tamt, final: bool = True,
-) -> pd.DataFrame:      # columns `textreport.RUN` and score
-    "Mean score over tasks of every fine-tuning run, see `tuned_rows`."
-    runs = textreport.tuned_rows(study, final).groupby(textreport.RUN, sort=False).score
-    return runs.agg(lambda scores: scores.mean(skipna=False)).reset_index()
-
-
 CROSSED = ["seed", "tuning_seed"]
 "Seeds of masks and of fine-tuning: every mask is fine-tuned from every seed."
 

@@ -303,7 +303,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 }
 NO_FIGURE = {"add_heat", "attention", "attention_pair", "by_layer", "cells", "check_drawable", "color_axis", "draw",
              "html_card", "html_figure", "html_page", "is_dark", "paper_color", "plain_text", "print_figure",
-             "print_plotly", "report", "safe_text", "set_layout", "shades", "style"}
+             "print_plotly", "report", "safe_text", "set_layout", "shades", "style", "with_small"}
 
 
 def test_every_figure_has_a_case():
