@@ -258,6 +258,14 @@ def test_losses_are_those_of_the_plain_forward_pass(family, first):
             assert abs(ready(step) - F.cross_entropy(padded, gold)) < 1e-5
 
 
+def straight_through(model, twin, space, logits, loss):
+    "Gradients of the logits, as if the mask of the twin's weights had a slope of 1; gives the loss."
+    loss.backward()
+    for g, s in zip(space.groups, logits, strict=True):
+        s.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
+    return loss.item()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_is_the_plain_search(family):
     "Five steps written out: a copy of the model whose weights are W · 1[g > 0], straight-through by hand."
@@ -271,12 +279,8 @@ def test_a_search_is_the_plain_search(family):
             for g, s in zip(space.groups, logits, strict=True): twin.base_model.get_parameter(g.name).mul_(s > 0)
         index = batch_at(step, np.array([len(i) for i in IDS]), 8, 0)
         said = torch.stack([twin(input_ids=torch.tensor([IDS[i]])).logits[0, ROWS[i]] for i in index])
-        loss = F.cross_entropy(said, torch.tensor(GOLD)[index])
-        loss.backward()
-        for g, s in zip(space.groups, logits, strict=True):
-            s.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
+        losses.append(straight_through(model, twin, space, logits, F.cross_entropy(said, torch.tensor(GOLD)[index])))
         opt.step()
-        losses.append(loss.item())
     run = search(model, space, steps=5, every=1, schedule="constant", warmup=0)
     assert np.abs(run.metrics.loss - losses).max() < 1e-5
     for g, s in zip(space.groups, logits, strict=True):
@@ -299,12 +303,8 @@ def test_a_search_with_dropout_is_the_plain_search_in_training_mode(family):
         real = torch.tensor([[1] * len(IDS[i]) + [0] * (max(width[index]) - len(IDS[i])) for i in index])
         torch.manual_seed(seed * 1_000_003 + step)
         said = twin(input_ids=ids, attention_mask=real).logits[range(len(index)), [ROWS[i] for i in index]]
-        loss = F.cross_entropy(said, torch.tensor(GOLD)[index])
-        loss.backward()
-        for g, s in zip(space.groups, logits, strict=True):
-            s.grad = twin.base_model.get_parameter(g.name).grad * model.base_model.get_parameter(g.name).detach()
+        losses.append(straight_through(model, twin, space, logits, F.cross_entropy(said, torch.tensor(GOLD)[index])))
         opt.step()
-        losses.append(loss.item())
     torch.manual_seed(0)
     before = torch.get_rng_state()
     run = search(model, space, steps=4, every=1, schedule="constant", warmup=0, seed=seed, dropout=True)
