@@ -222,10 +222,9 @@ def add_heat(
         textfont=None if small is None else {"size": 12},
     ), **where)
     bare = {"showline": False, "ticks": ""}
-    across, down = list(range(len(cols))), list(range(len(rows)))
     angle = -90 if sum(map(len, cols)) > 45 else 0
-    fig.update_xaxes(tickvals=across, ticktext=cols, tickangle=angle, **bare, **where)
-    fig.update_yaxes(tickvals=down, ticktext=rows, autorange="reversed", **bare, **where)
+    fig.update_xaxes(tickvals=[*range(len(cols))], ticktext=cols, tickangle=angle, **bare, **where)
+    fig.update_yaxes(tickvals=[*range(len(rows))], ticktext=rows, autorange="reversed", **bare, **where)
 
 
 def _hover(place: Html, name: str, value: str, small: str | None) -> Html:
