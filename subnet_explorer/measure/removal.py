@@ -5,6 +5,7 @@
 # %% ../../nbs/measure/02_removal.ipynb #25f49620
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right
 from .fluency import EncodedTexts
 
 # %% auto #0
-__all__ = ['REMOVAL', 'NOT_KNOWN', 'removal', 'removal_table', 'Removal', 'NothingKnown', 'known_facts']
+__all__ = ['REMOVAL', 'NOT_KNOWN', 'removal', 'names_of_texts', 'removal_table', 'Removal', 'NothingKnown', 'known_facts']
 
 # %% ../../nbs/measure/02_removal.ipynb #4a6e3b8f
 REMOVAL = [
@@ -78,7 +79,7 @@ def _texts_lost(
     model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, ask.Condition], cut: bool,
 ) -> pd.DataFrame:
     "Ask for texts as items."
-    first, tables = first_block_changed_by(model, under), []
+    first, own, tables = first_block_changed_by(model, under), names_of_texts(texts), []
     with evaluating(model):
         coded = EncodedTexts(model, tok, texts, cut, first)
         if not coded.tokens.all():
@@ -88,9 +89,17 @@ def _texts_lost(
         for name, condition in under.items():
             for draw, mask in enumerate(draws_of(condition)):
                 with masked(model, mask, check=False): nll = coded.nll() / coded.tokens
-                columns = dict(item=np.arange(len(nll)), logprob=-nll, nll=nll, tokens=coded.tokens)
+                columns = dict(item=np.arange(len(nll)), logprob=-nll, nll=nll, tokens=coded.tokens, uuid=own)
                 tables.append(pd.DataFrame(dict(under=name, draw=draw, **columns)))
     return pd.concat(tables, ignore_index=True)
+
+
+def names_of_texts(texts: Sequence[str] | Blocks) -> list[str]:
+    "Call every text by a hash of what it says, and by a number, too, where it says it again."
+    said = texts.ids.astype("<i4") if isinstance(texts, Blocks) else [text.encode() for text in texts]
+    hashes = [hashlib.sha256(bytes(text)).hexdigest()[:16] for text in said]
+    again = pd.Series(hashes, dtype=object).groupby(hashes).cumcount()
+    return [name if n == 0 else f"{name}/{n + 1}" for name, n in zip(hashes, again, strict=True)]
 
 # %% ../../nbs/measure/02_removal.ipynb #1d7ccc2a
 def _same(v: Any) -> Any: return v

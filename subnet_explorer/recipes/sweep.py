@@ -284,7 +284,7 @@ def _listed(some: Any, known: Iterable[Any], what: str) -> list[Any]:
 
 # %% ../../nbs/recipes/19_sweep.ipynb #87e73877
 NAMES = ("relation", "sub", "obj", "uuid")
-"Columns that say what an item is."
+"Columns that say what an item is; a uuid says it alone."
 
 
 def by_name(pairs: Pairs) -> Pairs:
@@ -292,7 +292,8 @@ def by_name(pairs: Pairs) -> Pairs:
     known = (*pairs.items, *pairs.groups)
     names = [name for name in NAMES if name in pairs.scores and name not in known]
     if not pairs.items or not names: return pairs
-    named = pairs.scores[names].notna().all(axis=1)
+    said = pairs.scores[names].notna()
+    named = said.all(axis=1) | said.get("uuid", False)
     items = _words(pairs.scores, names).where(named, _words(pairs.scores, pairs.items))
     return replace(pairs, scores=pairs.scores.assign(_item=items), items=["_item"])
 

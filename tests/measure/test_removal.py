@@ -19,6 +19,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import Facts, encode, read_facts
 from subnet_explorer.data.grammar import sentences, treebank
+from subnet_explorer.data.texts import blocks
 from subnet_explorer.measure.ask import Answers, Precision, cloze
 from subnet_explorer.measure.fluency import perplexity, text_nll
 from subnet_explorer.measure.removal import REMOVAL, Removal, removal, removal_table
@@ -154,6 +155,17 @@ def test_texts_by_themselves_and_together(models, name):
     assert perplexity(model, tok, TEXTS) == pytest.approx(math.exp(t.nll.sum() / t.tokens.sum()), rel=1e-9)
     assert t.tokens.tolist() == [len(tok(x, add_special_tokens=False).input_ids) for x in TEXTS]
     for i in (0, 11): assert text_nll(model, tok, [TEXTS[i]]).nll[0] == pytest.approx(t.nll[i], rel=1e-5)
+
+
+def test_texts_are_called_by_what_they_say(gpt2):
+    "Whatever their order, and twice the same text is two items."
+    said = ["the dog sleeps .", "a bird can fly .", "the dog sleeps ."]
+    one = removal(*gpt2, {"full": None}, {"text": said}).set_index("uuid").logprob
+    other = removal(*gpt2, {"full": None}, {"text": said[::-1]}).set_index("uuid").logprob
+    assert one.index.is_unique and set(one.index) == set(other.index)
+    assert one.loc[other.index].to_numpy() == pytest.approx(other.to_numpy(), rel=1e-5)
+    joined = blocks(gpt2[1], said, 4)
+    assert removal(*gpt2, {"full": None}, {"text": joined}).uuid.is_unique
 
 
 def test_removal_refuses(gpt2, pocket_bert, some):

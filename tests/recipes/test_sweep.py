@@ -303,8 +303,11 @@ def test_items_are_paired_by_what_they_are(pocket_bert):
     scores = pd.DataFrame(rows, columns=["under", "item", "sub", "score"]).assign(obj="o", relation="r", uuid="u")
     found = by_name(Pairs(scores, items=["item"], contrasts=[("b", "a")])).gains()
     assert found[["items", "mean"]].values.tolist() == [[1, 3.0]]
-    texts = scores.assign(sub=None)
-    assert by_name(Pairs(texts, items=["item"], contrasts=[("b", "a")])).gains().iloc[0]["mean"] == 5.5
+    texts = scores.assign(relation=None, sub=None, obj=None, uuid=["x", "y", "y", "z"])
+    found = by_name(Pairs(texts, items=["item"], contrasts=[("b", "a")])).gains()
+    assert found[["items", "mean"]].values.tolist() == [[1, 3.0]]
+    nameless = texts.assign(uuid=None)
+    assert by_name(Pairs(nameless, items=["item"], contrasts=[("b", "a")])).gains().iloc[0]["mean"] == 5.5
 
 
 # ── what fails, and what is refused ──────────────────────────────────────────────────────────────────────────────────
