@@ -126,7 +126,7 @@ def _run_of(entry: Mask | Path | Run) -> Run | None:
     is_run = isinstance(entry, Path) and entry.name == MASK and (entry.parent / CONFIG).exists()
     return Run.open(entry.parent) if is_run and isinstance(entry, Path) else None
 
-# %% ../../nbs/recipes/20_relations.ipynb #92b465d4
+# %% ../../nbs/recipes/20_relations.ipynb #55545b3b
 def _check_grid(masks: Masks, what: str) -> None:
     "Raise `BadRelations` unless every relation has the same seeds, each once."
     if not len(masks): raise BadRelations("there is no relation mask: no mask was given.")
@@ -142,9 +142,10 @@ def _check_grid(masks: Masks, what: str) -> None:
         raise BadRelations(f"{what} hold two masks of {task} with seed {seed}: give those of one study.")
     seeds = set(grid.seed)
     for task, of in grid.groupby("task", sort=False).seed:
-        if lost := seeds - set(of):
-            raise BadRelations(f"{task} has no mask with seed {', '.join(map(str, sorted(lost, key=str)))}, which other "
-                               "relations have: finish its searches, or leave the seed out with masks.sel(seed=…).")
+        if not (lost := seeds - set(of)): continue
+        named = ", ".join(map(str, sorted(lost, key=str)))
+        raise BadRelations(f"{task} has no mask with seed {named}, which other relations have: finish its searches, or "
+                           "leave the seed out with masks.sel(seed=…).")
 
 # %% ../../nbs/recipes/20_relations.ipynb #8cc6342e
 class DifferentStarts(SubnetError):
