@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from .study import Bench, Section, Study, few_note, recipe, settings_of
 # %% auto #0
 __all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text', 'relation_table', 'flips',
            'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of', 'Start', 'mean_logit', 'fine_tuned_answers',
-           'measured', 'lamp_results', 'lamp_sections', 'lamp_ablation']
+           'fine_tuned', 'measured', 'lamp_results', 'lamp_sections', 'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
 @dataclass(frozen=True, kw_only=True)
@@ -297,11 +298,18 @@ def mean_logit(kept: float) -> float:      # 0…1
 def fine_tuned_answers(
     model: nn.Module, tok: Any, data: Split, relation: str, known: Facts, batch: int,
 ) -> pd.DataFrame:
-    "Test answers of a copy of the model fine-tuned on one relation, the best of four states on development facts."
+    "Test answers of the model fine-tuned on one relation."
+    with fine_tuned(model, tok, data, relation, batch):
+        return cloze(model, tok, data.test[relation], {"fine-tuned": None}, known)
+
+
+@contextmanager
+def fine_tuned(model: nn.Module, tok: Any, data: Split, relation: str, batch: int) -> Iterator[None]:
+    "The model fine-tuned on one relation within the block, the best of four states on development facts."
     goal, monitor = Cloze(data.train[relation]), Precision(data.dev[relation])
     with preserved(model):
         fit(model, tok, goal, steps=100, lr=3e-4, batch=batch, monitor=monitor, every=25)
-        return cloze(model, tok, data.test[relation], {"fine-tuned": None}, known)
+        yield
 
 # %% ../../nbs/recipes/06_lamp.ipynb #0109b9c6
 def measured(

@@ -82,7 +82,8 @@ def test_ranks_are_those_of_a_plain_loop(pocket_bert, mask):
 def test_published_ranks_drop_what_is_no_candidate(pocket_bert):
     "A rank of 4 becomes 1 if none of the best three is a candidate; a rank of 6 is nothing."
     t = link_ranks(*pocket_bert, POCKET["MadeOf"], {"full": None}, candidates=POCKET["MadeOf"])
-    assert (t.published[t["rank"] > TOP] == 0).all() and (1 / t.published[t.published > 0] <= t["rank"]).all()
+    there = t[t.published > 0]
+    assert (t.published[t["rank"] > TOP] == 0).all() and (1 / there.published <= there["rank"]).all()
     better = t[(t["rank"] > 1) & (t["rank"] <= TOP) & (t.published == 1)]
     assert len(better)
 
