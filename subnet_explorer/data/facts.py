@@ -455,20 +455,14 @@ def _with_subject(
     return re.sub(place, put, fact.prompt, count=1)
 
 # %% ../../nbs/data/01_facts.ipynb #67928d23
-def object_ids(
-    tok: Any,          # tokenizer
-    fact: Fact,
-) -> list[int]:        # empty if the vocabulary lacks a part of the object
+def object_ids(tok: Any, fact: Fact) -> list[int]:      # empty if the vocabulary lacks a part of the object
     "Find the tokens that answer a fact's prompt."
     before = fact.prompt.split("[MASK]")[0]
     ids = list(tok((" " if before[-1:].isspace() else "") + fact.object, add_special_tokens=False).input_ids)
     return [] if tok.unk_token_id in ids else ids
 
 
-def object_id(
-    tok: Any,          # tokenizer
-    fact: Fact,
-) -> int | None:       # token id, or None if the object is not one token
+def object_id(tok: Any, fact: Fact) -> int | None:      # token id, or None if the object is not one token
     "Find the token that answers a fact's prompt."
     ids = object_ids(tok, fact)
     return ids[0] if len(ids) == 1 else None
@@ -545,15 +539,11 @@ def encode(
     if answer is None: raise BadFacts(f"the object {fact.object!r} is not one token: {_FILTER}")
     return ids, position, answer
 
-
+# %% ../../nbs/data/01_facts.ipynb #1ca7ca9e
 _FILTER = "filter with answerable(facts, tok) first."
 
 
-def encode_prompt(
-    tok: Any,                    # tokenizer
-    fact: Fact,
-    causal: bool,                # whether the model reads from left to right
-) -> tuple[list[int], int]:      # token ids, position that predicts the object
+def encode_prompt(tok: Any, fact: Fact, causal: bool) -> tuple[list[int], int]:      # ids, position of the answer
     "Encode a prompt whatever its answer is; raise `BadFacts` if it is too long or has no place for one."
     if too_long(tok, fact):
         limit = f"the {tok.model_max_length} tokens this model can read"

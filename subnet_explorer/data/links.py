@@ -16,7 +16,7 @@ from .graphs import concept, triple
 # %% auto #0
 __all__ = ['SEEN', 'SEVERAL_WORDS', 'ELSEWHERE', 'KNOWN', 'link', 'held_out', 'in_relations', 'one_word', 'apart', 'joined']
 
-# %% ../../nbs/data/13_links.ipynb #f262da18
+# %% ../../nbs/data/13_links.ipynb #100fe310
 SEEN = "also in what the masks were trained on"
 SEVERAL_WORDS = "subject or object of several words"
 ELSEWHERE = "also in another part"
@@ -54,7 +54,7 @@ def held_out(
     raise BadFacts(f"nothing is left of {facts.name}: all of its {len(facts):,} facts are {why} ({told.name}). Give "
                    "others, or of what was trained on only the part that was.")
 
-
+# %% ../../nbs/data/13_links.ipynb #37274a44
 @checked
 def in_relations(
     facts: Facts,
