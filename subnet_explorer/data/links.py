@@ -54,7 +54,7 @@ def held_out(
     raise BadFacts(f"nothing is left of {facts.name}: all of its {len(facts):,} facts are {why} ({told.name}). Give "
                    "others, or of what was trained on only the part that was.")
 
-# %% ../../nbs/data/13_links.ipynb #37274a44
+# %% ../../nbs/data/13_links.ipynb #43a5e2aa
 @checked
 def in_relations(
     facts: Facts,
@@ -68,18 +68,20 @@ def in_relations(
 @checked
 def one_word(facts: Facts) -> Facts:      # the others are counted in `.skipped`
     "Keep the facts whose subject and object are one word each, as LAMP does; raise `BadFacts` if there is none."
-    found = _kept(facts, lambda fact: len(fact.subject.split()) == 1 == len(fact.object.split()), SEVERAL_WORDS)
+    found = _kept(facts,
+                  lambda fact: len(fact.subject.split()) == 1 == len(fact.object.split()), SEVERAL_WORDS)
     if len(found): return found
     raise BadFacts(f"no fact of {facts.name} has a subject and an object of one word each.")
 
-# %% ../../nbs/data/13_links.ipynb #34f15230
+# %% ../../nbs/data/13_links.ipynb #f5345616
 @checked
 def apart(parts: Mapping[str, Facts]) -> dict[str, Facts]:      # by name; the first keeps what it has
     "Take from every part what an earlier one states; raise `BadFacts` if nothing is left of one."
     found: dict[str, Facts] = {}
     told: tuple[Fact, ...] = ()
     for name, facts in parts.items():
-        found[name] = held_out(facts, Facts(told, ", ".join(found)), ELSEWHERE) if told else facts
+        found[name] = held_out(facts, Facts(told, ", ".join(found)),
+                               ELSEWHERE) if told else facts
         told += found[name].items
     return found
 

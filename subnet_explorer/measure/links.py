@@ -96,7 +96,7 @@ def _log_probabilities(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Ten
     "Log-probabilities of some tokens, in the very order of their logits."
     return logits[:, list(tokens)].double() - logits.logsumexp(-1, keepdim=True).double()
 
-# %% ../../nbs/measure/11_links.ipynb #a256bfb2
+# %% ../../nbs/measure/11_links.ipynb #ed67017a
 class _Objects:
     "The tokens of objects, each looked up once."
 
@@ -125,11 +125,13 @@ def _groups(facts: Facts) -> Iterator[tuple[Facts, bool]]:
 
 
 def _pool(
-    gold: Sequence[Tokens], every: Iterable[Tokens], several: str | None, most: int | None, seed: str,
+    gold: Sequence[Tokens], every: Iterable[Tokens], several: str | None, most: int | None,
+    seed: str,
 ) -> list[Tokens]:
     "Candidates for objects of one relation: distinct, short ones first."
     usable = [t for t in dict.fromkeys([*gold, *every]) if len(t) == 1 or (t and several)]
-    if several is None or most is None or len(usable) <= most: return sorted(usable, key=_by_length)
+    if several is None or most is None or len(usable) <= most: return sorted(usable,
+                                                                             key=_by_length)
     right = dict.fromkeys(gold)
     others = sorted((t for t in usable if t not in right), key=_by_length)
     drawn = random.Random(f"candidates-{seed}").sample(others, max(0, most - len(right)))
@@ -144,7 +146,7 @@ def _in_lengths(pool: Iterable[Tokens]) -> dict[int, list[Tokens]]:
     for tokens in pool: found.setdefault(len(tokens), []).append(tokens)
     return found
 
-# %% ../../nbs/measure/11_links.ipynb #b9f02cce
+# %% ../../nbs/measure/11_links.ipynb #01b8e435
 @checked
 def link_reads(
     tok: Any,
@@ -160,11 +162,13 @@ def link_reads(
     for of, space in _groups(facts):
         relation, gold = of.items[0].relation, objects.tokens((f.object for f in of), space)
         pool = _pool(gold, objects.tokens(words, space), several, most, f"{seed}-{relation}")
-        fillings = sum(len(_fillings(some, several or SEVERAL[0])) for some in _in_lengths(pool).values())
-        rows.append({"relation": relation, "facts": len(of), "candidates": len(pool), "reads": len(of) * fillings})
+        fillings = sum(len(_fillings(some,
+                                     several or SEVERAL[0])) for some in _in_lengths(pool).values())
+        rows.append({"relation": relation, "facts": len(of), "candidates": len(pool),
+                     "reads": len(of) * fillings})
     return pd.DataFrame(rows).groupby("relation", sort=False, as_index=False).sum()
 
-# %% ../../nbs/measure/11_links.ipynb #f9f36d92
+# %% ../../nbs/measure/11_links.ipynb #3a1d07bb
 NO_TOKENS = "object has an unknown token"
 NOT_ONE = "object is not one token"
 LONG = "prompt too long"
@@ -187,7 +191,8 @@ def rankable(
         elif not n: why = NO_TOKENS
         elif _longer_than(tok, fact, n, most): why = LONG
         else: kept.append(fact)
-        if why: skipped.setdefault(fact.relation, {})[why] = skipped.get(fact.relation, {}).get(why, 0) + 1
+        if why: skipped.setdefault(fact.relation, {})[why] = skipped.get(fact.relation,
+                                                                         {}).get(why, 0) + 1
     if kept: return replace(facts, items=tuple(kept), skipped=skipped)
     hint = "" if several else f" Objects of several tokens are ranked with several={SEVERAL[0]!r}."
     raise BadFacts(f"none of the {len(facts):,} objects of {facts.name} can be ranked with this tokenizer.{hint}")
@@ -195,7 +200,8 @@ def rankable(
 
 def _longer_than(tok: Any, fact: Fact, n: int, most: int) -> bool:
     "Whether a prompt with `n` tokens for the object has more tokens than the model reads."
-    return too_long(tok, fact) or (n > 1 and len(encode_prompt(tok, fact, False)[0]) + n - 1 > most)
+    return too_long(tok, fact) or (n > 1 and len(encode_prompt(tok, fact,
+                                                               False)[0]) + n - 1 > most)
 
 
 def _check_several(model: nn.Module, several: str | None) -> None:
@@ -252,7 +258,7 @@ def _right_objects(known: Facts) -> defaultdict[tuple[str, str], set[str]]:
     for fact in known: found[fact.relation, fact.subject].add(fact.object)
     return found
 
-# %% ../../nbs/measure/11_links.ipynb #c4f95dc5
+# %% ../../nbs/measure/11_links.ipynb #099622a4
 @dataclass(frozen=True)
 class _Asked:
     "Facts of one relation with their candidates."
@@ -275,13 +281,15 @@ def _asked(
         raise BadFacts(f"the object {fact.object!r} cannot be ranked: it has {len(tokens)} known tokens. Leave such "
                        "facts out, and count them, with rankable(facts, model, tok).")
     causal = is_causal(model)
-    prompts, mask = [encode_prompt(tok, fact, causal) for fact in facts], None if causal else tok.mask_token_id
+    prompts, mask = [encode_prompt(tok, fact,
+                                   causal) for fact in facts], None if causal else tok.mask_token_id
     by_length = _in_lengths(pool)
     one = _Blanks(model, mask, prompts, by_length.pop(1, [(0,)]), how, first)
-    longer = [_Blanks(model, mask, prompts, objects, how, first) for objects in by_length.values()]
+    longer = [_Blanks(model, mask, prompts, objects, how,
+                      first) for objects in by_length.values()]
     return _Asked(facts, pool, gold, right, one, longer)
 
-# %% ../../nbs/measure/11_links.ipynb #0c2b07dc
+# %% ../../nbs/measure/11_links.ipynb #1941504f
 def _rows(asked: _Asked, tok: Any, vocabulary: set[int]) -> Iterator[dict[str, Any]]:
     "Ranks of every fact, under what the model is now."
     places = {tokens: k for k, tokens in enumerate(asked.pool)}
@@ -299,7 +307,8 @@ def _rows(asked: _Asked, tok: Any, vocabulary: set[int]) -> Iterator[dict[str, A
         among = 1 + int(better.sum())
         if asked.longer: one[i]["answer"] = tok.decode(list(asked.pool[int(of.argmax())])).strip()
         yield {"relation": f.relation, "uuid": f.uuid, "sub": f.subject, "obj": f.object,
-               "tokens": len(asked.gold[i]), **one[i], "logprob": float(of[at]), "among": among,
+               "tokens": len(asked.gold[i]), **one[i], "logprob": float(of[at]),
+               "among": among,
                "among_filtered": among - before, "candidates": len(asked.pool)}
 
 
@@ -312,7 +321,8 @@ def _single_ranks(
         found = {"rank": np.nan, "filtered": np.nan, "published": np.nan}
         if len(asked.gold[i]) == 1:
             (gold,) = asked.gold[i]
-            better, left = logits[k] > logits[k, gold], [token for token in best[k] if token in vocabulary]
+            better, left = logits[k] > logits[k,
+                                              gold], [token for token in best[k] if token in vocabulary]
             rank, before = 1 + int(better.sum()), sum(bool(better[t[0]]) for t in asked.right[i] if len(t) == 1)
             reciprocal = 1 / (1 + left.index(gold)) if gold in left else 0.0
             found = {"rank": rank, "filtered": rank - before, "published": reciprocal}

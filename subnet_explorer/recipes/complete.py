@@ -48,10 +48,11 @@ from .lamp import fine_tuned
 __all__ = ['RANKS', 'ONE_HOP', 'TWO_HOPS', 'POCKET', 'PUBLISHED', 'CompleteStudy', 'scored', 'read_triples', 'complete',
            'published_table']
 
-# %% ../../nbs/recipes/21_complete.ipynb #88ea096b
+# %% ../../nbs/recipes/21_complete.ipynb #8b705595
 RANKS = ("rank", "filtered", "among", "among_filtered", "published")
 "What an object is ranked in; the last is the reciprocal rank of the published protocol."
-ONE_HOP, TWO_HOPS = "one hop", "two hops"
+ONE_HOP = "one hop"
+TWO_HOPS = "two hops"
 _MEASURES = ("MRR", "P@1", "P@2", "P@3")
 
 # %% ../../nbs/recipes/21_complete.ipynb #5b382a27
@@ -97,7 +98,7 @@ class CompleteStudy(Study):
 
     def shown(self) -> str: return f"{self.summary().to_string()}\n\n{_gains_of(self).to_string(index=False)}"
 
-# %% ../../nbs/recipes/21_complete.ipynb #0c9d7966
+# %% ../../nbs/recipes/21_complete.ipynb #6b0e7e58
 def scored(
     items: pd.DataFrame,      # from `link_ranks`, with seed, shift and draw
     measure: str,             # MRR or P@K
@@ -116,7 +117,8 @@ def scored(
 def _pairs(scores: pd.DataFrame, cases: Sequence[str], groups: Sequence[str]) -> Pairs:
     others = [name for name in scores.under.unique() if name != "subnetwork"]
     contrasts = [("subnetwork", name) for name in others]
-    return Pairs(scores, DRAWN, cases, contrasts, items=["uuid", "sub", "obj"], groups=groups, bounds=(0, 1))
+    return Pairs(scores, DRAWN, cases, contrasts, items=["uuid", "sub", "obj"], groups=groups,
+                 bounds=(0, 1))
 
 
 def _means(items: pd.DataFrame, main: str) -> pd.DataFrame:
@@ -132,13 +134,14 @@ def _means(items: pd.DataFrame, main: str) -> pd.DataFrame:
     found = pd.concat(parts, ignore_index=True).rename(columns={"mean": "value", "items": "n"})
     return found[["test", "relation", "under", "rank", "measure", "value", "low", "high", "n"]]
 
-# %% ../../nbs/recipes/21_complete.ipynb #d283d710
+# %% ../../nbs/recipes/21_complete.ipynb #cebdee05
 def _summary(study: CompleteStudy) -> pd.DataFrame:
     t = study.scores[study.scores.relation == "macro"]
     t = t[t["rank"].isin([study.rank, "rank", "published"]) & t.measure.isin(["MRR", "P@1"])]
     texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
     names = t.measure + " " + t["rank"].replace({"rank": "raw"}).str.replace("_", " ")
-    wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column", values="text")
+    wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column",
+                                                    values="text")
     order = list(dict.fromkeys(zip(t.test, t.under, strict=True)))
     return wide.loc[order, list(dict.fromkeys(names))].rename_axis(columns=None)
 
@@ -146,14 +149,15 @@ def _summary(study: CompleteStudy) -> pd.DataFrame:
 def _by_relation(study: CompleteStudy, measure: str, rank: str) -> pd.DataFrame:
     check_names([measure], _MEASURES, "measure")
     t = study.scores[(study.scores.measure == measure) & (study.scores["rank"] == rank)]
-    wide = t.pivot(index=["test", "relation"], columns="under", values="value")[list(t.under.unique())]
+    wide = t.pivot(index=["test", "relation"], columns="under",
+                   values="value")[list(t.under.unique())]
     return wide.assign(n=t.groupby(["test", "relation"]).n.first()).rename_axis(columns=None)
 
 
 def _gains_of(study: CompleteStudy) -> pd.DataFrame:
     return study.gains()[["test", "of", "against", "mean", "low", "high", "p"]].round(4)
 
-# %% ../../nbs/recipes/21_complete.ipynb #3ddbb620
+# %% ../../nbs/recipes/21_complete.ipynb #585ef51b
 def read_triples(
     model: nn.Module,
     tok: Any,
@@ -170,12 +174,15 @@ def read_triples(
     "Read what `complete` needs as a shell names it."
     names = None if relations is None else ",".join(relations)
     read = partial(read_facts, relations=names, strict=not lenient)
-    told: Facts | Split | None = None if trained_on is None else read_facts(trained_on, strict=not lenient)
+    told: Facts | Split | None = None if trained_on is None else read_facts(trained_on,
+                                                                            strict=not lenient)
     if isinstance(told, Facts) and split_seed is not None:
         told = split(answerable(told, tok), split_seed)
         _check_split(Path(masks), told)
-    return {"triples": read(triples, templates=templates), "masks": relation_masks(masks, model),
-            "graph": None if graph is None else read_facts(graph, templates=templates, strict=not lenient),
+    return {"triples": read(triples, templates=templates),
+            "masks": relation_masks(masks, model),
+            "graph": None if graph is None else read_facts(graph, templates=templates,
+                                                           strict=not lenient),
             "trained_on": told}
 
 
@@ -188,7 +195,7 @@ def _check_split(folder: Path, told: Split) -> None:
                        "name the facts and the split seed of that study, or leave the seed out, so that all facts "
                        "count as told.")
 
-# %% ../../nbs/recipes/21_complete.ipynb #de92e89c
+# %% ../../nbs/recipes/21_complete.ipynb #4d187dab
 POCKET = {"templates": None, "trained_on": "pocket", "split_seed": 0}
 "Settings that suit the pocket models: their world is asked in its own words."
 
@@ -217,12 +224,14 @@ def complete(
 ) -> CompleteStudy:
     "Complete triples under the subnetwork of their relation (LAMP)."
     settings = settings_of(complete, locals())
-    given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks, "data", None))
+    given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks,
+                                                                                       "data", None))
     if fine_tuned and given.split is None:
         raise SubnetError("fine-tuning needs to know what to train on and what to choose by: give a split as "
                           "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
     asked = _questions(model, tok, given, settings)
-    bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP], **_second(asked)},
+    bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP],
+                                                                    **_second(asked)},
                   settings)
     return bench.finished(_measured(bench, model, tok, given, asked, settings))
 
@@ -230,7 +239,7 @@ def complete(
 def _second(asked: Mapping[str, Facts]) -> dict[str, Facts]:
     return {TWO_HOPS: asked[TWO_HOPS]} if TWO_HOPS in asked else {}
 
-# %% ../../nbs/recipes/21_complete.ipynb #a2812f0b
+# %% ../../nbs/recipes/21_complete.ipynb #6e5b0b78
 @dataclass(frozen=True)
 class _Given:
     "What a study starts from."
@@ -250,7 +259,8 @@ def _given(masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on
     return _Given(masks, triples, Facts(known, (graph or triples).name), told, cut)
 
 
-def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str, Any]) -> dict[str, Facts]:
+def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str,
+                                                                            Any]) -> dict[str, Facts]:
     "Facts to be asked, by test; raise an error that says what is missing."
     common = [r for r in given.triples.relations if r in given.masks.relations]
     if not common:
@@ -268,56 +278,68 @@ def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str,
     return found
 
 
-def _usable(model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str, Any]) -> Facts:
+def _usable(model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str,
+                                                                                       Any]) -> Facts:
     "What was not told, and can be asked."
     if settings["one_word"]: facts = one_word(facts)
     if given.told is not None: facts = held_out(facts, given.told)
     return rankable(facts, model, tok, settings["several"])
 
-# %% ../../nbs/recipes/21_complete.ipynb #f40b2d84
-def _identity(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any]) -> dict[str, Any]:
+# %% ../../nbs/recipes/21_complete.ipynb #a3722693
+def _identity(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str,
+                                                                           Any]) -> dict[str, Any]:
     "What tells this study from others."
     space = given.masks[0].space
     ids = [[labels["task"], labels["seed"], mask.id] for labels, mask in given.masks]
-    made = {"recipe": "complete", "model": str(space.model), "space": space.id, "masks": digest(ids),
+    made = {"recipe": "complete", "model": str(space.model), "space": space.id,
+            "masks": digest(ids),
             "soft": bool(given.masks.soft), "graph": given.graph.fingerprint,
             "trained_on": None if given.told is None else given.told.fingerprint}
-    return {**made, "questions": {test: facts.fingerprint for test, facts in asked.items()}, **settings,
+    return {**made, "questions": {test: facts.fingerprint for test, facts in asked.items()},
+            **settings,
             "two_hop": list(settings["two_hop"])}
 
-# %% ../../nbs/recipes/21_complete.ipynb #cca29d33
+# %% ../../nbs/recipes/21_complete.ipynb #c25ff3e7
 def _measured(
-    bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any],
+    bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts],
+    settings: Mapping[str, Any],
 ) -> CompleteStudy:
     "Ask everything, and collect the study."
     how = {"candidates": given.graph, "several": settings["several"], "most": settings["most"],
            "seed": settings["candidate_seed"]}
     items = _answers(bench, model, tok, given, asked, settings, how)
     rank = "among_filtered" if settings["several"] else "filtered"
-    reads = pd.concat([link_reads(tok, facts, **how).assign(test=test) for test, facts in asked.items()])
+    reads = pd.concat([link_reads(tok, facts, **how).assign(test=test) for test,
+                       facts in asked.items()])
     sizes = {test: len(facts) for test, facts in asked.items()}
     return CompleteStudy(
-        masks=given.masks, tables={"items": items, "scores": _means(items, rank), "reads": reads},
-        config=bench.config, model_name=given.masks[0].space.model.name, seconds=bench.seconds, folder=bench.folder,
+        masks=given.masks, tables={"items": items, "scores": _means(items, rank),
+                                   "reads": reads},
+        config=bench.config, model_name=given.masks[0].space.model.name, seconds=bench.seconds,
+        folder=bench.folder,
         notes=(*few_note("triples", sizes), *_notes(given, asked, settings)),
         triples=asked[ONE_HOP], hops=asked.get(TWO_HOPS), rank=rank,
     )
 
-# %% ../../nbs/recipes/21_complete.ipynb #a257e07f
+# %% ../../nbs/recipes/21_complete.ipynb #ff96f0d0
 def _answers(
-    bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any],
+    bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts],
+    settings: Mapping[str, Any],
     how: Mapping[str, Any],
 ) -> pd.DataFrame:
     "Answers under all conditions, test by test and relation by relation."
     every, tables = list(dict.fromkeys(r for facts in asked.values() for r in facts.relations)), []
     under = relation_conditions(given.masks, every, settings["random"], settings["mismatched"])
-    cells = [{"test": test, "task": r} for test, facts in asked.items() for r in facts.relations]
+    cells = [{"test": test, "task": r} for test,
+             facts in asked.items() for r in facts.relations]
     for cell in bench.cells("relation", cells):
-        ask = partial(link_ranks, model, tok, asked[cell["test"]][cell["task"]], known=given.graph, **how)
+        ask = partial(link_ranks, model, tok, asked[cell["test"]][cell["task"]],
+                      known=given.graph, **how)
         name = f"{cell['test']}-{cell['task']}".replace(" ", "-")
         found = [bench.table(name, partial(ask, under))]
         if settings["fine_tuned"] and given.split is not None:
-            with_copy = partial(_tuned, model, tok, given.split, cell["task"], settings["batch"], ask)
+            with_copy = partial(_tuned, model, tok, given.split, cell["task"],
+                                settings["batch"], ask)
             found.append(bench.table(f"fine-tuned-{name}", with_copy))
         tables += [with_draws(t.assign(test=cell["test"]), given.masks.seeds) for t in found]
     return pd.concat(tables, ignore_index=True)
@@ -330,7 +352,8 @@ def _tuned(
     with fine_tuned(model, tok, data, relation, batch): return ask({"fine-tuned": None})
 
 
-def _notes(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any]) -> Iterator[str]:
+def _notes(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str,
+                                                                        Any]) -> Iterator[str]:
     "What a reader of the numbers must be told."
     if given.told is None:
         yield ("Nobody said what the masks were trained on: triples among it may have been asked. Give trained_on, in "
@@ -341,12 +364,15 @@ def _notes(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any
         yield (f"Objects of several tokens compete with at most {settings['most']} candidates a relation, scored "
                f"{settings['several']}; ranks among these are no ranks over a vocabulary.")
 
-# %% ../../nbs/recipes/21_complete.ipynb #164ba68f
+# %% ../../nbs/recipes/21_complete.ipynb #97ecab14
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     ONE_HOP: {      # table 3, test
-        "DistMult": (10.5, 5.4, 8.4, 10.9), "ComplEx": (13.6, 8.2, 12.4, 15.7), "ConvE": (21.9, 13.5, 18.9, 24.0),
-        "TuckER": (21.6, 14.0, 20.4, 24.0), "SACN": (24.2, 14.4, 22.1, 28.0), "InteractE": (23.3, 14.9, 21.9, 26.5),
-        "DistilBERT, full": (10.8, 5.8, 9.6, 11.2), "DistilBERT, subnetwork": (23.4, 14.8, 22.2, 26.5),
+        "DistMult": (10.5, 5.4, 8.4, 10.9), "ComplEx": (13.6, 8.2, 12.4, 15.7), "ConvE": (21.9,
+                                                                                          13.5, 18.9, 24.0),
+        "TuckER": (21.6, 14.0, 20.4, 24.0), "SACN": (24.2, 14.4, 22.1, 28.0),
+        "InteractE": (23.3, 14.9, 21.9, 26.5),
+        "DistilBERT, full": (10.8, 5.8, 9.6, 11.2), "DistilBERT, subnetwork": (23.4, 14.8,
+                                                                               22.2, 26.5),
         "BERT, full": (14.3, 8.3, 13.7, 16.6), "BERT, subnetwork": (22.8, 14.3, 20.9, 26.0),
         "RoBERTa, full": (9.4, 5.1, 7.1, 9.3), "RoBERTa, subnetwork": (9.5, 6.1, 7.6, 11.4),
         "MPNet, full": (11.1, 6.0, 9.9, 11.7), "MPNet, subnetwork": (20.0, 11.4, 18.8, 22.9)},
@@ -363,21 +389,26 @@ def published_table(test: str) -> pd.DataFrame:      # columns published, MRR (o
     "A published table as shares of 1."
     rows = PUBLISHED[check_names([test], PUBLISHED, "test")[0]]
     columns = _MEASURES[-len(next(iter(rows.values()))):]
-    return pd.DataFrame([dict(zip(("published", *columns), (name, *(v / 100 for v in values)), strict=True))
+    return pd.DataFrame([dict(zip(("published", *columns), (name, *(v / 100 for v in values)),
+                                  strict=True))
                          for name, values in rows.items()])
 
-# %% ../../nbs/recipes/21_complete.ipynb #de37c4f6
+# %% ../../nbs/recipes/21_complete.ipynb #76782c4a
 def _sections(study: CompleteStudy) -> Iterator[Section]:
     "The parts of the report."
     for test in study.items.test.unique():
         t = study.scores[(study.scores.test == test) & (study.scores["rank"] == study.rank)]
         mrr = t[(t.relation == "macro") & (t.measure == "MRR")].rename(columns={"under": "condition"})
         bars = curves.bars(mrr, title=f"MRR, {test}", label="MRR")
-        yield (f"Completing triples: {test}", "Mean reciprocal rank, mean over relations; intervals are 95 % intervals "
-               "over triples and repetitions.", [bars, study.summary().loc[test].reset_index(names="condition")])
+        yield (f"Completing triples: {test}",
+               "Mean reciprocal rank, mean over relations; intervals are 95 % intervals "
+               "over triples and repetitions.", [bars,
+                                                 study.summary().loc[test].reset_index(names="condition")])
         gains = _gains_of(study)
-        yield (f"Gains: {test}", "On the same triples, with the same seeds.", [gains[gains.test == test]])
+        yield (f"Gains: {test}", "On the same triples, with the same seeds.",
+               [gains[gains.test == test]])
         yield f"By relation: {test}", "MRR by condition.", [study.table().loc[test].reset_index()]
-        yield (f"As published: {test}", "Ren & Zhu 2022; other masks, other triples, larger models.",
+        yield (f"As published: {test}",
+               "Ren & Zhu 2022; other masks, other triples, larger models.",
                [published_table(test)])
     yield "What it cost", "Sequences that the model read under each mask.", [study.tables["reads"]]

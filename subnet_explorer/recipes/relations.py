@@ -31,7 +31,7 @@ from .study import Study
 __all__ = ['DRAWN', 'OF_SEEDS', 'BadRelations', 'RelationMasks', 'relation_masks', 'relation_runs', 'DifferentStarts',
            'check_one_start', 'relation_conditions', 'shifted', 'with_draws']
 
-# %% ../../nbs/recipes/20_relations.ipynb #ed5df57e
+# %% ../../nbs/recipes/20_relations.ipynb #9fa62a37
 class BadRelations(SubnetError):
     """Masks are not one for every relation and seed.
 
@@ -73,7 +73,8 @@ class RelationMasks(Masks):
         "By relation: what is applied, one a seed."
         found: dict[str, list[Mask | Scores]] = {}
         for labels, mask in self:
-            found.setdefault(labels["task"], []).append(self.soft.get((labels["task"], labels["seed"]), mask))
+            found.setdefault(labels["task"], []).append(self.soft.get((labels["task"],
+                                                                       labels["seed"]), mask))
         return found
 
     def sel(self, **labels: Any) -> RelationMasks:
@@ -147,7 +148,7 @@ def _check_grid(masks: Masks, what: str) -> None:
         raise BadRelations(f"{task} has no mask with seed {named}, which other relations have: finish its searches, or "
                            "leave the seed out with masks.sel(seed=…).")
 
-# %% ../../nbs/recipes/20_relations.ipynb #8cc6342e
+# %% ../../nbs/recipes/20_relations.ipynb #220956bd
 class DifferentStarts(SubnetError):
     """Masks that are to be joined started from different initial masks.
 
@@ -165,11 +166,13 @@ def check_one_start(
     masks: Masks,      # those that are to be joined
 ) -> None:
     "Raise `DifferentStarts` for masks that did not start alike: by record, else by how far they agree."
-    places, starts = [(row.get("task"), row.get("seed")) for row, _ in masks.rows()], getattr(masks, "starts", {})
+    places, starts = [(row.get("task"), row.get("seed")) for row,
+                      _ in masks.rows()], getattr(masks, "starts", {})
     if all(place in starts for place in places):
         others = [place for place in places if starts[place] != starts[places[0]]]
     else:
-        others = [place for place, (_, mask) in zip(places, masks, strict=True) if _kappa(masks[0], mask) < _AGREE]
+        others = [place for place, (_, mask) in zip(places, masks,
+                                                    strict=True) if _kappa(masks[0], mask) < _AGREE]
     if not others: return
     one, other = (f"{task} (seed {seed})" for task, seed in (places[0], others[0]))
     raise DifferentStarts(f"{one} and {other} started from different masks: joined, they keep most of the weights "
@@ -182,7 +185,7 @@ def _kappa(one: Mask, other: Mask) -> float:
     chance = one.density * other.density + one.sparsity * other.sparsity
     return (same - chance) / (1 - chance) if chance < 1 else 1.0
 
-# %% ../../nbs/recipes/20_relations.ipynb #093df08e
+# %% ../../nbs/recipes/20_relations.ipynb #60afaf89
 DRAWN = ("seed", "shift", "draw")
 "Columns of what is drawn, crossed with each other and with the questions."
 OF_SEEDS = ("subnetwork", "subnetwork (binary)", "mismatched")
@@ -197,13 +200,15 @@ def relation_conditions(
     mismatched: bool = True,                     # also the masks of all other relations
 ) -> dict[str, Condition]:                       # by name, then by relation where relations differ
     "Conditions as `cloze` takes them; raise `UnknownName` for a relation without masks."
-    asked = check_names(masks.relations if relations is None else relations, masks.relations, "relation with a mask")
+    asked = check_names(masks.relations if relations is None else relations, masks.relations,
+                        "relation with a mask")
     applied, binary = masks.subnetworks, RelationMasks(masks.rows()).subnetworks
     under: dict[str, Any] = {"full": None, "subnetwork": {r: applied[r] for r in asked}}
     if masks.soft: under["subnetwork (binary)"] = {r: binary[r] for r in asked}
     if random: under["random"] = {r: _random_like(binary[r][0], random) for r in asked}
     if mismatched and len(masks.relations) > 1:
-        under["mismatched"] = {r: [m for other in shifted(masks.relations, r) for m in applied[other]] for r in asked}
+        under["mismatched"] = {r: [m for other in shifted(masks.relations,
+                                                          r) for m in applied[other]] for r in asked}
     return under
 
 
@@ -217,7 +222,7 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
     i = list(relations).index(r)
     return [relations[(i + s) % len(relations)] for s in range(1, len(relations))]
 
-# %% ../../nbs/recipes/20_relations.ipynb #e15b139a
+# %% ../../nbs/recipes/20_relations.ipynb #35cbb552
 @checked
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
@@ -225,6 +230,7 @@ def with_draws(
 ) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not repeat is empty
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
     values = np.array(list(seeds), dtype=object)      # draws go through the seeds in turn
-    seed = pd.Series(values[items.draw % len(values)], items.index, dtype=object).where(items.under.isin(OF_SEEDS))
+    seed = pd.Series(values[items.draw % len(values)], items.index,
+                     dtype=object).where(items.under.isin(OF_SEEDS))
     shift = (1 + items.draw // len(values)).where(items.under == "mismatched")
     return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under == "random"))
