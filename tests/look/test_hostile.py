@@ -113,9 +113,11 @@ def html_of(cls: type, **more: Any) -> str:
 
 
 def of_recipes() -> dict[str, str]:
-    names = ("tickets", "tamt", "critical", "probe", "sweep")
-    tickets, tamt, critical, probe, sweep = (importlib.import_module(f"subnet_explorer.recipes.{n}") for n in names)
+    names = ("tickets", "tamt", "critical", "probe", "sweep", "complete")
+    tickets, tamt, critical, probe, sweep, complete = (
+        importlib.import_module(f"subnet_explorer.recipes.{n}") for n in names)
     return {
+        "CompleteStudy": html_of(complete.CompleteStudy, triples=facts(), hops=None, rank=PARTS[0]),
         "Tickets": html_of(tickets.Tickets, plan=types.SimpleNamespace(tasks=dict.fromkeys(HOSTILE))),
         "Tamt": html_of(tamt.Tamt, tasks=dict.fromkeys(HOSTILE)),
         "Critical": html_of(critical.Critical, material=PARTS[3]),
