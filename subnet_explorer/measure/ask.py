@@ -209,6 +209,7 @@ def predictions(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/00_ask.ipynb #a4767c8e
+@checked
 def prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
     "Encode a prompt and find the position of the answer; raise `SubnetError` if there is none."
     causal, n = is_causal(model), str(prompt).count("[MASK]")
