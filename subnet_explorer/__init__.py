@@ -46,8 +46,8 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant"),
-    "knowledge": ("data.graphs",),
+                 "measure.discordant", "measure.proposals", "measure.judged"),
+    "knowledge": ("data.graphs", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
@@ -57,7 +57,7 @@ _GATHERED = {
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),
     "transfer": ("tasks.relearn",),
-    "widgets": ("look.app", "look.annotator"),
+    "widgets": ("look.app", "look.annotator", "look.facts_annotator"),
 }
 # names that changed: the old ones warn for one version
 _RENAMED = {

@@ -26,7 +26,7 @@ from .stated import statement
 __all__ = ['PLAUSIBILITY', 'COLUMNS', 'Key', 'BadAnnotations', 'annotation_rows', 'fact_key', 'read_annotations', 'verdicts',
            'annotation_agreement']
 
-# %% ../../nbs/data/16_annotations.ipynb #58bb6b07
+# %% ../../nbs/data/16_annotations.ipynb #b331b0da
 PLAUSIBILITY = ("plausible", "not", "unclear")
 "What can be said of a fact, in the order of the keys; the first is what counts."
 COLUMNS = ("relation", "sub", "obj", "annotator", "label")
@@ -43,6 +43,7 @@ class BadAnnotations(SubnetError):
     """
 
 
+@checked
 def annotation_rows(path: Path) -> list[tuple[int, dict[str, str]]]:      # number of the line, columns by name
     "The rows of a file of annotations, as they are."
     with reading(path, BadAnnotations, "a .csv file"):
@@ -64,10 +65,11 @@ def _named(path: Path, n: int, header: Sequence[str], cells: Sequence[str]) -> d
     row = {name: from_cell(cell) for name, cell in zip(header, cells, strict=True)}
     return {**row, "annotator": row.get("annotator") or path.stem}
 
-# %% ../../nbs/data/16_annotations.ipynb #83e7538a
+# %% ../../nbs/data/16_annotations.ipynb #9d106e0d
 Key = tuple[str, str, str]      # relation, subject, object, as they are compared
 
 
+@checked
 def fact_key(row: Mapping[str, Any]) -> Key:
     "A fact as it is compared, of a row with the columns relation, sub and obj."
     return statement(str(row["relation"]), str(row["sub"]), str(row["obj"]), {})

@@ -28,6 +28,7 @@ from .views import Piece
 __all__ = ['HEADER', 'LabelSheet', 'Labeller', 'annotator_figure', 'Annotator']
 
 # %% ../../nbs/look/14_annotator.ipynb #337f8e2f
+@checked
 @dataclass(frozen=True)
 class LabelSheet:
     "What is to be labelled, and the file that holds the labels."

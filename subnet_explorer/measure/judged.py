@@ -30,10 +30,11 @@ from ..data.stated import Stated, statement
 # %% auto #0
 __all__ = ['Judge', 'Truth', 'truth_of', 'precision_at', 'by_chance']
 
-# %% ../../nbs/measure/14_judged.ipynb #469755bb
+# %% ../../nbs/measure/14_judged.ipynb #02e1d3a3
 Judge = Callable[[str, str, str], bool | None]
 
 
+@checked
 @dataclass(frozen=True)
 class Truth:
     "Who judges proposals."

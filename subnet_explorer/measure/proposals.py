@@ -26,8 +26,7 @@ from ..model.sequences import LOGITS, Sequences
 from .ask import Condition, check_finite, draws_of, first_block_changed_by, prompt_ids
 
 # %% auto #0
-__all__ = ['TOO_LONG', 'NO_WORD', 'TOGETHER', 'COLUMNS', 'REMOVED', 'questions_of', 'Words', 'walked', 'Proposals', 'propose',
-           'rank_of']
+__all__ = ['TOO_LONG', 'NO_WORD', 'TOGETHER', 'REMOVED', 'PROPOSED', 'questions_of', 'Proposals', 'propose']
 
 # %% ../../nbs/measure/13_proposals.ipynb #41095232
 TOO_LONG = "prompt too long"
@@ -47,13 +46,13 @@ def questions_of(
     skipped = {r: {TOO_LONG: n} for r, n in lost.items()}
     return replace(facts, items=tuple(found.values()), name=f"{facts.name}/questions", skipped=skipped)
 
-# %% ../../nbs/measure/13_proposals.ipynb #6173e167
+# %% ../../nbs/measure/13_proposals.ipynb #350d3564
 NO_WORD = "no word"
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 
 
 @dataclass
-class Words:
+class _Words:
     "The words that tokens are where an answer stands."
     tok: Any
     known: dict[tuple[int, bool], str] = field(default_factory=dict)
@@ -70,11 +69,11 @@ class Words:
         if not _WORD.fullmatch(word): return ""
         return word if object_id(self.tok, Fact("", "", word, prompt, "")) == token else ""
 
-# %% ../../nbs/measure/13_proposals.ipynb #6c70dc9e
-def walked(
+# %% ../../nbs/measure/13_proposals.ipynb #d4132497
+def _walked(
     tokens: Sequence[int],      # the most probable first
     question: Fact,
-    words: Words,
+    words: _Words,
     stated: Stated,
     each: int,                  # how many are kept
 ) -> Iterator[tuple[int, str, str]]:      # token, word, why it is not kept
@@ -88,7 +87,7 @@ def walked(
         yield token, word, why
         if len(kept) == each: return
 
-# %% ../../nbs/measure/13_proposals.ipynb #a301a723
+# %% ../../nbs/measure/13_proposals.ipynb #baf8000c
 TOGETHER = "together"
 "The mean log-probability of all draws of one condition."
 
@@ -121,7 +120,7 @@ def propose(
     check_head(model)
     coded = [prompt_ids(model, tok, f.prompt) for f in questions]
     drawn = {name: draws_of(condition, questions.relations[0]) for name, condition in under.items()}
-    words, rows = Words(tok), _Rows(stated, joined, each, depth)
+    words, rows = _Words(tok), _Rows(stated, joined, each, depth)
     with evaluating(model), torch.no_grad():
         first = first_block_changed_by(model, under)
         seqs = Sequences(model, [ids for ids, _ in coded], first)
@@ -130,12 +129,13 @@ def propose(
             part = np.arange(start, min(start + size, len(coded)))
             logprobs = _logprobs(model, seqs, part, [coded[i][1] for i in part], drawn, joined)
             rows.take([questions.items[i] for i in part], logprobs, words, objects)
-    return Proposals(pd.DataFrame(rows.kept, columns=COLUMNS), pd.DataFrame(rows.removed, columns=REMOVED))
+    return Proposals(pd.DataFrame(rows.kept, columns=PROPOSED), pd.DataFrame(rows.removed, columns=REMOVED))
 
-# %% ../../nbs/measure/13_proposals.ipynb #eb3a109f
-COLUMNS = ["under", "draw", "relation", "sub", "obj", "prompt", "logprob", "rank", "full_logprob", "full_rank",
-           "logprobs", "ranks"]
+# %% ../../nbs/measure/13_proposals.ipynb #9c05a07d
 REMOVED = ["under", "draw", "relation", "sub", "obj", "why"]
+"Columns of what is left aside."
+PROPOSED = [*REMOVED[:-1], "prompt", "logprob", "rank", "full_logprob", "full_rank", "logprobs", "ranks"]
+"Columns of what is proposed."
 _Drawn = dict[tuple[str, int], torch.Tensor]      # by condition and draw: log-probabilities, (question, vocabulary)
 
 
@@ -153,7 +153,7 @@ def _logprobs(
     several = [found[key] for key in found if key[0] == joined]
     return {**found, (TOGETHER, 0): torch.stack(several).mean(0)} if len(several) > 1 else found
 
-# %% ../../nbs/measure/13_proposals.ipynb #d8ffecbc
+# %% ../../nbs/measure/13_proposals.ipynb #1681b5cb
 @dataclass
 class _Rows:
     "Rows of proposals, and of what was left aside."
@@ -164,14 +164,14 @@ class _Rows:
     kept: list[dict[str, Any]] = field(default_factory=list)
     removed: list[dict[str, Any]] = field(default_factory=list)
 
-    def take(self, questions: Sequence[Fact], found: _Drawn, words: Words, objects: Sequence[str] | None) -> None:
+    def take(self, questions: Sequence[Fact], found: _Drawn, words: _Words, objects: Sequence[str] | None) -> None:
         "Add what every condition proposes for some questions."
         for (under, draw), logprobs in found.items():
             best = logprobs.topk(min(self.depth, logprobs.shape[1])).indices.tolist()
             for i, question in enumerate(questions):
                 tokens = best[i] if objects is None else _tokens_of(words.tok, objects, question, logprobs[i])
                 named = {"under": under, "draw": draw, "relation": question.relation, "sub": question.subject}
-                for token, word, why in walked(tokens, question, words, self.stated, self.each):
+                for token, word, why in _walked(tokens, question, words, self.stated, self.each):
                     row = {**named, "obj": word or words.tok.decode([token]).strip()}
                     if why: self.removed.append({**row, "why": why})
                     else:
@@ -182,12 +182,12 @@ class _Rows:
         "Log-probability and rank of a token under its condition, the full model, and each of the joined draws."
         own = found[at][i]
         full, draws = found["full", 0][i], [of[i] for (name, _), of in found.items() if name == self.joined]
-        return {"logprob": float(own[token]), "rank": rank_of(own, token),
-                "full_logprob": float(full[token]), "full_rank": rank_of(full, token),
-                "logprobs": [float(of[token]) for of in draws], "ranks": [rank_of(of, token) for of in draws]}
+        return {"logprob": float(own[token]), "rank": _rank_of(own, token),
+                "full_logprob": float(full[token]), "full_rank": _rank_of(full, token),
+                "logprobs": [float(of[token]) for of in draws], "ranks": [_rank_of(of, token) for of in draws]}
 
 
-def rank_of(values: torch.Tensor, token: int) -> int:      # values: (vocabulary,)
+def _rank_of(values: torch.Tensor, token: int) -> int:      # values: (vocabulary,)
     "One plus the number of tokens that are more probable."
     return 1 + int((values > values[token]).sum())
 

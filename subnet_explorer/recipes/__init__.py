@@ -32,6 +32,7 @@ from .sweep import sweep as sweep  # noqa: E402  (likewise)
 if TYPE_CHECKING:
     from .critical import critical as critical
     from .lamp import lamp as lamp
+    from .mine import mine as mine
     from .probe import probe as probe
     from .tamt import tamt as tamt
     from .tickets import tickets as tickets
