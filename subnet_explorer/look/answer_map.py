@@ -16,7 +16,7 @@ from .figure import Figure, add_heat, check_drawable, color_axis, set_layout
 # %% auto #0
 __all__ = ['MOST', 'answer_map']
 
-# %% ../../nbs/look/20_answer_map.ipynb #3c9ed61c
+# %% ../../nbs/look/20_answer_map.ipynb #35e640a1
 MOST = 40
 "Questions that can be told apart in one picture."
 
@@ -39,7 +39,8 @@ def answer_map(
     order, masks = names.unique(), table["mask"].unique()
     grid = table.assign(question=names).pivot(index="question", columns="mask", values=rank)
     grid = grid.reindex(index=order, columns=masks).astype(float)
-    width, height = 330 + 7 * max(map(len, order)) + 62 * len(masks), 190 + 44 * len(order)
+    width = 330 + 7 * min(90, max(map(len, order))) + 62 * min(12, len(masks))
+    height = 190 + 44 * len(order)
     fig = set_layout(go.Figure(), title, width, height, coloraxis=color_axis(0, 1, "reciprocal rank"))
     add_heat(fig, 1 / grid, "reciprocal rank", small=_places(grid))
     return Figure(fig, table.reset_index(drop=True), _in_words(grid, title))
