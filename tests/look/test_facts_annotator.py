@@ -29,11 +29,11 @@ def test_two_people_in_one_file_each_as_if_alone(pressed):
             alone[name].press(key)
             assert people[name].labels == alone[name].labels
         both = read_annotations(f"{d}/both.csv", proposals=FACTS) if Path(f"{d}/both.csv").exists() else FACTS[:0]
-        for name in people:
+        for name, person in people.items():
             own = read_annotations(f"{d}/{name}.csv") if Path(f"{d}/{name}.csv").exists() else FACTS[:0]
             mine = both[both.annotator == name] if len(both) else both
             assert mine.to_numpy().tolist() == own.to_numpy().tolist()
-            assert FactsAnnotator(FACTS, f"{d}/both.csv", name).labels == people[name].labels
+            assert FactsAnnotator(FACTS, f"{d}/both.csv", name).labels == person.labels
         assert all(p.suffix == ".csv" for p in Path(d).iterdir())
 
 
@@ -112,12 +112,13 @@ def test_what_does_not_fit_is_refused(tmp_path, given, message):
 def test_files_that_cannot_be_used_are_named_with_their_line(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(BadAnnotations, match=message): read_annotations(tmp_path / "a.csv")
-    with pytest.raises(BadAnnotations, match="a.csv"): FactsAnnotator(FACTS, tmp_path / "a.csv", "Ben")
+    with pytest.raises(BadAnnotations, match=r"a\.csv"): FactsAnnotator(FACTS, tmp_path / "a.csv", "Ben")
     assert (tmp_path / "a.csv").read_text() == text
 
 
 @given(st.lists(st.sampled_from(PLAUSIBILITY), min_size=1, max_size=7))
 def test_a_verdict_needs_more_than_half(labels):
-    rows = [dict(relation="IsA", sub="oak", obj="tree", annotator=str(i), label=label) for i, label in enumerate(labels)]
+    oak = dict(relation="IsA", sub="oak", obj="tree")
+    rows = [{**oak, "annotator": str(i), "label": label} for i, label in enumerate(labels)]
     most = [label for label in PLAUSIBILITY if labels.count(label) > len(labels) / 2]
     assert verdicts(pd.DataFrame(rows)).verdict[0] == (most[0] if most else "unclear")
