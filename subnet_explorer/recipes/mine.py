@@ -252,7 +252,7 @@ def proposals_of(
         rows.append({
             **{name: row[name] for name in ("place", "relation", "sub", "obj", "logprob")},
             "probability": float(np.exp(row["logprob"])), "gain": row["logprob"] - row["full_logprob"],
-            "rank": row["rank"], "full_rank": row["full_rank"], **said, "prompt": row["prompt"],
+            "rank": int(row["rank"]), "full_rank": int(row["full_rank"]), **said, "prompt": row["prompt"],
             "merged": ", ".join(merged.get(row["fact"], ())),
         })
         for i, seed in enumerate(seeds):
