@@ -52,6 +52,12 @@ model, tok = load('pocket-bert')
 prune.random_unstructured(model.bert.encoder.layer[0].output.dense, 'weight', 0.5)
 Space.of(model, 'weight')
 """,
+    "BadAnnotations": """
+from subnet_explorer.data.annotations import read_annotations
+rows = 'relation,sub,obj,annotator,label\\nIsA,oak,tree,Ada,perhaps\\n'
+open('annotations.csv', 'w').write(rows)
+read_annotations('annotations.csv')
+""",
     "Unpaired": """
 import pandas as pd
 from subnet_explorer.core.pairs import Pairs

@@ -46,18 +46,18 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant", "measure.links"),
-    "knowledge": ("data.graphs", "data.links"),
+                 "measure.discordant", "measure.links", "measure.proposals", "measure.judged", "measure.who_answers"),
+    "knowledge": ("data.graphs", "data.links", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
-        "look.report",
+        "look.report", "look.answer_map",
     ),
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),
     "transfer": ("tasks.relearn",),
-    "widgets": ("look.app", "look.annotator"),
+    "widgets": ("look.app", "look.annotator", "look.facts_annotator"),
 }
 # names that changed: the old ones warn for one version
 _RENAMED = {

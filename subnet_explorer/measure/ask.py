@@ -32,8 +32,8 @@ from .attention import token_ids
 
 # %% auto #0
 __all__ = ['Condition', 'ONE_MASK', 'masks_of', 'draws_of', 'first_block_changed_by', 'check_finite', 'logits_in_parts',
-           'right_answers', 'cloze', 'predictions', 'majority', 'precision', 'mrr', 'plausibility', 'Precision',
-           'Answers']
+           'right_answers', 'cloze', 'predictions', 'prompt_ids', 'majority', 'precision', 'mrr', 'plausibility',
+           'Precision', 'Answers']
 
 # %% ../../nbs/measure/00_ask.ipynb #4cc1cc4f
 Condition = Mask | Scores | None | Mapping[str, "Condition"] | Sequence["Condition"]
@@ -193,7 +193,7 @@ def predictions(
             f"there is nothing to list: k={k} tokens under {len(under)} conditions."
         )
     check_head(model)
-    ids, position = _prompt_ids(model, tok, prompt)
+    ids, position = prompt_ids(model, tok, prompt)
     rows = []
     with evaluating(model), torch.no_grad():
         seqs = Sequences(model, [ids], path="plain")      # of one text nothing is packed
@@ -209,7 +209,8 @@ def predictions(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/00_ask.ipynb #a4767c8e
-def _prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
+@checked
+def prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
     "Encode a prompt and find the position of the answer; raise `SubnetError` if there is none."
     causal, n = is_causal(model), str(prompt).count("[MASK]")
     if n != 1 and not (causal and n == 0):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .complete import complete as complete
     from .critical import critical as critical
     from .lamp import lamp as lamp
+    from .mine import mine as mine
     from .probe import probe as probe
     from .tamt import tamt as tamt
     from .tickets import tickets as tickets

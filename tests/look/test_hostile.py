@@ -278,6 +278,7 @@ def points() -> pd.DataFrame:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "bars": figure,
+    "answer_map": lambda: plots.answer_map(two(("relation", "sub", "obj", "mask", "rank"), ..., ..., ..., PARTS[1], 2)),
     "density": lambda: plots.density(mask(PARTS[0]), PARTS[1]),
     "densities": lambda: plots.densities({text: mask() for text in PARTS}, PARTS[0], PARTS[1]),
     "jaccard": lambda: plots.jaccard(subnet_explorer.compare.jaccard(MANY.sel(seed=0), by="task"), PARTS[0]),
