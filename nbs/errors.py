@@ -204,6 +204,19 @@ model, tok = load('pocket-bert')
 facts = read_facts('pocket', 'MadeOf')
 recipes.sweep('lamp', model, tok, facts, over={'sparsity': [.5, .3, .5]})
 """,
+    "BadRelations": """
+from subnet_explorer import Mask, Masks, Space, load
+from subnet_explorer.recipes.relations import relation_masks
+space = Space.of(load('pocket-bert')[0], 'weight', layers=4)
+relation_masks(Masks([({'relation': 'MadeOf'}, Mask.random(space, .5, seed=0))]))
+""",
+    "DifferentStarts": """
+from subnet_explorer import Mask, Masks, Space, load
+from subnet_explorer.recipes.relations import check_one_start
+space = Space.of(load('pocket-bert')[0], 'weight', layers=4)
+relations = enumerate(['IsA', 'HasA'])
+check_one_start(Masks([({'task': r, 'seed': 0}, Mask.random(space, .5, seed=i)) for i, r in relations]))
+""",
     "NoneSucceeded": None,      # every combination would have to fail
     "TwoRecipes": """
 from subnet_explorer.recipes.study import recipe
