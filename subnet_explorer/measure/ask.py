@@ -25,7 +25,7 @@ from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
-from ..model.limits import check_head, longest
+from ..model.limits import check_head
 from ..model.sequences import Prompts, Sequences
 from ..search.objectives import Context
 from .attention import token_ids

@@ -500,5 +500,5 @@ def test_nothing_to_measure(pocket_bert, pocket_gpt2):
         next(broken.cls.parameters()).fill_(float("nan"))
     with pytest.raises(SubnetError, match="NaN or infinite logits"): perplexity(broken, tok, TEXTS[:2])
     with pytest.raises(SubnetError, match="NaN or infinite"): interval([np.array([[1., np.nan]])])
-    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0)
+    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0, idx=0)
     with pytest.raises(SubnetError, match="row 0: a question is ''"): plausibility(model, tok, [question])
