@@ -17,14 +17,14 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.scores import Scores
-from ..data.choices import BadChoices, Choices, as_choices
+from ..data.choices import BadChoices, as_choices
 from ..model.apply import evaluating, masked
 from ..model.limits import check_head, longest
 from ..model.sequences import Sequences
 from .ask import check_finite, first_block_changed_by
 
 # %% auto #0
-__all__ = ['SCORES', 'Probe', 'OptionReader', 'plausibility']
+__all__ = ['SCORES', 'Probe', 'askable', 'OptionReader', 'plausibility']
 
 # %% ../../nbs/measure/12_options.ipynb #4dc4313b
 SCORES = ("logprob", "pll", "published")
@@ -38,7 +38,7 @@ class Probe(NamedTuple):
     gold: int                 # the token whose score is read
 
 
-def _pieces(row: Mapping[str, Any], option: str, score: str) -> list[tuple[str, bool]]:      # text, whether it is scored
+def _pieces(row: Mapping[str, Any], option: str, score: str) -> list[tuple[str, bool]]:      # text, is it scored?
     "The pieces of a question with an option."
     before, mask, after = row["question"].partition("[MASK]")
     scored = row.get("scored", before)
@@ -115,7 +115,16 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         coder.check(ids, row, option)
         yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
 
-# %% ../../nbs/measure/12_options.ipynb #25d6b7b9
+# %% ../../nbs/measure/12_options.ipynb #a15cbd5c
+def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> list[dict[str, Any]]:
+    "The questions that are asked: as published, without those in which the concept does not stand verbatim."
+    asked = as_choices(questions)
+    if score != "published": return list(asked)
+    found = [row for row in asked if _published_words(row) is not None]
+    if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
+    return found
+
+# %% ../../nbs/measure/12_options.ipynb #b547836c
 class OptionReader:
     "Questions encoded for a model, to be scored under any mask."
 
@@ -131,17 +140,10 @@ class OptionReader:
         check_head(model)
         if tok.mask_token_id is None:
             raise SubnetError("this way of choosing masks the tokens of a question: it needs a masked model.")
-        self.model, self.score, asked = model, score, as_choices(questions)
-        self.skipped: dict[str, int] = {}
-        self.questions = self._that_can_be_asked(asked)
+        self.model, self.score, self.questions = model, score, askable(questions, score)
+        lost = len(questions) - len(self.questions)
+        self.skipped = {"concept not found verbatim": lost} if lost else {}
         self._encode(tok, first)
-
-    def _that_can_be_asked(self, asked: Choices) -> list[dict[str, Any]]:
-        if self.score != "published": return list(asked)
-        found = [row for row in asked if _published_words(row) is not None]
-        if lost := len(asked) - len(found): self.skipped["concept not found verbatim"] = lost
-        if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
-        return found
 
     def _encode(self, tok: Any, first: int) -> None:
         coder, texts = _Coder(self.model, tok), dict[tuple[tuple[int, ...], int], int]()
@@ -188,7 +190,7 @@ class OptionReader:
 
 _AT_ONCE = 256      # texts
 
-# %% ../../nbs/measure/12_options.ipynb #798736c9
+# %% ../../nbs/measure/12_options.ipynb #08e759a0
 @checked
 def plausibility(
     model: nn.Module,
