@@ -47,8 +47,8 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant", "measure.options"),
-    "knowledge": ("data.graphs",),
+                 "measure.discordant", "measure.links", "measure.options"),
+    "knowledge": ("data.graphs", "data.links"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
