@@ -28,6 +28,7 @@ from subnet_explorer.recipes.unions import (
 
 from ..core.errors import SubnetError, check_names
 from ..core.layout import layout_of
+from ..core.masks import Masks
 from ..core.numbers import Count, Natural, Seed
 from ..core.pairs import Pairs
 from ..core.space import digest, model_id
@@ -183,8 +184,8 @@ def answer(
     model: nn.Module,
     tok: Any,
     tasks: Mapping[str, ChoiceTask],
-    masks: RelationMasks,
-    graph: Facts | None = None,
+    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a lamp study
+    graph: Facts | None = None,            # triples in which the relations of a task are mined
     *,
     score: str = "logprob",                # of an option: logprob (of the question's tokens), pll (of its own),
                                            # published (raw logits)
@@ -203,10 +204,10 @@ def answer(
 ) -> AnswerStudy:
     "Answer multiple-choice questions under unions of relation subnetworks."
     settings = settings_of(answer, locals())
-    masks = relation_masks(masks, model)
-    _check(model, tok, tasks, masks, graph, settings)
-    bench = Bench(_identity(model, tasks, masks, graph, settings), to, progress, dict(tasks), settings)
-    work = _Work(bench, model, tok, masks, graph, settings)
+    found_masks = relation_masks(masks, model)
+    _check(model, tok, tasks, found_masks, graph, settings)
+    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress, dict(tasks), settings)
+    work = _Work(bench, model, tok, found_masks, graph, settings)
     found = dict(zip(tasks, bench.work("task", [{"task": name} for name in tasks], partial(_one_task, work, tasks)),
                      strict=True))
     return bench.finished(_study(work, tasks, found))

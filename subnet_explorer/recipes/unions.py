@@ -110,7 +110,7 @@ def joined_table(
         parts = (masks if seed is None else masks.sel(seed=seed)).by("task")
         joiner = Joiner(parts, how, weights, share)
         for some in combinations:
-            each = np.array([parts[r].sparsity for r in some])
+            each = np.array([parts[r].sparsity for r in check_names(some, parts, "relation with a mask")])
             expected = {"union": each.prod(), "intersection": 1 - (1 - each).prod()}.get(how, np.nan)
             rows.append({"seed": seed, "relations": "+".join(some), "masks": each.mean(),
                          "sparsity": joiner.of(some).sparsity, "expected": expected})
