@@ -39,7 +39,7 @@ class BadChoices(SubnetError):
         what is too long.
     """
 
-
+# %% ../../nbs/data/14_choices.ipynb #50cde1e7
 @checked
 @dataclass(frozen=True)
 class Choices(Sequence[dict[str, Any]]):
@@ -85,7 +85,7 @@ class Choices(Sequence[dict[str, Any]]):
         lost = f"; {sum(self.skipped.values()):,} left out" if self.skipped else ""
         return visible(f"Choices({self.name}, {self.format}: {len(self):,} questions; chance {self.chance:.3f}{lost})")
 
-# %% ../../nbs/data/14_choices.ipynb #14a0ea93
+# %% ../../nbs/data/14_choices.ipynb #8dce75d7
 def _balanced(labels: Sequence[int], seed: int) -> list[int]:      # places of questions
     "An order of which every beginning has the labels in about the shares of the whole."
     rng, turns = random.Random(f"take-{seed}"), []
@@ -95,7 +95,7 @@ def _balanced(labels: Sequence[int], seed: int) -> list[int]:      # places of q
         turns += [((k + rng.random()) / len(places), i) for k, i in enumerate(places)]
     return [i for _, i in sorted(turns)]
 
-# %% ../../nbs/data/14_choices.ipynb #8c3a94c7
+# %% ../../nbs/data/14_choices.ipynb #a36e33ed
 _Row = dict[str, Any]
 
 
@@ -144,7 +144,7 @@ def _arct(said: _Row) -> _Row:
     return dict(question=scored and f"{scored} since", choices=[said["warrant0"], said["warrant1"]], label=label,
                 id=said["#id"], scored=scored)
 
-# %% ../../nbs/data/14_choices.ipynb #63e608f4
+# %% ../../nbs/data/14_choices.ipynb #56a9449c
 def _swag(said: _Row) -> _Row:
     endings = [said[f"ending{i}"] for i in range(4)]
     text = f"{said['sent1']} {said['sent2'] or ''}".strip()
@@ -171,7 +171,7 @@ def _cosmosqa(said: _Row) -> _Row:
     question = f"{said['context'].strip()} {said['question'].strip()}"
     return dict(question=question, choices=answers, label=_place(said["label"], 4), id=said.get("id"))
 
-# %% ../../nbs/data/14_choices.ipynb #0eb2262d
+# %% ../../nbs/data/14_choices.ipynb #901bf9f6
 def _winogrande(said: _Row) -> _Row:
     if said["sentence"].count("_") != 1: raise BadChoices(f"there is not exactly one gap _ in {said['sentence']!r}.")
     options = [said["option1"], said["option2"]]
@@ -201,7 +201,7 @@ def _plain(said: _Row) -> _Row:
     choices = list(said["choices"])
     return {**said, "choices": choices, "label": _place(said["label"], len(choices)), "id": said.get("id")}
 
-# %% ../../nbs/data/14_choices.ipynb #4450164f
+# %% ../../nbs/data/14_choices.ipynb #d8121ac6
 @dataclass(frozen=True)
 class ChoiceFormat:
     "How questions are written in files."
@@ -236,7 +236,7 @@ def _format_of(said: Mapping[str, Any]) -> ChoiceFormat:
     raise BadChoices(f"the keys {', '.join(map(str, said))[:80] or '(none)'} are those of none of the formats "
                      f"{', '.join(FORMATS)}.")
 
-# %% ../../nbs/data/14_choices.ipynb #e4f2a0e6
+# %% ../../nbs/data/14_choices.ipynb #d97bd4e7
 PART_NAMES = {"train": ("train",), "dev": ("dev", "val"), "test": ("test",)}
 "How the files of a part may begin."
 _ENDINGS = (".jsonl", ".tsv", ".csv", ".txt")
@@ -288,7 +288,7 @@ def _moved(row: dict[str, Any], i: int) -> dict[str, Any]:
     at = i % len(row["choices"])
     return {**row, "choices": [*others[:at], row["choices"][row["label"]], *others[at:]], "label": at}
 
-# %% ../../nbs/data/14_choices.ipynb #0867c20a
+# %% ../../nbs/data/14_choices.ipynb #ae4ea7cb
 _Lines = Iterator[tuple[int, Any]]      # numbered; each a mapping, unless it is broken
 
 
@@ -327,7 +327,7 @@ def _of_data_set(source: str, part: str) -> tuple[str, _Lines]:
         if path.name == wanted: return f"{source}/{wanted}", ((n, parse_json(line)) for n, line in lines)
     raise BadChoices(f"the data set {source.removeprefix('datasets:')!r} has no part {wanted!r}.")
 
-# %% ../../nbs/data/14_choices.ipynb #751a1e6c
+# %% ../../nbs/data/14_choices.ipynb #3f92bfbe
 def _json_lines(path: Path) -> _Lines:
     "Lines of JSON, with the labels that lie in a file beside them, if they do."
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
@@ -367,7 +367,7 @@ def _cats_lines(path: Path) -> _Lines:
         label, *sentences = line.split("\x01")
         yield n, {"label": label, "sentences": sentences}
 
-# %% ../../nbs/data/14_choices.ipynb #eb0f5a90
+# %% ../../nbs/data/14_choices.ipynb #e6c9af8e
 def _row(
     n: int, said: Any, format: str | None, where: str, at: str = ", line ",
 ) -> tuple[str, dict[str, Any]]:      # format, row
@@ -389,7 +389,7 @@ def _row(
         what = f"no question of {known.name if known else 'any format'}"
         raise BadChoices(f"{where}: {what} ({type(e).__name__}: {e}).") from None
 
-
+# %% ../../nbs/data/14_choices.ipynb #a772583a
 @checked
 def as_choices(
     rows: Sequence[Mapping[str, Any]],      # as lines of any format, e.g. of `pocket_tasks.choices`, or plain ones
@@ -414,7 +414,7 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
     choices = [c.strip() for c in row["choices"]]
     return row | {"question": row["question"].strip(), "choices": choices}
 
-# %% ../../nbs/data/14_choices.ipynb #65939496
+# %% ../../nbs/data/14_choices.ipynb #40f46dd0
 OptionShare = Annotated[float, Bounds(0, 1, "()")]
 "A share of the training questions."
 
@@ -452,7 +452,7 @@ class ChoiceTask:
         sizes = ", ".join(f"{len(data):,} to {part}" for part, data in self.parts.items())
         return visible(f"ChoiceTask({self.name}: {sizes}; chance {self.test.chance:.3f})")
 
-
+# %% ../../nbs/data/14_choices.ipynb #cbbb51f3
 @checked
 def choice_task(
     source: str | Path,                  # as in `read_choices`
@@ -473,7 +473,7 @@ def choice_task(
         if n is not None: parts[k] = parts[k].take(n, seed)
     return ChoiceTask(name or Path(str(source)).name, *parts)
 
-# %% ../../nbs/data/14_choices.ipynb #8b04a029
+# %% ../../nbs/data/14_choices.ipynb #bfd2797d
 def _learned_and_reported(source: str | Path, share: float, seed: int) -> tuple[Choices, Choices]:
     "The training questions, and those that are reported on."
     if str(source).startswith("pocket"): return read_choices(source, "train"), read_choices(source, "test")

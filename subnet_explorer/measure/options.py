@@ -49,7 +49,7 @@ def _pieces(row: Mapping[str, Any], option: str, score: str) -> list[tuple[str, 
     wanted = "option" if score == "pll" or not (before + after).strip() else "question"
     return [(text, role == wanted) for text, role in pieces if text.strip()]
 
-
+# %% ../../nbs/measure/12_options.ipynb #f8d6ffaa
 class _Coder:
     "Encodes pieces of text, each once."
 
@@ -85,7 +85,7 @@ _OTHER_TOKENS = ("question {id}: the tokens of the question and its options are 
 _TOO_LONG = ("question {id}: it has {n} tokens with the option {option!r}, and the model reads at most {most}: "
              "shorten it, or leave it out.")
 
-# %% ../../nbs/measure/12_options.ipynb #1e7609c5
+# %% ../../nbs/measure/12_options.ipynb #e30acc78
 def _published_words(row: Mapping[str, Any]) -> list[str] | None:      # None: the question is left out
     "The words of a question that are masked, with those of the option left out; the places are where they stand."
     words = row.get("scored", row["question"].replace("[MASK]", " ")).split()
@@ -115,7 +115,7 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         coder.check(ids, row, option)
         yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
 
-# %% ../../nbs/measure/12_options.ipynb #a15cbd5c
+# %% ../../nbs/measure/12_options.ipynb #eabf9098
 def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> list[dict[str, Any]]:
     "The questions that are asked: as published, without those in which the concept does not stand verbatim."
     asked = as_choices(questions)
@@ -124,7 +124,7 @@ def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> l
     if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
     return found
 
-# %% ../../nbs/measure/12_options.ipynb #b547836c
+# %% ../../nbs/measure/12_options.ipynb #4025bf25
 class OptionReader:
     "Questions encoded for a model, to be scored under any mask."
 
@@ -142,24 +142,12 @@ class OptionReader:
             raise SubnetError("this way of choosing masks the tokens of a question: it needs a masked model.")
         self.model, self.score, self.questions = model, score, askable(questions, score)
         lost = len(questions) - len(self.questions)
-        self.skipped = {"concept not found verbatim": lost} if lost else {}
-        self._encode(tok, first)
-
-    def _encode(self, tok: Any, first: int) -> None:
-        coder, texts = _Coder(self.model, tok), dict[tuple[tuple[int, ...], int], int]()
-        read: list[tuple[int, int, int]] = []        # text, gold, option (among all options)
         self.counts = [len(row["choices"]) for row in self.questions]
-        options = [(row, option) for row in self.questions for option in row["choices"]]
-        for n, (row, option) in enumerate(options):
-            published = self.score == "published"
-            probes = _published_probes(coder, row, option) if published else coder.probes(row, option, self.score)
-            for p in probes: read.append((texts.setdefault((p.ids, p.position), len(texts)), p.gold, n))
-        self.read = np.array(sorted(read), np.int64).reshape(-1, 3)
-        self.positions = np.array([position for _, position in texts])
-        ids = [ids for ids, _ in texts]
-        with evaluating(self.model): self.texts = Sequences(self.model, ids, first) if ids else None
-        means = [self.score != "published" or row.get("kind") == "cause" for row, _ in options]
-        self.divisor = np.where(means, np.maximum(1, np.bincount(self.read[:, 2], minlength=len(options))), 1)
+        self.read = np.zeros((0, 3), np.int64)      # text, gold, option
+        self.positions, self.divisor = np.zeros(0, int), np.ones(0)
+        self.texts: Sequences | None = None
+        self.skipped = {"concept not found verbatim": lost} if lost else {}
+        _encode(self, tok, first)
 
     @torch.no_grad()
     def scores(self) -> np.ndarray:      # (question, option), NaN where a question has fewer options
@@ -168,19 +156,11 @@ class OptionReader:
         for part in np.array_split(np.arange(n), range(_AT_ONCE, n, _AT_ONCE)):
             if not len(part): continue
             low, high = np.searchsorted(self.read[:, 0], [part[0], part[-1] + 1])
-            values[low:high] = self._values(part, self.read[low:high])
+            values[low:high] = _values(self, part, self.read[low:high])
         sums = np.bincount(self.read[:, 2], values, len(self.divisor)) / self.divisor
         out = np.full((len(self.counts), max(self.counts)), np.nan)
         out[np.arange(out.shape[1]) < np.array(self.counts)[:, None]] = sums
         return out
-
-    def _values(self, part: np.ndarray, read: np.ndarray) -> np.ndarray:
-        assert self.texts is not None
-        logits = self.texts.read(part, range(len(part)), self.positions[part]).float()
-        check_finite(logits, "no option can be chosen")
-        rows, gold = (torch.as_tensor(a, device=logits.device) for a in (read[:, 0] - part[0], read[:, 1]))
-        found = logits[rows, gold]
-        return (found if self.score == "published" else found - logits.logsumexp(-1)[rows]).cpu().numpy()
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:      # (question, option) -> (question,)
         "The place of the most plausible option; ties go to the first, as published to the last."
@@ -190,7 +170,34 @@ class OptionReader:
 
 _AT_ONCE = 256      # texts
 
-# %% ../../nbs/measure/12_options.ipynb #08e759a0
+# %% ../../nbs/measure/12_options.ipynb #ef4c5af7
+def _encode(reader: OptionReader, tok: Any, first: int) -> None:
+    "Mask what is scored, and prepare the texts."
+    coder, texts = _Coder(reader.model, tok), dict[tuple[tuple[int, ...], int], int]()
+    read: list[tuple[int, int, int]] = []        # text, gold, option (among all options)
+    options = [(row, option) for row in reader.questions for option in row["choices"]]
+    for n, (row, option) in enumerate(options):
+        published = reader.score == "published"
+        probes = _published_probes(coder, row, option) if published else coder.probes(row, option, reader.score)
+        for p in probes: read.append((texts.setdefault((p.ids, p.position), len(texts)), p.gold, n))
+    reader.read = np.array(sorted(read), np.int64).reshape(-1, 3)
+    reader.positions = np.array([position for _, position in texts])
+    ids = [ids for ids, _ in texts]
+    with evaluating(reader.model): reader.texts = Sequences(reader.model, ids, first) if ids else None
+    means = [reader.score != "published" or row.get("kind") == "cause" for row, _ in options]
+    reader.divisor = np.where(means, np.maximum(1, np.bincount(reader.read[:, 2], minlength=len(options))), 1)
+
+
+def _values(reader: OptionReader, part: np.ndarray, read: np.ndarray) -> np.ndarray:
+    "What the model says of some masked tokens."
+    assert reader.texts is not None
+    logits = reader.texts.read(part, range(len(part)), reader.positions[part]).float()
+    check_finite(logits, "no option can be chosen")
+    rows, gold = (torch.as_tensor(a, device=logits.device) for a in (read[:, 0] - part[0], read[:, 1]))
+    found = logits[rows, gold]
+    return (found if reader.score == "published" else found - logits.logsumexp(-1)[rows]).cpu().numpy()
+
+# %% ../../nbs/measure/12_options.ipynb #0b5fe3a8
 @checked
 def plausibility(
     model: nn.Module,

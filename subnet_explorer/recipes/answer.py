@@ -98,12 +98,12 @@ class AnswerStudy(Study):
         "Accuracy, gains, relations, and the published tables."
         return _sections(self)
 
-
+# %% ../../nbs/recipes/24_answer.ipynb #16f1d361
 CONTRASTS = (("union", "full"), ("union", "random"), ("union", "mismatched"), ("mined", "full"), ("oracle", "full"),
              ("oracle", "union"))
 "Conditions that are compared."
 
-# %% ../../nbs/recipes/24_answer.ipynb #b12a2ace
+# %% ../../nbs/recipes/24_answer.ipynb #e311fb56
 def _single_pairs(study: AnswerStudy, kind: str, case: str, contrast: tuple[str, str]) -> Pairs:
     "One mask after another beside a condition that all are compared with."
     table, items = study.tables["singles"].query("under == @kind"), study.items
@@ -149,7 +149,7 @@ def _summary(study: AnswerStudy) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["task", "under", "accuracy", "gain over full", "relations"])
     return table.fillna("")
 
-# %% ../../nbs/recipes/24_answer.ipynb #fb1f499e
+# %% ../../nbs/recipes/24_answer.ipynb #8b1f4184
 def read_reasoning(
     model: nn.Module,
     tok: Any,
@@ -177,7 +177,7 @@ def read_reasoning(
 
 def _uuids(facts: Facts) -> tuple[str, ...]: return tuple(fact.uuid for fact in facts)
 
-# %% ../../nbs/recipes/24_answer.ipynb #35e1c886
+# %% ../../nbs/recipes/24_answer.ipynb #75d19cc3
 @recipe("Answers under unions of relations", "Ren & Zhu 2022, Findings of NAACL", read=read_reasoning, clauses=ANSWER,
         pocket={"score": "pll"})
 def answer(
@@ -212,7 +212,7 @@ def answer(
                      strict=True))
     return bench.finished(_study(work, tasks, found))
 
-# %% ../../nbs/recipes/24_answer.ipynb #e498cc6f
+# %% ../../nbs/recipes/24_answer.ipynb #28a73882
 def _check(
     model: nn.Module, tok: Any, tasks: Mapping[str, ChoiceTask], masks: RelationMasks, graph: Facts | None,
     settings: Mapping[str, Any],
@@ -243,7 +243,7 @@ def _identity(
     return {"recipe": "answer", "model": str(model_id(model, layout_of(model, whole=False))), "tasks": asked,
             "masks": found, "graph": graph and graph.fingerprint, **kept}
 
-# %% ../../nbs/recipes/24_answer.ipynb #dfb4b7f2
+# %% ../../nbs/recipes/24_answer.ipynb #3d93c3f8
 @dataclass
 class _Work:
     "What all tasks share."
@@ -284,7 +284,7 @@ def _trivial(task: ChoiceTask) -> pd.DataFrame:
     table = baselines([*task.train, *task.search], list(task.test))
     return table.astype({"score": object}).where(table.notna(), None)
 
-# %% ../../nbs/recipes/24_answer.ipynb #f1e73b70
+# %% ../../nbs/recipes/24_answer.ipynb #d3247701
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -329,7 +329,7 @@ def _others(work: _Work, chosen: tuple[str, ...]) -> list[tuple[str, ...]]:
     drawn = [sorted(rng.choice(len(rest), n, replace=False).tolist()) for _ in range(work.settings["mismatched"])]
     return [tuple(rest[i] for i in places) for places in drawn]
 
-# %% ../../nbs/recipes/24_answer.ipynb #36e6d2f1
+# %% ../../nbs/recipes/24_answer.ipynb #a61933cb
 _COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice", "right"]
 
 
@@ -353,7 +353,7 @@ def _study(
         seconds=bench.seconds, folder=bench.folder, notes=tuple(_notes(work, tasks, long)), tasks=dict(tasks),
         relations=chosen)
 
-
+# %% ../../nbs/recipes/24_answer.ipynb #01608b8d
 def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> Iterator[str]:
     "What a reader must be told."
     yield from few_note("test questions", {name: len(task.test) for name, task in tasks.items()})
@@ -384,7 +384,7 @@ def _mined(work: _Work, tasks: Mapping[str, ChoiceTask]) -> list[pd.DataFrame]:
     return [mined_relations(work.graph, task.search, work.masks.relations).assign(task=name)
             for name, task in tasks.items()]
 
-# %% ../../nbs/recipes/24_answer.ipynb #534613fb
+# %% ../../nbs/recipes/24_answer.ipynb #eb9cfe08
 def _sections(study: AnswerStudy) -> Iterator[Section]:
     "The parts of the report."
     yield ("Accuracy", "Intervals are 95 % intervals over questions, seeds of the masks and draws, crossed. Chance, "
@@ -431,7 +431,7 @@ def _heat(study: AnswerStudy) -> Figure:
                   f"Most is gained by {best.relations} on {best.task} ({best['mean']:+.3f}); {clear} of {len(table)} "
                   "intervals lie above 0.")
 
-# %% ../../nbs/recipes/24_answer.ipynb #2cce026c
+# %% ../../nbs/recipes/24_answer.ipynb #41ed6337
 _SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2", "average")
 _TABLE_7: dict[str, tuple[str, str]] = {
     "DistilBERT": ("58.3 60.0 29.6 84.6 53.3 71.6 48.6 50.4 57.0", "61.5 69.0 31.5 89.6 56.9 72.1 53.4 51.6 60.7"),

@@ -51,7 +51,7 @@ def joined(
     parts = masks.by("task")
     return Joiner(parts, how, weights, share).of(tuple(parts))
 
-
+# %% ../../nbs/recipes/23_unions.ipynb #df4d3421
 class Joiner:
     "Joins masks of relations one after another, and keeps what a combination shares with the one before it."
 
@@ -95,7 +95,7 @@ class Joiner:
         told = sum(self.weights[r] * np.unpackbits(self.bytes[r]).astype(np.float32) for r in combination)
         return np.packbits(np.asarray(told) >= least - 1e-6)
 
-# %% ../../nbs/recipes/23_unions.ipynb #dc26cd1c
+# %% ../../nbs/recipes/23_unions.ipynb #3e3b6dd4
 @checked
 def joined_table(
     masks: Masks,                                # labelled task and seed
@@ -116,7 +116,7 @@ def joined_table(
                          "sparsity": joiner.of(some).sparsity, "expected": expected})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/recipes/23_unions.ipynb #46b8b74e
+# %% ../../nbs/recipes/23_unions.ipynb #dc85365e
 @dataclass
 class Asker:
     "Answers questions under joined masks of relations."
@@ -146,7 +146,7 @@ class Asker:
         "The share of right answers, over seeds and questions."
         return float((self(*relations) == self.gold).mean())
 
-# %% ../../nbs/recipes/23_unions.ipynb #0828ef39
+# %% ../../nbs/recipes/23_unions.ipynb #154f5c28
 SEARCHES = ("greedy", "exhaustive")
 "How combinations are searched."
 
@@ -192,7 +192,7 @@ def _greedy(accuracy: Callable[..., float], relations: Sequence[str], sizes: Seq
         tried |= found
     return {some: value for some, value in tried.items() if len(some) in sizes}
 
-# %% ../../nbs/recipes/23_unions.ipynb #836c761b
+# %% ../../nbs/recipes/23_unions.ipynb #ad1e1055
 _TOKEN = re.compile(r"\w+")
 _LONGEST = 4      # words of a subject or object
 
@@ -220,7 +220,7 @@ def mined_relations(
     raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of the {len(texts)} "
                    "questions and its answer: take another graph.")
 
-
+# %% ../../nbs/recipes/23_unions.ipynb #a1fe11c7
 def _pairs_of(
     graph: Facts, relations: Sequence[str],
 ) -> dict[str, dict[str, set[str]]]:      # phrase → phrase → relations
