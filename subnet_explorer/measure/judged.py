@@ -70,12 +70,12 @@ def truth_of(
     if isinstance(against, Truth): return against
     if isinstance(against, Facts):
         true = {statement(f.relation, f.subject, f.object, inverses) for f in against}
-        return Truth(lambda *triple: statement(*triple, inverses) in true, "facts")
+        return Truth(lambda r, s, o: statement(r, s, o, inverses) in true, "facts")
     if callable(against): return Truth(against, "function")
     said = against if isinstance(against, pd.DataFrame) else read_annotations(against)
     found = {statement(r.relation, r.sub, r.obj, inverses): r.verdict == PLAUSIBILITY[0]
              for r in verdicts(said).itertuples()}
-    return Truth(lambda *triple: found.get(statement(*triple, inverses)), "annotations", said)
+    return Truth(lambda r, s, o: found.get(statement(r, s, o, inverses)), "annotations", said)
 
 # %% ../../nbs/measure/14_judged.ipynb #90622f29
 @checked

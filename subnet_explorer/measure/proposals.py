@@ -121,10 +121,11 @@ def propose(
     coded = [prompt_ids(model, tok, f.prompt) for f in questions]
     drawn = {name: draws_of(condition, questions.relations[0]) for name, condition in under.items()}
     words, rows = _Words(tok), _Rows(stated, joined, each, depth)
+    embedding: Any = model.get_input_embeddings()
     with evaluating(model), torch.no_grad():
         first = first_block_changed_by(model, under)
         seqs = Sequences(model, [ids for ids, _ in coded], first)
-        size = max(1, min(256, LOGITS // len(model.get_input_embeddings().weight)))
+        size = max(1, min(256, LOGITS // len(embedding.weight)))
         for start in range(0, len(coded), size):
             part = np.arange(start, min(start + size, len(coded)))
             logprobs = _logprobs(model, seqs, part, [coded[i][1] for i in part], drawn, joined)

@@ -137,7 +137,7 @@ def test_it_goes_on_where_it_stopped(pocket_bert, found, tmp_path, monkeypatch):
     assert len(asked) == 3 + 4 and "fine-tuned" in set(first.items.under)      # two of six tables were there
     again = complete(*pocket_bert, FACTS, found, **how)
     assert len(asked) == 7 and again.scores.round(9).equals(first.scores.round(9))
-    with pytest.raises(SubnetError, match="it differs in .*one_word"):
+    with pytest.raises(SubnetError, match=r"it differs in .*one_word"):
         complete(*pocket_bert, FACTS, found, one_word=True, **how)
 
 
