@@ -31,7 +31,7 @@ from .ask import cloze, draws_of, first_block_changed_by, logits_in_parts, right
 from .fluency import EncodedTexts
 
 # %% auto #0
-__all__ = ['REMOVAL', 'NOT_KNOWN', 'removal', 'names_of_texts', 'removal_table', 'Removal', 'NothingKnown', 'known_facts']
+__all__ = ['REMOVAL', 'NOT_KNOWN', 'removal', 'removal_table', 'Removal', 'NothingKnown', 'known_facts']
 
 # %% ../../nbs/measure/02_removal.ipynb #4a6e3b8f
 REMOVAL = [
@@ -79,7 +79,7 @@ def _texts_lost(
     model: nn.Module, tok: Any, texts: Sequence[str] | Blocks, under: Mapping[str, ask.Condition], cut: bool,
 ) -> pd.DataFrame:
     "Ask for texts as items."
-    first, own, tables = first_block_changed_by(model, under), names_of_texts(texts), []
+    first, own, tables = first_block_changed_by(model, under), _names_of_texts(texts), []
     with evaluating(model):
         coded = EncodedTexts(model, tok, texts, cut, first)
         if not coded.tokens.all():
@@ -94,7 +94,7 @@ def _texts_lost(
     return pd.concat(tables, ignore_index=True)
 
 
-def names_of_texts(texts: Sequence[str] | Blocks) -> list[str]:
+def _names_of_texts(texts: Sequence[str] | Blocks) -> list[str]:
     "Call every text by a hash of what it says, and by a number, too, where it says it again."
     said = texts.ids.astype("<i4") if isinstance(texts, Blocks) else [text.encode() for text in texts]
     hashes = [hashlib.sha256(bytes(text)).hexdigest()[:16] for text in said]

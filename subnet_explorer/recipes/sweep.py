@@ -292,9 +292,8 @@ def by_name(pairs: Pairs) -> Pairs:
     known = (*pairs.items, *pairs.groups)
     names = [name for name in NAMES if name in pairs.scores and name not in known]
     if not pairs.items or not names: return pairs
-    said = pairs.scores[names].notna()
-    named = said.all(axis=1) | said.get("uuid", False)
-    items = _words(pairs.scores, names).where(named, _words(pairs.scores, pairs.items))
+    said, place = pairs.scores[names].notna(), _words(pairs.scores, pairs.items)
+    items = _words(pairs.scores, names).where(said.all(axis=1) | said.get("uuid", False), place)
     return replace(pairs, scores=pairs.scores.assign(_item=items), items=["_item"])
 
 
