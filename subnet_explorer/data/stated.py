@@ -129,7 +129,7 @@ class Stated:
         if other in self.above.get(one, ()): return FOLLOWS
         return TURNED if one in self.above.get(other, ()) else ""
 
-
+# %% ../../nbs/data/15_stated.ipynb #30427733
 def _closure(direct: frozenset[Statement], hypernym: str) -> dict[str, frozenset[str]]:
     "All that lies above each concept, on any number of steps; circles end."
     steps: dict[str, set[str]] = {}

@@ -42,7 +42,7 @@ class LabelSheet:
     picture: Callable[[int], bytes]                  # PNG; empty if there is none
     draw: Callable[[int, str], Figure]               # the one at a position, and how far it is
 
-
+# %% ../../nbs/look/14_annotator.ipynb #3e42857a
 @checked
 class Labeller(Piece):
     "Label one after another with the keyboard."

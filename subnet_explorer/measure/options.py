@@ -16,6 +16,7 @@ from torch import nn
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
+from ..core.numbers import Natural
 from ..core.scores import Scores
 from ..data.choices import BadChoices, as_choices
 from ..model.apply import evaluating, masked
@@ -116,6 +117,7 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
 
 # %% ../../nbs/measure/12_options.ipynb #eabf9098
+@checked
 def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> list[dict[str, Any]]:
     "The questions that are asked: as published, without those in which the concept does not stand verbatim."
     asked = as_choices(questions)
@@ -125,6 +127,7 @@ def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> l
     return found
 
 # %% ../../nbs/measure/12_options.ipynb #4025bf25
+@checked
 class OptionReader:
     "Questions encoded for a model, to be scored under any mask."
 
@@ -134,7 +137,7 @@ class OptionReader:
         tok: Any,
         questions: Sequence[Mapping[str, Any]],      # as of `read_choices`
         score: str = "logprob",                      # one of `SCORES`
-        first: int = 0,                              # zero-based block from which masks differ
+        first: Natural = 0,                              # zero-based block from which masks differ
     ) -> None:
         check_names([score], SCORES, "score of options")
         check_head(model)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.layout import unwrap
 from ..core.numbers import Count
 from ..data.facts import Fact, Facts, object_id, too_long
 from ..data.stated import SAME, Stated, spelling
@@ -121,11 +122,10 @@ def propose(
     coded = [prompt_ids(model, tok, f.prompt) for f in questions]
     drawn = {name: draws_of(condition, questions.relations[0]) for name, condition in under.items()}
     words, rows = _Words(tok), _Rows(stated, joined, each, depth)
-    embedding: Any = model.get_input_embeddings()
     with evaluating(model), torch.no_grad():
         first = first_block_changed_by(model, under)
         seqs = Sequences(model, [ids for ids, _ in coded], first)
-        size = max(1, min(256, LOGITS // len(embedding.weight)))
+        size = max(1, min(256, LOGITS // len(unwrap(model).get_input_embeddings().weight)))
         for start in range(0, len(coded), size):
             part = np.arange(start, min(start + size, len(coded)))
             logprobs = _logprobs(model, seqs, part, [coded[i][1] for i in part], drawn, joined)

@@ -33,7 +33,8 @@ def who_answers(
     questions: Facts,
     masks: Masks,                      # label task: the relation
     known: Facts | None = None,        # all true facts, for filtered ranks; the questions if not given
-) -> pd.DataFrame:      # a row a question and mask: relation, sub, obj, uuid, mask, rank, filtered, logprob, right, answer
+) -> pd.DataFrame:      # by question and mask: relation, sub, obj, uuid, mask, rank, filtered, logprob, right,
+                        # answer
     "Ask every question under the masks of every relation; raise `SubnetError` if there is no mask."
     if not len(masks): raise SubnetError("there is no mask to ask under: none was given.")
     check_names(["task"], masks.index.columns, "label")

@@ -460,6 +460,6 @@ def published_accuracy() -> pd.DataFrame:      # model, under, a column for each
 
 def published_combinations() -> pd.DataFrame:      # model, a column for each set
     "The best combinations as published (Ren & Zhu 2022, table 9)."
-    rows = [[model, *("+".join(PAPER_RELATIONS[int(i)] for i in some.split("-")) for some in text.split())]
-            for model, text in _TABLE_9.items()]
+    def named(some: str) -> str: return "+".join(PAPER_RELATIONS[int(i)] for i in some.split("-"))
+    rows = [[model, *map(named, text.split())] for model, text in _TABLE_9.items()]
     return pd.DataFrame(rows, columns=["model", *_SETS[1:-1]])

@@ -479,7 +479,8 @@ def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
         with pytest.raises(SubnetError, match=r"no token to predict|nothing to read"): perplexity(model, tok, texts)
     with pytest.raises(SubnetError, match="no question"): plausibility(model, tok, [])
     with pytest.raises(SubnetError, match="needs a masked model"): plausibility(*pocket_gpt2, choices(1))
-    with pytest.raises(SubnetError, match="a question is ''"): plausibility(model, tok, [{**choices(1)[0], "premise": " . "}])
+    empty = [{**choices(1)[0], "premise": " . "}]
+    with pytest.raises(SubnetError, match="a question is ''"): plausibility(model, tok, empty)
     with pytest.raises(UnknownName, match="relation of the training facts"): majority(facts["IsA"], facts)
 
 

@@ -69,7 +69,8 @@ def test_masks_of_different_starts_are_joined_only_if_allowed():
     assert joined(own, different_starts=True) == own.union() != joined(own, "vote", different_starts=True)
     assert joined(alike()) == alike().union()
     table = joined_table(own, [tuple("ab"), tuple("abc")])
-    assert table.relations.tolist() == ["a+b", "a+b+c"] and table.expected.tolist() == pytest.approx([.25, .125], abs=.01)
+    assert table.relations.tolist() == ["a+b", "a+b+c"]
+    assert table.expected.tolist() == pytest.approx([.25, .125], abs=.01)
     assert (abs(table.sparsity - table.expected) < .12).all()
     together = joined_table(alike(), [tuple("abc")]).iloc[0]
     assert together.sparsity > together.expected + .1 and together.masks == pytest.approx(.5, abs=.05)
