@@ -51,12 +51,14 @@ def annotation_rows(path: Path) -> list[tuple[int, dict[str, str]]]:      # numb
     first = text.partition("\n")[0]
     between = next((sign for sign in ",;\t" if sign in first), ",")
     lines = csv.reader(io.StringIO(text), delimiter=between)
-    header = [_ALSO.get(name.strip().lower(), name.strip().lower()) for name in next(lines, [])]
+    header = [_ALSO.get(name.strip().lower(),
+                        name.strip().lower()) for name in next(lines, [])]
     if not header: return []
     if missing := [name for name in COLUMNS if name not in (*header, "annotator")]:
         raise BadAnnotations(f"{path.name} has no column {missing[0]}: found {', '.join(header)}, expected "
                              f"{', '.join(COLUMNS)}.")
-    return [(lines.line_num, _named(path, lines.line_num, header, cells)) for cells in lines if any(cells)]
+    return [(lines.line_num,
+             _named(path, lines.line_num, header, cells)) for cells in lines if any(cells)]
 
 
 def _named(path: Path, n: int, header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
@@ -79,8 +81,10 @@ def fact_key(row: Mapping[str, Any]) -> Key:
 def read_annotations(
     source: str | Path | Sequence[str | Path],       # a file for all, or one a person
     labels: Sequence[str] = PLAUSIBILITY,            # those that can be given
-    proposals: pd.DataFrame | None = None,           # columns relation, sub, obj: every fact must be one of these
-) -> pd.DataFrame:                                   # columns relation, sub, obj, annotator, label
+    proposals: pd.DataFrame | None = None,           # columns relation, sub, obj: every fact
+                                                     # must be one of these
+) -> pd.DataFrame:                                   # columns relation, sub, obj, annotator,
+                                                     # label
     "Read what people said of facts; raise `BadAnnotations` with file and line where that cannot be used."
     files = [Path(source)] if isinstance(source, (str, Path)) else list(map(Path, source))
     known = None if proposals is None else set(map(fact_key, proposals.to_dict("records")))
@@ -112,18 +116,21 @@ def _check_row(
 @checked
 def verdicts(
     annotations: pd.DataFrame,                       # from `read_annotations`
-    labels: Sequence[str] = PLAUSIBILITY,            # the last stands where no label has more than half
+    labels: Sequence[str] = PLAUSIBILITY,            # the last stands where no label has more
+                                                     # than half
 ) -> pd.DataFrame:      # columns relation, sub, obj, annotators, a column a label, verdict
     "Count the labels of every fact, and say what more than half of its annotators say."
     rows: dict[Key, dict[str, Any]] = {}
     for said in annotations.to_dict("records"):
-        row = rows.setdefault(fact_key(said), {**{n: said[n] for n in COLUMNS[:3]}, **dict.fromkeys(labels, 0)})
+        row = rows.setdefault(fact_key(said), {**{n: said[n] for n in COLUMNS[:3]},
+                                               **dict.fromkeys(labels, 0)})
         row[said["label"]] += 1
     for row in rows.values():
         n = sum(row[label] for label in labels)
         most = [label for label in labels if 2 * row[label] > n]
         row |= {"annotators": n, "verdict": most[0] if most else labels[-1]}
-    return pd.DataFrame(list(rows.values()), columns=[*COLUMNS[:3], "annotators", *labels, "verdict"])
+    return pd.DataFrame(list(rows.values()),
+                        columns=[*COLUMNS[:3], "annotators", *labels, "verdict"])
 
 # %% ../../nbs/data/16_annotations.ipynb #5c19061d
 @checked
@@ -132,7 +139,8 @@ def annotation_agreement(
     level: PartShare = 0.95,
     samples: Count = 1000,
     seed: Seed = 0,
-) -> pd.DataFrame:      # one row: annotators, items, left_out, categories, agreement, chance, kappa, low, high, note
+) -> pd.DataFrame:      # one row: annotators, items, left_out, categories, agreement, chance,
+                        # kappa, low, high, note
     "Fleiss' kappa of what people said of facts; `nan` with a note where it is undefined."
     people = annotations.annotator.nunique()
     table = pd.DataFrame({"item": [" ".join(fact_key(row)) for row in annotations.to_dict("records")],
@@ -140,9 +148,12 @@ def annotation_agreement(
     ratings = table.pivot(index="item", columns="annotator", values="label")
     if ratings.empty or not (ratings.notna().sum(axis=1) > 1).any():
         said = "one annotator" if people == 1 else "no fact has labels of two annotators"
-        found: dict[str, Any] = {"items": 0, "left_out": len(ratings), "categories": annotations.label.nunique(),
-                                 **dict.fromkeys(("agreement", "chance", "kappa", "low", "high"), np.nan),
+        found: dict[str, Any] = {"items": 0, "left_out": len(ratings),
+                                 "categories": annotations.label.nunique(),
+                                 **dict.fromkeys(("agreement", "chance", "kappa", "low",
+                                                  "high"), np.nan),
                                  "note": f"undefined: {said}"}
     else: found = annotator_kappa(ratings, level, samples, seed)
-    columns = ["items", "left_out", "categories", "agreement", "chance", "kappa", "low", "high", "note"]
+    columns = ["items", "left_out", "categories", "agreement", "chance", "kappa", "low",
+               "high", "note"]
     return pd.DataFrame([{"annotators": people, **{name: found[name] for name in columns}}])

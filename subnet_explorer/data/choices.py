@@ -69,7 +69,8 @@ class Choices(Sequence[dict[str, Any]]):
         "Draw `n` questions, in order and in the same shares for every place of the right answer."
         if n >= len(self): return self
         picked = sorted(_balanced(self.gold, seed)[:n])
-        return replace(self, items=tuple(self.items[i] for i in picked), name=f"{self.name}[{len(picked)}]")
+        return replace(self, items=tuple(self.items[i] for i in picked),
+                       name=f"{self.name}[{len(picked)}]")
 
     def __len__(self) -> int: return len(self.items)
     def __iter__(self) -> Iterator[dict[str, Any]]: return iter(self.items)
@@ -118,7 +119,8 @@ def _copa(said: _Row) -> _Row:
         raise BadChoices(f"the question is {kind!r} where cause or effect was expected.")
     choices, word = [said["choice1"], said["choice2"]], "so" if kind == "effect" else "because"
     question = f"{premise} {word}" if premise else ""
-    return dict(question=question, choices=choices, label=_place(said["label"], 2), id=said["idx"], kind=kind,
+    return dict(question=question, choices=choices, label=_place(said["label"], 2),
+                id=said["idx"], kind=kind,
                 scored=premise)
 
 
@@ -129,8 +131,10 @@ def _commonsense(said: _Row) -> _Row:
     if isinstance(choices, dict): labels, texts = choices["label"], choices["text"]
     else: labels, texts = [c["label"] for c in choices], [c["text"] for c in choices]
     known = ", ".join(map(str, labels))
-    if len(labels) != len(texts): raise BadChoices(f"{len(labels)} labels for {len(texts)} choices.")
-    if len(set(labels)) < len(labels): raise BadChoices(f"two choices have the same label: {known}.")
+    if len(labels) != len(texts):
+        raise BadChoices(f"{len(labels)} labels for {len(texts)} choices.")
+    if len(set(labels)) < len(labels):
+        raise BadChoices(f"two choices have the same label: {known}.")
     if answer not in labels: raise BadChoices(f"the answer {answer!r} is none of the choices {known}.")
     row = dict(question=asked["question"], choices=list(texts), label=labels.index(answer), id=said["id"])
     concept = asked.get("question_concept")
@@ -148,34 +152,41 @@ def _arct(said: _Row) -> _Row:
 def _swag(said: _Row) -> _Row:
     endings = [said[f"ending{i}"] for i in range(4)]
     text = f"{said['sent1']} {said['sent2'] or ''}".strip()
-    return dict(question=text, choices=endings, label=_place(said["label"], 4), id=said.get("video-id"))
+    return dict(question=text, choices=endings, label=_place(said["label"], 4),
+                id=said.get("video-id"))
 
 
 def _hellaswag(said: _Row) -> _Row:
     endings = list(said["endings"])
-    return dict(question=said["ctx"], choices=endings, label=_place(said["label"], len(endings)), id=said.get("ind"))
+    return dict(question=said["ctx"], choices=endings,
+                label=_place(said["label"], len(endings)), id=said.get("ind"))
 
 
 def _anli(said: _Row) -> _Row:
     said = {**{ours: said[theirs] for theirs, ours in _ART.items() if theirs in said}, **said}
     question = f"{said['obs1'].strip()} [MASK] {said['obs2'].strip()}"
-    return dict(question=question, choices=[said["hyp1"], said["hyp2"]], label=_place(said["label"], 2, 1),
+    return dict(question=question, choices=[said["hyp1"], said["hyp2"]],
+                label=_place(said["label"], 2, 1),
                 id=said.get("story_id"))
 
 
-_ART = {"observation_1": "obs1", "observation_2": "obs2", "hypothesis_1": "hyp1", "hypothesis_2": "hyp2"}
+_ART = {"observation_1": "obs1", "observation_2": "obs2", "hypothesis_1": "hyp1",
+        "hypothesis_2": "hyp2"}
 
 
 def _cosmosqa(said: _Row) -> _Row:
     answers = [said[f"answer{i}"] for i in range(4)]
     question = f"{said['context'].strip()} {said['question'].strip()}"
-    return dict(question=question, choices=answers, label=_place(said["label"], 4), id=said.get("id"))
+    return dict(question=question, choices=answers, label=_place(said["label"], 4),
+                id=said.get("id"))
 
 # %% ../../nbs/data/14_choices.ipynb #901bf9f6
 def _winogrande(said: _Row) -> _Row:
-    if said["sentence"].count("_") != 1: raise BadChoices(f"there is not exactly one gap _ in {said['sentence']!r}.")
+    if said["sentence"].count("_") != 1:
+        raise BadChoices(f"there is not exactly one gap _ in {said['sentence']!r}.")
     options = [said["option1"], said["option2"]]
-    return dict(question=said["sentence"].replace("_", "[MASK]"), choices=options, label=_place(said["answer"], 2, 1),
+    return dict(question=said["sentence"].replace("_", "[MASK]"), choices=options,
+                label=_place(said["answer"], 2, 1),
                 id=said.get("qID"))
 
 
@@ -184,22 +195,26 @@ def _winograd(said: _Row) -> _Row:
     if text[at:at + len(pronoun)] != pronoun:
         raise BadChoices(f"the pronoun {pronoun!r} does not stand at {at}, where the text reads {text[at:at + 20]!r}.")
     question = f"{text[:at]}[MASK]{text[at + len(pronoun):]}"
-    return dict(question=question, choices=options, label=_place(said["label"], len(options)), id=None)
+    return dict(question=question, choices=options, label=_place(said["label"], len(options)),
+                id=None)
 
 
 def _comve(said: _Row) -> _Row:
     against = _place(said["label"], 2)
-    return dict(question="[MASK]", choices=[said["sent0"], said["sent1"]], label=1 - against, id=said.get("id"))
+    return dict(question="[MASK]", choices=[said["sent0"], said["sent1"]], label=1 - against,
+                id=said.get("id"))
 
 
 def _cats(said: _Row) -> _Row:
     sentences = said["sentences"]
-    return dict(question="[MASK]", choices=sentences, label=_place(said["label"], len(sentences)), id=None)
+    return dict(question="[MASK]", choices=sentences,
+                label=_place(said["label"], len(sentences)), id=None)
 
 
 def _plain(said: _Row) -> _Row:
     choices = list(said["choices"])
-    return {**said, "choices": choices, "label": _place(said["label"], len(choices)), "id": said.get("id")}
+    return {**said, "choices": choices, "label": _place(said["label"], len(choices)),
+            "id": said.get("id")}
 
 # %% ../../nbs/data/14_choices.ipynb #d8121ac6
 @dataclass(frozen=True)
@@ -213,13 +228,18 @@ class ChoiceFormat:
 
 _FORMATS = (
     ChoiceFormat("copa", ("premise", "choice1", "choice2", "question"), _copa),
-    ChoiceFormat("commonsenseqa", ("question", "choices", "answerKey"), _commonsense, "answerKey"),
-    ChoiceFormat("arct", ("warrant0", "warrant1", "reason", "claim"), _arct, "correctLabelW0orW1"),
-    ChoiceFormat("swag", ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3"), _swag),
+    ChoiceFormat("commonsenseqa", ("question", "choices", "answerKey"), _commonsense,
+                 "answerKey"),
+    ChoiceFormat("arct", ("warrant0", "warrant1", "reason", "claim"), _arct,
+                 "correctLabelW0orW1"),
+    ChoiceFormat("swag", ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3"),
+                 _swag),
     ChoiceFormat("hellaswag", ("ctx", "endings"), _hellaswag),
     ChoiceFormat("anli", ("obs1", "obs2", "hyp1", "hyp2", *_ART), _anli),
-    ChoiceFormat("cosmosqa", ("context", "answer0", "answer1", "answer2", "answer3"), _cosmosqa),
-    ChoiceFormat("winogrande", ("sentence", "option1", "option2", "answer"), _winogrande, "answer"),
+    ChoiceFormat("cosmosqa", ("context", "answer0", "answer1", "answer2", "answer3"),
+                 _cosmosqa),
+    ChoiceFormat("winogrande", ("sentence", "option1", "option2", "answer"), _winogrande,
+                 "answer"),
     ChoiceFormat("winograd", ("text", "pronoun", "pronoun_loc", "options"), _winograd),
     ChoiceFormat("comve", ("sent0", "sent1"), _comve),
     ChoiceFormat("cats", ("sentences",), _cats),
@@ -304,7 +324,8 @@ def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # name of t
     if ending is None:
         wanted = f"expected {', '.join(_ENDINGS)}, possibly with .gz."
         raise BadChoices(f"cannot tell the format of {path.name}: {wanted}")
-    read = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines, ".txt": _cats_lines}[ending]
+    read = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines,
+            ".txt": _cats_lines}[ending]
     return str(path), read(path)
 
 
@@ -324,7 +345,8 @@ def _of_data_set(source: str, part: str) -> tuple[str, _Lines]:
     "The rows of a part of a data set."
     wanted = {"dev": "validation"}.get(part, part)
     for path, lines in numbered_sources(source, BadChoices):
-        if path.name == wanted: return f"{source}/{wanted}", ((n, parse_json(line)) for n, line in lines)
+        if path.name == wanted:
+            return f"{source}/{wanted}", ((n, parse_json(line)) for n, line in lines)
     raise BadChoices(f"the data set {source.removeprefix('datasets:')!r} has no part {wanted!r}.")
 
 # %% ../../nbs/data/14_choices.ipynb #3f92bfbe
@@ -332,7 +354,8 @@ def _json_lines(path: Path) -> _Lines:
     "Lines of JSON, with the labels that lie in a file beside them, if they do."
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     beside = path.parent / f"{name}-labels.lst"
-    labels = [line.strip() for _, line in numbered_lines(beside, BadChoices)] if beside.exists() else None
+    labels = [line.strip() for _,
+              line in numbered_lines(beside, BadChoices)] if beside.exists() else None
     rows = list(numbered_lines(path, BadChoices))
     if labels is not None and len(labels) != len(rows):
         raise BadChoices(f"{path} has {len(rows)} questions, and {beside.name} beside it {len(labels)} labels.")
@@ -359,7 +382,9 @@ def _comma_lines(path: Path) -> _Lines:
 def _named(rows: Iterator[tuple[int, list[str]]]) -> _Lines:
     "Rows of a table by the names in its first line."
     names = [name.strip() for name in next(rows, (0, []))[1]]
-    for n, cells in rows: yield n, dict(zip(names, cells, strict=True)) if len(cells) == len(names) else (names, cells)
+    for n, cells in rows:
+        yield n, dict(zip(names, cells,
+                          strict=True)) if len(cells) == len(names) else (names, cells)
 
 
 def _cats_lines(path: Path) -> _Lines:
@@ -379,7 +404,8 @@ def _row(
             raise BadChoices(f"{len(cells)} columns where {len(names)} were expected ({', '.join(names)[:60]}).")
         if not isinstance(said, dict): raise BadChoices("not a JSON object.")
         known = FORMATS[format] if format else _format_of(said)
-        return known.name, _checked({**(row := known.read(said)), "id": str(n if row["id"] is None else row["id"])})
+        return known.name, _checked({**(row := known.read(said)),
+                                     "id": str(n if row["id"] is None else row["id"])})
     except BadChoices as e: raise BadChoices(f"{where}: {e}") from None
     except KeyError as e:
         key = e.args[0]
@@ -392,7 +418,8 @@ def _row(
 # %% ../../nbs/data/14_choices.ipynb #a772583a
 @checked
 def as_choices(
-    rows: Sequence[Mapping[str, Any]],      # as lines of any format, e.g. of `pocket_tasks.choices`, or plain ones
+    rows: Sequence[Mapping[str, Any]],      # as lines of any format, e.g. of
+                                            # `pocket_tasks.choices`, or plain ones
     name: str = "questions",                # for messages
 ) -> Choices:
     "Take rows for questions; raise `BadChoices` with the number of one that cannot be asked."
@@ -404,7 +431,8 @@ def as_choices(
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     "Raise unless a question can be asked."
-    for what, text in (("question", row["question"]), *(("choice", c) for c in row["choices"])):
+    for what, text in (("question", row["question"]),
+                       *(("choice", c) for c in row["choices"])):
         if not isinstance(text, str) or not text.strip():
             raise BadChoices(f"a {what} is {text!r} where some text was expected.")
     if len(row["choices"]) < 2:
@@ -430,7 +458,8 @@ class ChoiceTask:
 
     def __post_init__(self) -> None:
         for part, data in self.parts.items():
-            if not len(data): raise BadChoices(f"there is no {part} question of {self.name}: give more, or others.")
+            if not len(data):
+                raise BadChoices(f"there is no {part} question of {self.name}: give more, or others.")
 
     @property
     def parts(self) -> dict[str, Choices]:
@@ -446,7 +475,8 @@ class ChoiceTask:
 
     def identity(self) -> dict[str, Any]:
         "Say what the parts hold."
-        return {part: {"data": data.fingerprint, "n": len(data)} for part, data in self.parts.items()}
+        return {part: {"data": data.fingerprint, "n": len(data)} for part,
+                data in self.parts.items()}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(data):,} to {part}" for part, data in self.parts.items())
@@ -458,7 +488,8 @@ def choice_task(
     source: str | Path,                  # as in `read_choices`
     name: str | None = None,             # None: as the source is called
     *,
-    search: OptionShare = 0.5,           # share of the training questions by which something is chosen
+    search: OptionShare = 0.5,           # share of the training questions by which something
+                                         # is chosen
     limit_search: Count | None = None,   # at most so many of these …
     test: Count | None = None,           # … and so many to report on
     known: Sequence[str] = (),           # uuids of facts that are not asked about
@@ -476,7 +507,8 @@ def choice_task(
 # %% ../../nbs/data/14_choices.ipynb #bfd2797d
 def _learned_and_reported(source: str | Path, share: float, seed: int) -> tuple[Choices, Choices]:
     "The training questions, and those that are reported on."
-    if str(source).startswith("pocket"): return read_choices(source, "train"), read_choices(source, "test")
+    if str(source).startswith("pocket"):
+        return read_choices(source, "train"), read_choices(source, "test")
     path = source_path(_without_format(source, None)[1], BadChoices)
     if path.is_file():
         report, learn = _parted(read_choices(source), share / 2, seed + 1)
@@ -501,4 +533,5 @@ def _without(data: Choices, known: Sequence[str]) -> Choices:
     gone = set(known)
     rows = tuple(row for row in data if row.get("uuid") not in gone)
     lost = len(data) - len(rows)
-    return replace(data, items=rows, skipped={**data.skipped, "about a known fact": lost}) if lost else data
+    return replace(data, items=rows,
+                   skipped={**data.skipped, "about a known fact": lost}) if lost else data

@@ -69,7 +69,8 @@ def in_relations(
 def one_word(facts: Facts) -> Facts:      # the others are counted in `.skipped`
     "Keep the facts whose subject and object are one word each, as LAMP does; raise `BadFacts` if there is none."
     found = _kept(facts,
-                  lambda fact: len(fact.subject.split()) == 1 == len(fact.object.split()), SEVERAL_WORDS)
+                  lambda fact: len(fact.subject.split()) == 1 == len(fact.object.split()),
+                  SEVERAL_WORDS)
     if len(found): return found
     raise BadFacts(f"no fact of {facts.name} has a subject and an object of one word each.")
 

@@ -20,9 +20,11 @@ __all__ = ['INVERSES', 'Statement', 'IN_GRAPH', 'INVERSE', 'FOLLOWS', 'TURNED', 
 
 # %% ../../nbs/data/15_stated.ipynb #dc45a59f
 _IRREGULAR = {
-    "children": "child", "feet": "foot", "geese": "goose", "men": "man", "mice": "mouse", "people": "person",
+    "children": "child", "feet": "foot", "geese": "goose", "men": "man", "mice": "mouse",
+    "people": "person",
     "teeth": "tooth", "women": "woman",
-    **{plural: plural[:-3] + "f" for plural in ("calves", "halves", "leaves", "loaves", "shelves", "thieves",
+    **{plural: plural[:-3] + "f" for plural in ("calves", "halves", "leaves", "loaves",
+                                                "shelves", "thieves",
                                                 "wolves", "scarves")},
     **{plural: plural[:-3] + "fe" for plural in ("knives", "lives", "wives")},
 }
@@ -61,7 +63,8 @@ def spelling(words: str) -> str:
 INVERSES: dict[str, str] = {
     "PartOf": "HasA",
     "DesireOf": "Desires",
-    **{name: name for name in ("RelatedTo", "Synonym", "Antonym", "DistinctFrom", "SimilarTo", "LocatedNear",
+    **{name: name for name in ("RelatedTo", "Synonym", "Antonym", "DistinctFrom", "SimilarTo",
+                               "LocatedNear",
                                "EtymologicallyRelatedTo")},
 }
 "Relations by name, and what they are called the other way round; in either direction."
@@ -117,7 +120,8 @@ class Stated:
         triples = {(f.relation, f.subject, f.object) for f in facts}
         either = frozenset(statement(*triple, inverses) for triple in triples)
         direct = frozenset(statement(*triple, {}) for triple in triples)
-        return cls(direct, either, _closure(direct, hypernym.lower()), inverses, hypernym.lower())
+        return cls(direct, either, _closure(direct, hypernym.lower()), inverses,
+                   hypernym.lower())
 
     def why(self, relation: str, subject: str, object: str) -> str:
         "Say why a fact is not new; nothing if it is."

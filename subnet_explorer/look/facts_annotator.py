@@ -40,8 +40,10 @@ class FactsAnnotator(Labeller):
 
     def __init__(
         self,
-        proposals: pd.DataFrame,                  # columns relation, sub, obj, and prompt if there are sentences
-        to: str | Path,                           # .csv file, of one or several annotators; continued if it exists
+        proposals: pd.DataFrame,                  # columns relation, sub, obj, and prompt if
+                                                  # there are sentences
+        to: str | Path,                           # .csv file, of one or several annotators;
+                                                  # continued if it exists
         annotator: str,                           # whose labels these are
         labels: Sequence[str] = PLAUSIBILITY,
         seed: Seed | None = 0,                    # order of presentation; None: as given
@@ -55,12 +57,15 @@ def _facts_of(proposals: pd.DataFrame, annotator: str, labels: Sequence[str]) ->
     "The facts by the name under which they are labelled, each once; raise `BadAnnotations` where there are none."
     if missing := [name for name in COLUMNS[:3] if name not in proposals]:
         raise BadAnnotations(f"the proposals have no column {missing[0]}: expected relation, sub and obj.")
-    if not len(proposals): raise BadAnnotations("there is no fact to annotate: the proposals are empty.")
-    if not annotator.strip(): raise BadAnnotations("the annotator has no name: give one, it stands beside each label.")
+    if not len(proposals):
+        raise BadAnnotations("there is no fact to annotate: the proposals are empty.")
+    if not annotator.strip():
+        raise BadAnnotations("the annotator has no name: give one, it stands beside each label.")
     if not 2 <= len(set(labels)) == len(labels) <= 9:
         raise BadAnnotations(f"the labels are {', '.join(labels) or 'none'}: give from two to nine different ones.")
     facts: dict[str, dict[str, Any]] = {}
-    for row in proposals.to_dict("records"): facts.setdefault(" ".join(fact_key(row)), dict(row))
+    for row in proposals.to_dict("records"):
+        facts.setdefault(" ".join(fact_key(row)), dict(row))
     return facts
 
 
@@ -73,7 +78,8 @@ def _sheet_of_facts(a: FactsAnnotator, to: Path, labels: list[str]) -> LabelShee
     names = list(a.facts)
     return LabelSheet(
         "fact", names, labels, to,
-        read=lambda: _own_labels(a, to, labels), write=lambda given: _write_annotations(a, to, labels, given),
+        read=lambda: _own_labels(a, to, labels),
+        write=lambda given: _write_annotations(a, to, labels, given),
         text=lambda i: _fact_text(a.facts[names[i]]), picture=lambda i: b"",
         draw=lambda i, status: _fact_figure(a, _fact_text(a.facts[names[i]]), status),
     )
@@ -91,7 +97,8 @@ def _fact_figure(a: FactsAnnotator, fact: str, status: str) -> Figure:
     counts = pd.DataFrame({"label": list(a.sheet.labels)})
     counts["facts"] = [list(a.labels.values()).count(label) for label in counts.label]
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(counts))]
-    fig = go.Figure([go.Bar(x=[safe_text(r.label)], y=[r.facts], showlegend=False, marker=dict(color=colour))
+    fig = go.Figure([go.Bar(x=[safe_text(r.label)], y=[r.facts], showlegend=False,
+                            marker=dict(color=colour))
                      for r, colour in zip(counts.itertuples(), colours, strict=True)])
     up = dict(title_text="facts", rangemode="tozero")
     set_layout(fig, fact, 620, 360, yaxis=up)
@@ -103,7 +110,8 @@ def _own_labels(a: FactsAnnotator, to: Path, labels: Sequence[str]) -> dict[str,
     "What this annotator has said of these facts already."
     if not to.exists(): return {}
     read_annotations(to, labels)
-    own = {" ".join(fact_key(row)): row["label"] for _, row in annotation_rows(to) if row["annotator"] == a.annotator}
+    own = {" ".join(fact_key(row)): row["label"] for _,
+           row in annotation_rows(to) if row["annotator"] == a.annotator}
     for name in own:
         if name in a.facts: continue
         raise BadAnnotations(f"{to.name} has a label of {a.annotator} for {name!r}, which is not among these "
@@ -117,7 +125,8 @@ def _write_annotations(a: FactsAnnotator, to: Path, labels: Sequence[str], given
     if to.exists(): read_annotations(to, labels)
     own = {" ".join(fact_key(row)): row for row in rows if row["annotator"] == a.annotator}
     others = [row for row in rows if row["annotator"] != a.annotator]
-    mine = [{**_row_of(a, name), **own.get(name, {}), "label": given[name]} for name in a.sheet.names if name in given]
+    mine = [{**_row_of(a, name), **own.get(name, {}),
+             "label": given[name]} for name in a.sheet.names if name in given]
     table = pd.DataFrame([*others, *mine], columns=list(dict.fromkeys([*COLUMNS, *(n for row in rows for n in row)])))
     atomic_write(to, csv_text(table))
 

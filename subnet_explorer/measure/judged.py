@@ -49,7 +49,8 @@ class Truth:
 
     def of(self, lists: pd.DataFrame) -> pd.arrays.BooleanArray:      # columns relation, sub, obj
         "Judge every row; what nobody knows is missing."
-        said = [self.judge(*triple) for triple in zip(lists.relation, lists["sub"], lists.obj, strict=True)]
+        said = [self.judge(*triple) for triple in zip(lists.relation, lists["sub"], lists.obj,
+                                                      strict=True)]
         return pd.array(said, dtype="boolean")
 
     def check_proposed(self, lists: pd.DataFrame, inverses: Mapping[str, str] | None = None) -> None:
@@ -63,7 +64,8 @@ class Truth:
 
 @checked
 def truth_of(
-    against: Any,      # Facts; a table or .csv file of annotations, or several files; or a function
+    against: Any,      # Facts; a table or .csv file of annotations, or several files; or a
+                       # function
     inverses: Mapping[str, str] | None = None,      # relations the other way round; None: `INVERSES`
 ) -> Truth:
     "Make a judge; raise `BadAnnotations` for annotations that cannot be used."
@@ -88,9 +90,13 @@ def precision_at(
         raise SubnetError("nobody has judged the proposals: give against=…, or study.judged(…).")
     rows = []
     for under, part in lists.groupby("under", sort=False):
-        each = [of.sort_values("place") for _, of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
-        for n in k: rows.append({"under": under, "k": n, **_shares([of[of.place <= n].true.dropna() for of in each])})
-    return pd.DataFrame(rows, columns=["under", "k", "value", "low", "high", "judged", "lists"])
+        each = [of.sort_values("place") for _,
+                of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
+        for n in k:
+            rows.append({"under": under, "k": n,
+                         **_shares([of[of.place <= n].true.dropna() for of in each])})
+    return pd.DataFrame(rows, columns=["under", "k", "value", "low", "high", "judged",
+                                       "lists"])
 
 
 def _shares(lists: Sequence[pd.Series]) -> dict[str, Any]:
@@ -116,10 +122,12 @@ def by_chance(
     stated = Stated.by(graph, inverses)
     objects = {r: list(dict.fromkeys(f.object for f in graph[r])) for r in graph.relations}
     rows = proposals[proposals.place <= max(k)].sort_values("place")
-    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth, stated) for r in rows.itertuples()]
+    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth,
+                          stated) for r in rows.itertuples()]
     return {n: float(np.mean(shares[:n])) for n in k}
 
 
 def _share_true(relation: str, subject: str, objects: Sequence[str], truth: Truth, stated: Stated) -> float:
     new = [word for word in objects if not stated.why(relation, subject, word)]
-    return sum(truth.judge(relation, subject, word) is True for word in new) / len(new) if new else 0.0
+    return sum(truth.judge(relation, subject,
+                           word) is True for word in new) / len(new) if new else 0.0

@@ -40,7 +40,8 @@ _Filling = tuple[int | None, ...]      # what stands at the places of an object;
 def _fillings(
     objects: Sequence[Tokens],      # all of one length
     how: str,                       # one of `SEVERAL`
-) -> dict[_Filling, dict[int, list[int]]]:      # by filling: by place that is read, the numbers of the objects
+) -> dict[_Filling, dict[int, list[int]]]:      # by filling: by place that is read, the
+                                                # numbers of the objects
     "How the places of some objects are filled to score them."
     found: dict[_Filling, dict[int, list[int]]] = {}
     for number, tokens in enumerate(objects):
@@ -59,12 +60,14 @@ class _Blanks:
         self, model: nn.Module, mask: int | None, prompts: Sequence[tuple[list[int], int]],
         objects: Sequence[Tokens], how: str, first: int,
     ) -> None:
-        self.n, self.position, self.length = len(prompts), [at for _, at in prompts], len(objects[0])
+        self.n, self.position, self.length = len(prompts), [at for _,
+                                                            at in prompts], len(objects[0])
         self.objects, self.fillings = objects, _fillings(objects, how)
         if mask is None: ids = [ids for ids, _ in prompts]      # of a causal model: what comes before the object
         else:
             filled = [[mask if token is None else token for token in filling] for filling in self.fillings]
-            ids = [[*ids[:at], *tokens, *ids[at + 1:]] for tokens in filled for ids, at in prompts]
+            ids = [[*ids[:at], *tokens, *ids[at + 1:]] for tokens in filled for ids,
+                   at in prompts]
         self.sequences = Sequences(model, ids, first)
 
     def read(self, most: int = 256) -> Iterator[tuple[range, int, list[int], torch.Tensor]]:
@@ -108,7 +111,8 @@ class _Objects:
         "Tokens of every object; none of one with a part that the vocabulary lacks."
         words = list(words)
         new = [word for word in dict.fromkeys(words) if (space, word) not in self.known]
-        ids = self.tok([" " * space + word for word in new], add_special_tokens=False).input_ids if new else []
+        ids = self.tok([" " * space + word for word in new],
+                       add_special_tokens=False).input_ids if new else []
         for word, found in zip(new, ids, strict=True):
             self.known[space, word] = () if self.tok.unk_token_id in found else tuple(found)
         return [self.known[space, word] for word in words]
@@ -155,7 +159,8 @@ def link_reads(
     several: str | None = None,
     most: Count | None = 100,
     seed: Seed = 0,
-) -> pd.DataFrame:      # columns relation, facts, candidates, reads: sequences that a model reads under each mask
+) -> pd.DataFrame:      # columns relation, facts, candidates, reads: sequences that a model
+                        # reads under each mask
     "Say what `link_ranks` costs."
     objects, rows = _Objects(tok), []
     words = list(dict.fromkeys(f.object for f in candidates))
@@ -305,7 +310,8 @@ def _rows(asked: _Asked, tok: Any, vocabulary: set[int]) -> Iterator[dict[str, A
         better = of > of[at]
         before = sum(bool(better[places[tokens]]) for tokens in asked.right[i] if tokens in places)
         among = 1 + int(better.sum())
-        if asked.longer: one[i]["answer"] = tok.decode(list(asked.pool[int(of.argmax())])).strip()
+        if asked.longer:
+            one[i]["answer"] = tok.decode(list(asked.pool[int(of.argmax())])).strip()
         yield {"relation": f.relation, "uuid": f.uuid, "sub": f.subject, "obj": f.object,
                "tokens": len(asked.gold[i]), **one[i], "logprob": float(of[at]),
                "among": among,

@@ -45,7 +45,8 @@ def _pieces(row: Mapping[str, Any], option: str, score: str) -> list[tuple[str, 
     scored = row.get("scored", before)
     if not before.startswith(scored): scored = before
     gap = " " if before and (not mask or before.endswith(" ")) else ""
-    pieces = [(scored.rstrip(), "question"), (before[len(scored):].rstrip(), ""), (gap + option, "option"),
+    pieces = [(scored.rstrip(), "question"), (before[len(scored):].rstrip(), ""),
+              (gap + option, "option"),
               (after.rstrip(), "question")]
     wanted = "option" if score == "pll" or not (before + after).strip() else "question"
     return [(text, role == wanted) for text, role in pieces if text.strip()]
@@ -60,7 +61,9 @@ class _Coder:
         self.first, self.last = special[:1], special[1:]
 
     def of(self, text: str) -> list[int]:
-        if text not in self.known: self.known[text] = self.tok(text, add_special_tokens=False, verbose=False).input_ids
+        if text not in self.known:
+            self.known[text] = self.tok(text, add_special_tokens=False,
+                                        verbose=False).input_ids
         return self.known[text]
 
     def probes(self, row: Mapping[str, Any], option: str, score: str) -> Iterator[Probe]:
@@ -78,7 +81,8 @@ class _Coder:
     def check(self, ids: Sequence[int], row: Mapping[str, Any], option: str) -> None:
         "Raise `BadChoices` for what the model cannot read."
         if len(ids) > self.most:
-            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids), most=self.most))
+            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids),
+                                              most=self.most))
 
 
 _OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of the joined sentence: "
@@ -98,7 +102,8 @@ def _published_words(row: Mapping[str, Any]) -> list[str] | None:      # None: t
 
 def _masked_places(row: Mapping[str, Any], words: Sequence[str]) -> list[int]:
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-    if "concept" not in row: return [i for i, word in enumerate(words) if word.lower() not in ENGLISH_STOP_WORDS]
+    if "concept" not in row:
+        return [i for i, word in enumerate(words) if word.lower() not in ENGLISH_STOP_WORDS]
     concept = row["concept"].split()
     start = next(i for i in range(len(words)) if list(words[i:i + len(concept)]) == concept)
     return list(range(start, start + len(concept)))
@@ -114,7 +119,8 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         text = " ".join([*words[:i], tok.mask_token, *words[i + 1:], *behind])
         ids = tok(text, verbose=False).input_ids
         coder.check(ids, row, option)
-        yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
+        yield Probe(tuple(ids), ids.index(tok.mask_token_id),
+                    tok.convert_tokens_to_ids(words[i]))
 
 # %% ../../nbs/measure/12_options.ipynb #eabf9098
 @checked
@@ -123,7 +129,8 @@ def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> l
     asked = as_choices(questions)
     if score != "published": return list(asked)
     found = [row for row in asked if _published_words(row) is not None]
-    if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
+    if not found:
+        raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
     return found
 
 # %% ../../nbs/measure/12_options.ipynb #4025bf25
@@ -182,11 +189,13 @@ def _encode(reader: OptionReader, tok: Any, first: int) -> None:
     for n, (row, option) in enumerate(options):
         published = reader.score == "published"
         probes = _published_probes(coder, row, option) if published else coder.probes(row, option, reader.score)
-        for p in probes: read.append((texts.setdefault((p.ids, p.position), len(texts)), p.gold, n))
+        for p in probes:
+            read.append((texts.setdefault((p.ids, p.position), len(texts)), p.gold, n))
     reader.read = np.array(sorted(read), np.int64).reshape(-1, 3)
     reader.positions = np.array([position for _, position in texts])
     ids = [ids for ids, _ in texts]
-    with evaluating(reader.model): reader.texts = Sequences(reader.model, ids, first) if ids else None
+    with evaluating(reader.model):
+        reader.texts = Sequences(reader.model, ids, first) if ids else None
     means = [reader.score != "published" or row.get("kind") == "cause" for row, _ in options]
     reader.divisor = np.where(means, np.maximum(1, np.bincount(reader.read[:, 2], minlength=len(options))), 1)
 
@@ -205,14 +214,17 @@ def _values(reader: OptionReader, part: np.ndarray, read: np.ndarray) -> np.ndar
 def plausibility(
     model: nn.Module,
     tok: Any,
-    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`, or rows in any format that it knows
+    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`, or rows in any format
+                                                 # that it knows
     under: Mask | Scores | None = None,
     score: str = "logprob",                      # one of `SCORES`
-) -> pd.DataFrame:                               # columns id, score1, score2, …, label, choice, right
+) -> pd.DataFrame:                               # columns id, score1, score2, …, label,
+                                                 # choice, right
     "Choose the most plausible option of every question; raise `BadChoices` for what cannot be asked."
     reader = OptionReader(model, tok, questions, score, first_block_changed_by(model, under))
     with evaluating(model), masked(model, under): scores = reader.scores()
     table = pd.DataFrame(scores, columns=[f"score{i}" for i in range(1, 1 + scores.shape[1])])
     table.insert(0, "id", [row["id"] for row in reader.questions])
-    table = table.assign(label=[row["label"] for row in reader.questions], choice=reader.chosen(scores))
+    table = table.assign(label=[row["label"] for row in reader.questions],
+                         choice=reader.chosen(scores))
     return table.assign(right=table.choice == table.label)

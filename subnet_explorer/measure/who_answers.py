@@ -32,8 +32,10 @@ def who_answers(
     tok: Any,
     questions: Facts,
     masks: Masks,                      # label task: the relation
-    known: Facts | None = None,        # all true facts, for filtered ranks; the questions if not given
-) -> pd.DataFrame:      # by question and mask: relation, sub, obj, uuid, mask, rank, filtered, logprob, right,
+    known: Facts | None = None,        # all true facts, for filtered ranks; the questions if
+                                       # not given
+) -> pd.DataFrame:      # by question and mask: relation, sub, obj, uuid, mask, rank, filtered,
+                        # logprob, right,
                         # answer
     "Ask every question under the masks of every relation; raise `SubnetError` if there is no mask."
     if not len(masks): raise SubnetError("there is no mask to ask under: none was given.")
@@ -43,7 +45,8 @@ def who_answers(
     items = cloze(model, tok, questions, {WHOLE: None, **_apart(under)}, known)
     rows = items.assign(right=(items["rank"] == 1).astype(float))
     by = rows.groupby(["relation", "sub", "obj", "uuid", "under"], sort=False)
-    found = by.agg(rank=("rank", "median"), filtered=("filtered", "median"), logprob=("logprob", "mean"),
+    found = by.agg(rank=("rank", "median"), filtered=("filtered", "median"),
+                   logprob=("logprob", "mean"),
                    right=("right", "mean"), answer=("answer", _most_frequent))
     found = found.reset_index().rename(columns={"under": "mask"})
     place = found.groupby(["relation", "sub", "obj", "uuid"], sort=False).ngroup()
@@ -52,7 +55,8 @@ def who_answers(
 
 def _apart(under: Mapping[str, Sequence[Mask]]) -> dict[str, list[Mask]]:
     "Masks by name; a relation that is called like the full model is told apart."
-    return {f"{name} mask" if name == WHOLE else name: list(masks) for name, masks in under.items()}
+    return {f"{name} mask" if name == WHOLE else name: list(masks) for name,
+            masks in under.items()}
 
 
 def _most_frequent(words: pd.Series) -> str: return str(words.value_counts().index[0])

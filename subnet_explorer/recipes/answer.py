@@ -62,7 +62,8 @@ class AnswerStudy(Study):
     def pairs(self) -> Pairs:
         "Whether each question was answered right, by task and condition."
         scores = self.items.assign(score=self.items.right.astype(float))
-        return Pairs(scores, ("seed", "draw"), ["task"], CONTRASTS, items=["item"], bounds=(0, 1))
+        return Pairs(scores, ("seed", "draw"), ["task"], CONTRASTS, items=["item"],
+                     bounds=(0, 1))
 
     def overall(self) -> pd.DataFrame:
         "Compare conditions by their mean over tasks: see `Pairs.gains`."
@@ -99,7 +100,8 @@ class AnswerStudy(Study):
         return _sections(self)
 
 # %% ../../nbs/recipes/23_answer.ipynb #16f1d361
-CONTRASTS = (("union", "full"), ("union", "random"), ("union", "mismatched"), ("mined", "full"), ("oracle", "full"),
+CONTRASTS = (("union", "full"), ("union", "random"), ("union", "mismatched"),
+             ("mined", "full"), ("oracle", "full"),
              ("oracle", "union"))
 "Conditions that are compared."
 
@@ -154,49 +156,63 @@ def read_reasoning(
     model: nn.Module,
     tok: Any,
     *,
-    tasks: Sequence[str],                # [NAME=]SOURCE: pocket:RELATION+RELATION, copa:FOLDER or another format with
+    tasks: Sequence[str],                # [NAME=]SOURCE: pocket:RELATION+RELATION, copa:FOLDER
+                                         # or another format with
                                          # a folder or file, datasets:NAME/CONFIG
     masks: str,                          # folder of a lamp study
-    graph: str | None = None,            # triples in which the relations of a task are mined: pocket, or a .tsv file
-    trained_on: str | None = None,       # facts on which the masks were found, as given to lamp; those of the training
+    graph: str | None = None,            # triples in which the relations of a task are mined:
+                                         # pocket, or a .tsv file
+    trained_on: str | None = None,       # facts on which the masks were found, as given to
+                                         # lamp; those of the training
                                          # part are not asked about
     split_seed: Seed = 0,                # of the split of these facts
-    search: OptionShare = 0.5,           # share of the training questions by which combinations are chosen
+    search: OptionShare = 0.5,           # share of the training questions by which
+                                         # combinations are chosen
     limit_search: Count | None = 500,    # at most so many of these
     limit_test: Count | None = None,     # at most so many questions to report on
 ) -> dict[str, Any]:
     "Read tasks, masks and graph of a study as a shell names them."
     known: tuple[str, ...] = ()
-    if trained_on is not None: known = _uuids(split(answerable(read_facts(trained_on), tok), split_seed).train)
+    if trained_on is not None:
+        known = _uuids(split(answerable(read_facts(trained_on), tok), split_seed).train)
     named = dict(map(name_and_source, tasks))
-    if len(named) < len(tasks): raise SubnetError("two tasks have the same name: name them, e.g. mine=copa:FOLDER.")
-    how: dict[str, Any] = {"search": search, "limit_search": limit_search, "test": limit_test, "known": known}
+    if len(named) < len(tasks):
+        raise SubnetError("two tasks have the same name: name them, e.g. mine=copa:FOLDER.")
+    how: dict[str, Any] = {"search": search, "limit_search": limit_search, "test": limit_test,
+                           "known": known}
     found = {name: choice_task(source, name, **how) for name, source in named.items()}
-    return {"tasks": found, "masks": relation_masks(masks, model), "graph": read_facts(graph) if graph else None}
+    return {"tasks": found, "masks": relation_masks(masks, model),
+            "graph": read_facts(graph) if graph else None}
 
 
 def _uuids(facts: Facts) -> tuple[str, ...]: return tuple(fact.uuid for fact in facts)
 
 # %% ../../nbs/recipes/23_answer.ipynb #75d19cc3
-@recipe("Answers under unions of relations", "Ren & Zhu 2022, Findings of NAACL", read=read_reasoning, clauses=ANSWER,
+@recipe("Answers under unions of relations", "Ren & Zhu 2022, Findings of NAACL",
+        read=read_reasoning, clauses=ANSWER,
         pocket={"score": "pll"})
 def answer(
     model: nn.Module,
     tok: Any,
     tasks: Mapping[str, ChoiceTask],
-    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a lamp study
+    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a
+                                           # lamp study
     graph: Facts | None = None,            # triples in which the relations of a task are mined
     *,
-    score: str = "logprob",                # of an option: logprob (of the question's tokens), pll (of its own),
+    score: str = "logprob",                # of an option: logprob (of the question's tokens),
+                                           # pll (of its own),
                                            # published (raw logits)
-    join: str = "union",                   # how masks are joined: union, intersection or vote (of half of them)
+    join: str = "union",                   # how masks are joined: union, intersection or vote
+                                           # (of half of them)
     sizes: Sequence[Count] = (3, 4, 5),    # of combinations
     search: str = "greedy",                # over combinations: greedy or exhaustive
     top: Count = 5,                        # relations that are mined in the graph
     random: Natural = 5,                   # random masks of the size of the union
     mismatched: Natural = 5,               # unions of as many other relations
-    oracle: bool = False,                  # also choose on the reported questions, as published
-    singles: bool = True,                  # also every relation alone, and the union without each of its relations
+    oracle: bool = False,                  # also choose on the reported questions, as
+                                           # published
+    singles: bool = True,                  # also every relation alone, and the union without
+                                           # each of its relations
     different_starts: bool = False,        # join masks that did not start alike
     published: bool = False,               # what is not given is set as in the paper
     to: str | Path | None = None,          # folder for tables
@@ -206,7 +222,8 @@ def answer(
     settings = settings_of(answer, locals())
     found_masks = relation_masks(masks, model)
     _check(model, tok, tasks, found_masks, graph, settings)
-    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress, dict(tasks), settings)
+    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress,
+                  dict(tasks), settings)
     work = _Work(bench, model, tok, found_masks, graph, settings)
     found = dict(zip(tasks, bench.work("task", [{"task": name} for name in tasks], partial(_one_task, work, tasks)),
                      strict=True))
@@ -214,7 +231,8 @@ def answer(
 
 # %% ../../nbs/recipes/23_answer.ipynb #28a73882
 def _check(
-    model: nn.Module, tok: Any, tasks: Mapping[str, ChoiceTask], masks: RelationMasks, graph: Facts | None,
+    model: nn.Module, tok: Any, tasks: Mapping[str, ChoiceTask], masks: RelationMasks,
+    graph: Facts | None,
     settings: Mapping[str, Any],
 ) -> None:
     "Refuse what cannot be done before a folder is made."
@@ -233,14 +251,17 @@ def _check(
 
 
 def _identity(
-    model: nn.Module, tasks: Mapping[str, ChoiceTask], masks: RelationMasks, graph: Facts | None,
+    model: nn.Module, tasks: Mapping[str, ChoiceTask], masks: RelationMasks,
+    graph: Facts | None,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     "What tells this study from others."
     asked = {name: task.identity() for name, task in tasks.items()}
-    kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+    kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name,
+            value in settings.items()}
     found = digest([[*map(str, labels.values()), mask.id] for labels, mask in masks])
-    return {"recipe": "answer", "model": str(model_id(model, layout_of(model, whole=False))), "tasks": asked,
+    return {"recipe": "answer", "model": str(model_id(model, layout_of(model, whole=False))),
+            "tasks": asked,
             "masks": found, "graph": graph and graph.fingerprint, **kept}
 
 # %% ../../nbs/recipes/23_answer.ipynb #3d93c3f8
@@ -264,7 +285,8 @@ class _Work:
 
     def searched(self, ask: Asker) -> pd.DataFrame:
         "Combinations with their accuracy on the questions, the best first."
-        return search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"], self.settings["search"])
+        return search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"],
+                                   self.settings["search"])
 
 
 def _one_task(work: _Work, tasks: Mapping[str, ChoiceTask], labels: dict[str, Any]) -> dict[str, pd.DataFrame]:
@@ -272,9 +294,11 @@ def _one_task(work: _Work, tasks: Mapping[str, ChoiceTask], labels: dict[str, An
     name, bench = labels["task"], work.bench
     task = tasks[name]
     searched = bench.table(f"searched-{name}", lambda: work.searched(work.asker(task.search)))
-    answers = bench.table(f"answers-{name}", lambda: _answers(work, task, _split(searched.relations[0])))
+    answers = bench.table(f"answers-{name}",
+                          lambda: _answers(work, task, _split(searched.relations[0])))
     trivial = bench.table(f"baselines-{name}", lambda: _trivial(task))
-    return {"searched": searched.assign(task=name), "answers": answers, "baselines": trivial.assign(task=name)}
+    return {"searched": searched.assign(task=name), "answers": answers,
+            "baselines": trivial.assign(task=name)}
 
 
 def _split(text: str) -> tuple[str, ...]: return tuple(text.split("+"))
@@ -298,7 +322,8 @@ def _answers(work: _Work, task: ChoiceTask, chosen: tuple[str, ...]) -> pd.DataF
     def add(under: str, relations: Sequence[str], chosen: np.ndarray, **drawn: Any) -> None:      # (seed, question)
         seeds = work.masks.seeds if relations and under != "random" else [None]
         for seed, places in zip(seeds, chosen, strict=True):
-            rows.append({"under": under, "relations": "+".join(relations), "seed": seed, "draw": None, **drawn,
+            rows.append({"under": under, "relations": "+".join(relations), "seed": seed,
+                         "draw": None, **drawn,
                          "choices": _packed(places)})
     add("full", (), ask())
     add("union", chosen, ask(*chosen))
@@ -307,8 +332,10 @@ def _answers(work: _Work, task: ChoiceTask, chosen: tuple[str, ...]) -> pd.DataF
         first = tuple(r for r in work.masks.relations if r in set(mined.relation[:work.settings["top"]]))
         add("mined", first, ask(*first))
     union = next(iter(ask.joiners.values())).of(chosen)
-    for i in range(work.settings["random"]): add("random", chosen, ask.under(union.random_like(i))[None], draw=i)
-    for i, others in enumerate(_others(work, chosen)): add("mismatched", others, ask(*others), draw=i)
+    for i in range(work.settings["random"]):
+        add("random", chosen, ask.under(union.random_like(i))[None], draw=i)
+    for i, others in enumerate(_others(work, chosen)):
+        add("mismatched", others, ask(*others), draw=i)
     if work.settings["oracle"]:
         best = _split(work.searched(ask).relations[0])
         add("oracle", best, ask(*best))
@@ -330,33 +357,41 @@ def _others(work: _Work, chosen: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [tuple(rest[i] for i in places) for places in drawn]
 
 # %% ../../nbs/recipes/23_answer.ipynb #a61933cb
-_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice", "right"]
+_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice",
+            "right"]
 
 
 def _study(
-    work: _Work, tasks: Mapping[str, ChoiceTask], found: Mapping[str, Mapping[str, pd.DataFrame]],
+    work: _Work, tasks: Mapping[str, ChoiceTask],
+    found: Mapping[str, Mapping[str, pd.DataFrame]],
 ) -> AnswerStudy:
     "The study from the tables of its tasks."
-    long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name, tables in found.items()])
+    long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name,
+                      tables in found.items()])
     alone = long.under.isin(["single", "without"])
     chosen = {name: _split(tables["searched"].relations[0]) for name, tables in found.items()}
     unions = [joined_table(work.masks, [some], work.settings["join"]).assign(task=name)
               for name, some in chosen.items()]
-    tables = {"items": long[~alone].reset_index(drop=True), "singles": long[alone].reset_index(drop=True),
+    tables = {"items": long[~alone].reset_index(drop=True),
+              "singles": long[alone].reset_index(drop=True),
               "unions": pd.concat(unions, ignore_index=True),
               **{kind: pd.concat([t[kind] for t in found.values()], ignore_index=True)
                  for kind in ("searched", "baselines")}}
-    if work.graph is not None: tables["mined"] = pd.concat(_mined(work, tasks), ignore_index=True)
+    if work.graph is not None:
+        tables["mined"] = pd.concat(_mined(work, tasks), ignore_index=True)
     bench = work.bench
     return AnswerStudy(
-        masks=work.masks, tables=tables, config=bench.config, model_name=work.masks[0].space.model.name,
-        seconds=bench.seconds, folder=bench.folder, notes=tuple(_notes(work, tasks, long)), tasks=dict(tasks),
+        masks=work.masks, tables=tables, config=bench.config,
+        model_name=work.masks[0].space.model.name,
+        seconds=bench.seconds, folder=bench.folder, notes=tuple(_notes(work, tasks, long)),
+        tasks=dict(tasks),
         relations=chosen)
 
 # %% ../../nbs/recipes/23_answer.ipynb #01608b8d
 def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> Iterator[str]:
     "What a reader must be told."
-    yield from few_note("test questions", {name: len(task.test) for name, task in tasks.items()})
+    yield from few_note("test questions",
+                        {name: len(task.test) for name, task in tasks.items()})
     for name, task in tasks.items():
         if not (lost := len(task.test) - int(long[long.task == name].item.nunique())): continue
         yield (f"{name}: {lost} of {len(task.test)} test questions were left out, since their concept does not stand "
@@ -364,7 +399,8 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> 
     if work.settings["oracle"]:
         yield ("oracle: the combination that is best on the reported questions, as published. What it scores more than "
                "the union that was chosen on other questions is no gain of the method, see optimism().")
-    if work.masks.soft: yield "Joined are the binary masks of a stochastic search, not its soft gates."
+    if work.masks.soft:
+        yield "Joined are the binary masks of a stochastic search, not its soft gates."
 
 
 def _long(work: _Work, name: str, task: ChoiceTask, answers: pd.DataFrame) -> pd.DataFrame:
@@ -372,7 +408,8 @@ def _long(work: _Work, name: str, task: ChoiceTask, answers: pd.DataFrame) -> pd
     answers = answers.astype({"seed": float, "draw": float})
     asked = askable(task.test, work.settings["score"])
     ids = [str(row.get("id", i)) for i, row in enumerate(asked)]
-    one = pd.DataFrame({"task": name, "item": range(len(asked)), "id": ids, "label": [row["label"] for row in asked]})
+    one = pd.DataFrame({"task": name, "item": range(len(asked)), "id": ids,
+                        "label": [row["label"] for row in asked]})
     parts = [one.assign(under=r.under, relations=r.relations or "", seed=r.seed, draw=r.draw,
                         choice=[_DIGITS.index(c) for c in r.choices]) for r in answers.itertuples()]
     table = pd.concat(parts, ignore_index=True)
@@ -391,7 +428,8 @@ def _sections(study: AnswerStudy) -> Iterator[Section]:
            "the majority place and a bag of words over the options alone need no model.",
            [*_bars(study), study.summary()])
     yield "Gains", "Differences on the same questions.", [study.gains().round(4)]
-    yield ("What each relation adds", "Accuracy under the mask of one relation minus that of the full model.",
+    yield ("What each relation adds",
+           "Accuracy under the mask of one relation minus that of the full model.",
            [_heat(study), study.matrix().round(4)] if len(study.tables["singles"]) else [])
     if len(study.tables["singles"].query("under == 'without'")):
         yield ("Without one of them", "What the union answers more than without one of its relations.",
@@ -432,12 +470,17 @@ def _heat(study: AnswerStudy) -> Figure:
                   "intervals lie above 0.")
 
 # %% ../../nbs/recipes/23_answer.ipynb #41ed6337
-_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2", "average")
+_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2",
+         "average")
 _TABLE_7: dict[str, tuple[str, str]] = {
-    "DistilBERT": ("58.3 60.0 29.6 84.6 53.3 71.6 48.6 50.4 57.0", "61.5 69.0 31.5 89.6 56.9 72.1 53.4 51.6 60.7"),
-    "BERT": ("60.2 54.0 26.5 89.0 57.3 69.7 46.8 50.3 56.7", "63.0 64.0 28.5 91.8 59.0 71.7 50.0 52.0 60.0"),
-    "RoBERTa": ("60.7 59.0 39.9 90.1 61.8 73.1 48.6 53.1 60.7", "65.3 72.0 40.4 93.4 62.9 74.4 53.2 55.1 64.6"),
-    "MPNet": ("66.5 69.0 40.0 94.5 64.3 75.8 52.9 56.7 64.9", "71.0 74.0 41.7 97.3 66.4 77.5 56.1 57.7 67.7"),
+    "DistilBERT": ("58.3 60.0 29.6 84.6 53.3 71.6 48.6 50.4 57.0",
+                   "61.5 69.0 31.5 89.6 56.9 72.1 53.4 51.6 60.7"),
+    "BERT": ("60.2 54.0 26.5 89.0 57.3 69.7 46.8 50.3 56.7",
+             "63.0 64.0 28.5 91.8 59.0 71.7 50.0 52.0 60.0"),
+    "RoBERTa": ("60.7 59.0 39.9 90.1 61.8 73.1 48.6 53.1 60.7",
+                "65.3 72.0 40.4 93.4 62.9 74.4 53.2 55.1 64.6"),
+    "MPNet": ("66.5 69.0 40.0 94.5 64.3 75.8 52.9 56.7 64.9",
+              "71.0 74.0 41.7 97.3 66.4 77.5 56.1 57.7 67.7"),
 }
 _TABLE_9: dict[str, str] = {
     "DistilBERT": "1-6-14 2-3-13 0-1-9 6-7-10 2-8-13 2-3-14 1-2-7",
@@ -446,15 +489,18 @@ _TABLE_9: dict[str, str] = {
     "MPNet": "1-6-8 6-12-13 2-3-10 1-3-4 6-10-13 2-5-6 5-6-7",
 }
 PAPER_RELATIONS = (
-    "HasSubevent", "MadeOf", "HasPrerequisite", "MotivatedByGoal", "AtLocation", "CausesDesire", "IsA", "NotDesires",
-    "Desires", "CapableOf", "PartOf", "HasA", "UsedFor", "ReceivesAction", "Causes", "HasProperty")
+    "HasSubevent", "MadeOf", "HasPrerequisite", "MotivatedByGoal", "AtLocation",
+    "CausesDesire", "IsA", "NotDesires",
+    "Desires", "CapableOf", "PartOf", "HasA", "UsedFor", "ReceivesAction", "Causes",
+    "HasProperty")
 "The relations by their numbers in the paper (appendix B.2)."
 
 
 def published_accuracy() -> pd.DataFrame:      # model, under, a column for each set; per cent
     "Zero-shot accuracy as published (Ren & Zhu 2022, table 7)."
     rows = [[model, under, *map(float, text.split())]
-            for model, texts in _TABLE_7.items() for under, text in zip(("full", "oracle"), texts, strict=True)]
+            for model, texts in _TABLE_7.items() for under,
+            text in zip(("full", "oracle"), texts, strict=True)]
     return pd.DataFrame(rows, columns=["model", "under", *_SETS])
 
 

@@ -103,7 +103,8 @@ def scored(
     items: pd.DataFrame,      # from `link_ranks`, with seed, shift and draw
     measure: str,             # MRR or P@K
     rank: str,                # one of `RANKS`
-) -> pd.DataFrame:            # with a column score; objects that have no such rank are left out
+) -> pd.DataFrame:            # with a column score; objects that have no such rank are left
+                              # out
     "What every question adds to a measure."
     check_names([rank], RANKS, "rank")
     if measure != "MRR" and not (measure[:2] == "P@" and measure[2:].isdigit() and int(measure[2:])):
@@ -162,14 +163,19 @@ def read_triples(
     model: nn.Module,
     tok: Any,
     *,
-    triples: str,                            # "pocket", a .tsv file of triples, a .jsonl file or folder in LAMA format
+    triples: str,                            # "pocket", a .tsv file of triples, a .jsonl file
+                                             # or folder in LAMA format
     masks: str,                              # folder of a LAMP study, or of its runs
-    graph: str | None = None,                # all that is known: for filtered ranks, candidates, and two hops
+    graph: str | None = None,                # all that is known: for filtered ranks,
+                                             # candidates, and two hops
     trained_on: str | None = None,           # facts of that study: they are not asked
-    split_seed: Seed | None = None,          # only its training and development part was read, cut with this seed
-    templates: str | None = "lamp-b1",       # of the triples: a name, a LAMA relations.jsonl; none: their own wording
+    split_seed: Seed | None = None,          # only its training and development part was read,
+                                             # cut with this seed
+    templates: str | None = "lamp-b1",       # of the triples: a name, a LAMA relations.jsonl;
+                                             # none: their own wording
     relations: Sequence[str] | None = None,  # only these
-    lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
+    lenient: bool = False,                   # leave out, and count, prompts without exactly
+                                             # one [MASK]
 ) -> dict[str, Any]:
     "Read what `complete` needs as a shell names it."
     names = None if relations is None else ",".join(relations)
@@ -200,13 +206,15 @@ POCKET = {"templates": None, "trained_on": "pocket", "split_seed": 0}
 "Settings that suit the pocket models: their world is asked in its own words."
 
 
-@recipe("Completing triples", "Ren & Zhu 2022, Findings of NAACL, sections 3.2 and 3.3", read=read_triples,
+@recipe("Completing triples", "Ren & Zhu 2022, Findings of NAACL, sections 3.2 and 3.3",
+        read=read_triples,
         pocket=POCKET)
 def complete(
     model: nn.Module,
     tok: Any,
     triples: Facts,                               # that are asked
-    masks: Masks | Study,                         # of relations: a LAMP study, or masks labelled task and seed
+    masks: Masks | Study,                         # of relations: a LAMP study, or masks
+                                                  # labelled task and seed
     graph: Facts | None = None,                   # all that is known; None: the triples, and what was trained on
     trained_on: Facts | Split | None = None,      # is not asked; None: of a LAMP study its own
     *,
@@ -253,7 +261,8 @@ class _Given:
 def _given(masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on: Facts | Split | None) -> _Given:
     cut = trained_on if isinstance(trained_on, Split) else None
     told = trained_on if isinstance(trained_on, Facts) else None
-    if cut is not None: told = replace(cut.train, items=cut.train.items + cut.dev.items, skipped={})
+    if cut is not None:
+        told = replace(cut.train, items=cut.train.items + cut.dev.items, skipped={})
     if graph is None: known = tuple(dict.fromkeys([*triples, *(told or ())]))
     else: known = tuple(dict.fromkeys([*graph, *triples]))
     return _Given(masks, triples, Facts(known, (graph or triples).name), told, cut)
@@ -270,7 +279,8 @@ def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str,
     found = {ONE_HOP: _usable(model, tok, asked, given, settings)}
     pair = list(settings["two_hop"])
     if not pair: return found
-    if len(pair) != 2: raise SubnetError(f"two hops join two relations, e.g. IsA,HasProperty; got {len(pair)}.")
+    if len(pair) != 2:
+        raise SubnetError(f"two hops join two relations, e.g. IsA,HasProperty; got {len(pair)}.")
     usual = tuple(pair) == ("IsA", "HasProperty")
     if usual and not ({*pair} <= {*given.graph.relations} and pair[1] in given.masks.relations): return found
     check_names(pair[1:], given.masks.relations, "relation with a mask")

@@ -86,28 +86,35 @@ def read_mining(
     model: nn.Module,
     tok: Any,
     *,
-    facts: str,                              # the graph: "pocket", a .jsonl file or folder in LAMA format, a .tsv file
+    facts: str,                              # the graph: "pocket", a .jsonl file or folder in
+                                             # LAMA format, a .tsv file
                                              # of triples, or datasets:NAME
     masks: str,                              # folder of a lamp study
-    about: str | None = None,                # facts whose relations and subjects are asked; nothing: those of the
+    about: str | None = None,                # facts whose relations and subjects are asked;
+                                             # nothing: those of the
                                              # graph
     against: Sequence[str] | None = None,    # true facts, or .csv files of annotations
-    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with this seed out of the graph,
+    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with
+                                             # this seed out of the graph,
                                              # ask about all, and count all as true
     relations: Sequence[str] | None = None,  # only these
-    templates: str | None = None,            # a LAMA relations.jsonl whose templates replace the prompts
-    lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
+    templates: str | None = None,            # a LAMA relations.jsonl whose templates replace
+                                             # the prompts
+    lenient: bool = False,                   # leave out, and count, prompts without exactly
+                                             # one [MASK]
 ) -> dict[str, Any]:
     "Read graph, masks, questions and truth as a shell names them."
     names = None if relations is None else ",".join(relations)
     read = partial(read_facts, relations=names, templates=templates, strict=not lenient)
     graph, found = read(facts), relation_masks(masks, model)
     if split_seed is None:
-        return {"facts": graph, "masks": found, "about": None if about is None else read(about),
+        return {"facts": graph, "masks": found,
+                "about": None if about is None else read(about),
                 "against": None if against is None else _truth_file(against, read)}
     whole = answerable(graph, tok)
     parts = split(whole, split_seed)
-    known = replace(whole, items=(*parts.train, *parts.dev), name=f"{whole.name}/train and dev")
+    known = replace(whole, items=(*parts.train, *parts.dev),
+                    name=f"{whole.name}/train and dev")
     return {"facts": known, "masks": found, "about": whole, "against": whole}
 
 
@@ -125,15 +132,19 @@ def mine(
     tok: Any,
     facts: Facts,                                     # the graph
     masks: Masks | Study | str | Path,                # of a lamp study: labels task and seed
-    about: Facts | None = None,                       # whose relations and subjects are asked; None: the graph
-    against: Any = None,                              # true facts, annotations, or a function: see `judged`
+    about: Facts | None = None,                       # whose relations and subjects are asked;
+                                                      # None: the graph
+    against: Any = None,                              # true facts, annotations, or a function:
+                                                      # see `judged`
     *,
     each: Count = 1,                                  # proposals per relation and subject
     most: Count = 200,                                # proposals in all, of every condition
     depth: Count = 50,                                # tokens that are looked at per question
-    objects: str = "words",                           # what can be proposed: words, or seen (objects that the graph has
+    objects: str = "words",                           # what can be proposed: words, or seen
+                                                      # (objects that the graph has
                                                       # for the relation)
-    inverses: Mapping[str, str] | None = None,        # relations and what they are the other way round; nothing: ours
+    inverses: Mapping[str, str] | None = None,        # relations and what they are the other
+                                                      # way round; nothing: ours
     hypernym: str = "IsA",                            # the relation that leads to hypernyms
     random: Natural = 3,                              # random masks of the same size
     k: Sequence[Count] = (10, 20, 50, 100),           # places up to which precision is told
@@ -147,8 +158,10 @@ def mine(
     questions, lost = asked_questions(facts if about is None else about, facts, found, tok)
     truth = None if against is None else truth_of(against, inverses)
     stated = Stated.by(facts, INVERSES if inverses is None else inverses, hypernym)
-    bench = Bench(identity_of(settings, facts, questions, found), to, progress, {"questions": lost}, settings)
-    kept, removed = read_relations(bench, model, tok, questions, stated, facts, found, settings)
+    bench = Bench(identity_of(settings, facts, questions, found), to, progress,
+                  {"questions": lost}, settings)
+    kept, removed = read_relations(bench, model, tok, questions, stated, facts, found,
+                                   settings)
     study = collected(bench, questions, facts, found, kept, removed)
     return bench.finished(study if truth is None else with_truth(study, truth))
 
@@ -165,14 +178,17 @@ def asked_questions(
     usable = [r for r in about.relations if r in masks.relations and r in in_graph]
     if not usable:
         asked, masked, known = (", ".join(map(str, names[:5]))
-                                for names in (about.relations, masks.relations, graph.relations))
+                                for names in (about.relations, masks.relations,
+                                              graph.relations))
         raise BadFacts(f"no relation of {about.name} ({asked}) has both a mask and facts in the graph: "
                        f"masks are of {masked}, and {graph.name} has {known}.")
     questions = questions_of(about[usable], tok)
-    if not len(questions): raise BadFacts(f"no prompt of {about.name} is short enough for this model.")
+    if not len(questions):
+        raise BadFacts(f"no prompt of {about.name} is short enough for this model.")
     lost = {r: dict(why) for r, why in questions.skipped.items()}
     for r in about.relations:
-        if r not in usable: lost[r] = {NO_MASK if r not in masks.relations else NOT_IN_GRAPH: len(about[r])}
+        if r not in usable:
+            lost[r] = {NO_MASK if r not in masks.relations else NOT_IN_GRAPH: len(about[r])}
     return questions, replace(questions, items=(), skipped=lost)
 
 
@@ -181,16 +197,19 @@ def identity_of(
 ) -> dict[str, Any]:
     "What tells this study from others; who judges it does not."
     made = {"recipe": "mine", "model": str(masks[0].space.model), "graph": graph.fingerprint,
-            "questions": questions.fingerprint, "masks": digest([mask.id for _, mask in masks])}
+            "questions": questions.fingerprint,
+            "masks": digest([mask.id for _, mask in masks])}
     return {**made, **settings, "k": list(settings["k"]), "seeds": list(masks.seeds)}
 
 # %% ../../nbs/recipes/24_mine.ipynb #d8b25bd5
 def read_relations(
-    bench: Bench, model: nn.Module, tok: Any, questions: Facts, stated: Stated, graph: Facts, masks: RelationMasks,
+    bench: Bench, model: nn.Module, tok: Any, questions: Facts, stated: Stated, graph: Facts,
+    masks: RelationMasks,
     settings: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:      # proposals, and what was removed
     "What every condition proposes for all relations."
-    under = relation_conditions(masks, questions.relations, settings["random"], mismatched=False)
+    under = relation_conditions(masks, questions.relations, settings["random"],
+                                mismatched=False)
     under.pop("subnetwork (binary)", None)
     limits = {"each": settings["each"], "depth": settings["depth"]}
 
@@ -217,7 +236,8 @@ def listed(
     order = ["under", "draw", "logprob", "relation", "sub", "obj"]
     up = [True, True, False, True, True, True]
     rows = kept.sort_values(order, ascending=up, kind="stable").reset_index(drop=True)
-    facts = [statement(*triple, inverses) for triple in zip(rows.relation, rows["sub"], rows.obj, strict=True)]
+    facts = [statement(*triple, inverses) for triple in zip(rows.relation, rows["sub"],
+                                                            rows.obj, strict=True)]
     rows = rows.assign(fact=[" ".join(fact) for fact in facts])
     twice = rows.duplicated(["under", "draw", "fact"])
     places = rows[~twice].groupby(["under", "draw"]).cumcount() + 1
@@ -281,7 +301,8 @@ def _difference(triple: tuple[str, str, str], shown: tuple[str, str, str]) -> st
 
 # %% ../../nbs/recipes/24_mine.ipynb #48dd825e
 def collected(
-    bench: Bench, questions: Facts, graph: Facts, masks: RelationMasks, kept: pd.DataFrame, removed: pd.DataFrame,
+    bench: Bench, questions: Facts, graph: Facts, masks: RelationMasks, kept: pd.DataFrame,
+    removed: pd.DataFrame,
 ) -> MineStudy:
     "Rank and count."
     inverses = bench.config["inverses"]
@@ -289,10 +310,12 @@ def collected(
     gone = pd.concat([removed, fallen], ignore_index=True)
     proposals, provenance = proposals_of(lists, gone, kept, masks, inverses)
     counts = gone[gone.under == main_of(kept)].groupby(["relation", "why"], sort=False).size()
-    told = {"proposals": proposals, "provenance": provenance, "lists": _with_seeds(lists, masks.seeds),
+    told = {"proposals": proposals, "provenance": provenance,
+            "lists": _with_seeds(lists, masks.seeds),
             "removed": counts.rename("n").reset_index()}
     return MineStudy(
-        masks=masks, tables=told, config=bench.config, model_name=masks[0].space.model.name, seconds=bench.seconds,
+        masks=masks, tables=told, config=bench.config, model_name=masks[0].space.model.name,
+        seconds=bench.seconds,
         folder=bench.folder, questions=questions, graph=graph,
     )
 
@@ -300,13 +323,15 @@ def collected(
 def _with_seeds(lists: pd.DataFrame, seeds: Sequence[Any]) -> pd.DataFrame:
     "Lists with the seed of the mask or the number of the random draw; nothing where there is neither."
     of_seed, of_draw = lists.under == "subnetwork", lists.under == "random"
-    values = [seeds[draw] if own else None for draw, own in zip(lists.draw, of_seed, strict=True)]
+    values = [seeds[draw] if own else None for draw,
+              own in zip(lists.draw, of_seed, strict=True)]
     seed = pd.Series(values, lists.index, dtype=object)
     draw = lists.draw.astype(object).where(of_draw, None)
     return lists.assign(seed=seed, draw=draw)[LISTED]
 
 
-LISTED = ["under", "seed", "draw", "place", "relation", "sub", "obj", "logprob", "rank", "full_rank", "fact",
+LISTED = ["under", "seed", "draw", "place", "relation", "sub", "obj", "logprob", "rank",
+          "full_rank", "fact",
           "prompt"]
 
 # %% ../../nbs/recipes/24_mine.ipynb #d1d250d2
@@ -317,7 +342,8 @@ def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
     lists = lists.assign(true=truth.of(lists))
     main = main_of(lists)
     own = lists[lists.under == main]
-    tables = {**study.tables, "proposals": study.proposals.assign(true=own.true.to_numpy()), "lists": lists}
+    tables = {**study.tables, "proposals": study.proposals.assign(true=own.true.to_numpy()),
+              "lists": lists}
     chance = by_chance(own, truth, study.graph, study.config["k"], inverses)
     precision = precision_at(lists, study.config["k"])
     tables["precision"] = precision.assign(chance=precision.k.map(chance).where(precision.under == main))
@@ -349,7 +375,8 @@ def judged_pairs(study: MineStudy) -> Pairs:
     scores = rows.assign(score=rows.true.astype(float))
     main = main_of(lists)
     others = [under for under in lists.under.unique() if under != main]
-    contrasts = [(main, under) for under in ("full", "random", "subnetwork") if under in others]
+    contrasts = [(main, under) for under in ("full", "random",
+                                             "subnetwork") if under in others]
     return Pairs(scores, ["seed", "draw"], [], contrasts, items=["place"], bounds=(0, 1))
 
 
@@ -372,7 +399,8 @@ def mine_summary(study: MineStudy) -> pd.DataFrame:
         wide = t.assign(text=texts, column="P@" + t.k.astype(str)).pivot(index="under", columns="column", values="text")
         out = out.join(wide[list(dict.fromkeys("P@" + t.k.astype(str)))])
         out.loc["chance", list(wide)] = [_short(t, int(name[2:])) for name in wide]
-    order = [name for name in (main_of(lists), "subnetwork", "full", "random", "chance") if name in out.index]
+    order = [name for name in (main_of(lists), "subnetwork", "full", "random",
+                               "chance") if name in out.index]
     return out.reindex(list(dict.fromkeys(order))).rename_axis(index="condition", columns=None)
 
 
@@ -384,10 +412,12 @@ def _short(precision: pd.DataFrame, k: int) -> str:
 
 def mine_results(study: MineStudy) -> dict[str, Any]:
     "What `results.json` says."
-    told = {name: study.tables[name] for name in ("precision", "agreement", "removed") if name in study.tables}
+    told = {name: study.tables[name] for name in ("precision", "agreement",
+                                                  "removed") if name in study.tables}
     asked = {r: len(study.questions[r]) for r in study.questions.relations}
     own = study.proposals.groupby("relation").size() if len(study.proposals) else pd.Series(dtype=int)
-    relations = {r: {"questions": n, "proposals": int(own.get(r, 0))} for r, n in asked.items()}
+    relations = {r: {"questions": n, "proposals": int(own.get(r, 0))} for r,
+                 n in asked.items()}
     first = study.proposals.head(GAINED).drop(columns="prompt")
     gains = study.gains() if "precision" in study.tables and study.tables["lists"].true.notna().any() else None
     return {"relations": relations, "first": first, **told, "gains": gains}
@@ -395,7 +425,8 @@ def mine_results(study: MineStudy) -> dict[str, Any]:
 
 def mine_text(study: MineStudy) -> str:
     "What the shell prints: the summary, and the first proposals."
-    shown = ["place", "relation", "sub", "obj", "probability", "gain", "rank", "full_rank", "agree", "merged"]
+    shown = ["place", "relation", "sub", "obj", "probability", "gain", "rank", "full_rank",
+             "agree", "merged"]
     first = study.proposals.reindex(columns=[*shown, *(["true"] if "true" in study.proposals else [])]).head(20)
     return "\n\n".join([study.summary().to_string(na_rep="–", float_format="{:.2f}".format),
                         first.to_string(index=False, float_format="{:.2f}".format)])
@@ -407,7 +438,8 @@ def mine_sections(study: MineStudy) -> Iterator[Section]:
     if precision is not None:
         at = max([k for k in precision.k if k <= GAINED], default=precision.k.min())
         bars = precision[(precision.k == at) & (precision.judged > 0)].rename(columns={"under": "condition"})
-        drawn = [curves.bars(bars, title=f"True among the first {at}", label=f"precision at {at}")] if len(bars) else []
+        drawn = [curves.bars(bars, title=f"True among the first {at}",
+                             label=f"precision at {at}")] if len(bars) else []
         yield "How many are true", PLACES, [*drawn, study.summary().reset_index(), precision]
     else: yield "Proposals by condition", UNJUDGED, [study.summary().reset_index()]
     if "agreement" in study.tables: yield "Annotators", "", [study.tables["agreement"]]

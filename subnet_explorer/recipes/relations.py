@@ -51,9 +51,11 @@ class RelationMasks(Masks):
 
     def __init__(
         self,
-        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels, and mask or path
+        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels, and mask or
+                                                                        # path
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
-        starts: Mapping[_Place, str] | None = None,                     # hash of what the search started from
+        starts: Mapping[_Place, str] | None = None,                     # hash of what the
+                                                                        # search started from
     ) -> None:
         super().__init__(rows)
         self.soft, self.starts = dict(soft or {}), dict(starts or {})
@@ -107,7 +109,8 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path]]:
     if not done: raise BadRelations(f"none of the {len(runs)} searches in {folder} is finished: a LAMP study leaves "
                                     "one for every relation and seed.")
     found = [(run.labels, Path(str(run.folder)) / MASK) for run in done]
-    return sorted(found, key=lambda row: (str(type(row[0].get("seed"))), row[0].get("seed", 0)))
+    return sorted(found, key=lambda row: (str(type(row[0].get("seed"))),
+                                          row[0].get("seed", 0)))
 
 
 def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Run]]) -> RelationMasks:
@@ -198,7 +201,8 @@ def relation_conditions(
     relations: Sequence[str] | None = None,      # of the questions; None: all that have masks
     random: Natural = 5,                         # random masks of the same size, per relation
     mismatched: bool = True,                     # also the masks of all other relations
-) -> dict[str, Condition]:                       # by name, then by relation where relations differ
+) -> dict[str, Condition]:                       # by name, then by relation where relations
+                                                 # differ
     "Conditions as `cloze` takes them; raise `UnknownName` for a relation without masks."
     asked = check_names(masks.relations if relations is None else relations, masks.relations,
                         "relation with a mask")
@@ -227,7 +231,8 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
     seeds: Sequence[Any],     # of the masks, in their order
-) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not repeat is empty
+) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not
+                              # repeat is empty
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
     values = np.array(list(seeds), dtype=object)      # draws go through the seeds in turn
     seed = pd.Series(values[items.draw % len(values)], items.index,

@@ -39,10 +39,12 @@ JOINS = ("union", "intersection", "vote")
 
 @checked
 def joined(
-    masks: Masks,                                       # labelled task: one of each relation that is joined
+    masks: Masks,                                       # labelled task: one of each relation
+                                                        # that is joined
     how: str = "union",                                 # one of `JOINS`
     weights: Mapping[str, Weight] | None = None,        # of a vote, by relation; None: equal
-    share: SomeShare = 0.5,                             # of the weights that must keep a coordinate, of a vote
+    share: SomeShare = 0.5,                             # of the weights that must keep a
+                                                        # coordinate, of a vote
     different_starts: bool = False,                     # join masks that did not start alike
 ) -> Mask:
     "Join the masks of relations; raise `DifferentStarts` unless they started alike or it is allowed."
@@ -71,9 +73,11 @@ class Joiner:
     def of(self, combination: Sequence[str]) -> Mask:
         "The joined mask of some relations, in their order."
         check_names(combination, self.masks, "relation with a mask")
-        if not combination: raise SubnetError("there is no mask to join: name at least one relation.")
+        if not combination:
+            raise SubnetError("there is no mask to join: name at least one relation.")
         found = self._vote(combination) if self.how == "vote" else self._stacked(combination)
-        packed = [found[a:b].tobytes() for a, b in zip([0, *self.ends], self.ends, strict=False)]
+        packed = [found[a:b].tobytes() for a,
+                  b in zip([0, *self.ends], self.ends, strict=False)]
         parents = [self.masks[r].id for r in combination]
         made = {"operation": self.how, "relations": list(combination), "parents": parents}
         return Mask(self.space, tuple(packed), made)
@@ -103,7 +107,8 @@ def joined_table(
     how: str = "union",
     weights: Mapping[str, Weight] | None = None,
     share: SomeShare = 0.5,
-) -> pd.DataFrame:      # columns seed, relations, masks (their mean sparsity), sparsity, expected
+) -> pd.DataFrame:      # columns seed, relations, masks (their mean sparsity), sparsity,
+                        # expected
     "Sparsity of joined masks, and what it would be of unrelated ones: the product of theirs, of a union."
     rows = []
     for seed in masks.index.seed.unique() if "seed" in masks.index else [None]:
@@ -111,7 +116,8 @@ def joined_table(
         joiner = Joiner(parts, how, weights, share)
         for some in combinations:
             each = np.array([parts[r].sparsity for r in check_names(some, parts, "relation with a mask")])
-            expected = {"union": each.prod(), "intersection": 1 - (1 - each).prod()}.get(how, np.nan)
+            expected = {"union": each.prod(),
+                        "intersection": 1 - (1 - each).prod()}.get(how, np.nan)
             rows.append({"seed": seed, "relations": "+".join(some), "masks": each.mean(),
                          "sparsity": joiner.of(some).sparsity, "expected": expected})
     return pd.DataFrame(rows)
@@ -162,7 +168,8 @@ def search_combinations(
     relations: Sequence[str],
     sizes: Sequence[Count] = (3, 4, 5),
     search: str = "greedy",              # one of `SEARCHES`
-) -> pd.DataFrame:                       # columns relations, size, accuracy, searched; the best combination first
+) -> pd.DataFrame:                       # columns relations, size, accuracy, searched; the
+                                         # best combination first
     "Try combinations of relations; of equally good ones the smaller, then the earlier comes first."
     check_names([search], SEARCHES, "search over combinations")
     sizes = sorted(set(sizes))
@@ -170,9 +177,11 @@ def search_combinations(
         raise SubnetError(f"combinations of {sizes} relations cannot be made of {len(relations)}: give sizes from 1 to "
                           f"{len(relations)}.")
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
-    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some, found in tried.items()]
+    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some,
+            found in tried.items()]
     table = pd.DataFrame(rows).assign(searched=len(rows))
-    return table.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable", ignore_index=True)
+    return table.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable",
+                             ignore_index=True)
 
 
 _Tried = dict[tuple[str, ...], float]
@@ -201,21 +210,26 @@ _LONGEST = 4      # words of a subject or object
 def mined_relations(
     graph: Facts,                                      # triples, e.g. of `read_graph`
     questions: Sequence[Mapping[str, Any]],            # as of `read_choices`
-    relations: Sequence[str] | None = None,            # only these, e.g. those with masks; None: all of the graph
+    relations: Sequence[str] | None = None,            # only these, e.g. those with masks;
+                                                       # None: all of the graph
 ) -> pd.DataFrame:      # columns relation, questions, share, shuffled; the most frequent first
     "Count questions whose text and right answer have subject and object of a triple; raise `BadFacts` if none has."
     wanted = list(graph.relations) if relations is None else [r for r in relations if r in graph.relations]
     if not wanted:
         raise BadFacts(f"the graph has {', '.join(graph.relations)[:80]}, and relations are looked for among "
                        f"{', '.join(relations or ())[:80]}: none is in both.")
-    if not len(questions): raise SubnetError("there is no question in which relations could be mined.")
+    if not len(questions):
+        raise SubnetError("there is no question in which relations could be mined.")
     pairs = _pairs_of(graph, wanted)
     texts = [_phrases(row["question"].replace("[MASK]", " ")) for row in questions]
     answers = [_phrases(row["choices"][row["label"]]) for row in questions]
-    counts, chance = (_met(pairs, texts, some) for some in (answers, [*answers[1:], answers[0]]))
-    rows = [{"relation": r, "questions": counts[r], "share": counts[r] / len(texts), "shuffled": chance[r]}
+    counts, chance = (_met(pairs, texts,
+                           some) for some in (answers, [*answers[1:], answers[0]]))
+    rows = [{"relation": r, "questions": counts[r], "share": counts[r] / len(texts),
+             "shuffled": chance[r]}
             for r in wanted]
-    table = pd.DataFrame(rows).sort_values("questions", ascending=False, kind="stable", ignore_index=True)
+    table = pd.DataFrame(rows).sort_values("questions", ascending=False, kind="stable",
+                                           ignore_index=True)
     if table.questions.any(): return table
     raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of the {len(texts)} "
                    "questions and its answer: take another graph.")
@@ -241,7 +255,8 @@ def _phrases(text: str) -> set[str]:
 
 
 def _met(
-    pairs: Mapping[str, Mapping[str, set[str]]], texts: Sequence[set[str]], answers: Sequence[set[str]],
+    pairs: Mapping[str, Mapping[str, set[str]]], texts: Sequence[set[str]],
+    answers: Sequence[set[str]],
 ) -> Counter[str]:
     "In how many questions a pair of each relation occurs."
     counts = Counter[str]()
