@@ -28,6 +28,7 @@ from subnet_explorer.core.escape import Html, csv_text, from_cell, markdown_text
 from subnet_explorer.core.mask import card
 from subnet_explorer.core.selection import StabilitySelection, stability_selection
 from subnet_explorer.core.space import unit_space
+from subnet_explorer.data.choices import Choices
 from subnet_explorer.data.facts import Fact
 from subnet_explorer.data.tables import LabelTask
 from subnet_explorer.look.figure import Figure, View
@@ -129,6 +130,11 @@ def of_recipes() -> dict[str, str]:
 def facts() -> Facts: return Facts(tuple(ROWS), name=PARTS[0])
 
 
+def choices() -> Choices:
+    row = {"question": PARTS[0], "choices": [PARTS[1], PARTS[2]], "label": 0, "id": PARTS[3]}
+    return Choices((row,), name=PARTS[4], skipped={PARTS[0]: 1})
+
+
 def labelled() -> Labelled:
     items = tuple({"sentence": text, "label": text, text: text} for text in PARTS)
     return Labelled(items, LabelTask(PARTS[0], ("sentence",), labels=tuple(PARTS)), PARTS[1])
@@ -178,7 +184,8 @@ FORMS: dict[str, Callable[[], Any]] = {
     "CoordinateSet": lambda: mask(PARTS[0]),
     "Mask": lambda: mask(PARTS[1]),
     "Masks": lambda: Masks([({"task": text, PARTS[0]: text}, mask(seed=i)) for i, text in enumerate(HOSTILE)]),
-    "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns, "Pruned": pruned, "Study": study,
+    "Choices": choices, "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns,
+    "Pruned": pruned, "Study": study,
     "Figure": figure, "View": view, "StabilitySelection": stable, "Recipe": a_recipe,
     "Discordant": only_one_side, "StudyLinks": links,
 }
