@@ -52,6 +52,12 @@ model, tok = load('pocket-bert')
 prune.random_unstructured(model.bert.encoder.layer[0].output.dense, 'weight', 0.5)
 Space.of(model, 'weight')
 """,
+    "BadAnnotations": """
+from subnet_explorer.data.annotations import read_annotations
+rows = 'relation,sub,obj,annotator,label\\nIsA,oak,tree,Ada,perhaps\\n'
+open('annotations.csv', 'w').write(rows)
+read_annotations('annotations.csv')
+""",
     "Unpaired": """
 import pandas as pd
 from subnet_explorer.core.pairs import Pairs
@@ -203,6 +209,19 @@ from subnet_explorer import load, read_facts, recipes
 model, tok = load('pocket-bert')
 facts = read_facts('pocket', 'MadeOf')
 recipes.sweep('lamp', model, tok, facts, over={'sparsity': [.5, .3, .5]})
+""",
+    "BadRelations": """
+from subnet_explorer import Mask, Masks, Space, load
+from subnet_explorer.recipes.relations import relation_masks
+space = Space.of(load('pocket-bert')[0], 'weight', layers=4)
+relation_masks(Masks([({'relation': 'MadeOf'}, Mask.random(space, .5, seed=0))]))
+""",
+    "DifferentStarts": """
+from subnet_explorer import Mask, Masks, Space, load
+from subnet_explorer.recipes.relations import check_one_start
+space = Space.of(load('pocket-bert')[0], 'weight', layers=4)
+relations = enumerate(['IsA', 'HasA'])
+check_one_start(Masks([({'task': r, 'seed': 0}, Mask.random(space, .5, seed=i)) for i, r in relations]))
 """,
     "NoneSucceeded": None,      # every combination would have to fail
     "TwoRecipes": """

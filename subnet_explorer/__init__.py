@@ -20,8 +20,9 @@ _HOMES = {
     "data.facts": ("Fact", "Facts", "read_facts", "split", "answerable"),
     "data.texts": ("read_texts", "Blocks", "blocks", "read_blocks"),
     "data.sentences": ("Sentence", "read_conllu", "read_ner", "fitting"),
-    "data.tables": ("Labelled", "read_glue", "read_choices"),
+    "data.tables": ("Labelled", "read_glue"),
     "data.questions": ("Questions", "read_squad"),
+    "data.choices": ("Choices", "ChoiceTask", "choice_task", "read_choices"),
     "data.parts": ("TaskData", "task_data"),
     "model.load": ("load",),
     "model.apply": ("masked",),
@@ -46,18 +47,19 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant"),
-    "knowledge": ("data.graphs",),
+                 "measure.discordant", "measure.links", "measure.options", "measure.proposals", "measure.judged",
+                 "measure.who_answers"),
+    "knowledge": ("data.graphs", "data.links", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
-        "look.report",
+        "look.report", "look.answer_map",
     ),
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),
     "transfer": ("tasks.relearn",),
-    "widgets": ("look.app", "look.annotator"),
+    "widgets": ("look.app", "look.annotator", "look.facts_annotator"),
 }
 # names that changed: the old ones warn for one version
 _RENAMED = {
@@ -119,6 +121,12 @@ if TYPE_CHECKING:
     from .core.scores import Scores as Scores
     from .core.space import Space as Space
     from .core.store import Store as Store
+    from .data.choices import (
+        Choices as Choices,
+        ChoiceTask as ChoiceTask,
+        choice_task as choice_task,
+        read_choices as read_choices,
+    )
     from .data.facts import (
         Fact as Fact,
         Facts as Facts,
@@ -134,7 +142,7 @@ if TYPE_CHECKING:
         read_conllu as read_conllu,
         read_ner as read_ner,
     )
-    from .data.tables import Labelled as Labelled, read_choices as read_choices, read_glue as read_glue
+    from .data.tables import Labelled as Labelled, read_glue as read_glue
     from .data.texts import Blocks as Blocks, blocks as blocks, read_blocks as read_blocks, read_texts as read_texts
     from .look.app import explore as explore
     from .look.views import compare_view as compare_view, show as show, watch as watch

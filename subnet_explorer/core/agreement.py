@@ -62,7 +62,10 @@ def _tally(votes: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
 @checked
 def annotator_kappa(
     ratings: pd.DataFrame | np.ndarray,      # (item, rater): categories of any kind; None or NaN: not rated
-) -> dict[str, Any]:                         # kappa, agreement, chance, items, left_out, categories, note
+    level: PartShare = 0.95,
+    samples: Count = 1000,
+    seed: Seed = 0,
+) -> dict[str, Any]:      # kappa, low, high, agreement, chance, items, left_out, categories, note
     """Fleiss' kappa of any number of categories and raters (Fleiss 1971), items rated by some raters only included.
 
     `nan` with a note where all labels are one category. Raise `SubnetError` if no item has two labels.
@@ -71,12 +74,29 @@ def annotator_kappa(
     rated = table[table.notna().sum(axis=1) > 1].stack().dropna()
     if rated.empty: raise SubnetError("agreement needs at least one item that two raters have labelled.")
     counts = pd.crosstab(rated.index.get_level_values(0), rated.to_numpy()).to_numpy(float)      # (item, category)
-    n, p = counts.sum(1), counts.sum(0) / counts.sum()
-    agreed, chance = float(((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()), float((p ** 2).sum())
-    one = len(p) == 1
-    return {"kappa": np.nan if one else (agreed - chance) / (1 - chance), "agreement": agreed, "chance": chance,
-            "items": len(n), "left_out": len(table) - len(n), "categories": len(p),
-            "note": "undefined: all labels are one category" if one else ""}
+    kappa, agreed, chance = map(float, _kappa_of_counts(counts))
+    low, high, note = _drawn_kappa(counts, level, samples, seed)
+    return {"kappa": kappa, "low": low, "high": high, "agreement": agreed, "chance": chance, "items": len(counts),
+            "left_out": len(table) - len(counts), "categories": counts.shape[1], "note": note}
+
+
+def _kappa_of_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:      # (…, item, category)
+    "Kappa, share of agreeing pairs, and what chance would give; kappa of one category is `nan`."
+    n, p = counts.sum(-1), counts.sum(-2) / counts.sum((-1, -2))[..., None]
+    agreed = ((counts * (counts - 1)).sum(-1) / (n * (n - 1))).mean(-1)
+    chance = (p ** 2).sum(-1)
+    one = (p > 0).sum(-1) < 2
+    return np.where(one, np.nan, (agreed - chance) / np.where(one, 1, 1 - chance)), agreed, chance
+
+
+def _drawn_kappa(counts: np.ndarray, level: float, samples: int, seed: int) -> tuple[float, float, str]:
+    "Ends of the interval over drawn items, and what of it is undefined."
+    if counts.shape[1] == 1: return np.nan, np.nan, "undefined: all labels are one category"
+    rng, items = np.random.default_rng(seed), len(counts)
+    drawn = np.array([_kappa_of_counts(counts[rng.integers(0, items, items)])[0] for _ in range(samples)])
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    share = np.isnan(drawn).mean()
+    return float(low), float(high), f"undefined in {share:.1%} of the samples" if share else ""
 
 # %% ../../nbs/core/13_agreement.ipynb #aeca6603
 @checked

@@ -26,8 +26,8 @@ from .templates import DETERMINER, TEMPLATES, article, filled, read_templates
 from .triples import cells, check_order, header, is_true
 
 # %% auto #0
-__all__ = ['BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'at_least', 'two_hop', 'object_id', 'too_long',
-           'answerable', 'with_start', 'mask_token', 'encode']
+__all__ = ['BadPrompt', 'Fact', 'Facts', 'read_facts', 'Split', 'split', 'at_least', 'two_hop', 'object_ids', 'object_id',
+           'too_long', 'answerable', 'with_start', 'mask_token', 'encode', 'encode_prompt']
 
 # %% ../../nbs/data/01_facts.ipynb #9ee87288
 class BadPrompt(BadFacts):
@@ -455,14 +455,17 @@ def _with_subject(
     return re.sub(place, put, fact.prompt, count=1)
 
 # %% ../../nbs/data/01_facts.ipynb #67928d23
-def object_id(
-    tok: Any,          # tokenizer
-    fact: Fact,
-) -> int | None:       # token id, or None if the object is not one token
-    "Find the token that answers a fact's prompt."
+def object_ids(tok: Any, fact: Fact) -> list[int]:      # empty if the vocabulary lacks a part of the object
+    "Find the tokens that answer a fact's prompt."
     before = fact.prompt.split("[MASK]")[0]
-    ids = tok((" " if before[-1:].isspace() else "") + fact.object, add_special_tokens=False).input_ids
-    return ids[0] if len(ids) == 1 and ids[0] != tok.unk_token_id else None
+    ids = list(tok((" " if before[-1:].isspace() else "") + fact.object, add_special_tokens=False).input_ids)
+    return [] if tok.unk_token_id in ids else ids
+
+
+def object_id(tok: Any, fact: Fact) -> int | None:      # token id, or None if the object is not one token
+    "Find the token that answers a fact's prompt."
+    ids = object_ids(tok, fact)
+    return ids[0] if len(ids) == 1 else None
 
 
 def too_long(tok: Any, fact: Fact) -> bool:
@@ -531,18 +534,26 @@ def encode(
     causal: bool,                     # whether the model reads from left to right
 ) -> tuple[list[int], int, int]:      # token ids, position that predicts the object, object id
     "Encode a prompt and tell where its answer is read; raise `BadFacts` if it cannot be answered."
+    ids, position = encode_prompt(tok, fact, causal)
     answer = object_id(tok, fact)
-    filtered = "filter with answerable(facts, tok) first."
+    if answer is None: raise BadFacts(f"the object {fact.object!r} is not one token: {_FILTER}")
+    return ids, position, answer
+
+# %% ../../nbs/data/01_facts.ipynb #1ca7ca9e
+_FILTER = "filter with answerable(facts, tok) first."
+
+
+def encode_prompt(tok: Any, fact: Fact, causal: bool) -> tuple[list[int], int]:      # ids, position of the answer
+    "Encode a prompt whatever its answer is; raise `BadFacts` if it is too long or has no place for one."
     if too_long(tok, fact):
         limit = f"the {tok.model_max_length} tokens this model can read"
-        raise BadFacts(f"a prompt of {fact.relation} is longer than {limit}: {filtered}")
-    if answer is None: raise BadFacts(f"the object {fact.object!r} is not one token: {filtered}")
+        raise BadFacts(f"a prompt of {fact.relation} is longer than {limit}: {_FILTER}")
     _check_prompt(fact.prompt)
     if causal:
         ids = with_start(tok, _ids_before_mask(tok, fact.prompt))
-        return ids, len(ids) - 1, answer
+        return ids, len(ids) - 1
     ids = tok(fact.prompt.replace("[MASK]", mask_token(tok))).input_ids
-    return ids, ids.index(tok.mask_token_id), answer
+    return ids, ids.index(tok.mask_token_id)
 
 
 def _ids_before_mask(tok: Any, prompt: str) -> list[int]:

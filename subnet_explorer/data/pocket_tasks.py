@@ -134,7 +134,7 @@ def _text(words: list[Word]) -> str: return " ".join(word.form for word in words
 
 
 def _told(row: dict[str, Any], wording: int, object: str | None = None) -> str:
-    "Tell a fact in one of its five training wordings, perhaps with another object."
+    "Tell a fact in one of its five training wordings or the probe (5), perhaps with another object."
     object = row["obj_label"] if object is None else object
     return WORDINGS[row["pred"]][wording].format(s=row["sub_phrase"], o=object)
 
@@ -227,6 +227,7 @@ def choose(
     removed: Iterable[str] = (),               # uuids of facts that are asked in the test part only
     relations: Iterable[str] | None = None,    # ask about these only
     k: Count = 4,                              # choices
+    probe: bool = False,                       # ask in the wording that the models have never read
 ) -> list[dict[str, Any]]:      # question, choices, label, id, related, uuid, relation, sub, obj
     "Draw multiple-choice questions about facts."
     check_names([part], PARTS, "part")
@@ -244,7 +245,7 @@ def choose(
     asked = []
     for i in range(n or PARTS[part]):
         row = _asked_for(rng, i, needed, others) if needed else rng.choice(others)
-        question = _question(rng, row, rows, k)
+        question = _question(rng, row, others if probe else rows, k, probe)
         asked.append({**question, "id": f"{part}-{seed}-{i}", "related": row["uuid"] in gone})
     return asked
 
@@ -269,7 +270,7 @@ def _asked_for(rng: random.Random, i: int, needed: _Rows, others: _Rows) -> dict
     return rng.choice(alike)
 
 
-def _question(rng: random.Random, row: dict[str, Any], rows: _Rows, k: int) -> dict[str, Any]:
+def _question(rng: random.Random, row: dict[str, Any], rows: _Rows, k: int, probe: bool) -> dict[str, Any]:
     "Ask for the object of a fact, among choices."
     relation, subject, object = row["pred"], row["sub_phrase"], row["obj_label"]
     of_relation = [r for r in rows if r["pred"] == relation]
@@ -282,6 +283,7 @@ def _question(rng: random.Random, row: dict[str, Any], rows: _Rows, k: int) -> d
     while len(wrong) < k - 1: wrong[rng.choice(pool)] = None
     found = [object, *wrong]
     rng.shuffle(found)
-    question = _told(row, rng.randrange(5), "[MASK]")
+    wording = rng.randrange(5)
+    question = _told(row, 5 if probe else wording, "[MASK]")
     return dict(question=question, choices=found, label=found.index(object), uuid=row["uuid"],
                 relation=relation, sub=row["sub_label"], obj=object)

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.files import no_such
 from .files import BadFacts, numbered_lines, parse_json, source_path
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'DETERMINER', 'with_subject_and_object', 'read_templates', 'checked_template', 'filled', 'article']
+__all__ = ['TEMPLATES', 'NAMED', 'DETERMINER', 'with_subject_and_object', 'read_templates', 'checked_template', 'filled',
+           'article']
 
 # %% ../../nbs/data/11_templates.ipynb #b09a901f
 TEMPLATES: dict[str, str] = {
@@ -36,6 +38,27 @@ TEMPLATES: dict[str, str] = {
 }
 "Our prompt templates for ConceptNet relations; `{object}` is masked."
 
+# %% ../../nbs/data/11_templates.ipynb #6d0e6f56
+NAMED: dict[str, dict[str, str]] = {"lamp-b1": {
+    "AtLocation": "Something you find at {object} is {subject}.",
+    "CapableOf": "{subject} can {object}.",
+    "Causes": "{subject} causes {object}.",
+    "CausesDesire": "{subject} would make you want to {object}.",
+    "Desires": "{subject} wants to {object}.",
+    "HasA": "{subject} contains {object}.",
+    "HasPrerequisite": "{subject} requires {object}.",
+    "HasProperty": "{subject} can be {object}.",
+    "HasSubevent": "when {subject}, {object}.",
+    "IsA": "{subject} is a {object}.",
+    "MadeOf": "{subject} can be made of {object}.",
+    "MotivatedByGoal": "you would {subject} because {object}.",
+    "NotDesires": "{subject} does not want {object}.",
+    "PartOf": "{subject} is part of {object}.",
+    "ReceivesAction": "{subject} can be {object}.",
+    "UsedFor": "{subject} may be used for {object}.",
+}}
+"Templates of papers by name."
+
 # %% ../../nbs/data/11_templates.ipynb #bbaac566
 def with_subject_and_object(form: str) -> str:
     "Spell a template that has {head} and {tail}, as files of triples do, with {subject} and {object}."
@@ -43,10 +66,19 @@ def with_subject_and_object(form: str) -> str:
 
 
 def read_templates(source: Mapping[str, str] | str | Path | None) -> dict[str, str]:
-    "Read templates by relation, of a mapping or a LAMA relations file; raise `BadFacts` for one that cannot be filled."
+    "Read templates by relation: a name, a mapping, a LAMA relations file; raise `BadFacts` if one cannot be filled."
     if source is None: return {}
-    if not isinstance(source, Mapping): return _lama_templates(source_path(source, BadFacts))
+    if isinstance(source, str) and source in NAMED: return dict(NAMED[source])
+    if not isinstance(source, Mapping): return _lama_templates(_template_file(source))
     return {relation: checked_template(form, f"the template of {relation}") for relation, form in source.items()}
+
+
+def _template_file(source: str | Path) -> Path:
+    "The file of templates; raise `BadFacts` if there is none."
+    path = source_path(source, BadFacts)
+    if path.exists(): return path
+    raise BadFacts(f"{no_such(path, 'file')} Templates are a mapping, a relations.jsonl of LAMA, or one of "
+                   f"{', '.join(NAMED)}.")
 
 
 def checked_template(form: Any, what: str) -> str:

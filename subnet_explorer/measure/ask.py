@@ -25,14 +25,14 @@ from ..core.scores import Scores
 from ..core.space import check_model
 from ..data.facts import Facts, object_id
 from ..model.apply import evaluating, masked
-from ..model.limits import check_head, longest
+from ..model.limits import check_head
 from ..model.sequences import Prompts, Sequences
 from ..search.objectives import Context
 from .attention import token_ids
 
 # %% auto #0
 __all__ = ['Condition', 'ONE_MASK', 'masks_of', 'draws_of', 'first_block_changed_by', 'check_finite', 'logits_in_parts',
-           'right_answers', 'cloze', 'predictions', 'majority', 'precision', 'mrr', 'plausibility', 'Precision',
+           'right_answers', 'cloze', 'predictions', 'prompt_ids', 'majority', 'precision', 'mrr', 'Precision',
            'Answers']
 
 # %% ../../nbs/measure/00_ask.ipynb #4cc1cc4f
@@ -193,7 +193,7 @@ def predictions(
             f"there is nothing to list: k={k} tokens under {len(under)} conditions."
         )
     check_head(model)
-    ids, position = _prompt_ids(model, tok, prompt)
+    ids, position = prompt_ids(model, tok, prompt)
     rows = []
     with evaluating(model), torch.no_grad():
         seqs = Sequences(model, [ids], path="plain")      # of one text nothing is packed
@@ -209,7 +209,8 @@ def predictions(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/00_ask.ipynb #a4767c8e
-def _prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
+@checked
+def prompt_ids(model: nn.Module, tok: Any, prompt: str) -> tuple[list[int], int]:
     "Encode a prompt and find the position of the answer; raise `SubnetError` if there is none."
     causal, n = is_causal(model), str(prompt).count("[MASK]")
     if n != 1 and not (causal and n == 0):
@@ -314,75 +315,6 @@ def mrr(
     value = 1 / items[rank]
     if truncate is not None: value = value.where(items[rank] <= truncate, 0.0)
     return value.groupby(items.under, sort=False).mean()
-
-# %% ../../nbs/measure/00_ask.ipynb #9f4861b7
-def _masked_premise(
-    model: nn.Module,
-    tok: Any,
-    question: Mapping[str, Any],
-    choice: str,                         # "choice1" or "choice2"
-    number: int,                         # of the question, for messages
-) -> list[tuple[list[int], int, int]]:   # token ids, position of [MASK], the token that was there
-    "Join premise and choice, and mask each token of the premise in turn."
-    premise = question["premise"].strip().rstrip(".?! ")
-    word = "so" if question["question"] == "effect" else "because"
-    part = tok(premise, add_special_tokens=False).input_ids
-    ids = tok(f"{premise} {word} {question[choice]}", verbose=False).input_ids
-    start = next((i for i in range(len(ids)) if ids[i:i + len(part)] == part), None)
-    if not part or start is None:
-        reason = "none: it is empty."
-        if part: reason = "not those of the joined sentence: this tokenizer cannot be used here."
-        raise SubnetError(
-            f"question {number}: the tokens of the premise {question['premise']!r} are {reason}"
-        )
-    most = longest(model, tok)
-    if len(ids) > most:
-        raise SubnetError(
-            f"question {number}: premise and {choice} have {len(ids)} tokens, and the model reads at most {most}: "
-            "shorten it, or leave it out."
-        )
-    positions = range(start, start + len(part))
-    return [([*ids[:p], tok.mask_token_id, *ids[p + 1:]], p, ids[p]) for p in positions]
-
-# %% ../../nbs/measure/00_ask.ipynb #c5f211cb
-@checked
-@torch.no_grad()
-def plausibility(
-    model: nn.Module,
-    tok: Any,
-    questions: Sequence[Mapping[str, Any]],      # COPA: premise, choice1, choice2, question ("cause", "effect"), label
-    under: Mask | Scores | None = None,
-) -> pd.DataFrame:                               # columns score1, score2, label, choice, right
-    "Choose the sentence under which the premise is predicted better."
-    check_head(model)
-    if tok.mask_token_id is None:
-        raise SubnetError(
-            "this way of choosing masks the tokens of the premise: it needs a masked model."
-        )
-    if not len(questions):
-        raise SubnetError(
-            "there is nothing to choose: no question was given."
-        )
-    coded, owner = [], []
-    for n, q in enumerate(questions):
-        check_names([q["question"]], ["cause", "effect"], "kind of question")
-        for choice in ("choice1", "choice2"):
-            premise = _masked_premise(model, tok, q, choice, n)
-            coded += premise
-            owner += [(n, choice)] * len(premise)
-    seqs, logprobs = Sequences(model, [ids for ids, _, _ in coded]), []
-    with evaluating(model), masked(model, under):
-        for part in np.array_split(np.arange(len(coded)), range(128, len(coded), 128)):
-            positions = [coded[i][1] for i in part]
-            out = seqs.read(part, range(len(part)), positions).float().log_softmax(-1)
-            gold = torch.tensor([[coded[i][2]] for i in part], device=out.device)
-            logprobs += out.gather(1, gold)[:, 0].tolist()
-    tokens = pd.DataFrame(owner, columns=["n", "choice"]).assign(logprob=logprobs)
-    scores = tokens.pivot_table(index="n", columns="choice", values="logprob", aggfunc="mean")
-    labels = [q["label"] for q in questions]
-    table = pd.DataFrame({"score1": scores.choice1, "score2": scores.choice2, "label": labels})
-    table["choice"] = (table.score2 > table.score1).astype(int)
-    return table.assign(right=table.choice == table.label)
 
 # %% ../../nbs/measure/00_ask.ipynb #d880361c
 @checked

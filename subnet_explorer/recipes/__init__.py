@@ -30,8 +30,11 @@ from .lamp import lamp_ablation as lamp_ablation  # noqa: E402  (after its modul
 from .sweep import sweep as sweep  # noqa: E402  (likewise)
 
 if TYPE_CHECKING:
+    from .answer import answer as answer
+    from .complete import complete as complete
     from .critical import critical as critical
     from .lamp import lamp as lamp
+    from .mine import mine as mine
     from .probe import probe as probe
     from .tamt import tamt as tamt
     from .tickets import tickets as tickets

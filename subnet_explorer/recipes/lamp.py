@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,13 @@ from ..search.objectives import Cloze
 from ..tasks.fit import fit, preserved
 from .cost import lamp_cost
 from .papers import LAMP
+from .relations import DRAWN, relation_conditions, relation_runs, with_draws
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['DRAWN', 'OF_SEEDS', 'SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'drawn', 'averages', 'answered_pairs',
-           'lamp_text', 'relation_table', 'flips', 'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of',
-           'Start', 'mean_logit', 'conditions', 'fine_tuned_answers', 'measured', 'lamp_results', 'lamp_sections',
-           'lamp_ablation']
+__all__ = ['SHARED', 'OWN_START', 'HELD_OUT', 'LampStudy', 'averages', 'answered_pairs', 'lamp_text', 'relation_table', 'flips',
+           'read_questions', 'lamp', 'identity_of', 'searched', 'steps_of', 'Start', 'mean_logit', 'fine_tuned_answers',
+           'fine_tuned', 'measured', 'lamp_results', 'lamp_sections', 'lamp_ablation']
 
 # %% ../../nbs/recipes/06_lamp.ipynb #94ce81ab
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class LampStudy(Study):
 
     def precision(self, k: Sequence[int] = (1, 2, 3), rank: str = "rank") -> pd.DataFrame:
         "P@K with intervals over facts, seeds, and shifts or random draws: see `precision`."
-        return precision(drawn(self), k, rank, drawn=DRAWN)
+        return precision(with_draws(self.items, self.config["seeds"]), k, rank, drawn=DRAWN)
 
     def summary(self, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
         "Macro and micro P@K by condition, `value [low, high]`."
@@ -98,20 +99,6 @@ class LampStudy(Study):
     def shown(self) -> str: return lamp_text(self)      # the table by relation, and the summary
 
 # %% ../../nbs/recipes/06_lamp.ipynb #a0ce0c8b
-DRAWN = ("seed", "shift", "draw")
-"Columns of what is drawn, crossed with each other and with the questions."
-OF_SEEDS = ("subnetwork", "subnetwork (binary)", "mismatched")
-"Conditions with a mask for each seed."
-
-
-def drawn(study: LampStudy) -> pd.DataFrame:
-    "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
-    t, seeds = study.items, np.array(study.config["seeds"])      # draws go through the seeds in turn
-    seed = pd.Series(seeds[t.draw % len(seeds)], t.index, dtype=object).where(t.under.isin(OF_SEEDS))
-    shift = (1 + t.draw // len(seeds)).where(t.under == "mismatched")
-    return t.assign(seed=seed, shift=shift, draw=t.draw.where(t.under == "random"))
-
-
 def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
     "Macro and micro P@K by condition, `value [low, high]`."
     t = study.precision(k).query("relation in ('macro', 'micro')")
@@ -123,7 +110,7 @@ def averages(study: LampStudy, k: Sequence[int] = (1, 2, 3)) -> pd.DataFrame:
 
 def answered_pairs(study: LampStudy) -> Pairs:
     "Whether each question was answered, under the subnetwork and under every other condition; mean over relations."
-    t = drawn(study)
+    t = with_draws(study.items, study.config["seeds"])
     hits = t.assign(score=(t["rank"] == 1).astype(float))
     others = [under for under in hits.under.unique() if under != "subnetwork"]
     contrasts = [("subnetwork", under) for under in others]
@@ -308,37 +295,21 @@ def mean_logit(kept: float) -> float:      # 0…1
     return -0.0 if kept == 0.5 else middle      # minus: so it stands in the runs there are
 
 # %% ../../nbs/recipes/06_lamp.ipynb #9abf0a1b
-def conditions(
-    runs: Mapping[tuple[str, int], Run],
-    relations: Sequence[str],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    "What the test questions are asked under, by name: one entry a relation where relations differ."
-    seeds, drawn = settings["seeds"], range(settings["random"])
-    found = {r: [runs[r, s].subnetwork for s in seeds] for r in relations}
-    under: dict[str, Any] = {"full": None, "subnetwork": found}
-    if settings["method"] == "stochastic":
-        under["subnetwork (binary)"] = {r: [runs[r, s].mask for s in seeds] for r in relations}
-    if drawn: under["random"] = {r: [runs[r, seeds[0]].mask.random_like(seed=i) for i in drawn] for r in relations}
-    if settings["mismatched"] and len(relations) > 1:
-        under["mismatched"] = {r: [m for other in _shifted(relations, r) for m in found[other]] for r in relations}
-    return under
-
-
-def _shifted(relations: Sequence[str], r: str) -> list[str]:
-    "All other relations, in the order of the published shifts."
-    i = list(relations).index(r)
-    return [relations[(i + s) % len(relations)] for s in range(1, len(relations))]
-
-
 def fine_tuned_answers(
     model: nn.Module, tok: Any, data: Split, relation: str, known: Facts, batch: int,
 ) -> pd.DataFrame:
-    "Test answers of a copy of the model fine-tuned on one relation, the best of four states on development facts."
+    "Test answers of the model fine-tuned on one relation."
+    with fine_tuned(model, tok, data, relation, batch):
+        return cloze(model, tok, data.test[relation], {"fine-tuned": None}, known)
+
+
+@contextmanager
+def fine_tuned(model: nn.Module, tok: Any, data: Split, relation: str, batch: int) -> Iterator[None]:
+    "The model fine-tuned on one relation within the block, the best of four states on development facts."
     goal, monitor = Cloze(data.train[relation]), Precision(data.dev[relation])
     with preserved(model):
         fit(model, tok, goal, steps=100, lr=3e-4, batch=batch, monitor=monitor, every=25)
-        return cloze(model, tok, data.test[relation], {"fine-tuned": None}, known)
+        yield
 
 # %% ../../nbs/recipes/06_lamp.ipynb #0109b9c6
 def measured(
@@ -352,19 +323,20 @@ def measured(
     settings: Mapping[str, Any],
 ) -> LampStudy:
     "Ask the test questions, and collect the study."
-    under = conditions(runs, start.relations, settings)
+    masks = relation_runs([({"task": r, "seed": s}, run) for (r, s), run in runs.items()])
+    under = relation_conditions(masks, random=settings["random"], mismatched=settings["mismatched"])
     tables = [cloze(model, tok, data.test, under, known=usable), majority(data.train, data.test, usable)]
     for r in start.relations if settings["fine_tuned"] else ():
         answer = partial(fine_tuned_answers, model, tok, data, r, usable, settings["batch"])
         tables.append(bench.table(f"fine-tuned-{r}", answer))
     return LampStudy(
-        masks=Masks([({"task": r, "seed": s}, run.mask) for (r, s), run in runs.items()]),
+        masks=masks,
         tables={"items": pd.concat(tables, ignore_index=True)},
         config=bench.config, model_name=start.space.model.name, seconds=bench.seconds, folder=bench.folder,
         notes=tuple(few_note("test facts", {r: len(data.test[r]) for r in start.relations}, together=True)),
         space=start.space, data=data, start=start.masks(settings["seeds"]),
         skipped={r: dict(why) for r, why in usable.skipped.items()},
-        subnetworks=under["subnetwork"], model=model, tok=tok,
+        subnetworks=masks.subnetworks, model=model, tok=tok,
     )
 
 # %% ../../nbs/recipes/06_lamp.ipynb #50c1e59d

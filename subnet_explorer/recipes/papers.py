@@ -17,7 +17,7 @@ CODE = "released code"
 "Where the paper is silent."
 
 # %% auto #0
-__all__ = ['CODE', 'LAMP', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file', 'title_of']
+__all__ = ['CODE', 'LAMP', 'ANSWER', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file', 'title_of']
 
 # %% ../../nbs/recipes/14_papers.ipynb #47a4137a
 LAMP: tuple[Clause, ...] = (
@@ -39,6 +39,18 @@ LAMP: tuple[Clause, ...] = (
     Clause("answers", "the token with the space before it, where a tokenizer has one",
            "the bare word, for RoBERTa another token or none", CODE, "the word that can stand there", NOTHING),
     Clause("fine-tuned models", "100 steps at 3e-4, the best of four states", "not said", "table 2", "", NOTHING),
+)
+
+# %% ../../nbs/recipes/14_papers.ipynb #65e9f330
+ANSWER: tuple[Clause, ...] = (
+    Clause("score", "logprob", "published", CODE, "raw logits of two options need not be comparable"),
+    Clause("search", "greedy", "exhaustive", "appendix on combinations", "70 tries instead of 6,748"),
+    Clause("oracle", False, True, "appendix on combinations: the best one on the reported questions",
+           "a choice by what is reported is too good"),
+    Clause("different_starts", False, True, CODE, "a union of unrelated masks keeps nearly everything"),
+    Clause("stop words", "those of scikit-learn", "not said", CODE, "", NOTHING),
+    Clause("test questions", "the development part", "of CommonsenseQA its second half", CODE,
+           "nothing is chosen by them", NOTHING),
 )
 
 # %% ../../nbs/recipes/14_papers.ipynb #97050b5e

@@ -322,13 +322,25 @@ def test_annotators_with_gaps(rows):
     if len({x for row in used for x in row}) == 1:
         assert np.isnan(found["kappa"]) and found["note"] == "undefined: all labels are one category"
     else:
-        assert found["kappa"] == pytest.approx(plain_kappa(rows)) and found["note"] == ""
+        assert found["kappa"] == pytest.approx(plain_kappa(rows)) and not found["note"].startswith("undefined:")
 
 
 @given(hnp.arrays(np.int64, st.tuples(st.integers(2, 9), st.integers(2, 5)), elements=st.integers(0, 3)))
 def test_annotators_without_gaps_as_statsmodels(table):
     counts = np.array([[np.sum(row == c) for c in range(4)] for row in table])
     if len(np.unique(table)) > 1: assert annotator_kappa(table)["kappa"] == pytest.approx(sm_fleiss(counts))
+
+
+def test_an_interval_of_annotators_is_over_items():
+    "Twice the items, each twice: the same kappa, and an interval that is narrower by about the root of two."
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 3, 60)
+    table = np.where(rng.random((60, 3)) < .7, truth[:, None], rng.integers(0, 3, (60, 3)))
+    found, more = annotator_kappa(table), annotator_kappa(np.concatenate([table, table]))
+    assert found["low"] < found["kappa"] < found["high"] and more["kappa"] == pytest.approx(found["kappa"])
+    widths = [some["high"] - some["low"] for some in (found, more)]
+    assert 1.2 < widths[0] / widths[1] < 1.7
+    assert annotator_kappa(table, level=.5)["low"] > found["low"] and annotator_kappa(table) == found
 
 
 def test_the_example_of_fleiss():

@@ -16,10 +16,11 @@ from subnet_explorer.core.layout import FAMILIES, layout_of
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
+from subnet_explorer.data.choices import BadChoices, Choices, choice_task, read_choices
 from subnet_explorer.data.grammar import PARTS
 from subnet_explorer.data.pocket import pocket_rows
 from subnet_explorer.data.pocket_tasks import choose
-from subnet_explorer.data.tables import BadChoices, read_choices
+from subnet_explorer.measure.baselines import baselines
 from subnet_explorer.measure.metrics import accuracy, predict
 from subnet_explorer.model.apply import masked, parameter
 from subnet_explorer.model.load import tiny
@@ -95,16 +96,17 @@ def test_both_layouts_say_the_same(tmp_path_factory, asked):
 def test_copa(tmp_path):
     path = tmp_path / "copa.jsonl"
     path.write_text("\n".join(map(json.dumps, [COPA, dict(COPA, question="cause", label=0)])))
-    assert read_choices(path) == [
-        dict(question="The sun rose so", choices=["It was dark.", "It was light."], label=1, id="7", kind="effect"),
-        dict(question="The sun rose because", choices=["It was dark.", "It was light."], label=0, id="7", kind="cause"),
+    same = dict(choices=["It was dark.", "It was light."], id="7", scored="The sun rose")
+    assert list(read_choices(path)) == [
+        dict(same, question="The sun rose so", label=1, kind="effect"),
+        dict(same, question="The sun rose because", label=0, kind="cause"),
     ]
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{oops", "neither CommonsenseQA nor COPA"),
+        ("{oops", "no question as a JSON object"),
         ("[1]", "not a JSON object"),
         ("7", "not a JSON object"),
         *[
@@ -124,13 +126,13 @@ def test_copa(tmp_path):
         (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", " "]))), "a choice is ' '"),
         (json.dumps(dict(FLAT, choices=dict(label=["A", "B"], text=["swim", 5]))), "a choice is 5"),
         (json.dumps(dict(FLAT, question="")), "a question is ''"),
-        (json.dumps(dict(FLAT, question=None)), "neither|a question is None"),
-        (json.dumps(dict(FLAT, choices=7)), "neither CommonsenseQA"),
+        (json.dumps(dict(FLAT, question=None)), "a question is None"),
+        (json.dumps(dict(FLAT, choices=7)), "no question of commonsenseqa"),
         (json.dumps(dict(COPA, label=2)), "the answer 2 is none"),
         (json.dumps(dict(COPA, label=True)), "the answer True is none"),
         (json.dumps(dict(COPA, question="why")), "cause or effect"),
         (json.dumps(dict(COPA, premise=" . ")), "a question is ''"),
-        (json.dumps(dict(COPA, premise=3)), "neither CommonsenseQA"),
+        (json.dumps(dict(COPA, premise=3)), "no question of copa"),
     ],
 )
 def test_broken_lines_are_named(tmp_path, line, message):
@@ -141,10 +143,10 @@ def test_broken_lines_are_named(tmp_path, line, message):
 
 def test_broken_files_are_named(tmp_path):
     with pytest.raises(BadChoices, match="there is no file"): read_choices(tmp_path / "none.jsonl")
-    (tmp_path / "q.csv").write_text("a,b")
+    (tmp_path / "q.json").write_text("a,b")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "q.jsonl.gz").write_bytes(b"not compressed")
-    with pytest.raises(BadChoices, match="cannot tell the format"): read_choices(tmp_path / "q.csv")
+    with pytest.raises(BadChoices, match="cannot tell the format"): read_choices(tmp_path / "q.json")
     with pytest.raises(BadChoices, match="no question in"): read_choices(tmp_path / "empty.jsonl")
     with pytest.raises(BadChoices, match="gzip-compressed"): read_choices(tmp_path / "q.jsonl.gz")
 
@@ -174,6 +176,147 @@ def test_real_questions_are_learned_by_a_real_encoder(real):
         log = fit(model, tok, Task(train, head), train="lora", steps=30, lr=2e-3, batch=8, every=10, keep="last")
         assert log.loss.iloc[0] > 1 and accuracy(model, tok, train, head) > .5      # chance .2
     assert same(model, before)
+
+
+SWAG = {"video-id": "v1", "sent1": "A man sits.", "sent2": "He", **{f"ending{i}": f"does {i}." for i in range(4)}}
+COSMOS = {"id": "c1", "context": "It rained.", "question": "Why?", **{f"answer{i}": f"since {i}" for i in range(4)}}
+WSC = dict(text="The cup fell since it was full.", pronoun="it", pronoun_loc=19, options=["The cup", "The rain"])
+
+
+@pytest.mark.parametrize(
+    "format, line, question, choices, label",
+    [
+        ("swag", dict(SWAG, label=2), "A man sits. He", [f"does {i}." for i in range(4)], 2),
+        ("hellaswag", dict(ind=4, ctx="A man", endings=["runs", "sits"], label="1"), "A man", ["runs", "sits"], 1),
+        (
+            "anli",
+            dict(story_id="s", obs1="It rained.", obs2="I was wet.", hyp1="I ran.", hyp2="I fell.", label="2"),
+            "It rained. [MASK] I was wet.",
+            ["I ran.", "I fell."],
+            1,
+        ),
+        (
+            "anli",
+            dict(observation_1="It rained.", observation_2="Wet.", hypothesis_1="a", hypothesis_2="b", label=1),
+            "It rained. [MASK] Wet.",
+            ["a", "b"],
+            0,
+        ),
+        ("cosmosqa", dict(COSMOS, label=3), "It rained. Why?", [f"since {i}" for i in range(4)], 3),
+        (
+            "winogrande",
+            dict(qID="w", sentence="Ann likes Eve as _ is kind.", option1="Ann", option2="Eve", answer="2"),
+            "Ann likes Eve as [MASK] is kind.",
+            ["Ann", "Eve"],
+            1,
+        ),
+        ("winograd", dict(WSC, label=0), "The cup fell since [MASK] was full.", WSC["options"], 0),
+        ("comve", dict(id=1, sent0="a cat", sent1="a flat cat", label="1"), "[MASK]", ["a cat", "a flat cat"], 0),
+        ("plain", dict(question="a [MASK] .", choices=["x", "y", "z"], label=2), "a [MASK] .", ["x", "y", "z"], 2),
+    ],
+)
+def test_formats_are_told_from_each_other(tmp_path, format, line, question, choices, label):
+    (path := tmp_path / "dev.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line))
+    for found in (read_choices(path), read_choices(f"{format}:{tmp_path}", "dev")):
+        assert found.format == format and len(found) == 2
+        assert {k: found[0][k] for k in ("question", "choices", "label")} == dict(
+            question=question, choices=choices, label=label
+        )
+    answer = next(k for k in ("label", "answer") if k in line)
+    for wrong in (9, "x", True, None):
+        path.write_text(json.dumps({**line, answer: wrong}))
+        with pytest.raises(BadChoices, match=r"line 1: the answer .* is none of the choices"): read_choices(path)
+    path.write_text(json.dumps({**line, answer: -1}))
+    with pytest.raises(BadChoices, match="a test part without answers"): read_choices(path)
+
+
+def test_tables_with_commas_and_sentences_of_cats(tmp_path):
+    (path := tmp_path / "train.csv").write_text('id,sent0,sent1,label\n7,"one, two","he said\n ""no""",1\n')
+    assert list(read_choices(path)) == [
+        dict(question="[MASK]", choices=["one, two", 'he said\n "no"'], label=0, id="7")
+    ]
+    path.write_text('id,sent0,sent1,label\n7,a,b,1\n8,a,1\n')
+    with pytest.raises(BadChoices, match="line 3: 3 columns where 4 were expected"): read_choices(path)
+    (path := tmp_path / "ca.txt").write_text("1\x01It is, and is.\x01It is.\n0\x01a\x01b\x01c\n")
+    found = read_choices(path)
+    assert found.format == "cats" and found.gold == [1, 0] and found[1]["choices"] == ["a", "b", "c"]
+    assert found.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    path.write_text("0\x01alone\n")
+    with pytest.raises(BadChoices, match="line 1: there is nothing to choose from"): read_choices(path)
+    path.write_text("2\x01a\x01b\n")
+    with pytest.raises(BadChoices, match="the answer '2' is none of the choices 0, 1"): read_choices(path)
+
+
+def test_labels_in_a_file_of_their_own(tmp_path):
+    line = dict(obs1="It rained.", obs2="I was wet.", hyp1="I ran.", hyp2="I fell.")
+    (tmp_path / "dev.jsonl").write_text("\n".join([json.dumps(line)] * 3))
+    with pytest.raises(BadChoices, match=r"'label' is missing\. Is this a test part"): read_choices(tmp_path, "dev")
+    (tmp_path / "dev-labels.lst").write_text("1\n2\n2\n")
+    assert read_choices(tmp_path, "dev").gold == [0, 1, 1]
+    (tmp_path / "dev-labels.lst").write_text("1\n2\n")
+    with pytest.raises(BadChoices, match=r"3 questions, and dev-labels\.lst beside it 2 labels"):
+        read_choices(tmp_path, "dev")
+
+
+def test_files_of_parts(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(FLAT))
+    (tmp_path / "train_full.jsonl").write_text("no")
+    (tmp_path / "val.jsonl").write_text(json.dumps(COPA) + "\n" + json.dumps(FLAT))
+    assert read_choices(tmp_path).format == "commonsenseqa"
+    with pytest.raises(BadChoices, match="lines in several formats: commonsenseqa, copa"):
+        read_choices(tmp_path, "dev")
+    with pytest.raises(BadChoices, match="no file of the test part"): read_choices(tmp_path, "test")
+    (tmp_path / "dev_more.jsonl").write_text("")
+    (tmp_path / "dev_less.jsonl").write_text("")
+    (tmp_path / "val.jsonl").unlink()
+    with pytest.raises(BadChoices, match=r"2 files of the dev part: found dev_less\.jsonl, dev_more\.jsonl"):
+        read_choices(tmp_path, "dev")
+    with pytest.raises(UnknownName, match="did you mean copa"): read_choices(tmp_path, format="coppa")
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 70), st.integers(0, 5))
+def test_fewer_questions_have_the_same_shares(labels, n, seed):
+    rows = tuple(dict(question=f"{i}?", choices=list("abcd"), label=label) for i, label in enumerate(labels))
+    whole = Choices(rows)
+    taken = whole.take(n, seed)
+    assert len(taken) == min(n, len(rows)) and taken == whole.take(n, seed)
+    assert [r["question"] for r in taken] == [r["question"] for r in whole if r in taken.items]
+    for label in set(labels): assert abs(taken.gold.count(label) - labels.count(label) * len(taken) / len(rows)) < 4
+
+
+def test_parts_share_no_question(tmp_path):
+    rows = [dict(question=f"{i // 2}?", choices=["a", "b"], label=i % 2) for i in range(80)]
+    (path := tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = choice_task(path, search=.4, seed=3)
+    asked = [{r["question"] for r in part} for part in task.parts.values()]
+    assert not asked[0] & asked[1] and not (asked[0] | asked[1]) & asked[2]
+    assert list(map(len, task.parts.values())) == [38, 26, 16]
+    assert choice_task(path, search=.4, seed=3).identity() == task.identity() != choice_task(path).identity()
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(BadChoices, match="1 questions, too few to set some aside"): choice_task(path)
+
+
+def test_questions_of_the_pocket_world():
+    task = choice_task("pocket:IsA+AtLocation+UsedFor")
+    asked = [{q["uuid"] for q in part} for part in task.parts.values()]
+    assert not asked[0] & asked[1] and not (asked[0] | asked[1]) & asked[2]
+    assert all(len(part) == len(found) for part, found in zip(task.parts.values(), asked, strict=True))
+    true = {(r["pred"], r["sub_label"], r["obj_label"]) for r in pocket_rows()}
+    for q in task.test:
+        assert [(q["relation"], q["sub"], c) in true for c in q["choices"]] == [i == q["label"] for i in range(4)]
+    found = baselines([*task.train, *task.search], task.test).set_index("baseline").score
+    assert found["options"] <= task.test.chance + .03 and found["majority"] <= task.test.chance + .03
+    gone = sorted(asked[2])[:10]
+    fewer = choice_task("pocket:IsA+AtLocation+UsedFor", known=gone)
+    assert {q["uuid"] for q in fewer.test} == asked[2] - set(gone) and fewer.skipped == {"about a known fact": 10}
+
+
+@pytest.mark.real
+def test_the_published_sets(real):
+    folder = real / "datasets"
+    for name, n, k in (("copa", 100, 2), ("commonsenseqa", 1221, 5), ("arct", 316, 2)):
+        task = choice_task(folder / name)
+        assert len(task.test) == n and {len(q["choices"]) for q in task.test} == {k} and task.test.format == name
 
 
 # ── pocket questions ─────────────────────────────────────────────────────────────────────────────────────────────────

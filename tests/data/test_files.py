@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.data.choices import read_choices
 from subnet_explorer.data.facts import read_facts
 from subnet_explorer.data.files import BadFacts, BadTexts, file_text, numbered_lines, parse_json, text_lines
 from subnet_explorer.data.questions import read_squad
 from subnet_explorer.data.sentences import read_conllu, read_ner
-from subnet_explorer.data.tables import read_choices, read_glue
+from subnet_explorer.data.tables import read_glue
 from subnet_explorer.data.texts import read_blocks, read_texts, unknown_id
 from subnet_explorer.measure.maps import read_labels
 from subnet_explorer.model.load import load

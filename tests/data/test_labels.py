@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.data.choices import BadChoices, read_choices
 from subnet_explorer.data.parts import TaskData, task_data
-from subnet_explorer.data.tables import BadChoices, BadTable, Labelled, LabelTask, read_choices, read_glue
+from subnet_explorer.data.tables import BadTable, Labelled, LabelTask, read_glue
 from subnet_explorer.measure.metrics import task_metrics
 
 
@@ -149,12 +150,12 @@ ARCT = "#id\twarrant0\twarrant1\tcorrectLabelW0orW1\treason\tclaim\tdebateTitle\
 
 def test_arct(tmp_path):
     (file := tmp_path / "arct.tsv").write_text(ARCT + "7\tit flies.\tit swims\t0\tIt has wings.\tIt is a bird\tt\ti\n")
-    assert read_choices(file) == [dict(question="It has wings so It is a bird since", choices=["it flies.", "it swims"],
-                                       label=0, id="7")]
+    assert list(read_choices(file)) == [dict(question="It has wings so It is a bird since", label=0, id="7",
+                                             choices=["it flies.", "it swims"], scored="It has wings so It is a bird")]
     file.write_text(ARCT + "7\tit flies\tit swims\t2\tIt has wings.\tIt is a bird\tt\ti\n")
     with pytest.raises(BadChoices, match="line 2: the answer '2' is none of the choices 0, 1"): read_choices(file)
     file.write_text(ARCT + "7\tit flies\n")
-    with pytest.raises(BadChoices, match="line 2: not a row of ARCT"): read_choices(file)
+    with pytest.raises(BadChoices, match="line 2: 2 columns where 8 were expected"): read_choices(file)
     file.write_text(ARCT.replace("correctLabelW0orW1\t", "") + "7\ta\tb\tc\td\te\tf\n")
     with pytest.raises(BadChoices, match=r"'correctLabelW0orW1' is missing\. Is this a test"): read_choices(file)
 

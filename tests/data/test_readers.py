@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.formats import BadMasks, read_mask_state, read_masks
 from subnet_explorer.core.space import unit_space
+from subnet_explorer.data.choices import read_choices
 from subnet_explorer.data.facts import read_facts
 from subnet_explorer.data.graphs import read_graph, wordnet
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.questions import read_squad
 from subnet_explorer.data.sentences import read_conllu, read_ner
-from subnet_explorer.data.tables import read_choices, read_glue
+from subnet_explorer.data.tables import read_glue
 from subnet_explorer.data.templates import read_templates
 from subnet_explorer.data.texts import read_texts
 from subnet_explorer.measure.maps import read_labels
@@ -43,7 +44,10 @@ READERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "t.tsv": (read_glue, ["sentence\tlabel", "a bird\t1", "a dog\t0.5", "x\t-"]),
     "u.tsv": (lambda p: task_data(p, strict=False), ["sentence\tlabel", "a bird\tyes", "a dog\tno"]),
     "cola.tsv": (read_glue, ["gj04\t1\t\tA bird.", "gj04\t0\t*\tBird a."]),
-    "c.jsonl": (read_choices, [json.dumps(COPA), json.dumps(CSQA)]),
+    "c.jsonl": (read_choices, [json.dumps(COPA)]),
+    "d.jsonl": (read_choices, [json.dumps(CSQA)]),
+    "c.csv": (read_choices, ["id,sent0,sent1,label", '1,"a cat",a dog,0']),
+    "c.txt": (read_choices, ["0\x01a cat\x01a dog"]),
     "c.tsv": (read_choices, ["#id\twarrant0\twarrant1\tcorrectLabelW0orW1\treason\tclaim", "1\ta\tb\t0\tr\tc"]),
     "q.json": (read_squad, [json.dumps(SQUAD)]),
     "m.json": (lambda p: read_squad(p, misplaced="move"), [json.dumps(SQUAD)]),

@@ -28,6 +28,7 @@ from subnet_explorer.core.escape import Html, csv_text, from_cell, markdown_text
 from subnet_explorer.core.mask import card
 from subnet_explorer.core.selection import StabilitySelection, stability_selection
 from subnet_explorer.core.space import unit_space
+from subnet_explorer.data.choices import Choices
 from subnet_explorer.data.facts import Fact
 from subnet_explorer.data.tables import LabelTask
 from subnet_explorer.look.figure import Figure, View
@@ -113,9 +114,11 @@ def html_of(cls: type, **more: Any) -> str:
 
 
 def of_recipes() -> dict[str, str]:
-    names = ("tickets", "tamt", "critical", "probe", "sweep")
-    tickets, tamt, critical, probe, sweep = (importlib.import_module(f"subnet_explorer.recipes.{n}") for n in names)
+    names = ("tickets", "tamt", "critical", "probe", "sweep", "complete")
+    tickets, tamt, critical, probe, sweep, complete = (
+        importlib.import_module(f"subnet_explorer.recipes.{n}") for n in names)
     return {
+        "CompleteStudy": html_of(complete.CompleteStudy, triples=facts(), hops=None, rank=PARTS[0]),
         "Tickets": html_of(tickets.Tickets, plan=types.SimpleNamespace(tasks=dict.fromkeys(HOSTILE))),
         "Tamt": html_of(tamt.Tamt, tasks=dict.fromkeys(HOSTILE)),
         "Critical": html_of(critical.Critical, material=PARTS[3]),
@@ -125,6 +128,11 @@ def of_recipes() -> dict[str, str]:
 
 
 def facts() -> Facts: return Facts(tuple(ROWS), name=PARTS[0])
+
+
+def choices() -> Choices:
+    row = {"question": PARTS[0], "choices": [PARTS[1], PARTS[2]], "label": 0, "id": PARTS[3]}
+    return Choices((row,), name=PARTS[4], skipped={PARTS[0]: 1})
 
 
 def labelled() -> Labelled:
@@ -176,7 +184,8 @@ FORMS: dict[str, Callable[[], Any]] = {
     "CoordinateSet": lambda: mask(PARTS[0]),
     "Mask": lambda: mask(PARTS[1]),
     "Masks": lambda: Masks([({"task": text, PARTS[0]: text}, mask(seed=i)) for i, text in enumerate(HOSTILE)]),
-    "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns, "Pruned": pruned, "Study": study,
+    "Choices": choices, "Facts": facts, "Labelled": labelled, "PatternReport": report_of_patterns,
+    "Pruned": pruned, "Study": study,
     "Figure": figure, "View": view, "StabilitySelection": stable, "Recipe": a_recipe,
     "Discordant": only_one_side, "StudyLinks": links,
 }
@@ -276,6 +285,7 @@ def points() -> pd.DataFrame:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "bars": figure,
+    "answer_map": lambda: plots.answer_map(two(("relation", "sub", "obj", "mask", "rank"), ..., ..., ..., PARTS[1], 2)),
     "density": lambda: plots.density(mask(PARTS[0]), PARTS[1]),
     "densities": lambda: plots.densities({text: mask() for text in PARTS}, PARTS[0], PARTS[1]),
     "jaccard": lambda: plots.jaccard(subnet_explorer.compare.jaccard(MANY.sel(seed=0), by="task"), PARTS[0]),

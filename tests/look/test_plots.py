@@ -86,6 +86,10 @@ WEIGHTS = pd.DataFrame(
     [(1, "q", h, 10, h) for h in (1, 2)] + [(1, NASTY, 0, 40, 9)],
     columns=["layer", "matrix", "head", "size", "kept"],
 )
+RANKED = pd.DataFrame(
+    [("IsA", NASTY, "bird", "full", 3.), ("IsA", NASTY, "bird", "<u>", 1.), ("HasA", "car", "wheel", "full", 900.5)],
+    columns=["relation", "sub", "obj", "mask", "rank"],
+)
 
 FIGURES = {
     "density": lambda: plots.density(MANY[0], NASTY),
@@ -102,6 +106,7 @@ FIGURES = {
     "importance": lambda: plots.importance(SCORES),
     "importance of MLPs": lambda: plots.importance(SCORES, 1, kind="mlp"),
     "placement": lambda: plots.placement(WEIGHTS),
+    "answer_map": lambda: plots.answer_map(RANKED),
     "bars": lambda: plots.bars(PRECISION, title="Macro P@1"),
     "tickets": lambda: plots.tickets(TABLE, label=NASTY),
     "tickets, interval": lambda: plots.tickets(TABLE, spread="interval", dots=False),
@@ -180,6 +185,13 @@ def with_mode(fig: plots.Figure, mode: str) -> list[go.Scatter]:
 
 
 # ── what they show ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_answers_by_hand():
+    f = plots.answer_map(RANKED)
+    assert np.allclose(np.array(f.plotly.data[0].z, float), [[1 / 3, 1], [1 / 900.5, np.nan]], equal_nan=True)
+    assert "first under: full 0, <u> 1. Nobody answers HasA: car – wheel." in f.alt
+    assert {"0.33", "rank 3", "rank 900.5"} <= words(f)
+
 
 def test_survival_by_hand():
     f = plots.survival(MANY.sel(task="RTE"))

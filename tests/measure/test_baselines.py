@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from subnet_explorer.core.errors import SubnetError
+from subnet_explorer.data.choices import read_choices
 from subnet_explorer.data.parts import task_data
 from subnet_explorer.data.pocket_tasks import POCKET_TASKS, choices, choose, plausible
 from subnet_explorer.data.questions import read_squad
-from subnet_explorer.data.tables import GLUE, Labelled, LabelTask, read_choices, read_glue
+from subnet_explorer.data.tables import GLUE, Labelled, LabelTask, read_glue
 from subnet_explorer.measure.baselines import PARTIAL, WHOLE, baselines, trivial_scores
 
 

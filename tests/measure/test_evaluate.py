@@ -23,9 +23,10 @@ from subnet_explorer.data.facts import Fact, Facts, read_facts, split
 from subnet_explorer.data.grammar import sentences, treebank
 from subnet_explorer.data.pocket_tasks import choices, plausible
 from subnet_explorer.data.sentences import read_conllu
-from subnet_explorer.measure.ask import Precision, cloze, majority, plausibility, precision
+from subnet_explorer.measure.ask import Precision, cloze, majority, precision
 from subnet_explorer.measure.fluency import perplexity
 from subnet_explorer.measure.metrics import accuracy
+from subnet_explorer.measure.options import plausibility
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load
 from subnet_explorer.search.objectives import Context, Task
@@ -478,7 +479,8 @@ def test_nothing_to_measure_is_refused(pocket_bert, pocket_gpt2, facts):
         with pytest.raises(SubnetError, match=r"no token to predict|nothing to read"): perplexity(model, tok, texts)
     with pytest.raises(SubnetError, match="no question"): plausibility(model, tok, [])
     with pytest.raises(SubnetError, match="needs a masked model"): plausibility(*pocket_gpt2, choices(1))
-    with pytest.raises(SubnetError, match="is empty"): plausibility(model, tok, [{**choices(1)[0], "premise": " . "}])
+    empty = [{**choices(1)[0], "premise": " . "}]
+    with pytest.raises(SubnetError, match="a question is ''"): plausibility(model, tok, empty)
     with pytest.raises(UnknownName, match="relation of the training facts"): majority(facts["IsA"], facts)
 
 
@@ -499,5 +501,5 @@ def test_nothing_to_measure(pocket_bert, pocket_gpt2):
         next(broken.cls.parameters()).fill_(float("nan"))
     with pytest.raises(SubnetError, match="NaN or infinite logits"): perplexity(broken, tok, TEXTS[:2])
     with pytest.raises(SubnetError, match="NaN or infinite"): interval([np.array([[1., np.nan]])])
-    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0)
-    with pytest.raises(SubnetError, match=r"question 0: .*it is empty"): plausibility(model, tok, [question])
+    question = dict(premise=" . ", choice1="a", choice2="b", question="cause", label=0, idx=0)
+    with pytest.raises(SubnetError, match="row 0: a question is ''"): plausibility(model, tok, [question])
