@@ -122,8 +122,7 @@ def verdicts(
     "Count the labels of every fact, and say what more than half of its annotators say."
     rows: dict[Key, dict[str, Any]] = {}
     for said in annotations.to_dict("records"):
-        row = rows.setdefault(fact_key(said), {**{n: said[n] for n in COLUMNS[:3]},
-                                               **dict.fromkeys(labels, 0)})
+        row = rows.setdefault(fact_key(said), {**{n: said[n] for n in COLUMNS[:3]}, **dict.fromkeys(labels, 0)})
         row[said["label"]] += 1
     for row in rows.values():
         n = sum(row[label] for label in labels)
@@ -150,8 +149,7 @@ def annotation_agreement(
         said = "one annotator" if people == 1 else "no fact has labels of two annotators"
         found: dict[str, Any] = {"items": 0, "left_out": len(ratings),
                                  "categories": annotations.label.nunique(),
-                                 **dict.fromkeys(("agreement", "chance", "kappa", "low",
-                                                  "high"), np.nan),
+                                 **dict.fromkeys(("agreement", "chance", "kappa", "low", "high"), np.nan),
                                  "note": f"undefined: {said}"}
     else: found = annotator_kappa(ratings, level, samples, seed)
     columns = ["items", "left_out", "categories", "agreement", "chance", "kappa", "low",

@@ -354,8 +354,7 @@ def _json_lines(path: Path) -> _Lines:
     "Lines of JSON, with the labels that lie in a file beside them, if they do."
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     beside = path.parent / f"{name}-labels.lst"
-    labels = [line.strip() for _,
-              line in numbered_lines(beside, BadChoices)] if beside.exists() else None
+    labels = [line.strip() for _, line in numbered_lines(beside, BadChoices)] if beside.exists() else None
     rows = list(numbered_lines(path, BadChoices))
     if labels is not None and len(labels) != len(rows):
         raise BadChoices(f"{path} has {len(rows)} questions, and {beside.name} beside it {len(labels)} labels.")
@@ -475,8 +474,7 @@ class ChoiceTask:
 
     def identity(self) -> dict[str, Any]:
         "Say what the parts hold."
-        return {part: {"data": data.fingerprint, "n": len(data)} for part,
-                data in self.parts.items()}
+        return {part: {"data": data.fingerprint, "n": len(data)} for part, data in self.parts.items()}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(data):,} to {part}" for part, data in self.parts.items())
@@ -505,7 +503,9 @@ def choice_task(
     return ChoiceTask(name or Path(str(source)).name, *parts)
 
 # %% ../../nbs/data/14_choices.ipynb #bfd2797d
-def _learned_and_reported(source: str | Path, share: float, seed: int) -> tuple[Choices, Choices]:
+def _learned_and_reported(
+    source: str | Path, share: float, seed: int,
+) -> tuple[Choices, Choices]:
     "The training questions, and those that are reported on."
     if str(source).startswith("pocket"):
         return read_choices(source, "train"), read_choices(source, "test")

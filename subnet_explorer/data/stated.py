@@ -23,8 +23,7 @@ _IRREGULAR = {
     "children": "child", "feet": "foot", "geese": "goose", "men": "man", "mice": "mouse",
     "people": "person",
     "teeth": "tooth", "women": "woman",
-    **{plural: plural[:-3] + "f" for plural in ("calves", "halves", "leaves", "loaves",
-                                                "shelves", "thieves",
+    **{plural: plural[:-3] + "f" for plural in ("calves", "halves", "leaves", "loaves", "shelves", "thieves",
                                                 "wolves", "scarves")},
     **{plural: plural[:-3] + "fe" for plural in ("knives", "lives", "wives")},
 }

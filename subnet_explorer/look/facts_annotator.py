@@ -53,7 +53,9 @@ class FactsAnnotator(Labeller):
         super().__init__(_sheet_of_facts(self, Path(to), list(labels)), own)
 
 
-def _facts_of(proposals: pd.DataFrame, annotator: str, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _facts_of(
+    proposals: pd.DataFrame, annotator: str, labels: Sequence[str],
+) -> dict[str, dict[str, Any]]:
     "The facts by the name under which they are labelled, each once; raise `BadAnnotations` where there are none."
     if missing := [name for name in COLUMNS[:3] if name not in proposals]:
         raise BadAnnotations(f"the proposals have no column {missing[0]}: expected relation, sub and obj.")
@@ -110,8 +112,7 @@ def _own_labels(a: FactsAnnotator, to: Path, labels: Sequence[str]) -> dict[str,
     "What this annotator has said of these facts already."
     if not to.exists(): return {}
     read_annotations(to, labels)
-    own = {" ".join(fact_key(row)): row["label"] for _,
-           row in annotation_rows(to) if row["annotator"] == a.annotator}
+    own = {" ".join(fact_key(row)): row["label"] for _, row in annotation_rows(to) if row["annotator"] == a.annotator}
     for name in own:
         if name in a.facts: continue
         raise BadAnnotations(f"{to.name} has a label of {a.annotator} for {name!r}, which is not among these "
@@ -119,7 +120,9 @@ def _own_labels(a: FactsAnnotator, to: Path, labels: Sequence[str]) -> dict[str,
     return own
 
 
-def _write_annotations(a: FactsAnnotator, to: Path, labels: Sequence[str], given: Mapping[str, str]) -> None:
+def _write_annotations(
+    a: FactsAnnotator, to: Path, labels: Sequence[str], given: Mapping[str, str],
+) -> None:
     "Write the rows of all annotators, those of this one as they are now."
     rows = [row for _, row in annotation_rows(to)] if to.exists() else []
     if to.exists(): read_annotations(to, labels)

@@ -49,8 +49,7 @@ class Truth:
 
     def of(self, lists: pd.DataFrame) -> pd.arrays.BooleanArray:      # columns relation, sub, obj
         "Judge every row; what nobody knows is missing."
-        said = [self.judge(*triple) for triple in zip(lists.relation, lists["sub"], lists.obj,
-                                                      strict=True)]
+        said = [self.judge(*triple) for triple in zip(lists.relation, lists["sub"], lists.obj, strict=True)]
         return pd.array(said, dtype="boolean")
 
     def check_proposed(self, lists: pd.DataFrame, inverses: Mapping[str, str] | None = None) -> None:
@@ -90,8 +89,7 @@ def precision_at(
         raise SubnetError("nobody has judged the proposals: give against=…, or study.judged(…).")
     rows = []
     for under, part in lists.groupby("under", sort=False):
-        each = [of.sort_values("place") for _,
-                of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
+        each = [of.sort_values("place") for _, of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
         for n in k:
             rows.append({"under": under, "k": n,
                          **_shares([of[of.place <= n].true.dropna() for of in each])})
@@ -127,7 +125,9 @@ def by_chance(
     return {n: float(np.mean(shares[:n])) for n in k}
 
 
-def _share_true(relation: str, subject: str, objects: Sequence[str], truth: Truth, stated: Stated) -> float:
+def _share_true(
+    relation: str, subject: str, objects: Sequence[str], truth: Truth, stated: Stated,
+) -> float:
     new = [word for word in objects if not stated.why(relation, subject, word)]
     return sum(truth.judge(relation, subject,
                            word) is True for word in new) / len(new) if new else 0.0

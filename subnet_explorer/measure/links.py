@@ -60,14 +60,12 @@ class _Blanks:
         self, model: nn.Module, mask: int | None, prompts: Sequence[tuple[list[int], int]],
         objects: Sequence[Tokens], how: str, first: int,
     ) -> None:
-        self.n, self.position, self.length = len(prompts), [at for _,
-                                                            at in prompts], len(objects[0])
+        self.n, self.position, self.length = len(prompts), [at for _, at in prompts], len(objects[0])
         self.objects, self.fillings = objects, _fillings(objects, how)
         if mask is None: ids = [ids for ids, _ in prompts]      # of a causal model: what comes before the object
         else:
             filled = [[mask if token is None else token for token in filling] for filling in self.fillings]
-            ids = [[*ids[:at], *tokens, *ids[at + 1:]] for tokens in filled for ids,
-                   at in prompts]
+            ids = [[*ids[:at], *tokens, *ids[at + 1:]] for tokens in filled for ids, at in prompts]
         self.sequences = Sequences(model, ids, first)
 
     def read(self, most: int = 256) -> Iterator[tuple[range, int, list[int], torch.Tensor]]:
@@ -134,8 +132,7 @@ def _pool(
 ) -> list[Tokens]:
     "Candidates for objects of one relation: distinct, short ones first."
     usable = [t for t in dict.fromkeys([*gold, *every]) if len(t) == 1 or (t and several)]
-    if several is None or most is None or len(usable) <= most: return sorted(usable,
-                                                                             key=_by_length)
+    if several is None or most is None or len(usable) <= most: return sorted(usable, key=_by_length)
     right = dict.fromkeys(gold)
     others = sorted((t for t in usable if t not in right), key=_by_length)
     drawn = random.Random(f"candidates-{seed}").sample(others, max(0, most - len(right)))
@@ -196,8 +193,7 @@ def rankable(
         elif not n: why = NO_TOKENS
         elif _longer_than(tok, fact, n, most): why = LONG
         else: kept.append(fact)
-        if why: skipped.setdefault(fact.relation, {})[why] = skipped.get(fact.relation,
-                                                                         {}).get(why, 0) + 1
+        if why: skipped.setdefault(fact.relation, {})[why] = skipped.get(fact.relation, {}).get(why, 0) + 1
     if kept: return replace(facts, items=tuple(kept), skipped=skipped)
     hint = "" if several else f" Objects of several tokens are ranked with several={SEVERAL[0]!r}."
     raise BadFacts(f"none of the {len(facts):,} objects of {facts.name} can be ranked with this tokenizer.{hint}")
@@ -205,8 +201,7 @@ def rankable(
 
 def _longer_than(tok: Any, fact: Fact, n: int, most: int) -> bool:
     "Whether a prompt with `n` tokens for the object has more tokens than the model reads."
-    return too_long(tok, fact) or (n > 1 and len(encode_prompt(tok, fact,
-                                                               False)[0]) + n - 1 > most)
+    return too_long(tok, fact) or (n > 1 and len(encode_prompt(tok, fact, False)[0]) + n - 1 > most)
 
 
 def _check_several(model: nn.Module, several: str | None) -> None:
@@ -327,8 +322,7 @@ def _single_ranks(
         found = {"rank": np.nan, "filtered": np.nan, "published": np.nan}
         if len(asked.gold[i]) == 1:
             (gold,) = asked.gold[i]
-            better, left = logits[k] > logits[k,
-                                              gold], [token for token in best[k] if token in vocabulary]
+            better, left = logits[k] > logits[k, gold], [token for token in best[k] if token in vocabulary]
             rank, before = 1 + int(better.sum()), sum(bool(better[t[0]]) for t in asked.right[i] if len(t) == 1)
             reciprocal = 1 / (1 + left.index(gold)) if gold in left else 0.0
             found = {"rank": rank, "filtered": rank - before, "published": reciprocal}

@@ -81,8 +81,7 @@ class _Coder:
     def check(self, ids: Sequence[int], row: Mapping[str, Any], option: str) -> None:
         "Raise `BadChoices` for what the model cannot read."
         if len(ids) > self.most:
-            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids),
-                                              most=self.most))
+            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids), most=self.most))
 
 
 _OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of the joined sentence: "
@@ -124,7 +123,9 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
 
 # %% ../../nbs/measure/12_options.ipynb #eabf9098
 @checked
-def askable(questions: Sequence[Mapping[str, Any]], score: str = "logprob") -> list[dict[str, Any]]:
+def askable(
+    questions: Sequence[Mapping[str, Any]], score: str = "logprob",
+) -> list[dict[str, Any]]:
     "The questions that are asked: as published, without those in which the concept does not stand verbatim."
     asked = as_choices(questions)
     if score != "published": return list(asked)

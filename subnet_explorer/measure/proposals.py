@@ -179,8 +179,7 @@ class _Rows:
                 tokens = best[i] if objects is None else _tokens_of(words.tok, objects, question, logprobs[i])
                 named = {"under": under, "draw": draw, "relation": question.relation,
                          "sub": question.subject}
-                for token, word, why in _walked(tokens, question, words, self.stated,
-                                                self.each):
+                for token, word, why in _walked(tokens, question, words, self.stated, self.each):
                     row = {**named, "obj": word or words.tok.decode([token]).strip()}
                     if why: self.removed.append({**row, "why": why})
                     else:

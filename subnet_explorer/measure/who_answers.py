@@ -55,8 +55,7 @@ def who_answers(
 
 def _apart(under: Mapping[str, Sequence[Mask]]) -> dict[str, list[Mask]]:
     "Masks by name; a relation that is called like the full model is told apart."
-    return {f"{name} mask" if name == WHOLE else name: list(masks) for name,
-            masks in under.items()}
+    return {f"{name} mask" if name == WHOLE else name: list(masks) for name, masks in under.items()}
 
 
 def _most_frequent(words: pd.Series) -> str: return str(words.value_counts().index[0])

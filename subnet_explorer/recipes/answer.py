@@ -257,8 +257,7 @@ def _identity(
 ) -> dict[str, Any]:
     "What tells this study from others."
     asked = {name: task.identity() for name, task in tasks.items()}
-    kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name,
-            value in settings.items()}
+    kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
     found = digest([[*map(str, labels.values()), mask.id] for labels, mask in masks])
     return {"recipe": "answer", "model": str(model_id(model, layout_of(model, whole=False))),
             "tasks": asked,
@@ -289,7 +288,9 @@ class _Work:
                                    self.settings["search"])
 
 
-def _one_task(work: _Work, tasks: Mapping[str, ChoiceTask], labels: dict[str, Any]) -> dict[str, pd.DataFrame]:
+def _one_task(
+    work: _Work, tasks: Mapping[str, ChoiceTask], labels: dict[str, Any],
+) -> dict[str, pd.DataFrame]:
     "Tables of one task: combinations that were tried, answers, baselines."
     name, bench = labels["task"], work.bench
     task = tasks[name]
@@ -366,8 +367,7 @@ def _study(
     found: Mapping[str, Mapping[str, pd.DataFrame]],
 ) -> AnswerStudy:
     "The study from the tables of its tasks."
-    long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name,
-                      tables in found.items()])
+    long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name, tables in found.items()])
     alone = long.under.isin(["single", "without"])
     chosen = {name: _split(tables["searched"].relations[0]) for name, tables in found.items()}
     unions = [joined_table(work.masks, [some], work.settings["join"]).assign(task=name)
@@ -499,8 +499,7 @@ PAPER_RELATIONS = (
 def published_accuracy() -> pd.DataFrame:      # model, under, a column for each set; per cent
     "Zero-shot accuracy as published (Ren & Zhu 2022, table 7)."
     rows = [[model, under, *map(float, text.split())]
-            for model, texts in _TABLE_7.items() for under,
-            text in zip(("full", "oracle"), texts, strict=True)]
+            for model, texts in _TABLE_7.items() for under, text in zip(("full", "oracle"), texts, strict=True)]
     return pd.DataFrame(rows, columns=["model", "under", *_SETS])
 
 

@@ -141,8 +141,7 @@ def _summary(study: CompleteStudy) -> pd.DataFrame:
     t = t[t["rank"].isin([study.rank, "rank", "published"]) & t.measure.isin(["MRR", "P@1"])]
     texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
     names = t.measure + " " + t["rank"].replace({"rank": "raw"}).str.replace("_", " ")
-    wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column",
-                                                    values="text")
+    wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column", values="text")
     order = list(dict.fromkeys(zip(t.test, t.under, strict=True)))
     return wide.loc[order, list(dict.fromkeys(names))].rename_axis(columns=None)
 
@@ -180,15 +179,13 @@ def read_triples(
     "Read what `complete` needs as a shell names it."
     names = None if relations is None else ",".join(relations)
     read = partial(read_facts, relations=names, strict=not lenient)
-    told: Facts | Split | None = None if trained_on is None else read_facts(trained_on,
-                                                                            strict=not lenient)
+    told: Facts | Split | None = None if trained_on is None else read_facts(trained_on, strict=not lenient)
     if isinstance(told, Facts) and split_seed is not None:
         told = split(answerable(told, tok), split_seed)
         _check_split(Path(masks), told)
     return {"triples": read(triples, templates=templates),
             "masks": relation_masks(masks, model),
-            "graph": None if graph is None else read_facts(graph, templates=templates,
-                                                           strict=not lenient),
+            "graph": None if graph is None else read_facts(graph, templates=templates, strict=not lenient),
             "trained_on": told}
 
 
@@ -232,14 +229,12 @@ def complete(
 ) -> CompleteStudy:
     "Complete triples under the subnetwork of their relation (LAMP)."
     settings = settings_of(complete, locals())
-    given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks,
-                                                                                       "data", None))
+    given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks, "data", None))
     if fine_tuned and given.split is None:
         raise SubnetError("fine-tuning needs to know what to train on and what to choose by: give a split as "
                           "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
     asked = _questions(model, tok, given, settings)
-    bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP],
-                                                                    **_second(asked)},
+    bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP], **_second(asked)},
                   settings)
     return bench.finished(_measured(bench, model, tok, given, asked, settings))
 
@@ -268,8 +263,9 @@ def _given(masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on
     return _Given(masks, triples, Facts(known, (graph or triples).name), told, cut)
 
 
-def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str,
-                                                                            Any]) -> dict[str, Facts]:
+def _questions(
+    model: nn.Module, tok: Any, given: _Given, settings: Mapping[str, Any],
+) -> dict[str, Facts]:
     "Facts to be asked, by test; raise an error that says what is missing."
     common = [r for r in given.triples.relations if r in given.masks.relations]
     if not common:
@@ -288,16 +284,16 @@ def _questions(model: nn.Module, tok: Any, given: _Given, settings: Mapping[str,
     return found
 
 
-def _usable(model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str,
-                                                                                       Any]) -> Facts:
+def _usable(model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str, Any]) -> Facts:
     "What was not told, and can be asked."
     if settings["one_word"]: facts = one_word(facts)
     if given.told is not None: facts = held_out(facts, given.told)
     return rankable(facts, model, tok, settings["several"])
 
 # %% ../../nbs/recipes/21_complete.ipynb #a3722693
-def _identity(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str,
-                                                                           Any]) -> dict[str, Any]:
+def _identity(
+    given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any],
+) -> dict[str, Any]:
     "What tells this study from others."
     space = given.masks[0].space
     ids = [[labels["task"], labels["seed"], mask.id] for labels, mask in given.masks]
@@ -319,8 +315,7 @@ def _measured(
            "seed": settings["candidate_seed"]}
     items = _answers(bench, model, tok, given, asked, settings, how)
     rank = "among_filtered" if settings["several"] else "filtered"
-    reads = pd.concat([link_reads(tok, facts, **how).assign(test=test) for test,
-                       facts in asked.items()])
+    reads = pd.concat([link_reads(tok, facts, **how).assign(test=test) for test, facts in asked.items()])
     sizes = {test: len(facts) for test, facts in asked.items()}
     return CompleteStudy(
         masks=given.masks, tables={"items": items, "scores": _means(items, rank),
@@ -340,8 +335,7 @@ def _answers(
     "Answers under all conditions, test by test and relation by relation."
     every, tables = list(dict.fromkeys(r for facts in asked.values() for r in facts.relations)), []
     under = relation_conditions(given.masks, every, settings["random"], settings["mismatched"])
-    cells = [{"test": test, "task": r} for test,
-             facts in asked.items() for r in facts.relations]
+    cells = [{"test": test, "task": r} for test, facts in asked.items() for r in facts.relations]
     for cell in bench.cells("relation", cells):
         ask = partial(link_ranks, model, tok, asked[cell["test"]][cell["task"]],
                       known=given.graph, **how)
@@ -362,8 +356,9 @@ def _tuned(
     with fine_tuned(model, tok, data, relation, batch): return ask({"fine-tuned": None})
 
 
-def _notes(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str,
-                                                                        Any]) -> Iterator[str]:
+def _notes(
+    given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any],
+) -> Iterator[str]:
     "What a reader of the numbers must be told."
     if given.told is None:
         yield ("Nobody said what the masks were trained on: triples among it may have been asked. Give trained_on, in "
@@ -377,12 +372,10 @@ def _notes(given: _Given, asked: Mapping[str, Facts], settings: Mapping[str,
 # %% ../../nbs/recipes/21_complete.ipynb #97ecab14
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     ONE_HOP: {      # table 3, test
-        "DistMult": (10.5, 5.4, 8.4, 10.9), "ComplEx": (13.6, 8.2, 12.4, 15.7), "ConvE": (21.9,
-                                                                                          13.5, 18.9, 24.0),
+        "DistMult": (10.5, 5.4, 8.4, 10.9), "ComplEx": (13.6, 8.2, 12.4, 15.7), "ConvE": (21.9, 13.5, 18.9, 24.0),
         "TuckER": (21.6, 14.0, 20.4, 24.0), "SACN": (24.2, 14.4, 22.1, 28.0),
         "InteractE": (23.3, 14.9, 21.9, 26.5),
-        "DistilBERT, full": (10.8, 5.8, 9.6, 11.2), "DistilBERT, subnetwork": (23.4, 14.8,
-                                                                               22.2, 26.5),
+        "DistilBERT, full": (10.8, 5.8, 9.6, 11.2), "DistilBERT, subnetwork": (23.4, 14.8, 22.2, 26.5),
         "BERT, full": (14.3, 8.3, 13.7, 16.6), "BERT, subnetwork": (22.8, 14.3, 20.9, 26.0),
         "RoBERTa, full": (9.4, 5.1, 7.1, 9.3), "RoBERTa, subnetwork": (9.5, 6.1, 7.6, 11.4),
         "MPNet, full": (11.1, 6.0, 9.9, 11.7), "MPNet, subnetwork": (20.0, 11.4, 18.8, 22.9)},
@@ -412,8 +405,7 @@ def _sections(study: CompleteStudy) -> Iterator[Section]:
         bars = curves.bars(mrr, title=f"MRR, {test}", label="MRR")
         yield (f"Completing triples: {test}",
                "Mean reciprocal rank, mean over relations; intervals are 95 % intervals "
-               "over triples and repetitions.", [bars,
-                                                 study.summary().loc[test].reset_index(names="condition")])
+               "over triples and repetitions.", [bars, study.summary().loc[test].reset_index(names="condition")])
         gains = _gains_of(study)
         yield (f"Gains: {test}", "On the same triples, with the same seeds.",
                [gains[gains.test == test]])

@@ -178,8 +178,7 @@ def asked_questions(
     usable = [r for r in about.relations if r in masks.relations and r in in_graph]
     if not usable:
         asked, masked, known = (", ".join(map(str, names[:5]))
-                                for names in (about.relations, masks.relations,
-                                              graph.relations))
+                                for names in (about.relations, masks.relations, graph.relations))
         raise BadFacts(f"no relation of {about.name} ({asked}) has both a mask and facts in the graph: "
                        f"masks are of {masked}, and {graph.name} has {known}.")
     questions = questions_of(about[usable], tok)
@@ -236,8 +235,7 @@ def listed(
     order = ["under", "draw", "logprob", "relation", "sub", "obj"]
     up = [True, True, False, True, True, True]
     rows = kept.sort_values(order, ascending=up, kind="stable").reset_index(drop=True)
-    facts = [statement(*triple, inverses) for triple in zip(rows.relation, rows["sub"],
-                                                            rows.obj, strict=True)]
+    facts = [statement(*triple, inverses) for triple in zip(rows.relation, rows["sub"], rows.obj, strict=True)]
     rows = rows.assign(fact=[" ".join(fact) for fact in facts])
     twice = rows.duplicated(["under", "draw", "fact"])
     places = rows[~twice].groupby(["under", "draw"]).cumcount() + 1
@@ -323,8 +321,7 @@ def collected(
 def _with_seeds(lists: pd.DataFrame, seeds: Sequence[Any]) -> pd.DataFrame:
     "Lists with the seed of the mask or the number of the random draw; nothing where there is neither."
     of_seed, of_draw = lists.under == "subnetwork", lists.under == "random"
-    values = [seeds[draw] if own else None for draw,
-              own in zip(lists.draw, of_seed, strict=True)]
+    values = [seeds[draw] if own else None for draw, own in zip(lists.draw, of_seed, strict=True)]
     seed = pd.Series(values, lists.index, dtype=object)
     draw = lists.draw.astype(object).where(of_draw, None)
     return lists.assign(seed=seed, draw=draw)[LISTED]
@@ -375,8 +372,7 @@ def judged_pairs(study: MineStudy) -> Pairs:
     scores = rows.assign(score=rows.true.astype(float))
     main = main_of(lists)
     others = [under for under in lists.under.unique() if under != main]
-    contrasts = [(main, under) for under in ("full", "random",
-                                             "subnetwork") if under in others]
+    contrasts = [(main, under) for under in ("full", "random", "subnetwork") if under in others]
     return Pairs(scores, ["seed", "draw"], [], contrasts, items=["place"], bounds=(0, 1))
 
 
@@ -412,12 +408,10 @@ def _short(precision: pd.DataFrame, k: int) -> str:
 
 def mine_results(study: MineStudy) -> dict[str, Any]:
     "What `results.json` says."
-    told = {name: study.tables[name] for name in ("precision", "agreement",
-                                                  "removed") if name in study.tables}
+    told = {name: study.tables[name] for name in ("precision", "agreement", "removed") if name in study.tables}
     asked = {r: len(study.questions[r]) for r in study.questions.relations}
     own = study.proposals.groupby("relation").size() if len(study.proposals) else pd.Series(dtype=int)
-    relations = {r: {"questions": n, "proposals": int(own.get(r, 0))} for r,
-                 n in asked.items()}
+    relations = {r: {"questions": n, "proposals": int(own.get(r, 0))} for r, n in asked.items()}
     first = study.proposals.head(GAINED).drop(columns="prompt")
     gains = study.gains() if "precision" in study.tables and study.tables["lists"].true.notna().any() else None
     return {"relations": relations, "first": first, **told, "gains": gains}

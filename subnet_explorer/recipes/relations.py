@@ -75,8 +75,7 @@ class RelationMasks(Masks):
         "By relation: what is applied, one a seed."
         found: dict[str, list[Mask | Scores]] = {}
         for labels, mask in self:
-            found.setdefault(labels["task"], []).append(self.soft.get((labels["task"],
-                                                                       labels["seed"]), mask))
+            found.setdefault(labels["task"], []).append(self.soft.get((labels["task"], labels["seed"]), mask))
         return found
 
     def sel(self, **labels: Any) -> RelationMasks:
@@ -169,13 +168,11 @@ def check_one_start(
     masks: Masks,      # those that are to be joined
 ) -> None:
     "Raise `DifferentStarts` for masks that did not start alike: by record, else by how far they agree."
-    places, starts = [(row.get("task"), row.get("seed")) for row,
-                      _ in masks.rows()], getattr(masks, "starts", {})
+    places, starts = [(row.get("task"), row.get("seed")) for row, _ in masks.rows()], getattr(masks, "starts", {})
     if all(place in starts for place in places):
         others = [place for place in places if starts[place] != starts[places[0]]]
     else:
-        others = [place for place, (_, mask) in zip(places, masks,
-                                                    strict=True) if _kappa(masks[0], mask) < _AGREE]
+        others = [place for place, (_, mask) in zip(places, masks, strict=True) if _kappa(masks[0], mask) < _AGREE]
     if not others: return
     one, other = (f"{task} (seed {seed})" for task, seed in (places[0], others[0]))
     raise DifferentStarts(f"{one} and {other} started from different masks: joined, they keep most of the weights "
@@ -211,8 +208,7 @@ def relation_conditions(
     if masks.soft: under["subnetwork (binary)"] = {r: binary[r] for r in asked}
     if random: under["random"] = {r: _random_like(binary[r][0], random) for r in asked}
     if mismatched and len(masks.relations) > 1:
-        under["mismatched"] = {r: [m for other in shifted(masks.relations,
-                                                          r) for m in applied[other]] for r in asked}
+        under["mismatched"] = {r: [m for other in shifted(masks.relations, r) for m in applied[other]] for r in asked}
     return under
 
 

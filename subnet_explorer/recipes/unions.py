@@ -76,8 +76,7 @@ class Joiner:
         if not combination:
             raise SubnetError("there is no mask to join: name at least one relation.")
         found = self._vote(combination) if self.how == "vote" else self._stacked(combination)
-        packed = [found[a:b].tobytes() for a,
-                  b in zip([0, *self.ends], self.ends, strict=False)]
+        packed = [found[a:b].tobytes() for a, b in zip([0, *self.ends], self.ends, strict=False)]
         parents = [self.masks[r].id for r in combination]
         made = {"operation": self.how, "relations": list(combination), "parents": parents}
         return Mask(self.space, tuple(packed), made)
@@ -157,7 +156,9 @@ SEARCHES = ("greedy", "exhaustive")
 "How combinations are searched."
 
 
-def all_combinations(relations: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
+def all_combinations(
+    relations: Sequence[str], sizes: Sequence[int],
+) -> Iterator[tuple[str, ...]]:
     "Every combination of the sizes, those with the same beginning one after another."
     for size in sizes: yield from itertools.combinations(relations, size)
 
@@ -177,8 +178,7 @@ def search_combinations(
         raise SubnetError(f"combinations of {sizes} relations cannot be made of {len(relations)}: give sizes from 1 to "
                           f"{len(relations)}.")
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
-    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some,
-            found in tried.items()]
+    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some, found in tried.items()]
     table = pd.DataFrame(rows).assign(searched=len(rows))
     return table.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable",
                              ignore_index=True)
@@ -187,7 +187,9 @@ def search_combinations(
 _Tried = dict[tuple[str, ...], float]
 
 
-def _exhaustive(accuracy: Callable[..., float], relations: Sequence[str], sizes: Sequence[int]) -> _Tried:
+def _exhaustive(
+    accuracy: Callable[..., float], relations: Sequence[str], sizes: Sequence[int],
+) -> _Tried:
     return {some: accuracy(*some) for some in all_combinations(relations, sizes)}
 
 
