@@ -156,7 +156,7 @@ def test_real_questions(real):
     train, dev = (
         read_choices(real / "datasets" / "commonsenseqa" / f) for f in ("train.jsonl.gz", "dev_rand_split.jsonl")
     )
-    assert (len(train), len(dev)) == (9741, 1221) and {len(q["choices"]) for q in train + dev} == {5}
+    assert (len(train), len(dev)) == (9741, 1221) and {len(q["choices"]) for q in [*train, *dev]} == {5}
     assert all("concept" in q for q in dev)
     assert dev[0]["choices"][dev[0]["label"]] == "bank"
     assert dev[0]["concept"] == "revolving door"
