@@ -15,8 +15,8 @@ from .probes import plan, steps_of
 from .textmasks import TRAINED, ladder
 
 # %% auto #0
-__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost', 'power_of',
-           'power_text']
+__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost', 'answer_cost',
+           'finetune_cost', 'power_of', 'power_text']
 
 # %% ../../nbs/recipes/15_cost.ipynb #2d484423
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Work:
     what: str                              # mask search, fine-tuning …
     axes: Mapping[str, int | None]         # how many by name: relation, seed …
     steps: int | None                      # of the optimizer, in one cell
-    batch: int                             # examples in a step
+    batch: int                             # examples in a step; of what is only read, in a pass
     epochs: float | None = None            # instead of steps
+    forward: bool = False                  # is only read: nothing is trained
 
     @property
     def cells(self) -> int | None:
@@ -35,12 +36,12 @@ class Work:
 
     @property
     def passes(self) -> int | None:
-        "Forward and backward passes of a batch, over all cells."
+        "Passes of a batch over all cells, forward and backward where something is trained."
         return _product([self.cells, self.steps])
 
     @property
     def examples(self) -> int | None:
-        "Examples that go forward and backward, over all cells: steps, batch and cells multiplied."
+        "Examples in these passes: steps, batch and cells multiplied."
         return _product([self.passes, self.batch])
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class Work:
 
     def __str__(self) -> str:
         axes = " × ".join(_counted(n, name) for name, n in self.axes.items())
+        if self.forward: return f"{self.what}: {axes} = {_counted(self.cells, 'text')} or more; only read"
         each = _counted(self.steps, "step") if self.epochs is None else _counted(self.epochs, "epoch")
         text = f"{self.what}: {axes} = {_counted(self.cells, 'cell')}; {each} of {self.batch} in each"
         return text if self.passes is None else f"{text}; {self.passes:,} passes, {self.examples:,} examples"
@@ -136,6 +138,34 @@ def tamt_cost(values: _Values) -> list[Work]:
     tuned = {"task": _many(values, "tasks"), "mask": None if values["along"] else masks,
              "tuning seed": _many(values, "tuning_seeds")}
     return [*work, _tuning(values, tuned)]
+
+
+def answer_cost(values: _Values) -> list[Work]:
+    "Questions under combinations that are tried, and under conditions; nothing is trained. Masks tell the rest."
+    tasks, conditions = _many(values, "tasks"), 1 + values["random"]
+    def read(what: str, n: int | None, **more: int | None) -> Work:
+        return Work(what, {"task": tasks, **more, "question": n}, 1, 1, forward=True)
+    return [read("asking without seeds", values["limit_test"], condition=conditions),
+            read("asking for every seed", values["limit_test"], condition=None),
+            read("search of combinations", values["limit_search"], combination=None)]
+
+
+def finetune_cost(values: _Values) -> list[Work]:
+    "Fine-tuning of the full model, of unions and of random masks; at most so many epochs. Masks tell their seeds."
+    def tuned(what: str, size: float, batch: int, **more: int | None) -> Work:
+        axes = {"task": _many(values, "tasks"), "rate": len(values["rates"]), **more,
+                "tuning seed": len(values["tuning_seeds"])}
+        n, epochs = (int(size) if size > 1 else None), values["epochs"]
+        return Work(what, axes, _steps(epochs, batch, n), batch, epochs)
+
+    ways, random, work = 1 + values["held"], values["random"], list[Work]()
+    for size in values["train_sizes"]:
+        for batch in values["batches"]:
+            work += [tuned("fine-tuning of the full model", size, batch),
+                     tuned("fine-tuning of unions", size, batch, way=ways, seed=None)]
+            if random: work.append(tuned("fine-tuning of random masks", size, batch, way=ways, draw=random))
+    if values["relations"] or values["choose"] != "fine-tuned": return work
+    return [*work, tuned("search of combinations", 1.0, values["batches"][0], combination=None)]
 
 
 def _climb(values: _Values) -> int:

@@ -31,7 +31,8 @@ from .relations import RelationMasks, check_one_start
 
 # %% auto #0
 __all__ = ['JOINS', 'SEARCHES', 'Relations', 'joined', 'Joiner', 'check_weights', 'joined_table', 'joiners', 'Asker',
-           'all_combinations', 'search_combinations', 'check_joining', 'mined_relations', 'most_mined']
+           'places_text', 'places_of', 'all_combinations', 'search_combinations', 'check_joining', 'mined_relations',
+           'most_mined']
 
 # %% ../../nbs/recipes/22_unions.ipynb #372395e8
 JOINS = ("union", "intersection", "vote")
@@ -186,6 +187,16 @@ class Asker:
     def accuracy(self, *relations: str) -> float:
         "The share of right answers, over seeds and questions."
         return float((self(*relations) == self.gold).mean())
+
+# %% ../../nbs/recipes/22_unions.ipynb #06a7c571
+def places_text(places: Iterable[int]) -> str:
+    "Places of what is chosen, as one cell of a table."
+    return " ".join(map(str, places))
+
+
+def places_of(text: str) -> list[int]:
+    "Places from a cell of a table."
+    return [int(place) for place in text.split()]
 
 # %% ../../nbs/recipes/22_unions.ipynb #154f5c28
 SEARCHES = ("greedy", "exhaustive")
