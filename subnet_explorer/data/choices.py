@@ -544,11 +544,11 @@ def choice_task(
     learn, report = _learned_and_reported(source, search, seed)
     if _is_pocket(source): held = read_choices(source, "dev")
     else: held, learn = _parted(learn, search, seed)
-    parts = [_without(data, known or ()) for data in (learn, held, report)]
-    for k, n in ((1, limit_search), (2, test)):
-        if n is not None: parts[k] = parts[k].take(n, seed)
-    about_facts = any("uuid" in row for row in parts[2])
-    return ChoiceTask(name or Path(str(source)).name, *parts, known is not None if about_facts else None)
+    learn, held, report = (_without(data, known or ()) for data in (learn, held, report))
+    if limit_search is not None: held = held.take(limit_search, seed)
+    if test is not None: report = report.take(test, seed)
+    facts_known = known is not None if any("uuid" in row for row in report) else None
+    return ChoiceTask(name or Path(str(source)).name, learn, held, report, facts_known)
 
 # %% ../../nbs/data/14_choices.ipynb #bfd2797d
 def _learned_and_reported(source: str | Path, share: float, seed: int) -> tuple[Choices, Choices]:

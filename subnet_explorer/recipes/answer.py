@@ -167,7 +167,7 @@ def read_reasoning(
     trained_on: str | None = None,       # facts by which the masks were found, as given to lamp: its training and
                                          # development part is not asked about
     split_seed: Seed = 0,                # of the split of these facts
-    search: OptionShare = 0.5,           # share of the training questions by which combinations are chosen
+    search_share: OptionShare = 0.5,     # of the training questions, by which combinations are chosen
     limit_search: Count | None = 500,    # at most so many of these
     limit_test: Count | None = None,     # at most so many questions to report on
 ) -> dict[str, Any]:
@@ -176,7 +176,8 @@ def read_reasoning(
     named = dict(map(name_and_source, tasks))
     if len(named) < len(tasks):
         raise SubnetError("two tasks have the same name: name them, e.g. mine=copa:FOLDER.")
-    how: dict[str, Any] = {"search": search, "limit_search": limit_search, "test": limit_test, "known": known}
+    how: dict[str, Any] = {"search": search_share, "limit_search": limit_search, "test": limit_test,
+                           "known": known}
     found = {name: choice_task(source, name, **how) for name, source in named.items()}
     return {"tasks": found, "masks": relation_masks(masks, model),
             "graph": read_facts(graph) if graph else None}

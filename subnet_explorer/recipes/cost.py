@@ -158,12 +158,12 @@ def finetune_cost(values: _Values) -> list[Work]:
         n, epochs = (int(size) if size > 1 else None), values["epochs"]
         return Work(what, axes, _steps(epochs, batch, n), batch, epochs)
 
-    ways, random, work = 1 + values["held"], values["random"], list[Work]()
+    kinds, random, work = 1 + values["held"], values["random"], list[Work]()
     for size in values["train_sizes"]:
         for batch in values["batches"]:
             work += [tuned("fine-tuning of the full model", size, batch),
-                     tuned("fine-tuning of unions", size, batch, way=ways, seed=None)]
-            if random: work.append(tuned("fine-tuning of random masks", size, batch, way=ways, draw=random))
+                     tuned("fine-tuning of unions", size, batch, kind=kinds, seed=None)]
+            if random: work.append(tuned("fine-tuning of random masks", size, batch, kind=kinds, draw=random))
     if values["relations"] or values["choose"] != "fine-tuned": return work
     return [*work, tuned("search of combinations", 1.0, values["batches"][0], combination=None)]
 

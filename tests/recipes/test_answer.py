@@ -12,7 +12,7 @@ from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.choices import BadChoices, as_choices, choice_task
-from subnet_explorer.data.facts import read_facts
+from subnet_explorer.data.facts import read_facts, split
 from subnet_explorer.data.files import BadFacts
 from subnet_explorer.measure.options import plausibility
 from subnet_explorer.model.load import load
@@ -22,8 +22,12 @@ from subnet_explorer.recipes.answer import (
     published_accuracy,
     published_combinations,
     read_reasoning,
+    told_facts,
 )
+from subnet_explorer.recipes.clauses import SETTING, alike
 from subnet_explorer.recipes.relations import DifferentStarts, relation_masks
+from subnet_explorer.recipes.start import order
+from subnet_explorer.recipes.study import find_recipe
 
 RELATIONS = ("IsA", "AtLocation", "MadeOf", "Desires")
 QUICK = dict(score="pll", sizes=(2, 3), random=2, mismatched=2, progress=False)
@@ -219,6 +223,43 @@ def test_many_options_and_relations_that_nobody_mentions(made):
 def test_a_study_about_facts_says_whether_they_were_known(made):
     _, _, tasks, _, study = made
     assert sum("nobody said which of them" in note for note in study.notes) == len(tasks)
+
+
+# ── the paper's settings, and the shell ──────────────────────────────────────────────────────────────────────────────
+
+PAPER = dict(score="published", search="exhaustive", oracle=True, different_starts=True, sizes=[3, 4, 5], top=5)
+
+
+def ordered(*words):
+    given = ["--model", "some/bert", "--out", "out", "--tasks", "copa:x", "--masks", "y"]
+    return order(find_recipe("answer"), [*given, *words])
+
+
+@pytest.mark.parametrize("clause", [c for c in find_recipe("answer").clauses if c.by == SETTING], ids=lambda c: c.name)
+def test_a_clause_is_our_default_sets_the_paper_s_and_gives_way(clause):
+    "The share of questions to search by is no search over combinations."
+    assert alike(ordered().values[clause.name], clause.ours)
+    values = ordered("--published").values
+    assert all(alike(values[name], value) for name, value in PAPER.items()) and values["search_share"] == .5
+    own = {"score": "pll", "search": "greedy"}.get(clause.name)
+    said = [f"--no-{clause.name.replace('_', '-')}"] if own is None else [f"--{clause.name}", own]
+    assert not alike(ordered("--published", *said).values[clause.name], clause.published)
+
+
+def test_weights_from_a_shell_and_what_it_would_cost():
+    asked = ordered("--join", "vote", "--weights.IsA", "2", "--share", "0.7", "--limit-test", "40", "--random", "3")
+    assert asked.values["weights"] == {"IsA": 2.} and asked.values["share"] == .7
+    first, *others = asked.work()
+    assert first.axes == {"task": 1, "condition": 4, "question": 40} and first.examples == 160
+    assert str(first).endswith("= 160 texts or more; only read") and all(work.cells is None for work in others)
+    model = ["--model", "pocket-bert"]
+    assert ordered(*model).values["trained_on"] == "pocket" and ordered().values["trained_on"] is None
+
+
+def test_told_facts_are_those_learned_from_and_chosen_by():
+    parts = split(read_facts("pocket", "MadeOf,IsA"))
+    told = set(told_facts(parts))
+    assert told == {f.uuid for f in (*parts.train, *parts.dev)} and not told & {f.uuid for f in parts.test}
 
 
 @pytest.mark.real
