@@ -279,36 +279,6 @@ def read_choices(
     return _put_together([_row(n, said, format, where) for n, said in lines], where, name)
 
 
-def _put_together(rows: Sequence[tuple[str, dict[str, Any]]], where: str, name: str) -> Choices:
-    "Questions from rows with their formats."
-    if not rows: raise BadChoices(f"there is no question in {where}.")
-    formats = {format for format, _ in rows}
-    if len(formats) > 1: raise BadChoices(f"{where} has lines in several formats: {', '.join(sorted(formats))}.")
-    format = formats.pop()
-    items, skipped = [row for _, row in rows], Counter[str]()
-    if FORMATS[format].several: items = list(_of_several(items, skipped))
-    if not items: raise BadChoices(f"there is no question in {where}: {_counted(skipped)}.")
-    return Choices(tuple(items), format, name, dict(skipped))
-
-
-def _counted(skipped: Mapping[str, int]) -> str: return ", ".join(f"{n:,} {why}" for why, n in skipped.items())
-
-
-def _of_several(rows: Sequence[dict[str, Any]], skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-    "Questions from rows with one candidate each; a label of 1 says that it is right."
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows: groups.setdefault(row["question"], []).append(row)
-    for question, group in groups.items():
-        right = {row["choices"][0] for row in group if row["label"]}
-        others = {row["choices"][0] for row in group if not row["label"]}
-        choices = list(dict.fromkeys(row["choices"][0] for row in group))
-        if len(choices) == 1: skipped["with one candidate only"] += 1
-        elif len(right) != 1 or right & others: skipped["without exactly one right candidate"] += 1
-        else:
-            ids = "+".join(row["id"] for row in group)
-            yield dict(question=question, choices=choices, label=choices.index(right.pop()), id=ids)
-
-
 def _without_format(source: str | Path, format: str | None) -> tuple[str | None, str | Path]:
     "Take the name of a format from the beginning of a source."
     if format is not None: check_names([format], FORMATS, "format of questions")
@@ -338,6 +308,34 @@ def _moved(row: dict[str, Any], i: int) -> dict[str, Any]:
     at = i % len(row["choices"])
     return {**row, "choices": [*others[:at], row["choices"][row["label"]], *others[at:]], "label": at}
 
+# %% ../../nbs/data/14_choices.ipynb #3548eb1b
+def _put_together(rows: Sequence[tuple[str, dict[str, Any]]], where: str, name: str) -> Choices:
+    "Questions from rows with their formats."
+    if not rows: raise BadChoices(f"there is no question in {where}.")
+    formats = {format for format, _ in rows}
+    if len(formats) > 1: raise BadChoices(f"{where} has lines in several formats: {', '.join(sorted(formats))}.")
+    format = formats.pop()
+    items, skipped = [row for _, row in rows], Counter[str]()
+    if FORMATS[format].several: items = list(_of_several(items, skipped))
+    why = ", ".join(f"{n:,} {what}" for what, n in skipped.items())
+    if not items: raise BadChoices(f"there is no question in {where}: {why}.")
+    return Choices(tuple(items), format, name, dict(skipped))
+
+
+def _of_several(rows: Sequence[dict[str, Any]], skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    "Questions from rows with one candidate each; a label of 1 says that it is right."
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows: groups.setdefault(row["question"], []).append(row)
+    for question, group in groups.items():
+        right, others = ({row["choices"][0] for row in group if bool(row["label"]) == is_right}
+                         for is_right in (True, False))
+        choices = list(dict.fromkeys(row["choices"][0] for row in group))
+        if len(choices) == 1: skipped["with one candidate only"] += 1
+        elif len(right) != 1 or right & others: skipped["without exactly one right candidate"] += 1
+        else:
+            ids = "+".join(row["id"] for row in group)
+            yield dict(question=question, choices=choices, label=choices.index(right.pop()), id=ids)
+
 # %% ../../nbs/data/14_choices.ipynb #ae4ea7cb
 _Lines = Iterator[tuple[int, Any]]      # numbered; each a mapping, unless it is broken
 
@@ -354,9 +352,8 @@ def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # name of t
     if ending is None:
         wanted = f"expected {', '.join(_ENDINGS)}, possibly with .gz."
         raise BadChoices(f"cannot tell the format of {path.name}: {wanted}")
-    read = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines,
-            ".txt": _cats_lines}[ending]
-    return str(path), read(path)
+    readers = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines, ".txt": _cats_lines}
+    return str(path), readers[ending](path)
 
 
 def _file_of(folder: Path, part: str) -> Path:

@@ -183,15 +183,15 @@ def read_reasoning(
             "graph": read_facts(graph) if graph else None}
 
 
+POCKET = {"score": "pll", "trained_on": "pocket", "split_seed": 0}
+"Settings that suit the pocket models: their world is asked about facts that no mask was told."
+
+
 def told_facts(parts: Split) -> list[str]:      # uuids
     "Facts that masks have learned from, or were chosen by."
     return [fact.uuid for fact in (*parts.train, *parts.dev)]
 
 # %% ../../nbs/recipes/23_answer.ipynb #75d19cc3
-POCKET = {"score": "pll", "trained_on": "pocket", "split_seed": 0}
-"Settings that suit the pocket models: their world is asked about facts that no mask was told."
-
-
 @recipe("Answers under unions of relations", "Ren & Zhu 2022, Findings of NAACL",
         read=read_reasoning, clauses=ANSWER, pocket=POCKET, cost=answer_cost)
 def answer(

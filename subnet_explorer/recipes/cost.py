@@ -140,6 +140,18 @@ def tamt_cost(values: _Values) -> list[Work]:
     return [*work, _tuning(values, tuned)]
 
 
+def _climb(values: _Values) -> int:
+    "Steps of iterative pruning down to the lowest density."
+    interval = values["interval"] or max(1, values["steps"] // 10)
+    return interval * (len(ladder(values["densities"], values["drop"])) - 1)
+
+
+def _tuning(values: _Values, axes: Mapping[str, int | None]) -> Work:
+    how = {"epochs": 3.0, "batch": 32, **(values["tuning"] or {})}
+    return Work("fine-tuning", axes, _steps(how["epochs"], how["batch"], values["limit_train"]), how["batch"],
+                how["epochs"])
+
+# %% ../../nbs/recipes/15_cost.ipynb #235c807f
 def answer_cost(values: _Values) -> list[Work]:
     "Questions under combinations that are tried, and under conditions; nothing is trained. Masks tell the rest."
     tasks, conditions = _many(values, "tasks"), 1 + values["random"]
@@ -166,18 +178,6 @@ def finetune_cost(values: _Values) -> list[Work]:
             if random: work.append(tuned("fine-tuning of random masks", size, batch, kind=kinds, draw=random))
     if values["relations"] or values["choose"] != "fine-tuned": return work
     return [*work, tuned("search of combinations", 1.0, values["batches"][0], combination=None)]
-
-
-def _climb(values: _Values) -> int:
-    "Steps of iterative pruning down to the lowest density."
-    interval = values["interval"] or max(1, values["steps"] // 10)
-    return interval * (len(ladder(values["densities"], values["drop"])) - 1)
-
-
-def _tuning(values: _Values, axes: Mapping[str, int | None]) -> Work:
-    how = {"epochs": 3.0, "batch": 32, **(values["tuning"] or {})}
-    return Work("fine-tuning", axes, _steps(how["epochs"], how["batch"], values["limit_train"]), how["batch"],
-                how["epochs"])
 
 # %% ../../nbs/recipes/15_cost.ipynb #4c8961fb
 ITEMS = (30, 100, 300, 1000, 3000)

@@ -108,7 +108,7 @@ class Joiner:
             parts.append(np.packbits(kept >= least))
         return np.concatenate(parts)
 
-
+# %% ../../nbs/recipes/22_unions.ipynb #851981d2
 _ROUNDING = 1e-9      # of shares of a weight
 
 

@@ -26,16 +26,14 @@ from subnet_explorer.recipes.clauses import SETTING, alike
 from subnet_explorer.recipes.finetune import (
     CONTRASTS,
     FinetuneStudy,
-    Learned,
     chosen_settings,
     finetune,
-    learned,
     published_finetuning,
     published_unions,
-    started,
 )
 from subnet_explorer.recipes.relations import DifferentStarts, relation_masks
 from subnet_explorer.recipes.start import Order, order
+from subnet_explorer.recipes.starts import Learned, learned, started
 from subnet_explorer.recipes.study import find_recipe
 from subnet_explorer.recipes.unions import Asker, joined, joiners, mined_relations, search_combinations
 from subnet_explorer.tasks.fit import preserved
@@ -43,7 +41,7 @@ from subnet_explorer.tasks.heads import Chooser
 
 RELATIONS = ("IsA", "AtLocation", "MadeOf", "Desires")
 QUICK = dict(batches=(4,), rates=(1e-3,), epochs=1, tuning_seeds=(0, 1), random=1, progress=False)
-MODULE = sys.modules[learned.__module__]
+MODULE = sys.modules[finetune.__module__]
 
 
 def related(model, seeds=(0, 1)):
@@ -342,7 +340,7 @@ def test_the_head_drops_a_tenth(made, monkeypatch):
     def fit(*a: Any, **k: Any) -> Any:
         seen.append((a[2].head.dropout, k["dropout"]))
         raise Stop
-    monkeypatch.setattr(MODULE, "fit", fit)
+    monkeypatch.setattr(sys.modules[learned.__module__], "fit", fit)
     for dropout in (False, True):
         with pytest.raises(Stop):
             learned(made.model, made.tok, made.tasks["IsA"].train, made.tasks["IsA"].search, dropout=dropout)

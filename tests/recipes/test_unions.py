@@ -100,12 +100,12 @@ def test_a_vote_does_not_depend_on_the_scale_of_its_weights(scale):
 def test_what_cannot_be_joined_is_said_at_once():
     masks = relation_masks(alike())
     check_joining(masks, (2, 6), "vote", dict.fromkeys(NAMES, 2.))
-    for given, match in (
+    for asked, match in (
         (((),), "at least one; got"), (((2, 2),), "different numbers"), (((7,),), "combinations of 7 relations cannot"),
         (((2,), "vote", dict.fromkeys("abcde", 1.)), "f has none"), (((2,), "union", {"a": 1.}), 'join="vote"'),
         (((2,), "vote", {"z": 1.}), "relation with a mask 'z'"),
     ):
-        with pytest.raises(SubnetError, match=match): check_joining(masks, *given)
+        with pytest.raises(SubnetError, match=match): check_joining(masks, *asked)
 
 
 def planted(*some):
