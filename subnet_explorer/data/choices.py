@@ -522,8 +522,8 @@ class ChoiceTask:
         return visible(f"ChoiceTask({self.name}: {sizes}; chance {self.test.chance:.3f})")
 
 
-_UNSAID = ("{}: its questions are about facts, and nobody said which of them masks were trained on; these may have been "
-           "asked about. Give known, in a shell --trained-on.")
+_UNSAID = ("{}: its questions are about facts, and nobody said which of them masks were trained on; these may have "
+           "been asked about. Give known, in a shell --trained-on.")
 
 # %% ../../nbs/data/14_choices.ipynb #cbbb51f3
 @checked

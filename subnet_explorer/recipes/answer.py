@@ -17,20 +17,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from torch import nn
 
-from subnet_explorer.recipes.unions import (
-    SEARCHES,
-    Asker,
-    Relations,
-    check_joining,
-    joined_table,
-    joiners,
-    mined_relations,
-    most_mined,
-    places_of,
-    places_text,
-    search_combinations,
-)
-
 from ..core.errors import SubnetError, check_names
 from ..core.layout import layout_of
 from ..core.masks import Masks
@@ -43,6 +29,7 @@ from ..look import curves
 from ..look.figure import Figure, add_heat, color_axis, set_layout
 from ..measure.baselines import baselines
 from ..measure.options import askable, check_readable
+from . import unions
 from .cost import answer_cost
 from .papers import ANSWER
 from .relations import RelationMasks, relation_masks
@@ -51,8 +38,8 @@ from .tasks import name_and_source
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'POCKET', 'MINED_TEXT', 'PUBLISHED_TEXT', 'PAPER_RELATIONS', 'AnswerStudy', 'read_reasoning',
-           'told_facts', 'answer', 'of_what', 'split_names', 'without_model', 'others_of', 'by_numbers',
-           'published_accuracy', 'published_combinations']
+           'told_facts', 'answer', 'of_what', 'without_model', 'others_of', 'by_numbers', 'published_accuracy',
+           'published_combinations']
 
 # %% ../../nbs/recipes/23_answer.ipynb #7f000dd0
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +220,13 @@ def _check(
     graph: Facts | None, settings: Mapping[str, Any],
 ) -> None:
     "Refuse what cannot be done before a folder is made."
-    check_names([settings["search"]], SEARCHES, "search over combinations")
+    check_names([settings["search"]], unions.SEARCHES, "search over combinations")
     if not tasks: raise SubnetError("there is no task to answer: give at least one.")
     joining = (settings[name] for name in ("sizes", "join", "weights", "different_starts"))
-    check_joining(masks, *joining)
+    unions.check_joining(masks, *joining)
     for task in tasks.values():
         for part in (task.search, task.test): check_readable(model, tok, part, settings["score"])
-        if graph is not None: mined_relations(graph, task.search, masks.relations)
+        if graph is not None: unions.mined_relations(graph, task.search, masks.relations)
 
 
 def _identity(
@@ -276,14 +263,14 @@ class _Work:
         "How masks are joined."
         return tuple(self.settings[name] for name in ("join", "weights", "share"))
 
-    def asker(self, questions: Choices) -> Asker:
+    def asker(self, questions: Choices) -> unions.Asker:
         "Questions, ready to be asked under the masks of every seed."
-        own = joiners(self.masks, *self.joining)
-        return Asker.of(self.model, self.tok, questions, own, self.settings["score"])
+        own = unions.joiners(self.masks, *self.joining)
+        return unions.Asker.of(self.model, self.tok, questions, own, self.settings["score"])
 
-    def searched(self, ask: Asker) -> pd.DataFrame:
+    def searched(self, ask: unions.Asker) -> pd.DataFrame:
         "Combinations with their accuracy on the questions, the best first."
-        return search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"],
+        return unions.search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"],
                                    self.settings["search"])
 
 
@@ -294,15 +281,10 @@ def _one_task(
     name, bench = labels["task"], work.bench
     task = tasks[name]
     searched = bench.table(f"searched-{name}", lambda: work.searched(work.asker(task.search)))
-    chosen = split_names(searched.relations[0])
+    chosen = unions.split_names(searched.relations[0])
     answers = bench.table(f"answers-{name}", lambda: _answers(work, task, chosen))
     trivial = bench.table(f"baselines-{name}", lambda: without_model([*task.train, *task.search], task.test))
     return {"searched": searched.assign(task=name), "answers": answers, "baselines": trivial.assign(task=name)}
-
-
-def split_names(text: str) -> Relations:
-    "The relations of a combination as tables name it."
-    return tuple(text.split("+"))
 
 
 def without_model(learn: Sequence[Mapping[str, Any]], test: Choices) -> pd.DataFrame:
@@ -311,27 +293,27 @@ def without_model(learn: Sequence[Mapping[str, Any]], test: Choices) -> pd.DataF
     return table.astype({"score": object}).where(table.notna(), None)
 
 # %% ../../nbs/recipes/23_answer.ipynb #d3247701
-def _answers(work: _Work, task: ChoiceTask, chosen: Relations) -> pd.DataFrame:
+def _answers(work: _Work, task: ChoiceTask, chosen: unions.Relations) -> pd.DataFrame:
     "What is chosen under every condition: a row for every condition, seed (by its place) and draw."
     ask, rows, settings = work.asker(task.test), list[dict[str, Any]](), work.settings
 
-    def add(under: str, relations: Relations, found: np.ndarray, draw: int | None = None) -> None:
+    def add(under: str, relations: unions.Relations, found: np.ndarray, draw: int | None = None) -> None:
         for i, places in enumerate(found):      # (seed, question); of what has no seed, one row
             seed = i if relations and under != "random" else None
             rows.append({"under": under, "relations": "+".join(relations), "seed": seed, "draw": draw,
-                         "choices": places_text(places)})
+                         "choices": unions.places_text(places)})
     add("full", (), ask())
     add("union", chosen, ask(*chosen))
     if work.graph is not None:
-        mined = mined_relations(work.graph, task.search, work.masks.relations)
-        first = most_mined(mined, work.masks.relations, settings["top"])
+        mined = unions.mined_relations(work.graph, task.search, work.masks.relations)
+        first = unions.most_mined(mined, work.masks.relations, settings["top"])
         add("mined", first, ask(*first))
     union = next(iter(ask.joiners.values())).of(chosen)
     for i in range(settings["random"]): add("random", chosen, ask.under(union.random_like(i))[None], i)
     for i, others in enumerate(others_of(work.masks.relations, chosen, settings["mismatched"])):
         add("mismatched", others, ask(*others), i)
     if settings["oracle"]:
-        best = split_names(work.searched(ask).relations[0])
+        best = unions.split_names(work.searched(ask).relations[0])
         add("oracle", best, ask(*best))
     if settings["singles"]:
         for r in work.masks.relations: add("single", (r,), ask(r))
@@ -341,11 +323,11 @@ def _answers(work: _Work, task: ChoiceTask, chosen: Relations) -> pd.DataFrame:
     return table.where(table.notna(), None)
 
 
-def others_of(relations: Sequence[str], chosen: Relations, n: int) -> list[Relations]:
+def others_of(relations: Sequence[str], chosen: unions.Relations, n: int) -> list[unions.Relations]:
     "Up to `n` different combinations of as many relations as chosen, or as are left, without those."
     rest, rng = [r for r in relations if r not in chosen], np.random.default_rng(0)
     size = min(len(rest), len(chosen))
-    found: dict[Relations, None] = {}
+    found: dict[unions.Relations, None] = {}
     while size and len(found) < min(n, math.comb(len(rest), size)):
         places = sorted(rng.choice(len(rest), size, replace=False).tolist())
         found[tuple(rest[i] for i in places)] = None
@@ -361,11 +343,12 @@ def _study(
     "The study from the tables of its tasks."
     long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name, tables in found.items()])
     alone = long.under.isin(["single", "without"])
-    chosen = {name: split_names(tables["searched"].relations[0]) for name, tables in found.items()}
-    unions = [joined_table(work.masks, [some], *work.joining).assign(task=name) for name, some in chosen.items()]
+    chosen = {name: unions.split_names(tables["searched"].relations[0]) for name, tables in found.items()}
+    sparsity = [unions.joined_table(work.masks, [some], *work.joining).assign(task=name)
+                for name, some in chosen.items()]
     tables = {"items": long[~alone].reset_index(drop=True),
               "singles": long[alone].reset_index(drop=True),
-              "unions": pd.concat(unions, ignore_index=True),
+              "unions": pd.concat(sparsity, ignore_index=True),
               **{kind: pd.concat([t[kind] for t in found.values()], ignore_index=True)
                  for kind in ("searched", "baselines")}}
     if work.graph is not None:
@@ -395,7 +378,7 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> 
         yield "Joined are the binary masks of a stochastic search, not its soft gates."
 
 
-def _n(relations: str) -> int: return len(split_names(relations))
+def _n(relations: str) -> int: return len(unions.split_names(relations))
 
 
 def _chosen_n(long: pd.DataFrame) -> dict[str, int]:
@@ -410,15 +393,15 @@ def _long(work: _Work, name: str, task: ChoiceTask, answers: pd.DataFrame) -> pd
                         "label": [row["label"] for row in asked]})
 
     def named(r: Any) -> pd.DataFrame:
-        seed = None if pd.isna(r.seed) else seeds[int(r.seed)]
-        return one.assign(under=r.under, relations=r.relations, seed=seed, draw=r.draw, choice=places_of(r.choices))
+        seed, choice = None if pd.isna(r.seed) else seeds[int(r.seed)], unions.places_of(r.choices)
+        return one.assign(under=r.under, relations=r.relations, seed=seed, draw=r.draw, choice=choice)
     table = pd.concat([named(r).astype({"seed": object}) for r in answers.itertuples()], ignore_index=True)
     return table.assign(right=table.choice == table.label).astype({"draw": float})[_COLUMNS]
 
 
 def _mined(work: _Work, tasks: Mapping[str, ChoiceTask]) -> list[pd.DataFrame]:
     assert work.graph is not None
-    return [mined_relations(work.graph, task.search, work.masks.relations).assign(task=name)
+    return [unions.mined_relations(work.graph, task.search, work.masks.relations).assign(task=name)
             for name, task in tasks.items()]
 
 # %% ../../nbs/recipes/23_answer.ipynb #eb9cfe08
@@ -492,7 +475,7 @@ PAPER_RELATIONS = (
 "The relations by their numbers in the paper (appendix B.2)."
 
 
-def by_numbers(some: str) -> Relations:      # 4-11-15
+def by_numbers(some: str) -> unions.Relations:      # 4-11-15
     "Relations from their numbers in the paper."
     return tuple(PAPER_RELATIONS[int(i)] for i in some.split("-"))
 

@@ -14,29 +14,6 @@ from typing import Annotated, Any
 import pandas as pd
 from torch import nn
 
-from subnet_explorer.recipes.answer import (
-    AnswerStudy,
-    by_numbers,
-    of_what,
-    read_reasoning,
-    split_names,
-    without_model,
-)
-from subnet_explorer.recipes.unions import (
-    SEARCHES,
-    Asker,
-    Relations,
-    check_joining,
-    check_weights,
-    joined_table,
-    joiners,
-    mined_relations,
-    most_mined,
-    places_of,
-    places_text,
-    search_combinations,
-)
-
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask, to
@@ -53,7 +30,8 @@ from ..measure.options import check_readable
 from ..model.apply import evaluating
 from ..search.objectives import encoded
 from ..tasks.heads import Chooser
-from .answer import POCKET as POCKET_QUESTIONS
+from . import unions
+from .answer import POCKET, AnswerStudy, by_numbers, of_what, read_reasoning, without_model
 from .cost import finetune_cost
 from .papers import FINETUNE
 from .relations import RelationMasks, relation_masks
@@ -61,9 +39,9 @@ from .starts import Arm, arms_of, learned, started
 from .study import Bench, Section, Study, few_note, labelled_cells, recipe, settings_of
 
 # %% auto #0
-__all__ = ['CONTRASTS', 'CROSSED', 'WAYS', 'POCKET', 'Batches', 'Several', 'Given', 'ACCURACY_TEXT', 'CURVE_TEXT',
-           'PUBLISHED_TEXT', 'FinetuneStudy', 'chosen_settings', 'read_finetuning', 'finetune', 'relations_of',
-           'numbers_of', 'measured', 'config_of', 'published_finetuning', 'published_unions']
+__all__ = ['CONTRASTS', 'CROSSED', 'WAYS', 'Batches', 'Several', 'Given', 'ACCURACY_TEXT', 'CURVE_TEXT', 'PUBLISHED_TEXT',
+           'FinetuneStudy', 'chosen_settings', 'read_finetuning', 'finetune', 'relations_of', 'numbers_of', 'measured',
+           'config_of', 'published_finetuning', 'published_unions']
 
 # %% ../../nbs/recipes/26_finetune.ipynb #11897975
 CONTRASTS = (("union start", "full"), ("union held", "full"), ("union start", "random start"),
@@ -76,7 +54,7 @@ CROSSED = ("seed", "draw", "tuning_seed")
 class FinetuneStudy(Study):
     "What `finetune` measured; masks have the labels task (relation) and seed."
     tasks: Mapping[str, ChoiceTask] = field(repr=False)
-    relations: Mapping[str, Relations]      # whose masks are joined, by task
+    relations: Mapping[str, unions.Relations]      # whose masks are joined, by task
 
     @property
     def items(self) -> pd.DataFrame:
@@ -188,15 +166,13 @@ def _by_task(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str] | Non
 # %% ../../nbs/recipes/26_finetune.ipynb #e14682f1
 WAYS = ("zero-shot", "fine-tuned", "mined")
 "How relations are chosen."
-POCKET = {**POCKET_QUESTIONS, "rates": (1e-3,)}
-"Settings that suit the pocket models."
 Batches = Annotated[Sequence[Count], Distinct()]
 Several = Annotated[Sequence[Positive], Distinct()]
 Given = Mapping[str, Sequence[str] | str] | Sequence[str] | AnswerStudy
 
 # %% ../../nbs/recipes/26_finetune.ipynb #7becf5ea
 @recipe("Fine-tuning from unions of relations", "Ren & Zhu 2022, Findings of NAACL, section 3.3",
-        read=read_finetuning, clauses=FINETUNE, pocket=POCKET, cost=finetune_cost)
+        read=read_finetuning, clauses=FINETUNE, pocket={**POCKET, "rates": (1e-3,)}, cost=finetune_cost)
 def finetune(
     model: nn.Module,
     tok: Any,
@@ -230,33 +206,36 @@ def finetune(
     progress: bool = True,
 ) -> FinetuneStudy:
     "Fine-tune on multiple-choice questions from unions of relation subnetworks."
-    settings = settings_of(finetune, locals())
-    work = _Work(model, tok, relation_masks(masks, model), graph, settings)
+    work = _Work(model, tok, relation_masks(masks, model), graph, settings_of(finetune, locals()))
     given = relations_of(relations, tasks, work.masks)
     _check(work, tasks, given)
-    asked = {**settings, "choose": "given" if given else choose}
-    identity = {"recipe": "finetune", **of_what(model, tasks, work.masks, graph)}
-    return measured(Bench(identity, to, progress, dict(tasks), asked), work, tasks, given)
+    return measured(_bench(work, tasks, given, to, progress), work, tasks, given)
 
 # %% ../../nbs/recipes/26_finetune.ipynb #50ce6f7d
 def relations_of(
     given: Given | None,        # names, or several joined by +, of all tasks or by task
     tasks: Mapping[str, ChoiceTask],
     masks: RelationMasks,
-) -> dict[str, Relations]:      # empty: they are to be chosen
+) -> dict[str, unions.Relations]:      # empty: they are to be chosen
     "The relations of every task as they were given; raise `SubnetError` for none, or one without a mask."
     if given is None: return {}
     if isinstance(given, AnswerStudy): given = given.relations
     by_task = given if isinstance(given, Mapping) else dict.fromkeys(tasks, given)
     check_names(list(tasks), by_task, "task with relations")
-    def names(some: Sequence[str] | str) -> Relations:
-        return tuple(r for text in ([some] if isinstance(some, str) else some) for r in split_names(text))
+    def names(some: Sequence[str] | str) -> unions.Relations:
+        return tuple(r for text in ([some] if isinstance(some, str) else some) for r in unions.split_names(text))
     each = {task: names(by_task[task]) for task in tasks}
     for task, some in each.items():
         if not some: raise SubnetError(f"no relation was given for {task}: name at least one, or leave them out.")
         check_names(some, masks.relations, "relation with a mask")
         if len(set(some)) < len(some): raise SubnetError(f"a relation of {task} is given twice: {'+'.join(some)}.")
     return each
+
+
+def _bench(work: _Work, tasks: Mapping[str, ChoiceTask], given: Any, to: Any, progress: bool) -> Bench:
+    asked = {**work.settings, "choose": "given" if given else work.settings["choose"]}
+    identity = {"recipe": "finetune", **of_what(work.model, tasks, work.masks, work.graph)}
+    return Bench(identity, to, progress, dict(tasks), asked)
 
 
 def numbers_of(sizes: Sequence[float], task: ChoiceTask) -> dict[float, int]:
@@ -273,23 +252,24 @@ def numbers_of(sizes: Sequence[float], task: ChoiceTask) -> dict[float, int]:
     return found
 
 # %% ../../nbs/recipes/26_finetune.ipynb #ab82dd0e
-def _check(work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, Relations]) -> None:
+def _check(work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, unions.Relations]) -> None:
     "Refuse what cannot be done before a folder is made."
     masks, graph, settings = work.masks, work.graph, work.settings
     if not tasks: raise SubnetError("there is no task to learn: give at least one.")
     check_names([settings["choose"]], WAYS, "way to choose relations")
-    check_names([settings["search"]], SEARCHES, "search over combinations")
+    check_names([settings["search"]], unions.SEARCHES, "search over combinations")
     to(masks[0], "weight")      # raises for what is no subnetwork of weights
     used = masks.sel(task=sorted({r for some in given.values() for r in some})) if given else masks
     searching = not given and settings["choose"] != "mined"
-    check_weights(settings["join"], settings["weights"], masks.relations)
+    unions.check_weights(settings["join"], settings["weights"], masks.relations)
     own = None if settings["weights"] is None else {r: settings["weights"].get(r, 0.0) for r in used.relations}
-    check_joining(used, settings["sizes"] if searching else [1], settings["join"], own, settings["different_starts"])
+    sizes = settings["sizes"] if searching else [1]
+    unions.check_joining(used, sizes, settings["join"], own, settings["different_starts"])
     mining = not given and settings["choose"] == "mined"
     if mining and graph is None: raise SubnetError("relations are mined in a graph: give one, in a shell --graph.")
     for task in tasks.values():
         numbers_of(settings["train_sizes"], task)
-        if mining and graph is not None: mined_relations(graph, task.search, masks.relations)
+        if mining and graph is not None: unions.mined_relations(graph, task.search, masks.relations)
         if searching and settings["choose"] == "zero-shot":
             check_readable(work.model, work.tok, task.search, settings["score"])
 
@@ -311,9 +291,9 @@ class _Work:
         "How masks are joined."
         return tuple(self.settings[name] for name in ("join", "weights", "share"))
 
-    def unions(self, some: Relations) -> dict[Any, Mask]:
+    def joined(self, some: unions.Relations) -> dict[Any, Mask]:
         "The joined mask of every seed."
-        return {seed: joiner.of(some) for seed, joiner in joiners(self.masks, *self.joining).items()}
+        return {seed: joiner.of(some) for seed, joiner in unions.joiners(self.masks, *self.joining).items()}
 
     def tuned(
         self, bench: Bench, task: ChoiceTask, arm: Arm, n: int, batch: int, rate: float, tuning_seed: int,
@@ -329,36 +309,36 @@ class _Work:
                 found = learned(self.model, self.tok, train, task.search, **how, progress=bench.line)
                 asked = encoded(found.head, self.tok, task.test)
                 with evaluating(self.model): chosen = found.head.read(predict(self.model, found.head, asked))
-            return pd.DataFrame([{"dev": found.dev, "steps": found.steps, "choices": places_text(chosen)}])
+            return pd.DataFrame([{"dev": found.dev, "steps": found.steps, "choices": unions.places_text(chosen)}])
         return bench.table(name, make).iloc[0].to_dict()
 
 # %% ../../nbs/recipes/26_finetune.ipynb #571a3cc4
-def _chosen(work: _Work, bench: Bench, name: str, task: ChoiceTask) -> tuple[Relations, pd.DataFrame]:
+def _chosen(work: _Work, bench: Bench, name: str, task: ChoiceTask) -> tuple[unions.Relations, pd.DataFrame]:
     "Relations for a task, and the table that tells why."
     s = work.settings
     if s["choose"] == "mined":
         assert work.graph is not None
-        mined = mined_relations(work.graph, task.search, work.masks.relations)
-        return most_mined(mined, work.masks.relations, s["top"]), mined
+        mined = unions.mined_relations(work.graph, task.search, work.masks.relations)
+        return unions.most_mined(mined, work.masks.relations, s["top"]), mined
 
     def dev(*some: str) -> float:
-        arms = [Arm("union start", mask) for mask in work.unions(some).values()]
+        arms = [Arm("union start", mask) for mask in work.joined(some).values()]
         first = s["batches"][0], s["rates"][0], s["tuning_seeds"][0]
         found = [work.tuned(bench, task, arm, len(task.train), *first)["dev"] for arm in arms]
         return sum(found) / len(found)
 
     def make() -> pd.DataFrame:
-        own = joiners(work.masks, *work.joining)
+        own = unions.joiners(work.masks, *work.joining)
         tuning = s["choose"] == "fine-tuned"
-        accuracy = dev if tuning else Asker.of(work.model, work.tok, task.search, own, s["score"]).accuracy
-        return search_combinations(accuracy, work.masks.relations, s["sizes"], s["search"])
+        accuracy = dev if tuning else unions.Asker.of(work.model, work.tok, task.search, own, s["score"]).accuracy
+        return unions.search_combinations(accuracy, work.masks.relations, s["sizes"], s["search"])
     told = {key: value for key, value in s.items() if key not in ("train_sizes", "random", "held", "published")}
     searched = bench.table(f"searched-{name}-{digest([task.search.fingerprint, told])}", make)
-    return split_names(searched.relations[0]), searched
+    return unions.split_names(searched.relations[0]), searched
 
 # %% ../../nbs/recipes/26_finetune.ipynb #9038791f
 def measured(
-    bench: Bench, work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, Relations],
+    bench: Bench, work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, unions.Relations],
 ) -> FinetuneStudy:
     "Choose, fine-tune, collect."
     told: dict[str, pd.DataFrame] = {}
@@ -370,11 +350,11 @@ def measured(
     best = chosen_settings(runs)[[*_CASE, "batch", "rate"]].assign(chosen=True)
     runs = runs.merge(best, how="left").assign(chosen=lambda t: t.chosen.notna())
     items = [_items(run, tasks[run.task].test) for run in runs[runs.chosen].itertuples()]
-    unions = [joined_table(work.masks.sel(task=list(some)), [some], *work.joining).assign(task=name)
-              for name, some in relations.items()]
+    sparsity = [unions.joined_table(work.masks.sel(task=list(some)), [some], *work.joining).assign(task=name)
+                for name, some in relations.items()]
     trivial = [bench.table(f"baselines-{name}", partial(without_model, task.train, task.test)).assign(task=name)
                for name, task in tasks.items()]
-    tables = {"items": items, "runs": [runs.drop(columns="choices")], "unions": unions, "baselines": trivial}
+    tables = {"items": items, "runs": [runs.drop(columns="choices")], "unions": sparsity, "baselines": trivial}
     if told: tables["relations"] = [table.assign(task=name) for name, table in told.items()]
     return bench.finished(FinetuneStudy(
         masks=work.masks, tables={name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()},
@@ -382,7 +362,7 @@ def measured(
         folder=bench.folder, notes=tuple(_notes(work, tasks)), tasks=dict(tasks), relations=relations))
 
 
-def config_of(bench: Bench, work: _Work, given: Mapping[str, Relations]) -> dict[str, Any]:
+def config_of(bench: Bench, work: _Work, given: Mapping[str, unions.Relations]) -> dict[str, Any]:
     "Every setting, for the record."
     def plain(value: Any) -> Any: return list(value) if isinstance(value, (list, tuple)) else value
     return {**bench.config, **{name: plain(value) for name, value in work.settings.items()},
@@ -390,11 +370,11 @@ def config_of(bench: Bench, work: _Work, given: Mapping[str, Relations]) -> dict
 
 # %% ../../nbs/recipes/26_finetune.ipynb #a48297d6
 def _runs(
-    bench: Bench, work: _Work, name: str, task: ChoiceTask, some: Relations,
+    bench: Bench, work: _Work, name: str, task: ChoiceTask, some: unions.Relations,
 ) -> pd.DataFrame:
     "All fine-tunings of a task."
     s, sizes = work.settings, numbers_of(work.settings["train_sizes"], task)
-    arms = arms_of(work.unions(some), s["random"], s["held"])
+    arms = arms_of(work.joined(some), s["random"], s["held"])
     cells = labelled_cells(task=[name], size=sizes, arm=range(len(arms)), batch=s["batches"], rate=s["rates"],
                            tuning_seed=s["tuning_seeds"])
 
@@ -412,7 +392,7 @@ _OF_A_RUN = ("task", "size", "n", "under", "seed", "draw", "tuning_seed")
 def _items(run: Any, test: Choices) -> pd.DataFrame:
     "What a fine-tuning chose of every test question."
     table = pd.DataFrame({"item": range(len(test)), "id": [row["id"] for row in test], "label": test.gold,
-                          "choice": places_of(run.choices)})
+                          "choice": unions.places_of(run.choices)})
     for i, name in enumerate(_OF_A_RUN): table.insert(i, name, getattr(run, name))
     return table.assign(right=table.choice == table.label).astype({"seed": object})
 

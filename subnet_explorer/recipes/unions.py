@@ -31,8 +31,8 @@ from .relations import RelationMasks, check_one_start
 
 # %% auto #0
 __all__ = ['JOINS', 'SEARCHES', 'Relations', 'joined', 'Joiner', 'check_weights', 'joined_table', 'joiners', 'Asker',
-           'places_text', 'places_of', 'all_combinations', 'search_combinations', 'check_joining', 'mined_relations',
-           'most_mined']
+           'places_text', 'places_of', 'split_names', 'all_combinations', 'search_combinations', 'check_joining',
+           'mined_relations', 'most_mined']
 
 # %% ../../nbs/recipes/22_unions.ipynb #372395e8
 JOINS = ("union", "intersection", "vote")
@@ -81,7 +81,7 @@ class Joiner:
         check_names(combination, self.masks, "relation with a mask")
         if not combination:
             raise SubnetError("there is no mask to join: name at least one relation.")
-        found = self._vote(combination) if self.how == "vote" else self._stacked(combination)
+        found = _voted(self, combination) if self.how == "vote" else self._stacked(combination)
         packed = [found[a:b].tobytes() for a, b in zip([0, *self.ends], self.ends, strict=False)]
         parents = [self.masks[r].id for r in combination]
         made = {"operation": self.how, "relations": list(combination), "parents": parents}
@@ -97,19 +97,21 @@ class Joiner:
             self.stack.append((r, self.bytes[r] if before is None else operation(before, self.bytes[r])))
         return self.stack[-1][1]
 
-    def _vote(self, combination: Sequence[str]) -> np.ndarray:
-        "Packed bits that relations with enough of the weight keep."
-        whole = sum(self.weights[r] for r in combination)
-        if whole <= 0: raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
-        least, parts = self.share - _ROUNDING, []
-        for a, b in zip([0, *self.ends], self.ends, strict=False):
-            kept = np.zeros(8 * (b - a))
-            for r in combination: kept += self.weights[r] / whole * np.unpackbits(self.bytes[r][a:b])
-            parts.append(np.packbits(kept >= least))
-        return np.concatenate(parts)
 
 # %% ../../nbs/recipes/22_unions.ipynb #851981d2
 _ROUNDING = 1e-9      # of shares of a weight
+
+
+def _voted(joiner: Joiner, combination: Sequence[str]) -> np.ndarray:
+    "Packed bits that relations with enough of the weight keep."
+    whole = sum(joiner.weights[r] for r in combination)
+    if whole <= 0: raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
+    parts = []
+    for a, b in zip([0, *joiner.ends], joiner.ends, strict=False):
+        kept = np.zeros(8 * (b - a))
+        for r in combination: kept += joiner.weights[r] / whole * np.unpackbits(joiner.bytes[r][a:b])
+        parts.append(np.packbits(kept >= joiner.share - _ROUNDING))
+    return np.concatenate(parts)
 
 
 def check_weights(
@@ -205,6 +207,11 @@ SEARCHES = ("greedy", "exhaustive")
 
 Relations = tuple[str, ...]
 "A combination of relations."
+
+
+def split_names(text: str) -> Relations:
+    "The relations of a combination as tables name it."
+    return tuple(text.split("+"))
 
 
 def all_combinations(relations: Sequence[str], sizes: Sequence[int]) -> Iterator[Relations]:
