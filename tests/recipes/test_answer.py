@@ -57,7 +57,7 @@ def test_every_question_once_under_every_condition(made):
     assert not t.duplicated(["task", "under", "seed", "draw", "item"]).any()
     counts = {under: part.groupby(["seed", "draw"], dropna=False).ngroups for under, part in t.groupby("under")}
     assert counts == {"full": 1, "union": 2, "mined": 2, "random": 2, "mismatched": 2, "oracle": 2}
-    assert t.query("under == 'mismatched'").draw.unique() == [0]      # of two relations that are left there is one union
+    assert t.query("under == 'mismatched'").draw.unique() == [0]      # two are left: one union
     assert len(t) == 2 * 20 * sum(counts.values())
     for name, task in tasks.items():
         full = t.query("task == @name and under == 'full'")

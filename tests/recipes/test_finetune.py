@@ -70,7 +70,8 @@ def trained(made, monkeypatch):
     asked: list[dict[str, Any]] = []
 
     def quickly(model: Any, tok: Any, train: Choices, dev: Choices, **how: Any) -> Learned:
-        off = round(float((parameter(model, Space.of(model, "weight", layers="top-half").groups[0]) == 0).float().mean()), 3)
+        first = parameter(model, Space.of(model, "weight", layers="top-half").groups[0])
+        off = round(float((first == 0).float().mean()), 3)
         asked.append({"n": len(train), "ids": [row["id"] for row in train], "off": off, **how})
         score = how["lr"] - how["batch"] / 1e6 + off / 1e3
         return Learned(Chooser(model, train, how["seed"]), score, len(asked))
@@ -315,14 +316,17 @@ def test_as_published():
     assert all(alike(values[name], value) for name, value in PAPER.items())
 
 
-@pytest.mark.parametrize("clause", [c for c in find_recipe("finetune").clauses if c.by == SETTING], ids=lambda c: c.name)
+SET = [c for c in find_recipe("finetune").clauses if c.by == SETTING]
+
+
+@pytest.mark.parametrize("clause", SET, ids=lambda c: c.name)
 def test_a_clause_is_our_default_sets_the_paper_s_and_gives_way(clause):
     assert alike(ordered().values[clause.name], clause.ours) and alike(PAPER[clause.name], clause.published)
     own = {"batches": "4", "rates": "0.1", "choose": "zero-shot", "search": "greedy"}.get(clause.name)
     said = [f"--no-{clause.name.replace('_', '-')}"] if own is None else [f"--{clause.name}", own]
     values = ordered("--published", *said).values
     assert not alike(values[clause.name], clause.published)
-    others = {c.name for c in find_recipe("finetune").clauses if c.by == SETTING and not c.when} - {clause.name}
+    others = {c.name for c in SET if not c.when} - {clause.name}
     assert all(alike(values[name], PAPER[name]) for name in others)
 
 

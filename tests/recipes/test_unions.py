@@ -72,7 +72,8 @@ def test_masks_of_different_starts_are_joined_only_if_allowed():
     assert joined(alike()) == alike().union()
     other = Space.of(tiny("bert", seed=1), "head+neuron")
     mixed = Masks([({"task": "a"}, Mask.random(SPACE, .5, 0)), ({"task": "b"}, Mask.random(other, .5, 0))])
-    with pytest.raises(SpaceMismatch, match="cannot join masks of different models"): joined(mixed, different_starts=True)
+    with pytest.raises(SpaceMismatch, match="cannot join masks of different models"):
+        joined(mixed, different_starts=True)
     with pytest.raises(SubnetError, match='weights go with join="vote"'): joined(alike(), weights={"a": 1.})
     table = joined_table(own, [tuple("ab"), tuple("abc")])
     assert table.relations.tolist() == ["a+b", "a+b+c"]
