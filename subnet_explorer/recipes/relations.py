@@ -56,11 +56,9 @@ class RelationMasks(Masks):
 
     def __init__(
         self,
-        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels, and mask or
-                                                                        # path
+        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels and mask
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
-        starts: Mapping[_Place, str] | None = None,                     # hash of what the
-                                                                        # search started from
+        starts: Mapping[_Place, str] | None = None,                     # hashes of initial gates
     ) -> None:
         super().__init__(rows)
         self.soft, self.starts = dict(soft or {}), dict(starts or {})
@@ -203,8 +201,7 @@ def relation_conditions(
     relations: Sequence[str] | None = None,      # of the questions; None: all that have masks
     random: Natural = 5,                         # random masks of the same size, per relation
     mismatched: bool = True,                     # also the masks of all other relations
-) -> dict[str, Condition]:                       # by name, then by relation where relations
-                                                 # differ
+) -> dict[str, Condition]:                       # by name, then by relation
     "Conditions as `cloze` takes them; raise `UnknownName` for a relation without masks."
     asked = check_names(masks.relations if relations is None else relations, masks.relations,
                         "relation with a mask")
@@ -232,8 +229,7 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
     seeds: Sequence[Any],     # of the masks, in their order
-) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not
-                              # repeat is empty
+) -> pd.DataFrame:            # with columns seed, shift, draw, empty where not repeated
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
     values = np.array(list(seeds), dtype=object)      # draws go through the seeds in turn
     seed = pd.Series(values[items.draw % len(values)], items.index,
