@@ -27,6 +27,8 @@ from ..look import curves
 from ..look.facts_annotator import FactsAnnotator
 from ..measure.judged import Truth, by_chance, precision_at, truth_of
 from ..measure.proposals import PROPOSED, REMOVED, TOGETHER, propose, questions_of
+from .cost import mine_cost
+from .papers import MINE
 from .relations import RelationMasks, relation_conditions, relation_masks
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
@@ -86,22 +88,16 @@ def read_mining(
     model: nn.Module,
     tok: Any,
     *,
-    facts: str,                              # the graph: "pocket", a .jsonl file or folder in
-                                             # LAMA format, a .tsv file
-                                             # of triples, or datasets:NAME
+    facts: str,                              # the graph: "pocket", a .jsonl file or folder in LAMA format,
+                                             # a .tsv file of triples, or datasets:NAME
     masks: str,                              # folder of a lamp study
-    about: str | None = None,                # facts whose relations and subjects are asked;
-                                             # nothing: those of the
-                                             # graph
+    about: str | None = None,                # facts whose relations and subjects are asked; nothing: the graph's
     against: Sequence[str] | None = None,    # true facts, or .csv files of annotations
-    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with
-                                             # this seed out of the graph,
-                                             # ask about all, and count all as true
+    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with this seed out of the
+                                             # graph, ask about all, and count all as true
     relations: Sequence[str] | None = None,  # only these
-    templates: str | None = None,            # a LAMA relations.jsonl whose templates replace
-                                             # the prompts
-    lenient: bool = False,                   # leave out, and count, prompts without exactly
-                                             # one [MASK]
+    templates: str | None = None,            # instead of the prompts: a name (lamp-b1) or a LAMA relations.jsonl
+    lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
 ) -> dict[str, Any]:
     "Read graph, masks, questions and truth as a shell names them."
     names = None if relations is None else ",".join(relations)
@@ -126,28 +122,27 @@ def _truth_file(files: Sequence[str], read: Callable[[str], Facts]) -> Any:
                    f"{', '.join(files)}.")
 
 # %% ../../nbs/recipes/24_mine.ipynb #4c6dbd29
-@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining)
+@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining, clauses=MINE,
+        cost=mine_cost)
 def mine(
     model: nn.Module,
     tok: Any,
-    facts: Facts,                                     # the graph
-    masks: Masks | Study | str | Path,                # of a lamp study: labels task and seed
-    about: Facts | None = None,                       # whose relations and subjects are asked;
-                                                      # None: the graph
-    against: Any = None,                              # true facts, annotations, or a function:
-                                                      # see `judged`
+    facts: Facts,                                # the graph
+    masks: Masks | Study | str | Path,           # of a lamp study: labels task and seed
+    about: Facts | None = None,                  # relations and subjects that are asked; None: the graph's
+    against: Any = None,                         # true facts, annotations, or a function: see `judged`
     *,
-    each: Count = 1,                                  # proposals per relation and subject
-    most: Count = 200,                                # proposals in all, of every condition
-    depth: Count = 50,                                # tokens that are looked at per question
-    objects: str = "words",                           # what can be proposed: words, or seen
-                                                      # (objects that the graph has
-                                                      # for the relation)
-    inverses: Mapping[str, str] | None = None,        # relations and what they are the other
-                                                      # way round; nothing: ours
-    hypernym: str = "IsA",                            # the relation that leads to hypernyms
-    random: Natural = 3,                              # random masks of the same size
-    k: Sequence[Count] = (10, 20, 50, 100),           # places up to which precision is told
+    each: Count = 1,                             # proposals per relation and subject
+    most: Count = 200,                           # proposals in all, of every condition
+    depth: Count = 50,                           # tokens that are looked at per question
+    objects: str = "words",                      # that can be proposed: words, or seen (those of the graph
+                                                 # for the relation)
+    inverses: Mapping[str, str] | None = None,   # relations by name, and their names the other way round;
+                                                 # nothing: ours
+    hypernym: str = "IsA",                       # the relation that leads to hypernyms
+    random: Natural = 3,                         # random masks of the same size
+    k: Sequence[Count] = (10, 20, 50, 100),      # places up to which precision is told
+    published: bool = False,                     # what is not given is set as in the paper
     to: str | Path | None = None,
     progress: bool = True,
 ) -> MineStudy:

@@ -17,7 +17,8 @@ CODE = "released code"
 "Where the paper is silent."
 
 # %% auto #0
-__all__ = ['CODE', 'LAMP', 'ANSWER', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file', 'title_of']
+__all__ = ['CODE', 'LAMP', 'ANSWER', 'MINE', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file',
+           'title_of']
 
 # %% ../../nbs/recipes/14_papers.ipynb #47a4137a
 LAMP: tuple[Clause, ...] = (
@@ -51,6 +52,20 @@ ANSWER: tuple[Clause, ...] = (
     Clause("stop words", "those of scikit-learn", "not said", CODE, "", NOTHING),
     Clause("test questions", "the development part", "of CommonsenseQA its second half", CODE,
            "nothing is chosen by them", NOTHING),
+)
+
+# %% ../../nbs/recipes/14_papers.ipynb #abac6593
+MINE: tuple[Clause, ...] = (
+    Clause("prompts", "those of the facts, or of templates that are given, e.g. lamp-b1", "not said; those of appendix B.1 "
+           "for other triples", "appendix C", "", NOTHING),
+    Clause("proposals", "the most probable new words for every subject of the graph, ranked by log-probability",
+           "not said", "appendix C", "", NOTHING),
+    Clause("known facts", "removed and counted, in another spelling, the other way round or by hypernyms, too",
+           "not said", "appendix C", "another spelling is no new fact", NOTHING),
+    Clause("judges", "true facts, people or a function; precision and kappa with intervals",
+           "three people, with a Fleiss' kappa of 0.65", "appendix C", "an interval says how far it can be trusted", NOTHING),
+    Clause("beside it", "proposals of the full model and of random masks, and chance", "examples",
+           "appendix C", "what a subnetwork proposes might be said without it", NOTHING),
 )
 
 # %% ../../nbs/recipes/14_papers.ipynb #97050b5e
