@@ -18,8 +18,8 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020", "critical": "Bayazit et al. 2024",
-          "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
+PAPERS = {"lamp": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
+          "critical": "Bayazit et al. 2024", "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
 
 OF = {name: "lamp" if name == "mine" else name for name in PAPERS}
 "By recipe: how the files of its paper begin."
@@ -168,8 +168,8 @@ def test_a_bad_file_is_refused_alike(name, nothing_is_read, capsys):
 
 
 def test_new_facts_are_only_read(nothing_is_read, capsys):
-    words = ["--model", "some/model", "--facts", "pocket", "--masks", "runs/lamp", "--relations", "MadeOf,IsA", "--random", "4",
-             "--out", "out", "--dry-run"]
+    words = ["--model", "some/model", "--facts", "pocket", "--masks", "runs/lamp", "--relations", "MadeOf,IsA",
+             "--random", "4", "--out", "out", "--dry-run"]
     assert main(["mine", *words]) == 0
     said = capsys.readouterr().out
     assert "asking without seeds: 5 conditions × 2 relations × ? questions = ? texts or more; only read" in said
