@@ -140,7 +140,8 @@ def verdicts(
     "Count the labels of every fact, and say what more than half of its annotators say."
     rows: dict[Key, dict[str, Any]] = {}
     for said in annotations.to_dict("records"):
-        row = rows.setdefault(fact_key(said, inverses), {**{n: said[n] for n in COLUMNS[:3]}, **dict.fromkeys(labels, 0)})
+        row = {**{name: said[name] for name in COLUMNS[:3]}, **dict.fromkeys(labels, 0)}
+        row = rows.setdefault(fact_key(said, inverses), row)
         row[said["label"]] += 1
     for row in rows.values():
         n = sum(row[label] for label in labels)

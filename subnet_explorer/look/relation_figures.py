@@ -17,11 +17,18 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html
 from . import models
-from .figure import Figure, add_heat, check_drawable, color_axis, set_layout, with_small
+from subnet_explorer.look.figure import (
+    Figure,
+    add_heat,
+    check_drawable,
+    color_axis,
+    set_layout,
+    with_small,
+)
 from .style import PALETTE, safe_text
 
 # %% auto #0
-__all__ = ['MOST_EXAMPLES', 'answer_examples', 'gain_flows', 'gain_map', 'relation_map']
+__all__ = ['MOST_EXAMPLES', 'EXAMPLE', 'GAIN', 'answer_examples', 'gain_flows', 'gain_map', 'relation_map']
 
 # %% ../../nbs/look/21_relation_figures.ipynb #c00dda73
 def _below(fig: go.Figure, text: str, gap: int = 40) -> None:      # gap: pixels below the axes
@@ -29,11 +36,13 @@ def _below(fig: go.Figure, text: str, gap: int = 40) -> None:      # gap: pixels
     margin, edge = fig.layout.margin, 30
     lines = wrap(text, max(40, int((fig.layout.width - 2 * edge) / 6.6)))
     more = gap + 19 * len(lines)
-    plot, across = fig.layout.height - margin.t - margin.b, fig.layout.width - margin.l - margin.r
+    plot = fig.layout.height - margin.t - margin.b
+    across = fig.layout.width - margin.l - margin.r
     fig.update_layout(height=plot + margin.t + more + 10, margin_b=more + 10)
     fig.add_annotation(
-        text=Html("<br>").join(map(safe_text, lines)), xref="paper", yref="paper", x=(edge - margin.l) / across,
-        y=-gap / plot, xanchor="left", yanchor="top", align="left", showarrow=False, font_size=12,
+        text=Html("<br>").join(map(safe_text, lines)), xref="paper", yref="paper",
+        x=(edge - margin.l) / across, y=-gap / plot, xanchor="left", yanchor="top",
+        align="left", showarrow=False, font_size=12,
     )
 
 
@@ -44,26 +53,32 @@ def _folded(text: str, width: int) -> Html:
 # %% ../../nbs/look/21_relation_figures.ipynb #79104b60
 MOST_EXAMPLES = 20
 "Questions whose answers can be read in one picture."
+EXAMPLE = ["model", "under", "prompt", "obj", "place", "token", "probability", "rank"]
+"Columns of answers; place is that of the token, rank that of the right word."
 
 
 @checked
 def answer_examples(
-    table: pd.DataFrame,      # columns model, under, prompt, obj, place, token, probability, rank
+    table: pd.DataFrame,      # with the columns of `EXAMPLE`
     caption: str = "",        # by what rule they were picked
     title: str = "First answers, and the rank of the right word",
 ) -> Figure:
     "Draw the first answers to some questions under several models and conditions."
-    check_names(["model", "under", "prompt", "obj", "place", "token", "probability", "rank"], table.columns, "column")
+    check_names(EXAMPLE, table.columns, "column")
     if table.empty: raise SubnetError(f"there is no question to draw. {caption}".strip())
     check_drawable(table[["probability", "rank"]], "answers")
-    data = table.assign(question=table.prompt + " → " + table.obj, column=table.model + ", " + table.under)
+    questions, columns = table.prompt + " → " + table.obj, table.model + ", " + table.under
+    data = table.assign(question=questions, column=columns)
     if data.duplicated(["question", "column", "place"]).any():
-        raise SubnetError("a question has two answers of one place under one condition: give each once.")
-    if data.question.nunique() > MOST_EXAMPLES:
-        raise SubnetError(f"{data.question.nunique()} questions are too many to read: take up to {MOST_EXAMPLES}.")
+        raise SubnetError("a question has two answers of one place under one condition: "
+                          "give each once.")
+    if (n := questions.nunique()) > MOST_EXAMPLES:
+        raise SubnetError(f"{n} questions are too many to read: take up to {MOST_EXAMPLES}.")
     fig, said = _answer_grid(data, title), _examples_said(data)
-    if caption: _below(fig, caption)
-    return Figure(fig, table.reset_index(drop=True), " ".join([f"{title}.", *([caption] if caption else []), *said]))
+    if caption:
+        _below(fig, caption)
+        said = [caption, *said]
+    return Figure(fig, table.reset_index(drop=True), " ".join([f"{title}.", *said]))
 
 # %% ../../nbs/look/21_relation_figures.ipynb #a886f0a2
 def _answer_grid(data: pd.DataFrame, title: str) -> go.Figure:
@@ -74,10 +89,11 @@ def _answer_grid(data: pd.DataFrame, title: str) -> go.Figure:
     words = by.apply(_listed).unstack().reindex(index=order, columns=columns).fillna("")
     depth = int(by.size().max())
     width, height = 420 + 150 * len(columns), 150 + (34 + 15 * depth) * len(order)
-    fig = set_layout(go.Figure(), title, width, height, coloraxis=color_axis(0, 1, "reciprocal rank"))
-    add_heat(fig, 1 / rank, "reciprocal rank", small=words.to_numpy(str))
-    places = np.vectorize(lambda v: "" if np.isnan(v) else f"rank {v:g}", otypes=[str])(rank.to_numpy(float))
-    fig.update_traces(text=np.vectorize(with_small, otypes=[object])(places, words.to_numpy(str)))
+    scale, small = color_axis(0, 1, "reciprocal rank"), words.to_numpy(str)
+    fig = set_layout(go.Figure(), title, width, height, coloraxis=scale)
+    add_heat(fig, 1 / rank, "reciprocal rank", small=small)
+    places = rank.map(lambda v: "" if np.isnan(v) else f"rank {v:g}").to_numpy(str)
+    fig.update_traces(text=np.vectorize(with_small, otypes=[object])(places, small))
     fig.update_yaxes(ticktext=[_folded(q, 42) for q in order])
     fig.update_xaxes(ticktext=[_folded(c, 20) for c in columns], tickangle=0)
     return fig.update_layout(margin_l=300)
@@ -86,7 +102,7 @@ def _answer_grid(data: pd.DataFrame, title: str) -> go.Figure:
 def _listed(rows: pd.DataFrame) -> str:
     "Answers with their probabilities, a line each."
     best = rows.sort_values("place")
-    return "\n".join(f"{token} {p:.2f}" for token, p in zip(best.token, best.probability, strict=True))
+    return "\n".join(f"{r.token} {r.probability:.2f}" for r in best.itertuples())
 
 
 def _examples_said(data: pd.DataFrame) -> list[str]:
@@ -105,7 +121,7 @@ _RIBBONS, _LEAST, _GAP = 320, 20, 8
 
 @checked
 def gain_flows(
-    table: pd.DataFrame,      # from `AnswerStudy.matrix`: columns task, relations, mean, low, high
+    table: pd.DataFrame,      # from `AnswerStudy.matrix`, with the columns of `GAIN`
     title: str = "Which relations help which tasks",
 ) -> Figure:
     "Draw gains as ribbons from relations to tasks; what gains nothing stands below."
@@ -116,27 +132,33 @@ def gain_flows(
     height = max(left.height, right.height)
     fig = set_layout(go.Figure(), title, 900, int(height) + 120)
     for i in data.index[gain > 0]:
-        start, end = (side.take(data.loc[i, c], gain[i] * scale) for side, c in ((left, "relations"), (right, "task")))
-        ends = start + (height - left.height) / 2, end + (height - right.height) / 2
-        _add_ribbon(fig, data.loc[i], ends, max(1.0, gain[i] * scale), right.names.index(data.loc[i, "task"]))
+        row, width = data.loc[i], gain[i] * scale
+        start = left.take(row.relations, width) + (height - left.height) / 2
+        end = right.take(row.task, width) + (height - right.height) / 2
+        colour = PALETTE[right.names.index(row.task) % len(PALETTE)]
+        _add_ribbon(fig, row, (start, end), max(1.0, width), colour)
     for side, x in ((left, 0), (right, 1)): _add_names(fig, side, x, height)
     bare = dict(showline=False, ticks="", showticklabels=False)
     fig.update_xaxes(range=[0, 1], **bare).update_yaxes(range=[height, 0], **bare)
     fig.update_layout(margin=dict(l=200, r=200, t=70, b=50), showlegend=False)
     caption = _gains_said(data)
     _below(fig, caption, gap=15)
-    every = "; ".join(f"{r['relations']} → {r['task']} {_gain_said(r)}" for r in data.to_dict("records"))
-    return Figure(fig, data, f"{title}. {caption} {every}.")
+    return Figure(fig, data, f"{title}. {caption} {_listed_gains(data, '→')}.")
 
 # %% ../../nbs/look/21_relation_figures.ipynb #5c16b4dd
+GAIN = ["task", "relations", "mean", "low", "high"]
+"Columns of gains."
+
+
 def _checked_gains(table: pd.DataFrame) -> pd.DataFrame:      # with a column clear
     "One gain for every pair."
-    check_names(["task", "relations", "mean", "low", "high"], table.columns, "column")
+    check_names(GAIN, table.columns, "column")
     if table.empty: raise SubnetError("there is no gain to draw.")
     check_drawable(table["mean"], "gains")
     if table.duplicated(["task", "relations"]).any():
         raise SubnetError("a relation has two gains on one task: filter the table first.")
-    return table.reset_index(drop=True).assign(clear=(table.low > 0).to_numpy() | (table.high < 0).to_numpy())
+    data = table.reset_index(drop=True)
+    return data.assign(clear=(data.low > 0) | (data.high < 0))
 
 
 def _gain_said(row: Any) -> str:      # row: with mean, low and high
@@ -145,14 +167,21 @@ def _gain_said(row: Any) -> str:      # row: with mean, low and high
     return f"{row['mean']:+.3f}{ends}"
 
 
-def _gains_said(data: pd.DataFrame) -> str:
+def _listed_gains(data: pd.DataFrame, between: str) -> str:
+    return "; ".join(f"{row['relations']} {between} {row['task']} {_gain_said(row)}"
+                     for row in data.to_dict("records"))
+
+
+def _gains_said(
+    data: pd.DataFrame,
+    drawn: tuple[str, str] = ("; the others are lighter", " and are not drawn"),
+) -> str:
     "How many pairs gain, how many clearly, and what is not drawn."
     gains, rest = data[data["mean"] > 0], data[data["mean"] <= 0]
-    losing = rest[rest.clear]
-    named = "; ".join(f"{r['relations']} on {r['task']} {_gain_said(r)}" for r in losing.to_dict("records"))
-    lost = f"{len(losing)} of them clearly lose: {named}." if len(losing) else "none of them clearly loses."
-    return (f"{len(gains)} of {len(data)} pairs gain, {int(gains.clear.sum())} of them with an interval above 0; the "
-            f"others are lighter. {len(rest)} lose or gain nothing and are not drawn; {lost}")
+    losing, lost = rest[rest.clear], "none of them clearly loses."
+    if len(losing): lost = f"{len(losing)} of them clearly lose: {_listed_gains(losing, 'on')}."
+    return (f"{len(gains)} of {len(data)} pairs gain, {int(gains.clear.sum())} of them with an "
+            f"interval above 0{drawn[0]}. {len(rest)} lose or gain nothing{drawn[1]}; {lost}")
 
 # %% ../../nbs/look/21_relation_figures.ipynb #6cbc6e14
 class _Side:
@@ -183,62 +212,67 @@ def _add_names(fig: go.Figure, side: _Side, x: int, height: float) -> None:
     top, at = (height - side.height) / 2, 0.004 if x == 0 else 0.996
     for name, middle, size in zip(side.names, side.middles + top, side.sizes, strict=True):
         if size > 0: fig.add_trace(go.Scatter(
-            x=[at, at], y=[middle - size / 2, middle + size / 2], mode="lines", hoverinfo="skip",
-            line=dict(color="#333333", width=6),
+            x=[at, at], y=[middle - size / 2, middle + size / 2],
+            mode="lines", hoverinfo="skip", line=dict(color="#333333", width=6),
         ))
         fig.add_annotation(
-            text=_folded(name, 26), xref="paper", yref="paper", x=x + (0.012 if x else -0.012), y=1 - middle / height,
-            xanchor="left" if x else "right", yanchor="middle", showarrow=False, font_size=12,
+            text=_folded(name, 26), xref="paper", yref="paper", showarrow=False, font_size=12,
+            x=x + (0.012 if x else -0.012), xanchor="left" if x else "right",
+            y=1 - middle / height, yanchor="middle",
         )
 
 
-def _add_ribbon(fig: go.Figure, row: pd.Series, ends: tuple[float, float], width: float, i: int) -> None:
+def _add_ribbon(
+    fig: go.Figure, row: pd.Series, ends: tuple[float, float], width: float, colour: str,
+) -> None:
     "A line with level ends, as wide as the gain."
     t = np.linspace(0, 1, 33)
     said = safe_text(f"{row.relations} → {row.task}: {_gain_said(row)}")
     fig.add_trace(go.Scatter(
-        x=t, y=ends[0] + (ends[1] - ends[0]) * t**2 * (3 - 2 * t), mode="lines", name=said, text=[said] * len(t),
-        hoverinfo="text", opacity=0.85 if row.clear else 0.3, line=dict(color=PALETTE[i % 8], width=width, simplify=False),
+        x=t, y=ends[0] + (ends[1] - ends[0]) * t**2 * (3 - 2 * t), mode="lines",
+        name=said, text=[said] * len(t), hoverinfo="text", opacity=0.85 if row.clear else 0.3,
+        line=dict(color=colour, width=width, simplify=False),
     ))
 
 # %% ../../nbs/look/21_relation_figures.ipynb #7f6f10a5
 @checked
 def gain_map(
-    table: pd.DataFrame,      # from `AnswerStudy.matrix`: columns task, relations, mean, low, high
+    table: pd.DataFrame,      # from `AnswerStudy.matrix`, with the columns of `GAIN`
     title: str = "Gain over the full model",
 ) -> Figure:
-    "Draw gains and losses with their intervals, a row for each task and a column for each relation."
+    "Draw gains and losses with intervals, a row for each task and a column for each relation."
     data = _checked_gains(table)
     tasks, relations = data.task.unique(), data.relations.unique()
-    grid = data.pivot(index="task", columns="relations", values="mean").reindex(index=tasks, columns=relations)
-    ends = ["" if np.isnan(r.low) else f"{r.low:+.2f} to {r.high:+.2f}" for r in data.itertuples()]
-    small = data.assign(ends=ends).pivot(index="task", columns="relations", values="ends")
-    small = small.reindex(index=tasks, columns=relations).fillna("")
+    known = data.low.notna()
+    ends = data.low.map("{:+.2f}".format) + " to " + data.high.map("{:+.2f}".format)
+    wide = data.assign(ends=ends.where(known, "")).pivot(index="task", columns="relations")
+    grid, small = (wide[name].reindex(index=tasks, columns=relations) for name in ("mean", "ends"))
     most = max(0.01, float(data["mean"].abs().max()))
     width, height = 330 + 84 * len(relations), 240 + 48 * max(3, len(tasks))
-    fig = set_layout(go.Figure(), title, width, height, coloraxis=color_axis(-most, most, "gain"))
-    add_heat(fig, grid, "gain", small=small.to_numpy(str))
-    caption = _gains_said(data).replace("; the others are lighter", "").replace(" and are not drawn", "")
+    scale = color_axis(-most, most, "gain")
+    fig = set_layout(go.Figure(), title, width, height, coloraxis=scale)
+    add_heat(fig, grid, "gain", small=small.fillna("").to_numpy(str))
     best = data.loc[data["mean"].idxmax()]
-    return Figure(fig, data, f"{title} of {len(relations)} relations' masks on {len(tasks)} tasks. Most is gained by "
-                  f"{best.relations} on {best.task} ({_gain_said(best)}). {caption}")
+    said = (f"{title} of {len(relations)} relations' masks on {len(tasks)} tasks. Most is gained "
+            f"by {best.relations} on {best.task} ({_gain_said(best)}). {_gains_said(data, ('', ''))}")
+    return Figure(fig, data, said)
 
 # %% ../../nbs/look/21_relation_figures.ipynb #9d7cecf9
 @checked
 def relation_map(
     points: pd.DataFrame,          # from `represent.tsne`: columns x, y, relation, under
-    separation: pd.DataFrame,      # from `represent.separation`: under, k, value, low, high, chance
+    separation: pd.DataFrame,      # from `represent.separation`
     caption: str = "",             # more to be said
     title: str = "Hidden states by relation (t-SNE)",
 ) -> Figure:
     "Draw t-SNE of hidden states with how far relations stand apart under every condition."
     check_names(["under", "k", "value", "low", "high", "chance"], separation.columns, "column")
-    check_names(list(points.under.unique()), separation.under.unique(), "condition with a separation")
-    drawn = models.tsne(points, title=title)
-    rows = separation.set_index("under").loc[points.under.unique()].reset_index()
-    each = "; ".join(f"{r.under} {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows.itertuples())
-    first = rows.iloc[0]
-    said = (f"Share of the {first.k:g} nearest neighbours among the states that have the same relation, with 95 % "
-            f"intervals over facts: {each}; by chance {first.chance:.2f}. {caption}").strip()
+    under = list(points.under.unique())
+    check_names(under, separation.under.unique(), "condition with a separation")
+    drawn, rows = models.tsne(points, title=title), separation.set_index("under").loc[under]
+    each = "; ".join(f"{r.Index} {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows.itertuples())
+    k, chance = rows.k.iloc[0], rows.chance.iloc[0]
+    said = (f"Share of the {k} nearest neighbours among the states that have the same relation, with "
+            f"95 % intervals over facts: {each}; by chance {chance:.2f}. {caption}").strip()
     _below(drawn.plotly, said, gap=20)
     return Figure(drawn.plotly, drawn.data, f"{drawn.alt} {said}")

@@ -243,7 +243,7 @@ _Side = tuple[nn.Module, Any, RelationMasks]      # model, tokenizer, masks
 
 def _side(given: Any) -> _Side:
     "Model, tokenizer and masks of a LAMP study, or as they were given; raise `SubnetError` for anything else."
-    if isinstance(given, Study) and hasattr(given, "tok"): given = given.model, given.tok, given.masks
+    if hasattr(given, "tok"): given = given.model, given.tok, given.masks
     if not isinstance(given, (tuple, list)) or len(given) != 3:
         raise SubnetError("give a LAMP study, or a model, its tokenizer and its relation masks as (model, tok, masks), "
                           f"not {type(given).__name__}.")

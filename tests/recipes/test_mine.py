@@ -227,7 +227,7 @@ def test_a_table_of_annotations_is_checked_like_a_file(study, change, message):
 
 
 def test_a_fact_that_was_judged_in_both_directions_has_one_verdict(study):
-    turned = [("PartOf", "wheel", "car", "Ada", "plausible"), ("HasA", "cars", "wheel", "Ben", "not")]
+    turned = [("PartOf", "wheel", "car", "Ada", "not"), ("HasA", "cars", "wheel", "Ben", "plausible")]
     truth = truth_of(pd.DataFrame(turned, columns=["relation", "sub", "obj", "annotator", "label"]))
     assert truth.judge("HasA", "car", "wheel") is False      # one of two is no majority
 
