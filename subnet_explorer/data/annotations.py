@@ -102,7 +102,7 @@ def read_annotations(
             found.append({name: row[name] for name in COLUMNS})
     return pd.DataFrame(found, columns=COLUMNS)
 
-
+# %% ../../nbs/data/16_annotations.ipynb #8b76ef96
 @checked
 def check_annotations(
     table: pd.DataFrame,                       # made otherwise than by `read_annotations`

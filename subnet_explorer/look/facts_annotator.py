@@ -40,11 +40,11 @@ class FactsAnnotator(Labeller):
 
     def __init__(
         self,
-        proposals: pd.DataFrame,                   # columns relation, sub, obj, and prompt if there are sentences
-        to: str | Path,                            # .csv file of one or several people; continued if it exists
-        annotator: str,                            # whose labels these are
+        proposals: pd.DataFrame,      # columns relation, sub, obj, and prompt if there is one
+        to: str | Path,               # .csv file of one or several people; continued if it exists
+        annotator: str,               # whose labels these are
         labels: Sequence[str] = PLAUSIBILITY,
-        seed: Seed | None = 0,                     # order of presentation; None: as given
+        seed: Seed | None = 0,        # order of presentation; None: as given
     ) -> None:
         self.annotator, self.facts = annotator, _facts_of(proposals, annotator, labels)
         own = None if seed is None else _own_seed(seed, annotator)
@@ -127,7 +127,8 @@ def _write_annotations(
     own = {fact_name(row): row for row in rows if row["annotator"] == a.annotator}
     said_here = {*given, *a.labels}      # labels that were taken back are in the second
     others = [row for row in rows if row["annotator"] != a.annotator or fact_name(row) not in said_here]
-    mine = [{**_row_of(a, name), **own.get(name, {}), "label": given[name]} for name in a.sheet.names if name in given]
+    mine = [{**_row_of(a, name), **own.get(name, {}), "label": given[name]}
+            for name in a.sheet.names if name in given]
     columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
     atomic_write(to, csv_text(pd.DataFrame([*others, *mine], columns=list(columns))))
 

@@ -221,7 +221,7 @@ def _add_names(fig: go.Figure, side: _Side, x: int, height: float) -> None:
             y=1 - middle / height, yanchor="middle",
         )
 
-
+# %% ../../nbs/look/21_relation_figures.ipynb #2e8d6c50
 def _add_ribbon(
     fig: go.Figure, row: pd.Series, ends: tuple[float, float], width: float, colour: str,
 ) -> None:

@@ -165,7 +165,7 @@ PICKS = {
     "changed": "whose right word has another rank under the subnetwork",
 }
 "Rules by which examples are picked."
-_ORDER = {"gained": "the greatest margins", "lost": "the greatest margins", "changed": "the greatest changes"}
+_ORDER = dict.fromkeys(("gained", "lost"), "margins") | {"changed": "changes"}
 
 
 @checked
@@ -184,12 +184,12 @@ class Picked:
         several = " in each of " + ", ".join(self.models) if len(self.models) > 1 else ""
         if self.rule == "changed": several = several.replace("each", "some")
         return (f"{len(self.facts)} of {self.matching} questions {PICKS[self.rule]}{several}, "
-                f"{_ORDER[self.rule]} first; {self.asked} were asked.")
+                f"the greatest {_ORDER[self.rule]} first; {self.asked} were asked.")
 
 # %% ../../nbs/measure/10_discordant.ipynb #2dcc6dd8
 @checked
 def pick(
-    items: Mapping[str, pd.DataFrame],      # by model: from `cloze`, with conditions full and subnetwork
+    items: Mapping[str, pd.DataFrame],      # by model: from `cloze`, under full and subnetwork
     questions: Facts,
     rule: str = "gained",                   # one of `PICKS`
     n: Count = 6,                           # at most so many
@@ -200,10 +200,12 @@ def pick(
     facts = {(f.relation, f.subject, f.object, f.uuid): f for f in questions}
     same = [key for key in facts if all(key in model.index for model in models)]
     if not same:
-        raise Unpaired(f"no question was asked of all of {', '.join(items) or 'the models'}: ask them the same ones.")
+        named = ", ".join(items) or "the models"
+        raise Unpaired(f"no question was asked of all of {named}: ask them the same ones.")
     models = [model.loc[same] for model in models]
     size = {"gained": "margin", "lost": "margin", "changed": "change"}[rule]
-    sizes = pd.concat([model[size] * (-1 if rule == "lost" else 1) for model in models], axis=1)
+    sign = -1 if rule == "lost" else 1
+    sizes = pd.concat([sign * model[size] for model in models], axis=1)
     fits = pd.concat([model[rule] for model in models], axis=1)
     order, fit = sizes.min(axis=1), fits.all(axis=1)
     if rule == "changed": order, fit = sizes.mean(axis=1), fits.any(axis=1)
@@ -213,11 +215,14 @@ def pick(
     return Picked(rule, chosen, len(found), len(same), tuple(items))
 
 
-def _contrast(items: pd.DataFrame) -> pd.DataFrame:      # gained, lost, changed, margin, change
+def _contrast(
+    items: pd.DataFrame,
+) -> pd.DataFrame:      # gained, lost, changed, margin, change
     "What the subnetwork changes of every question."
     check_names(["full", "subnetwork"], items["under"].unique(), "condition")
     full, own = (_side(items[items["under"] == name], 1) for name in ("full", "subnetwork"))
     full = full.reindex(own.index)
     change = (own["rank"] / full["rank"]).map(math.log).abs()
-    return pd.DataFrame({"gained": own.answers & ~full.answers, "lost": ~own.answers & full.answers,
-                         "changed": change > 0, "margin": own.logprob - full.logprob, "change": change})
+    return pd.DataFrame({
+        "gained": own.answers & ~full.answers, "lost": ~own.answers & full.answers,
+        "changed": change > 0, "margin": own.logprob - full.logprob, "change": change})

@@ -76,7 +76,8 @@ def truth_of(
     said = against if isinstance(against, pd.DataFrame) else read_annotations(against)
     check_annotations(said)
     told = verdicts(said, inverses=INVERSES if inverses is None else inverses)
-    found = {statement(r.relation, r.sub, r.obj, inverses): r.verdict == PLAUSIBILITY[0] for r in told.itertuples()}
+    found = {statement(r.relation, r.sub, r.obj, inverses): r.verdict == PLAUSIBILITY[0]
+             for r in told.itertuples()}
     return Truth(lambda r, s, o: found.get(statement(r, s, o, inverses)), "annotations", said)
 
 # %% ../../nbs/measure/14_judged.ipynb #90622f29
@@ -92,7 +93,8 @@ def precision_at(
     for under, part in lists.groupby("under", sort=False):
         each = [of.sort_values("place") for _, of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
         for n in k:
-            rows.append({"under": under, "k": n, **_shares([of[of.place <= n].true.dropna() for of in each])})
+            shares = _shares([of[of.place <= n].true.dropna() for of in each])
+            rows.append({"under": under, "k": n, **shares})
     return pd.DataFrame(rows, columns=["under", "k", "value", "low", "high", "judged", "lists"])
 
 
@@ -120,7 +122,8 @@ def by_chance(
     stated = Stated.by(graph, inverses, hypernym)
     objects = {r: list(dict.fromkeys(f.object for f in graph[r])) for r in graph.relations}
     rows = proposals[proposals.place <= max(k)].sort_values("place")
-    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth, stated) for r in rows.itertuples()]
+    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth, stated)
+              for r in rows.itertuples()]
     known = {n: [share for share in shares[:n] if share is not None] for n in k}
     return {n: float(np.mean(some)) for n, some in known.items() if some}
 

@@ -171,9 +171,9 @@ def separation(
     vectors: Vectors,
     k: Count = 10,           # nearest other facts; fewer if there are not as many
 ) -> pd.DataFrame:           # columns under, k, value, low, high, chance, facts
-    "Share of nearest neighbours that have a fact's own relation, by condition; raise `SubnetError` for one relation."
+    "Share of nearest neighbours of a fact's own relation; raise `SubnetError` for one relation."
     if vectors.table.relation.nunique() < 2:
-        raise SubnetError("whether relations stand apart needs facts of two relations or more.")
+        raise SubnetError("to stand apart, there must be facts of two relations or more.")
     rows = []
     for name, table in vectors.table.groupby("under", sort=False):
         array = vectors.array[(vectors.table.under == name).to_numpy()]
@@ -183,8 +183,8 @@ def separation(
         groups = [own[relation == r] for r in dict.fromkeys(relation)]
         found = estimate(groups, ("fact",), bounds=(0, 1))
         chance = np.mean([(len(g) - 1) / (len(own) - 1) for g in groups])
-        rows.append({"under": name, "k": near, "value": found.mean, "low": found.low, "high": found.high,
-                     "chance": float(chance), "facts": len(own)})
+        ends = {"value": found.mean, "low": found.low, "high": found.high}
+        rows.append({"under": name, "k": near, **ends, "chance": float(chance), "facts": len(own)})
     return pd.DataFrame(rows)
 
 
@@ -193,11 +193,12 @@ def _own_share(
     relation: np.ndarray,
     k: int,
 ) -> np.ndarray:               # (row,)
-    "For every row, the share of its `k` nearest others that have its relation; ties count in part."
+    "For every row, the share of its `k` nearest others with its relation; ties count in part."
     from scipy.spatial.distance import cdist
     out = np.empty(len(array))
     for i, row in enumerate(array):
-        far, same = np.delete(cdist(row[None], array)[0], i), np.delete(relation == relation[i], i)
+        far = np.delete(cdist(row[None], array)[0], i)
+        same = np.delete(relation == relation[i], i)
         last = np.partition(far, k - 1)[k - 1]
         nearer, tied = far < last, far == last
         out[i] = (same[nearer].sum() + (k - nearer.sum()) * same[tied].mean()) / k

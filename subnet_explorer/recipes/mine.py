@@ -89,16 +89,20 @@ def read_mining(
     model: nn.Module,
     tok: Any,
     *,
-    facts: str,                              # the graph: "pocket", a .jsonl file or folder in LAMA format,
-                                             # a .tsv file of triples, or datasets:NAME
+    facts: str,                              # the graph: "pocket", a .jsonl file or folder in
+                                             # LAMA format, a .tsv file of triples, datasets:NAME
     masks: str,                              # folder of a lamp study
-    about: str | None = None,                # facts whose relations and subjects are asked; nothing: the graph's
+    about: str | None = None,                # facts whose relations and subjects are asked;
+                                             # nothing: the graph's
     against: Sequence[str] | None = None,    # true facts, or .csv files of annotations
-    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with this seed out of the
-                                             # graph, ask about all, and count all as true
+    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with this
+                                             # seed out of the graph, ask about all, and count
+                                             # all as true
     relations: Sequence[str] | None = None,  # only these
-    templates: str | None = None,            # instead of the prompts: a name (lamp-b1) or a LAMA relations.jsonl
-    lenient: bool = False,                   # leave out, and count, prompts without exactly one [MASK]
+    templates: str | None = None,            # instead of the prompts: a name (lamp-b1), or a
+                                             # LAMA relations.jsonl
+    lenient: bool = False,                   # leave out, and count, prompts without exactly
+                                             # one [MASK]
 ) -> dict[str, Any]:
     "Read graph, masks, questions and truth as a shell names them."
     names = None if relations is None else ",".join(relations)
@@ -123,23 +127,25 @@ def _truth_file(files: Sequence[str], read: Callable[[str], Facts]) -> Any:
                    f"{', '.join(files)}.")
 
 # %% ../../nbs/recipes/24_mine.ipynb #4c6dbd29
-@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining, clauses=MINE,
-        cost=mine_cost)
+@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining,
+        clauses=MINE, cost=mine_cost)
 def mine(
     model: nn.Module,
     tok: Any,
     facts: Facts,                                # the graph
     masks: Masks | Study | str | Path,           # of a lamp study: labels task and seed
-    about: Facts | None = None,                  # relations and subjects that are asked; None: the graph's
-    against: Any = None,                         # true facts, annotations, or a function: see `judged`
+    about: Facts | None = None,                  # relations and subjects that are asked;
+                                                 # None: the graph's
+    against: Any = None,                         # true facts, annotations, or a function:
+                                                 # see `judged`
     *,
     each: Count = 1,                             # proposals per relation and subject
     most: Count = 200,                           # proposals in all, of every condition
     depth: Count = 50,                           # tokens that are looked at per question
-    objects: str = "words",                      # that can be proposed: words, or seen (those of the graph
-                                                 # for the relation)
-    inverses: Mapping[str, str] | None = None,   # relations by name, and their names the other way round;
-                                                 # nothing: ours
+    objects: str = "words",                      # that can be proposed: words, or seen
+                                                 # (those of the graph for the relation)
+    inverses: Mapping[str, str] | None = None,   # relations by name, and their names the other
+                                                 # way round; nothing: ours
     hypernym: str = "IsA",                       # the relation that leads to hypernyms
     random: Natural = 3,                         # random masks of the same size
     k: Sequence[Count] = (10, 20, 50, 100),      # places up to which precision is told
@@ -277,11 +283,11 @@ def proposals_of(
     return pd.DataFrame(rows, columns=PROPOSALS), pd.DataFrame(each, columns=PROVENANCE)
 
 
-PROPOSALS = ["place", "relation", "sub", "obj", "logprob", "probability", "gain", "rank", "full_rank",
-             "agree", "of", "seeds", "prompt", "merged"]
+PROPOSALS = ["place", "relation", "sub", "obj", "logprob", "probability", "gain", "rank",
+             "full_rank", "agree", "of", "seeds", "prompt", "merged"]
 PROVENANCE = ["place", "task", "seed", "mask", "rank", "logprob", "proposes"]
 
-
+# %% ../../nbs/recipes/24_mine.ipynb #696ed527
 def _merged(
     removed: pd.DataFrame, lists: pd.DataFrame, inverses: Mapping[str, str] | None,
 ) -> dict[str, list[str]]:
@@ -311,8 +317,8 @@ def collected(
     proposals, provenance = proposals_of(lists, gone, kept, masks, inverses)
     main = main_of(kept if len(kept) else gone)
     counts = gone[gone.under == main].groupby(["relation", "why"], sort=False).size()
-    told = {"proposals": proposals, "provenance": provenance, "lists": _with_seeds(lists, masks.seeds),
-            "removed": counts.rename("n").reset_index()}
+    told = {"proposals": proposals, "provenance": provenance,
+            "lists": _with_seeds(lists, masks.seeds), "removed": counts.rename("n").reset_index()}
     return MineStudy(
         masks=masks, tables=told, config=bench.config, model_name=masks[0].space.model.name,
         seconds=bench.seconds, folder=bench.folder, questions=questions, graph=graph,
@@ -328,8 +334,8 @@ def _with_seeds(lists: pd.DataFrame, seeds: Sequence[Any]) -> pd.DataFrame:
     return lists.assign(seed=seed, draw=draw)[LISTED]
 
 
-LISTED = ["under", "seed", "draw", "place", "relation", "sub", "obj", "logprob", "rank", "full_rank",
-          "fact", "prompt"]
+LISTED = ["under", "seed", "draw", "place", "relation", "sub", "obj", "logprob", "rank",
+          "full_rank", "fact", "prompt"]
 
 # %% ../../nbs/recipes/24_mine.ipynb #d1d250d2
 def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
@@ -340,10 +346,12 @@ def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
     main = main_of(lists)
     own = lists[lists.under == main]
     before = _judge_notes(study.proposals, study.tables.get("agreement"))
-    tables = {**study.tables, "proposals": study.proposals.assign(true=own.true.to_numpy()), "lists": lists}
+    proposals = study.proposals.assign(true=own.true.to_numpy())
+    tables = {**study.tables, "proposals": proposals, "lists": lists}
     tables.pop("agreement", None)
-    chance = by_chance(own, truth, study.graph, study.config["k"], inverses, study.config["hypernym"])
-    precision = precision_at(lists, study.config["k"])
+    k, hypernym = study.config["k"], study.config["hypernym"]
+    chance = by_chance(own, truth, study.graph, k, inverses, hypernym)
+    precision = precision_at(lists, k)
     tables["precision"] = precision.assign(chance=precision.k.map(chance).where(precision.under == main))
     if truth.agreement is not None: tables["agreement"] = truth.agreement
     others = [note for note in study.notes if note not in before]
@@ -352,13 +360,15 @@ def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
 
 
 def _judge_notes(own: pd.DataFrame, agreement: pd.DataFrame | None) -> list[str]:
-    "How many were judged, if these are few, and how far annotators agree; nothing if nobody judged."
+    "How many were judged, if these are few, and how far annotators agree."
     if "true" not in own: return []
     notes = few_note("judged", {"proposals": int(own.true.notna().sum())})
     if agreement is None: return notes
     row = agreement.iloc[0]
-    if np.isnan(row.kappa): return [*notes, f"Agreement of annotators ({row.annotators}) is {row.note}."]
-    ends = f"{row.kappa:.2f} [{row.low:.2f}, {row.high:.2f}]" + (f" ({row.note})" if row.note else "")
+    if np.isnan(row.kappa):
+        return [*notes, f"Agreement of annotators ({row.annotators}) is {row.note}."]
+    ends = f"{row.kappa:.2f} [{row.low:.2f}, {row.high:.2f}]"
+    if row.note: ends += f" ({row.note})"
     return [*notes, f"{row.annotators} annotators agree with Fleiss' kappa {ends} on {row['items']} facts."]
 
 # %% ../../nbs/recipes/24_mine.ipynb #466a76ae
@@ -421,7 +431,8 @@ def mine_results(study: MineStudy) -> dict[str, Any]:
 
 def mine_text(study: MineStudy) -> str:
     "What the shell prints: the summary, and the first proposals."
-    shown = ["place", "relation", "sub", "obj", "probability", "gain", "rank", "full_rank", "agree", "merged"]
+    shown = ["place", "relation", "sub", "obj", "probability", "gain", "rank", "full_rank",
+             "agree", "merged"]
     first = study.proposals.reindex(columns=[*shown, *(["true"] if "true" in study.proposals else [])]).head(20)
     return "\n\n".join([study.summary().to_string(na_rep="–", float_format="{:.2f}".format),
                         first.to_string(index=False, float_format="{:.2f}".format)])

@@ -56,14 +56,15 @@ ANSWER: tuple[Clause, ...] = (
 
 # %% ../../nbs/recipes/14_papers.ipynb #abac6593
 MINE: tuple[Clause, ...] = (
-    Clause("prompts", "those of the facts, or of templates that are given, e.g. lamp-b1", "not said; those of appendix B.1 "
-           "for other triples", "appendix C", "", NOTHING),
-    Clause("proposals", "the most probable new words for every subject of the graph, ranked by log-probability",
+    Clause("prompts", "those of the facts, or of templates that are given, e.g. lamp-b1",
+           "not said; those of appendix B.1 for other triples", "appendix C", "", NOTHING),
+    Clause("proposals", "the most probable new words for every subject of the graph",
            "not said", "appendix C", "", NOTHING),
-    Clause("known facts", "removed and counted, in another spelling, the other way round or by hypernyms, too",
+    Clause("known facts", "removed and counted, in another spelling, direction or by hypernyms",
            "not said", "appendix C", "another spelling is no new fact", NOTHING),
     Clause("judges", "true facts, people or a function; precision and kappa with intervals",
-           "three people, with a Fleiss' kappa of 0.65", "appendix C", "an interval says how far it can be trusted", NOTHING),
+           "three people, with a Fleiss' kappa of 0.65", "appendix C",
+           "an interval says how far it can be trusted", NOTHING),
     Clause("beside it", "proposals of the full model and of random masks, and chance", "examples",
            "appendix C", "what a subnetwork proposes might be said without it", NOTHING),
 )
