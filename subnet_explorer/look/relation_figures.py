@@ -17,14 +17,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html
 from . import models
-from subnet_explorer.look.figure import (
-    Figure,
-    add_heat,
-    check_drawable,
-    color_axis,
-    set_layout,
-    with_small,
-)
+from .figure import Figure, add_heat, check_drawable, color_axis, set_layout, with_small
 from .style import PALETTE, safe_text
 
 # %% auto #0
