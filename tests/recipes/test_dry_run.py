@@ -18,10 +18,10 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
+PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "answer": "Ren & Zhu 2022",
+          "finetune": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
           "critical": "Bayazit et al. 2024", "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
-
-OF = {name: "lamp" if name == "mine" else name for name in PAPERS}
+OF = {name: "lamp" if paper == PAPERS["lamp"] else name for name, paper in PAPERS.items()}
 "By recipe: how the files of its paper begin."
 
 
@@ -39,6 +39,7 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 
 def test_there_is_a_file_for_every_table():
     wanted = {"lamp-table2", "lamp-table10", "lamp-appendix-c", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted |= {"lamp-table6", "lamp-table7"}
     wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
     wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
     assert wanted <= set(FILES)
@@ -66,7 +67,8 @@ def test_a_ready_file_is_a_study_as_published(name, nothing_is_read):
     assert set(written) - {"recipe"} <= {option.name for option in recipe_options(recipe)}
     assert made.values["published"] is True and made.values["out"] == f"runs/papers/{name}"
     lines = FILES[name].read_text().splitlines()
-    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1] and name.startswith(OF[recipe.name])
+    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1]
+    assert name.startswith(OF[recipe.name])
     models = written.get("sweep", {}).get("model") or [written["model"]]
     assert not any(Path(model).is_absolute() for model in models) and "pocket" not in str(written)
     for c in recipe.clauses:
