@@ -5,6 +5,7 @@
 # %% ../../nbs/measure/16_graph_embeddings.ipynb #e12874a7
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import time
@@ -165,9 +166,12 @@ class _Training:
 
     def go(self, until: int) -> float:
         "Train up to an epoch; gives the loss of the last one."
-        losses = self.loop.train(
-            self.factory, num_epochs=until, batch_size=self.batch, label_smoothing=0.1, drop_last=False,
-            continue_training=self.done > 0, use_tqdm=False, use_tqdm_batch=False, pin_memory=False)
+        gc.freeze()      # PyKEEN collects garbage in every epoch: not of what was there before
+        try:
+            losses = self.loop.train(
+                self.factory, num_epochs=until, batch_size=self.batch, label_smoothing=0.1, drop_last=False,
+                continue_training=self.done > 0, use_tqdm=False, use_tqdm_batch=False, pin_memory=False)
+        finally: gc.unfreeze()
         self.done = until
         return float(losses[-1])
 

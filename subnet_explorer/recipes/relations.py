@@ -56,9 +56,10 @@ class RelationMasks(Masks):
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
         starts: Mapping[_Place, str] | None = None,                     # hash of what the
                                                                         # search started from
+        steps: Mapping[_Place, int] | None = None,                      # of the search
     ) -> None:
         super().__init__(rows)
-        self.soft, self.starts = dict(soft or {}), dict(starts or {})
+        self.soft, self.starts, self.steps = dict(soft or {}), dict(starts or {}), dict(steps or {})
 
     @property
     def relations(self) -> list[str]:
@@ -80,7 +81,7 @@ class RelationMasks(Masks):
 
     def sel(self, **labels: Any) -> RelationMasks:
         "The masks whose labels equal the given values (a list means any of them)."
-        return RelationMasks(super().sel(**labels).rows(), self.soft, self.starts)
+        return RelationMasks(super().sel(**labels).rows(), self.soft, self.starts, self.steps)
 
 # %% ../../nbs/recipes/20_relations.ipynb #a278c9c9
 @checked
@@ -114,14 +115,15 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path]]:
 
 def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Run]]) -> RelationMasks:
     "Relation masks from runs, or from masks and mask files, of which those in the folder of a run tell more."
-    found, soft, starts = [], {}, {}
+    found, soft, starts, steps = [], {}, {}, {}
     for labels, entry in rows:
         place, run = (labels.get("task"), labels.get("seed")), _run_of(entry)
         if run is not None and run.soft is not None: soft[place] = run.soft
         if run is not None and (gate := run.config.get("gate")):
             starts[place] = digest({name: gate.get(name) for name in START})
+        if run is not None and "steps" in run.config: steps[place] = run.config["steps"]
         found.append((labels, entry.mask if isinstance(entry, Run) else entry))
-    return RelationMasks(found, soft, starts)
+    return RelationMasks(found, soft, starts, steps)
 
 
 def _run_of(entry: Mask | Path | Run) -> Run | None:
@@ -227,6 +229,7 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
     seeds: Sequence[Any],     # of the masks, in their order
+    drawn: Sequence[str] = ("random",),      # conditions whose draws have nothing to do with these seeds
 ) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not
                               # repeat is empty
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
@@ -234,4 +237,4 @@ def with_draws(
     seed = pd.Series(values[items.draw % len(values)], items.index,
                      dtype=object).where(items.under.isin(OF_SEEDS))
     shift = (1 + items.draw // len(values)).where(items.under == "mismatched")
-    return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under == "random"))
+    return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under.isin(list(drawn))))
