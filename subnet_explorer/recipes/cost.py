@@ -15,8 +15,8 @@ from .probes import plan, steps_of
 from .textmasks import TRAINED, ladder
 
 # %% auto #0
-__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost', 'power_of',
-           'power_text']
+__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'complete_cost', 'tickets_cost', 'tamt_cost',
+           'power_of', 'power_text']
 
 # %% ../../nbs/recipes/15_cost.ipynb #2d484423
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Work:
     what: str                              # mask search, fine-tuning …
     axes: Mapping[str, int | None]         # how many by name: relation, seed …
     steps: int | None                      # of the optimizer, in one cell
-    batch: int                             # examples in a step
+    batch: int                             # examples in a step; of what is only read, in a pass
     epochs: float | None = None            # instead of steps
+    forward: bool = False                  # is only read: nothing is trained
 
     @property
     def cells(self) -> int | None:
@@ -35,12 +36,12 @@ class Work:
 
     @property
     def passes(self) -> int | None:
-        "Forward and backward passes of a batch, over all cells."
+        "Passes of a batch over all cells, forward and backward where something is trained."
         return _product([self.cells, self.steps])
 
     @property
     def examples(self) -> int | None:
-        "Examples that go forward and backward, over all cells: steps, batch and cells multiplied."
+        "Examples in these passes: steps, batch and cells multiplied."
         return _product([self.passes, self.batch])
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class Work:
 
     def __str__(self) -> str:
         axes = " × ".join(_counted(n, name) for name, n in self.axes.items())
+        if self.forward: return f"{self.what}: {axes} = {_counted(self.cells, 'text')} or more; only read"
         each = _counted(self.steps, "step") if self.epochs is None else _counted(self.epochs, "epoch")
         text = f"{self.what}: {axes} = {_counted(self.cells, 'cell')}; {each} of {self.batch} in each"
         return text if self.passes is None else f"{text}; {self.passes:,} passes, {self.examples:,} examples"
@@ -103,6 +105,20 @@ def probe_cost(values: _Values) -> list[Work]:
     known = epochs is None or n is not None
     steps = steps_of(values["steps"], epochs, batch, n or 0) if known else None
     return [Work("probe", {"probe": probes, "seed": _many(values, "seeds")}, steps, batch, epochs)]
+
+# %% ../../nbs/recipes/15_cost.ipynb #5097f8b5
+def complete_cost(values: _Values) -> list[Work]:
+    "Questions under every condition; fine-tuned models and graph embeddings, if asked for."
+    asked = {"relation": _many(values, "relations"), "triple": None}
+    work = [Work("asking without masks of relations", {"condition": 1 + values["random"], **asked}, 1, 1, forward=True),
+            Work("asking under masks of relations", {"mask": None, **asked}, 1, 1, forward=True)]
+    if values["tuned"]:
+        axes = {"way": _many(values, "tuned"), "relation": asked["relation"]}
+        work.append(Work("fine-tuning", axes, values["tuned_steps"], values["batch"]))
+    if values["rivals"]:
+        axes = {"model": _many(values, "rivals"), "seed": _many(values, "rival_seeds")}
+        work.append(Work("graph embedding", axes, None, 128, values["rival_epochs"]))
+    return work
 
 # %% ../../nbs/recipes/15_cost.ipynb #009a53ab
 def tickets_cost(values: _Values) -> list[Work]:
