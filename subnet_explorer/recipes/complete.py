@@ -269,7 +269,7 @@ def complete(
 
 _NO_SPLIT = ("fine-tuning needs to know what to train on and what to choose by: give a split as "
              "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
-_NOT_TOLD = ("graph embeddings need to know what to train on: give trained_on, in a shell --trained-on.")
+_NOT_TOLD = "graph embeddings need to know what to train on: give trained_on, in a shell --trained-on."
 
 
 def _check_rivals(given: _Given, settings: Mapping[str, Any]) -> None:

@@ -18,8 +18,10 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020", "critical": "Bayazit et al. 2024",
+PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020", "critical": "Bayazit et al. 2024",
           "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
+OF = {name: "lamp" if name == "complete" else name for name in PAPERS}
+"By recipe: how the files of its paper begin."
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 # ── ready files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_there_is_a_file_for_every_table():
-    wanted = {"lamp-table2", "lamp-table10", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted = {"lamp-table2", "lamp-table10", "lamp-table3", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
     wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
     wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
     assert wanted <= set(FILES)
@@ -63,7 +65,7 @@ def test_a_ready_file_is_a_study_as_published(name, nothing_is_read):
     assert set(written) - {"recipe"} <= {option.name for option in recipe_options(recipe)}
     assert made.values["published"] is True and made.values["out"] == f"runs/papers/{name}"
     lines = FILES[name].read_text().splitlines()
-    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1] and name.startswith(recipe.name)
+    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1] and name.startswith(OF[recipe.name])
     models = written.get("sweep", {}).get("model") or [written["model"]]
     assert not any(Path(model).is_absolute() for model in models) and "pocket" not in str(written)
     for c in recipe.clauses:
@@ -162,6 +164,20 @@ def test_a_bad_file_is_refused_alike(name, nothing_is_read, capsys):
             assert main(["run", "study.yaml", *words]) == 2
             seen.append(capsys.readouterr().err)
         assert seen[0] == seen[1] and seen[0].count("\n") == 1, seen
+
+
+def test_completing_says_what_rivals_cost(nothing_is_read, capsys):
+    words = ["complete", "--model", "some/model", "--triples", "pocket", "--masks", "runs/lamp", "--relations",
+             "MadeOf,IsA", "--random", "4", "--out", "out", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "asking without masks of relations: 5 conditions × 2 relations × ? triples = ? texts or more; only read" in said
+    assert "fine-tuning" not in said and "graph embedding" not in said
+    assert main([*words, "--tuned", "whole,lora", "--tuned-steps", "9", "--rivals", "ConvE", "--rival-seeds", "0,1"]) == 0
+    said = capsys.readouterr().out
+    assert "fine-tuning: 2 ways × 2 relations = 4 cells; 9 steps of 32 in each" in said
+    assert "graph embedding: 1 model × 2 seeds = 2 cells; 100 epochs of 128 in each" in said
+    assert not list(nothing_is_read.iterdir())
 
 
 def test_what_only_data_tell_stays_open(nothing_is_read, capsys):
