@@ -113,7 +113,7 @@ def complete_cost(values: _Values) -> list[Work]:
     work = [Work("asking without masks of relations", {"condition": 1 + values["random"], **asked}, 1, 1, forward=True),
             Work("asking under masks of relations", {"mask": None, **asked}, 1, 1, forward=True)]
     if values["tuned"]:
-        axes = {"way": _many(values, "tuned"), "relation": asked["relation"]}
+        axes = {"kind": _many(values, "tuned"), "relation": asked["relation"]}
         work.append(Work("fine-tuning", axes, values["tuned_steps"], values["batch"]))
     if values["rivals"]:
         axes = {"model": _many(values, "rivals"), "seed": _many(values, "rival_seeds")}

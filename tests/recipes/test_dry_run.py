@@ -18,8 +18,8 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020", "critical": "Bayazit et al. 2024",
-          "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
+PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
+          "critical": "Bayazit et al. 2024", "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
 OF = {name: "lamp" if name == "complete" else name for name in PAPERS}
 "By recipe: how the files of its paper begin."
 
@@ -167,15 +167,16 @@ def test_a_bad_file_is_refused_alike(name, nothing_is_read, capsys):
 
 
 def test_completing_says_what_rivals_cost(nothing_is_read, capsys):
-    words = ["complete", "--model", "some/model", "--triples", "pocket", "--masks", "runs/lamp", "--relations",
-             "MadeOf,IsA", "--random", "4", "--out", "out", "--dry-run"]
+    words = ["complete", "--model", "some/model", "--triples", "pocket", "--masks", "runs/lamp"]
+    words += ["--relations", "MadeOf,IsA", "--random", "4", "--out", "out", "--dry-run"]
+    rivals = ["--tuned", "whole,lora", "--tuned-steps", "9", "--rivals", "ConvE", "--rival-seeds", "0,1"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "asking without masks of relations: 5 conditions × 2 relations × ? triples = ? texts or more; only read" in said
+    assert "asking without masks of relations: 5 conditions × 2 relations × ? triples = ? texts" in said
     assert "fine-tuning" not in said and "graph embedding" not in said
-    assert main([*words, "--tuned", "whole,lora", "--tuned-steps", "9", "--rivals", "ConvE", "--rival-seeds", "0,1"]) == 0
+    assert main([*words, *rivals]) == 0
     said = capsys.readouterr().out
-    assert "fine-tuning: 2 ways × 2 relations = 4 cells; 9 steps of 32 in each" in said
+    assert "fine-tuning: 2 kinds × 2 relations = 4 cells; 9 steps of 32 in each" in said
     assert "graph embedding: 1 model × 2 seeds = 2 cells; 100 epochs of 128 in each" in said
     assert not list(nothing_is_read.iterdir())
 
