@@ -41,8 +41,7 @@ _Filling = tuple[int | None, ...]      # what stands at the places of an object;
 def _fillings(
     objects: Sequence[Tokens],      # all of one length
     how: str,                       # one of `SEVERAL`
-) -> dict[_Filling, dict[int, list[int]]]:      # by filling: by place that is read, the
-                                                # numbers of the objects
+) -> dict[_Filling, dict[int, list[int]]]:      # by filling, by place read: numbers of objects
     "How the places of some objects are filled to score them."
     found: dict[_Filling, dict[int, list[int]]] = {}
     for number, tokens in enumerate(objects):
@@ -214,16 +213,15 @@ def link_reads(
     several: str | None = None,
     most: Count | None = 100,
     seed: Seed = 0,
-) -> pd.DataFrame:      # columns relation, facts, candidates, reads: sequences that a model
-                        # reads under each mask
-    "Say what `link_ranks` costs."
+) -> pd.DataFrame:      # columns relation, facts, candidates, reads
+    "Say what `link_ranks` costs: how many sequences a model reads under each mask."
     objects, rows = _Objects(tok), []
     words = list(dict.fromkeys(f.object for f in candidates))
     for of, space in _groups(facts):
         relation, gold = of.items[0].relation, objects.tokens((f.object for f in of), space)
         pool = _pool(gold, objects.tokens(words, space), several, most, f"{seed}-{relation}")
-        fillings = sum(len(_fillings(some,
-                                     several or SEVERAL[0])) for some in _in_lengths(pool).values())
+        lengths = _in_lengths(pool).values()
+        fillings = sum(len(_fillings(some, several or SEVERAL[0])) for some in lengths)
         rows.append({"relation": relation, "facts": len(of), "candidates": len(pool),
                      "reads": len(of) * fillings})
     return pd.DataFrame(rows).groupby("relation", sort=False, as_index=False).sum()
@@ -320,8 +318,7 @@ def _asked(
     prompts = [encode_prompt(tok, fact, causal) for fact in contest.facts]
     by_length = _in_lengths(contest.pool)
     one = _Blanks(model, mask, prompts, by_length.pop(1, [(0,)]), how, first)
-    longer = [_Blanks(model, mask, prompts, objects, how,
-                      first) for objects in by_length.values()]
+    longer = [_Blanks(model, mask, prompts, objects, how, first) for objects in by_length.values()]
     return _Asked(contest, one, longer)
 
 # %% ../../nbs/measure/11_links.ipynb #1941504f

@@ -51,12 +51,10 @@ class RelationMasks(Masks):
 
     def __init__(
         self,
-        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels, and mask or
-                                                                        # path
+        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels and mask
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
-        starts: Mapping[_Place, str] | None = None,                     # hash of what the
-                                                                        # search started from
-        steps: Mapping[_Place, int] | None = None,                      # of the search
+        starts: Mapping[_Place, str] | None = None,                     # hashes of initial gates
+        steps: Mapping[_Place, int] | None = None,                      # of searches
     ) -> None:
         super().__init__(rows)
         self.soft, self.starts, self.steps = dict(soft or {}), dict(starts or {}), dict(steps or {})
@@ -200,8 +198,7 @@ def relation_conditions(
     relations: Sequence[str] | None = None,      # of the questions; None: all that have masks
     random: Natural = 5,                         # random masks of the same size, per relation
     mismatched: bool = True,                     # also the masks of all other relations
-) -> dict[str, Condition]:                       # by name, then by relation where relations
-                                                 # differ
+) -> dict[str, Condition]:                       # by name, then by relation
     "Conditions as `cloze` takes them; raise `UnknownName` for a relation without masks."
     asked = check_names(masks.relations if relations is None else relations, masks.relations,
                         "relation with a mask")
@@ -229,9 +226,8 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
     seeds: Sequence[Any],     # of the masks, in their order
-    drawn: Sequence[str] = ("random",),      # conditions whose draws have nothing to do with these seeds
-) -> pd.DataFrame:            # with columns seed, shift, draw; what a condition does not
-                              # repeat is empty
+    drawn: Sequence[str] = ("random",),      # conditions whose draws are not of these seeds
+) -> pd.DataFrame:            # with columns seed, shift, draw, empty where not repeated
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
     values = np.array(list(seeds), dtype=object)      # draws go through the seeds in turn
     seed = pd.Series(values[items.draw % len(values)], items.index,
