@@ -420,6 +420,7 @@ def _of_rivals(
     "Answers of graph embeddings, which learn all relations at once."
     training = {"epochs": settings["rival_epochs"], "dimension": settings["rival_dimension"]}
     told = given.split or given.told
+    if told is None: return      # then none was asked for
     seeds = list(enumerate(settings["rival_seeds"]))
     cells = [{"model": name, "seed": seed, "draw": draw} for name in settings["rivals"] for draw, seed in seeds]
     for cell in bench.cells("graph embedding", cells):
