@@ -47,8 +47,8 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant", "measure.links", "measure.options", "measure.proposals", "measure.judged",
-                 "measure.who_answers"),
+                 "measure.discordant", "measure.links", "measure.graph_embeddings", "measure.options",
+                 "measure.proposals", "measure.judged", "measure.who_answers"),
     "knowledge": ("data.graphs", "data.links", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),

@@ -305,11 +305,15 @@ def fine_tuned_answers(
 
 
 @contextmanager
-def fine_tuned(model: nn.Module, tok: Any, data: Split, relation: str, batch: int) -> Iterator[None]:
+def fine_tuned(
+    model: nn.Module, tok: Any, data: Split, relation: str, batch: int, way: str = "all",
+    steps: int = 100,
+) -> Iterator[None]:      # way: what is trained, see `fit`
     "The model fine-tuned on one relation within the block, the best of four states on development facts."
     goal, monitor = Cloze(data.train[relation]), Precision(data.dev[relation])
+    every = max(1, steps // 4)
     with preserved(model):
-        fit(model, tok, goal, steps=100, lr=3e-4, batch=batch, monitor=monitor, every=25)
+        fit(model, tok, goal, steps=steps, lr=3e-4, batch=batch, monitor=monitor, every=every, train=way)
         yield
 
 # %% ../../nbs/recipes/06_lamp.ipynb #0109b9c6

@@ -59,9 +59,10 @@ class RelationMasks(Masks):
         rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels and mask
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
         starts: Mapping[_Place, str] | None = None,                     # hashes of initial gates
+        steps: Mapping[_Place, int] | None = None,                      # of searches
     ) -> None:
         super().__init__(rows)
-        self.soft, self.starts = dict(soft or {}), dict(starts or {})
+        self.soft, self.starts, self.steps = dict(soft or {}), dict(starts or {}), dict(steps or {})
 
     @property
     def relations(self) -> list[str]:
@@ -83,7 +84,7 @@ class RelationMasks(Masks):
 
     def sel(self, **labels: Any) -> RelationMasks:
         "The masks whose labels equal the given values (a list means any of them)."
-        return RelationMasks(super().sel(**labels).rows(), self.soft, self.starts)
+        return RelationMasks(super().sel(**labels).rows(), self.soft, self.starts, self.steps)
 
 # %% ../../nbs/recipes/20_relations.ipynb #a278c9c9
 @checked
@@ -117,14 +118,15 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path]]:
 
 def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Run]]) -> RelationMasks:
     "Relation masks from runs, or from masks and mask files, of which those in the folder of a run tell more."
-    found, soft, starts = [], {}, {}
+    found, soft, starts, steps = [], {}, {}, {}
     for labels, entry in rows:
         place, run = (labels.get("task"), labels.get("seed")), _run_of(entry)
         if run is not None and run.soft is not None: soft[place] = run.soft
         if run is not None and (gate := run.config.get("gate")):
             starts[place] = digest({name: gate.get(name) for name in START})
+        if run is not None and "steps" in run.config: steps[place] = run.config["steps"]
         found.append((labels, entry.mask if isinstance(entry, Run) else entry))
-    return RelationMasks(found, soft, starts)
+    return RelationMasks(found, soft, starts, steps)
 
 
 def _run_of(entry: Mask | Path | Run) -> Run | None:
@@ -229,13 +231,14 @@ def shifted(relations: Sequence[str], r: str) -> list[str]:
 def with_draws(
     items: pd.DataFrame,      # from `cloze`: columns under, draw
     seeds: Sequence[Any],     # of the masks, in their order
+    drawn: Sequence[str] = ("random",),      # conditions whose draws are not of these seeds
 ) -> pd.DataFrame:            # with columns seed, shift, draw, empty where not repeated
     "The items with the seed of their mask, the shift to the relation whose mask it is, and the random draw."
     values = np.array(list(seeds), dtype=object)      # draws go through the seeds in turn
     seed = pd.Series(values[items.draw % len(values)], items.index,
                      dtype=object).where(items.under.isin(OF_SEEDS))
     shift = (1 + items.draw // len(values)).where(items.under == "mismatched")
-    return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under == "random"))
+    return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under.isin(list(drawn))))
 
 # %% ../../nbs/recipes/20_relations.ipynb #79a0f58a
 _Side = tuple[nn.Module, Any, RelationMasks]      # model, tokenizer, masks

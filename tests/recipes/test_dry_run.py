@@ -39,7 +39,7 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 
 def test_there_is_a_file_for_every_table():
     wanted = {"lamp-table2", "lamp-table10", "lamp-appendix-c", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
-    wanted |= {"lamp-table6", "lamp-table7"}
+    wanted |= {"lamp-table3", "lamp-table6", "lamp-table7"}
     wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
     wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
     assert wanted <= set(FILES)
@@ -176,6 +176,21 @@ def test_new_facts_are_only_read(nothing_is_read, capsys):
     said = capsys.readouterr().out
     assert "asking without seeds: 5 conditions × 2 relations × ? questions = ? texts or more; only read" in said
     assert "asking for every seed: ? seeds × 2 relations × ? questions" in said and not list(nothing_is_read.iterdir())
+
+
+def test_completing_says_what_rivals_cost(nothing_is_read, capsys):
+    words = ["complete", "--model", "some/model", "--triples", "pocket", "--masks", "runs/lamp"]
+    words += ["--relations", "MadeOf,IsA", "--random", "4", "--out", "out", "--dry-run"]
+    rivals = ["--tuned", "whole,lora", "--tuned-steps", "9", "--rivals", "ConvE", "--rival-seeds", "0,1"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "asking without masks of relations: 5 conditions × 2 relations × ? triples = ? texts" in said
+    assert "fine-tuning" not in said and "graph embedding" not in said
+    assert main([*words, *rivals]) == 0
+    said = capsys.readouterr().out
+    assert "fine-tuning: 2 kinds × 2 relations = 4 cells; 9 steps of 32 in each" in said
+    assert "graph embedding: 1 model × 2 seeds = 2 cells; 100 epochs of 128 in each" in said
+    assert not list(nothing_is_read.iterdir())
 
 
 def test_what_only_data_tell_stays_open(nothing_is_read, capsys):
