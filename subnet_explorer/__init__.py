@@ -47,14 +47,14 @@ _HOMES = {
 _GATHERED = {
     "compare": ("core.compare", "core.agreement", "core.intervals"),
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
-                 "measure.discordant", "measure.links", "measure.options", "measure.proposals", "measure.judged",
-                 "measure.who_answers"),
+                 "measure.discordant", "measure.links", "measure.graph_embeddings", "measure.options",
+                 "measure.proposals", "measure.judged", "measure.who_answers"),
     "knowledge": ("data.graphs", "data.links", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
-        "look.report", "look.answer_map",
+        "look.report", "look.answer_map", "look.relation_figures",
     ),
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),

@@ -28,7 +28,8 @@ from ..model.sequences import Sequences
 from .ask import Condition, check_finite, draws_of, first_block_changed_by
 
 # %% auto #0
-__all__ = ['SEVERAL', 'Tokens', 'NO_TOKENS', 'NOT_ONE', 'LONG', 'TOP', 'link_reads', 'rankable', 'link_ranks']
+__all__ = ['SEVERAL', 'Tokens', 'NO_TOKENS', 'NOT_ONE', 'LONG', 'TOP', 'Contest', 'contests', 'link_reads', 'rankable',
+           'link_ranks']
 
 # %% ../../nbs/measure/11_links.ipynb #81d1ac99
 SEVERAL = ("independent", "left-to-right", "pll")
@@ -146,6 +147,63 @@ def _in_lengths(pool: Iterable[Tokens]) -> dict[int, list[Tokens]]:
     for tokens in pool: found.setdefault(len(tokens), []).append(tokens)
     return found
 
+# %% ../../nbs/measure/11_links.ipynb #27b4a15e
+@dataclass(frozen=True)
+class Contest:
+    "Facts of one relation with what competes to be their objects."
+    facts: Facts
+    pool: Sequence[Tokens]               # candidates, short ones first
+    words: Sequence[frozenset[str]]      # each as it is written, in one way or several
+    gold: Sequence[Tokens]               # the right object of every fact
+    right: Sequence[set[Tokens]]         # all right objects of every fact
+    vocabulary: frozenset[int]           # tokens that are an object of some relation
+
+    @property
+    def relation(self) -> str:
+        "The relation of all facts."
+        return self.facts.items[0].relation
+
+
+@checked
+def contests(
+    tok: Any,
+    facts: Facts,                        # questions
+    known: Facts,                        # all true facts
+    candidates: Facts | None = None,     # whose objects are candidates; `known` if not given
+    several: str | None = None,          # how objects of several tokens are scored; None: one token
+    most: Count | None = 100,            # candidates of a relation, where `several` is given
+    seed: Seed = 0,                      # of their draw
+) -> Iterator[Contest]:
+    "The questions with their candidates; raise `BadFacts` for an object that is none."
+    objects, right = _Objects(tok), _right_objects(known)
+    words = list(dict.fromkeys(f.object for f in candidates or known))
+    for of, space in _groups(facts):
+        gold, every = objects.tokens((f.object for f in of), space), objects.tokens(words, space)
+        pool = _pool(gold, every, several, most, f"{seed}-{of.items[0].relation}")
+        _check_gold(of, gold, set(pool))
+        written: dict[Tokens, set[str]] = {}
+        for word, tokens in [*zip(words, every, strict=True),
+                             *zip((f.object for f in of), gold, strict=True)]:
+            written.setdefault(tokens, set()).add(word)
+        of_fact = [set(objects.tokens(right[f.relation, f.subject] | {f.object}, space)) for f in of]
+        single = frozenset(t[0] for t in [*every, *gold] if len(t) == 1)
+        yield Contest(of, pool, [frozenset(written[t]) for t in pool], gold, of_fact, single)
+
+# %% ../../nbs/measure/11_links.ipynb #66f5aada
+def _check_gold(facts: Facts, gold: Sequence[Tokens], pool: set[Tokens]) -> None:
+    "Raise `BadFacts` for an object that is no candidate."
+    for fact, tokens in zip(facts, gold, strict=True):
+        if tokens in pool: continue
+        raise BadFacts(f"the object {fact.object!r} cannot be ranked: it has {len(tokens)} known tokens. Leave such "
+                       "facts out, and count them, with rankable(facts, model, tok).")
+
+
+def _right_objects(known: Facts) -> defaultdict[tuple[str, str], set[str]]:
+    "All right objects by relation and subject."
+    found = defaultdict[tuple[str, str], set[str]](set)
+    for fact in known: found[fact.relation, fact.subject].add(fact.object)
+    return found
+
 # %% ../../nbs/measure/11_links.ipynb #01b8e435
 @checked
 def link_reads(
@@ -232,95 +290,74 @@ def link_ranks(
         raise SubnetError(f"there is nothing to ask: {len(facts)} facts under {len(under)} conditions.")
     check_head(model)
     _check_several(model, several)
-    first, known, rows = first_block_changed_by(model, under), known or facts, []
-    objects, right = _Objects(tok), _right_objects(known)
-    words = list(dict.fromkeys(f.object for f in candidates or known))
-    for of, space in _groups(facts):
-        relation, gold = of.items[0].relation, objects.tokens((f.object for f in of), space)
-        every = objects.tokens(words, space)
-        pool = _pool(gold, every, several, most, f"{seed}-{relation}")
-        of_fact = [set(objects.tokens(right[f.relation, f.subject] | {f.object}, space)) for f in of]
-        with evaluating(model):
-            asked = _asked(model, tok, of, pool, gold, of_fact, several or SEVERAL[0], first)
-        vocabulary = {t[0] for t in [*every, *gold] if len(t) == 1}
+    first, rows = first_block_changed_by(model, under), []
+    for contest in contests(tok, facts, known or facts, candidates, several, most, seed):
+        with evaluating(model): asked = _asked(model, tok, contest, several or SEVERAL[0], first)
         for name, condition in under.items():
-            for draw, mask in enumerate(draws_of(condition, relation)):
+            for draw, mask in enumerate(draws_of(condition, contest.relation)):
                 with torch.no_grad(), evaluating(model), masked(model, mask, check=False):
-                    rows += [{"under": name, "draw": draw, **row} for row in _rows(asked, tok, vocabulary)]
+                    rows += [{"under": name, "draw": draw, **row} for row in _rows(asked, tok)]
     return pd.DataFrame(rows)
 
-
-def _right_objects(known: Facts) -> defaultdict[tuple[str, str], set[str]]:
-    "All right objects by relation and subject."
-    found = defaultdict[tuple[str, str], set[str]](set)
-    for fact in known: found[fact.relation, fact.subject].add(fact.object)
-    return found
 
 # %% ../../nbs/measure/11_links.ipynb #099622a4
 @dataclass(frozen=True)
 class _Asked:
-    "Facts of one relation with their candidates."
-    facts: Facts
-    pool: Sequence[Tokens]               # candidates, short ones first
-    gold: Sequence[Tokens]               # the right object of every fact
-    right: Sequence[set[Tokens]]         # all right objects of every fact
+    "Facts of one relation with their candidates, as a model reads them."
+    contest: Contest
     one: _Blanks                         # one mask, for the vocabulary and the candidates of one token
     longer: Sequence[_Blanks]            # more of them
 
 
 def _asked(
-    model: nn.Module, tok: Any, facts: Facts, pool: Sequence[Tokens], gold: Sequence[Tokens],
-    right: Sequence[set[Tokens]], how: str, first: int,
+    model: nn.Module, tok: Any, contest: Contest, how: str, first: int,
 ) -> _Asked:
-    "Encode facts of one relation; raise `BadFacts` for an object that is no candidate."
-    places = set(pool)
-    for fact, tokens in zip(facts, gold, strict=True):
-        if tokens in places: continue
-        raise BadFacts(f"the object {fact.object!r} cannot be ranked: it has {len(tokens)} known tokens. Leave such "
-                       "facts out, and count them, with rankable(facts, model, tok).")
+    "Encode facts of one relation."
     causal = is_causal(model)
-    prompts = [encode_prompt(tok, fact, causal) for fact in facts]
     mask = None if causal else tok.mask_token_id
-    by_length = _in_lengths(pool)
+    prompts = [encode_prompt(tok, fact, causal) for fact in contest.facts]
+    by_length = _in_lengths(contest.pool)
     one = _Blanks(model, mask, prompts, by_length.pop(1, [(0,)]), how, first)
     longer = [_Blanks(model, mask, prompts, objects, how, first) for objects in by_length.values()]
-    return _Asked(facts, pool, gold, right, one, longer)
+    return _Asked(contest, one, longer)
 
 # %% ../../nbs/measure/11_links.ipynb #1941504f
-def _rows(asked: _Asked, tok: Any, vocabulary: set[int]) -> Iterator[dict[str, Any]]:
+def _rows(asked: _Asked, tok: Any) -> Iterator[dict[str, Any]]:
     "Ranks of every fact, under what the model is now."
-    places = {tokens: k for k, tokens in enumerate(asked.pool)}
-    single = [tokens[0] for tokens in asked.pool if len(tokens) == 1]
+    contest = asked.contest
+    places = {tokens: k for k, tokens in enumerate(contest.pool)}
+    single = [tokens[0] for tokens in contest.pool if len(tokens) == 1]
     one: list[dict[str, Any]] = []
     scores: list[torch.Tensor] = []
     for some, _, _, logits in asked.one.read():
-        one += _single_ranks(asked, tok, some, logits, vocabulary)
+        one += _single_ranks(contest, tok, some, logits)
         scores.append(_log_probabilities(logits, single))
     every = torch.cat([torch.cat(scores), *(blanks.scores() for blanks in asked.longer)], 1)      # (fact, candidate)
-    for i, f in enumerate(asked.facts):
-        at, of = places[asked.gold[i]], every[i]
+    for i, f in enumerate(contest.facts):
+        at, of = places[contest.gold[i]], every[i]
         better = of > of[at]
-        before = sum(bool(better[places[tokens]]) for tokens in asked.right[i] if tokens in places)
+        before = sum(bool(better[places[tokens]]) for tokens in contest.right[i] if tokens in places)
         among = 1 + int(better.sum())
         if asked.longer:
-            one[i]["answer"] = tok.decode(list(asked.pool[int(of.argmax())])).strip()
+            one[i]["answer"] = tok.decode(list(contest.pool[int(of.argmax())])).strip()
         yield {"relation": f.relation, "uuid": f.uuid, "sub": f.subject, "obj": f.object,
-               "tokens": len(asked.gold[i]), **one[i], "logprob": float(of[at]),
+               "tokens": len(contest.gold[i]), **one[i], "logprob": float(of[at]),
                "among": among,
-               "among_filtered": among - before, "candidates": len(asked.pool)}
+               "among_filtered": among - before, "candidates": len(contest.pool)}
 
 
 def _single_ranks(
-    asked: _Asked, tok: Any, some: range, logits: torch.Tensor, vocabulary: set[int],
+    contest: Contest, tok: Any, some: range, logits: torch.Tensor,
 ) -> Iterator[dict[str, Any]]:
     "Ranks in the vocabulary of some facts, where the object is one token; and the best token."
+    vocabulary = contest.vocabulary
     best = logits.topk(min(TOP, logits.shape[1])).indices.tolist()
     for k, i in enumerate(some):
         found = {"rank": np.nan, "filtered": np.nan, "published": np.nan}
-        if len(asked.gold[i]) == 1:
-            (gold,) = asked.gold[i]
+        if len(contest.gold[i]) == 1:
+            (gold,) = contest.gold[i]
             better, left = logits[k] > logits[k, gold], [token for token in best[k] if token in vocabulary]
-            rank, before = 1 + int(better.sum()), sum(bool(better[t[0]]) for t in asked.right[i] if len(t) == 1)
+            rank, before = 1 + int(better.sum()), sum(bool(better[t[0]]) for t in contest.right[i] if len(t) == 1)
             reciprocal = 1 / (1 + left.index(gold)) if gold in left else 0.0
             found = {"rank": rank, "filtered": rank - before, "published": reciprocal}
         yield {**found, "answer": tok.decode([best[k][0]]).strip()}

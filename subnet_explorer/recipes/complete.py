@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from .cost import complete_cost
+from .papers import COMPLETE
 from subnet_explorer.recipes.relations import (
     DRAWN,
     BadRelations,
@@ -21,6 +23,15 @@ from subnet_explorer.recipes.relations import (
     relation_conditions,
     relation_masks,
     with_draws,
+)
+from subnet_explorer.recipes.rivals import (
+    TUNED,
+    budget_of,
+    costs_of,
+    embedded_answers,
+    tuned_answers,
+    unseen_note,
+    without_cost,
 )
 from subnet_explorer.recipes.study import (
     Bench,
@@ -35,21 +46,21 @@ from ..core.errors import SubnetError, check_names
 from ..core.files import read_json
 from ..core.folders import STUDY
 from ..core.masks import Masks
-from ..core.numbers import Count, Natural, Seed
+from ..core.numbers import Count, Natural, Seed, Seeds
 from ..core.pairs import Pairs
 from ..core.space import digest
 from ..data.facts import Facts, Split, answerable, read_facts, split
 from ..data.links import held_out, in_relations, joined, one_word
 from ..look import curves
+from ..measure.graph_embeddings import graph_models
 from ..measure.links import link_ranks, link_reads, rankable
-from .lamp import fine_tuned
 
 # %% auto #0
 __all__ = ['RANKS', 'ONE_HOP', 'TWO_HOPS', 'POCKET', 'PUBLISHED', 'CompleteStudy', 'scored', 'read_triples', 'complete',
            'published_table']
 
 # %% ../../nbs/recipes/21_complete.ipynb #8b705595
-RANKS = ("rank", "filtered", "among", "among_filtered", "published")
+RANKS = ("rank", "filtered", "among", "among_filtered", "entities", "entities_filtered", "published")
 "What an object is ranked in; the last is the reciprocal rank of the published protocol."
 ONE_HOP = "one hop"
 TWO_HOPS = "two hops"
@@ -61,7 +72,8 @@ class CompleteStudy(Study):
     "What `complete` found: ranks of right objects, of triples and of two hops."
     triples: Facts = field(repr=False)              # that were asked
     hops: Facts | None = field(repr=False)          # the same of two hops, if any
-    rank: str                                       # the main one: filtered; with several tokens among_filtered
+    rank: str                                       # the main one: filtered; with several tokens or
+                                                    # graph embeddings among_filtered
 
     @property
     def items(self) -> pd.DataFrame:
@@ -109,6 +121,7 @@ def scored(
     check_names([rank], RANKS, "rank")
     if measure != "MRR" and not (measure[:2] == "P@" and measure[2:].isdigit() and int(measure[2:])):
         raise SubnetError(f"there is no measure {measure!r}: ask for MRR, or P@ with a number.")
+    if rank not in items: raise SubnetError(f"nothing was ranked in {rank}: that is for graph embeddings (rivals).")
     rows = items[items[rank].notna()]
     reciprocal = rows[rank] if rank == "published" else 1 / rows[rank]
     if measure == "MRR": return rows.assign(score=reciprocal)
@@ -125,7 +138,7 @@ def _pairs(scores: pd.DataFrame, cases: Sequence[str], groups: Sequence[str]) ->
 def _means(items: pd.DataFrame, main: str) -> pd.DataFrame:
     "All means: of every rank over relations and triples, of the main one also by relation."
     parts = []
-    for rank in [rank for rank in RANKS if items[rank].notna().any()]:
+    for rank in [rank for rank in RANKS if rank in items and items[rank].notna().any()]:
         for measure in _MEASURES:
             scores = scored(items, measure, rank)
             macro = _pairs(scores, ["test"], ["relation"]).means().assign(relation="macro")
@@ -138,7 +151,8 @@ def _means(items: pd.DataFrame, main: str) -> pd.DataFrame:
 # %% ../../nbs/recipes/21_complete.ipynb #cebdee05
 def _summary(study: CompleteStudy) -> pd.DataFrame:
     t = study.scores[study.scores.relation == "macro"]
-    t = t[t["rank"].isin([study.rank, "rank", "published"]) & t.measure.isin(["MRR", "P@1"])]
+    shown = [study.rank, "rank", "entities_filtered", "published"]
+    t = t[t["rank"].isin(shown) & t.measure.isin(["MRR", "P@1"])]
     texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
     names = t.measure + " " + t["rank"].replace({"rank": "raw"}).str.replace("_", " ")
     wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column", values="text")
@@ -180,13 +194,21 @@ def read_triples(
     names = None if relations is None else ",".join(relations)
     read = partial(read_facts, relations=names, strict=not lenient)
     told: Facts | Split | None = None if trained_on is None else read_facts(trained_on, strict=not lenient)
+    found = relation_masks(masks, model)
     if isinstance(told, Facts) and split_seed is not None:
-        told = split(answerable(told, tok), split_seed)
+        told = split(_with_masks(answerable(told, tok), found), split_seed)
         _check_split(Path(masks), told)
     return {"triples": read(triples, templates=templates),
-            "masks": relation_masks(masks, model),
+            "masks": found,
             "graph": None if graph is None else read_facts(graph, templates=templates, strict=not lenient),
             "trained_on": told}
+
+
+def _with_masks(told: Facts, masks: RelationMasks) -> Facts:
+    "What masks were trained on can be of their relations only; raise `BadRelations` if nothing is."
+    if common := [r for r in told.relations if r in masks.relations]: return told[common]
+    raise BadRelations(f"there are masks of {', '.join(masks.relations[:9])}, which were not trained on facts of "
+                       f"{', '.join(told.relations[:9])}.")
 
 
 def _check_split(folder: Path, told: Split) -> None:
@@ -204,7 +226,7 @@ POCKET = {"templates": None, "trained_on": "pocket", "split_seed": 0}
 
 
 @recipe("Completing triples", "Ren & Zhu 2022, Findings of NAACL, sections 3.2 and 3.3",
-        read=read_triples,
+        read=read_triples, clauses=COMPLETE, cost=complete_cost,
         pocket=POCKET)
 def complete(
     model: nn.Module,
@@ -222,21 +244,41 @@ def complete(
     candidate_seed: Seed = 0,                     # of their draw
     random: Natural = 5,                          # random masks of the same size, per relation
     mismatched: bool = True,                      # every relation also under the masks of all others
-    fine_tuned: bool = False,                     # also fine-tune the whole model per relation: 100 steps, lr 3e-4
+    tuned: Sequence[str] = (),                    # also fine-tune per relation: whole (all weights), lora
+                                                  # (low-rank updates), or both
+    tuned_steps: Count | None = None,             # of fine-tuning; None: as many as the masks had, else 100
     batch: Count = 32,                            # of fine-tuning
+    rivals: Sequence[str] = (),                   # graph embeddings, e.g. DistMult, ComplEx, ConvE, TuckER;
+                                                  # published: these, SACN and InteractE
+    rival_seeds: Seeds = (0, 1, 2),               # of their training
+    rival_epochs: Count = 100,                    # at most
+    rival_dimension: Count = 64,                  # of their vectors
+    published: bool = False,                      # what is not given is set as in the paper
     to: str | Path | None = None,                 # folder for tables
     progress: bool = True,
 ) -> CompleteStudy:
     "Complete triples under the subnetwork of their relation (LAMP)."
     settings = settings_of(complete, locals())
     given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks, "data", None))
-    if fine_tuned and given.split is None:
-        raise SubnetError("fine-tuning needs to know what to train on and what to choose by: give a split as "
-                          "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
+    _check_rivals(given, settings)
     asked = _questions(model, tok, given, settings)
     bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP], **_second(asked)},
                   settings)
     return bench.finished(_measured(bench, model, tok, given, asked, settings))
+
+
+_NO_SPLIT = ("fine-tuning needs to know what to train on and what to choose by: give a split as "
+             "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
+_NOT_TOLD = "graph embeddings need to know what to train on: give trained_on, in a shell --trained-on."
+
+
+def _check_rivals(given: _Given, settings: Mapping[str, Any]) -> None:
+    "Raise an error for rivals that do not exist or cannot be trained."
+    check_names(settings["tuned"], TUNED, "way of fine-tuning")
+    if settings["tuned"] and given.split is None: raise SubnetError(_NO_SPLIT)
+    if not settings["rivals"]: return
+    check_names(settings["rivals"], graph_models(), "graph embedding")
+    if given.told is None: raise SubnetError(_NOT_TOLD)
 
 
 def _second(asked: Mapping[str, Facts]) -> dict[str, Facts]:
@@ -302,8 +344,11 @@ def _identity(
             "soft": bool(given.masks.soft), "graph": given.graph.fingerprint,
             "trained_on": None if given.told is None else given.told.fingerprint}
     return {**made, "questions": {test: facts.fingerprint for test, facts in asked.items()},
-            **settings,
-            "two_hop": list(settings["two_hop"])}
+            **settings, **{name: list(settings[name]) for name in _LISTS}}
+
+
+_LISTS = ("two_hop", "tuned", "rivals", "rival_seeds")
+"Settings with several values."
 
 # %% ../../nbs/recipes/21_complete.ipynb #c25ff3e7
 def _measured(
@@ -313,16 +358,21 @@ def _measured(
     "Ask everything, and collect the study."
     how = {"candidates": given.graph, "several": settings["several"], "most": settings["most"],
            "seed": settings["candidate_seed"]}
-    items = _answers(bench, model, tok, given, asked, settings, how)
-    rank = "among_filtered" if settings["several"] else "filtered"
+    tables = _answers(bench, model, tok, given, asked, settings, how)
+    trained = [*_of_tuned(bench, model, tok, given, asked, settings, how),
+               *_of_rivals(bench, tok, given, asked, settings, how)]
+    drawn = ("random", *settings["rivals"])
+    every = pd.concat([*tables, *map(without_cost, trained)], ignore_index=True)
+    items = with_draws(every, given.masks.seeds, drawn)
+    rank = "among_filtered" if settings["several"] or settings["rivals"] else "filtered"
     reads = pd.concat([link_reads(tok, facts, **how).assign(test=test) for test, facts in asked.items()])
     sizes = {test: len(facts) for test, facts in asked.items()}
     return CompleteStudy(
-        masks=given.masks, tables={"items": items, "scores": _means(items, rank),
-                                   "reads": reads},
+        masks=given.masks, tables={"items": items, "scores": _means(items, rank), "reads": reads,
+                                   "costs": costs_of(trained, given.masks)},
         config=bench.config, model_name=given.masks[0].space.model.name, seconds=bench.seconds,
         folder=bench.folder,
-        notes=(*few_note("triples", sizes), *_notes(given, asked, settings)),
+        notes=(*few_note("triples", sizes), *_notes(given, asked, settings), *unseen_note(items)),
         triples=asked[ONE_HOP], hops=asked.get(TWO_HOPS), rank=rank,
     )
 
@@ -331,29 +381,52 @@ def _answers(
     bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts],
     settings: Mapping[str, Any],
     how: Mapping[str, Any],
-) -> pd.DataFrame:
-    "Answers under all conditions, test by test and relation by relation."
-    every, tables = list(dict.fromkeys(r for facts in asked.values() for r in facts.relations)), []
+) -> Iterator[pd.DataFrame]:
+    "Answers under masks, test by test and relation by relation."
+    every = list(dict.fromkeys(r for facts in asked.values() for r in facts.relations))
     under = relation_conditions(given.masks, every, settings["random"], settings["mismatched"])
-    cells = [{"test": test, "task": r} for test, facts in asked.items() for r in facts.relations]
-    for cell in bench.cells("relation", cells):
-        ask = partial(link_ranks, model, tok, asked[cell["test"]][cell["task"]],
-                      known=given.graph, **how)
-        name = f"{cell['test']}-{cell['task']}".replace(" ", "-")
-        found = [bench.table(name, partial(ask, under))]
-        if settings["fine_tuned"] and given.split is not None:
-            with_copy = partial(_tuned, model, tok, given.split, cell["task"],
-                                settings["batch"], ask)
-            found.append(bench.table(f"fine-tuned-{name}", with_copy))
-        tables += [with_draws(t.assign(test=cell["test"]), given.masks.seeds) for t in found]
-    return pd.concat(tables, ignore_index=True)
+    for cell in bench.cells("relation", _cells(asked)):
+        ask = partial(link_ranks, model, tok, _of_cell(asked, cell), known=given.graph, **how)
+        yield bench.table(_name(cell), partial(ask, under)).assign(test=cell["test"])
 
 
-def _tuned(
-    model: nn.Module, tok: Any, data: Split, relation: str, batch: int, ask: Any,
-) -> pd.DataFrame:
-    "Answers of the whole model fine-tuned on what the masks of a relation were trained on."
-    with fine_tuned(model, tok, data, relation, batch): return ask({"fine-tuned": None})
+def _cells(asked: Mapping[str, Facts]) -> list[dict[str, Any]]:
+    return [{"test": test, "task": r} for test, facts in asked.items() for r in facts.relations]
+
+
+def _of_cell(asked: Mapping[str, Facts], cell: Mapping[str, Any]) -> Facts: return asked[cell["test"]][cell["task"]]
+
+
+def _name(cell: Mapping[str, Any]) -> str: return "-".join(map(str, cell.values())).replace(" ", "-")
+
+
+def _of_tuned(
+    bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts],
+    settings: Mapping[str, Any], how: Mapping[str, Any],
+) -> Iterator[pd.DataFrame]:
+    "Answers of fine-tuned models, which are asked while they are so."
+    if given.split is None: return
+    for cell in bench.cells("fine-tuning", [{"way": way, **c} for way in settings["tuned"] for c in _cells(asked)]):
+        ask = partial(link_ranks, model, tok, _of_cell(asked, cell), known=given.graph, **how)
+        steps = budget_of(given.masks, cell["task"], settings["tuned_steps"])
+        make = partial(tuned_answers, model, tok, given.split, cell["task"], cell["way"], steps, settings["batch"], ask)
+        yield bench.table(_name(cell), make).assign(test=cell["test"])
+
+
+def _of_rivals(
+    bench: Bench, tok: Any, given: _Given, asked: Mapping[str, Facts],
+    settings: Mapping[str, Any], how: Mapping[str, Any],
+) -> Iterator[pd.DataFrame]:
+    "Answers of graph embeddings, which learn all relations at once."
+    training = {"epochs": settings["rival_epochs"], "dimension": settings["rival_dimension"]}
+    told = given.split or given.told
+    if told is None: return      # then none was asked for
+    seeds = list(enumerate(settings["rival_seeds"]))
+    cells = [{"model": name, "seed": seed, "draw": draw} for name in settings["rivals"] for draw, seed in seeds]
+    for cell in bench.cells("graph embedding", cells):
+        yield bench.table(f"{cell['model']}-{cell['seed']}", partial(
+            embedded_answers, tok, told, cell["model"], cell["seed"], cell["draw"], asked, training,
+            {"known": given.graph, **how}))
 
 
 def _notes(
@@ -413,4 +486,8 @@ def _sections(study: CompleteStudy) -> Iterator[Section]:
         yield (f"As published: {test}",
                "Ren & Zhu 2022; other masks, other triples, larger models.",
                [published_table(test)])
-    yield "What it cost", "Sequences that the model read under each mask.", [study.tables["reads"]]
+    yield "What it cost", _COSTS, [study.tables["reads"], study.tables["costs"]]
+
+
+_COSTS = ("Sequences that the model read under each mask; and what was trained for each condition: steps of the "
+          "optimizer, numbers that were trained, seconds. Where a mask was found elsewhere, its time is not known.")

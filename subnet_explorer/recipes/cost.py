@@ -15,8 +15,8 @@ from .probes import plan, steps_of
 from .textmasks import TRAINED, ladder
 
 # %% auto #0
-__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'tickets_cost', 'tamt_cost', 'answer_cost',
-           'finetune_cost', 'power_of', 'power_text']
+__all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'complete_cost', 'tickets_cost', 'tamt_cost',
+           'answer_cost', 'finetune_cost', 'mine_cost', 'power_of', 'power_text']
 
 # %% ../../nbs/recipes/15_cost.ipynb #2d484423
 @dataclass(frozen=True)
@@ -106,6 +106,20 @@ def probe_cost(values: _Values) -> list[Work]:
     steps = steps_of(values["steps"], epochs, batch, n or 0) if known else None
     return [Work("probe", {"probe": probes, "seed": _many(values, "seeds")}, steps, batch, epochs)]
 
+# %% ../../nbs/recipes/15_cost.ipynb #5097f8b5
+def complete_cost(values: _Values) -> list[Work]:
+    "Questions under every condition; fine-tuned models and graph embeddings, if asked for."
+    asked = {"relation": _many(values, "relations"), "triple": None}
+    work = [Work("asking without masks of relations", {"condition": 1 + values["random"], **asked}, 1, 1, forward=True),
+            Work("asking under masks of relations", {"mask": None, **asked}, 1, 1, forward=True)]
+    if values["tuned"]:
+        axes = {"kind": _many(values, "tuned"), "relation": asked["relation"]}
+        work.append(Work("fine-tuning", axes, values["tuned_steps"], values["batch"]))
+    if values["rivals"]:
+        axes = {"model": _many(values, "rivals"), "seed": _many(values, "rival_seeds")}
+        work.append(Work("graph embedding", axes, None, 128, values["rival_epochs"]))
+    return work
+
 # %% ../../nbs/recipes/15_cost.ipynb #009a53ab
 def tickets_cost(values: _Values) -> list[Work]:
     "Fine-tuning, pruning, and training again under every kind of mask."
@@ -178,6 +192,13 @@ def finetune_cost(values: _Values) -> list[Work]:
             if random: work.append(tuned("fine-tuning of random masks", size, batch, kind=kinds, draw=random))
     if values["relations"] or values["choose"] != "fine-tuned": return work
     return [*work, tuned("search of combinations", 1.0, values["batches"][0], combination=None)]
+
+# %% ../../nbs/recipes/15_cost.ipynb #8866a158
+def mine_cost(values: _Values) -> list[Work]:
+    "Questions under the full model and random masks, and under the masks of every seed; nothing is trained."
+    asked = {"relation": _many(values, "relations"), "question": None}
+    return [Work("asking without seeds", {"condition": 1 + values["random"], **asked}, 1, 1, forward=True),
+            Work("asking for every seed", {"seed": None, **asked}, 1, 1, forward=True)]
 
 # %% ../../nbs/recipes/15_cost.ipynb #4c8961fb
 ITEMS = (30, 100, 300, 1000, 3000)

@@ -121,7 +121,7 @@ def test_it_is_plain_data_and_a_page(study, tmp_path):
 
 
 def test_it_goes_on_where_it_stopped(pocket_bert, found, tmp_path, monkeypatch):
-    how = {**QUICK, "fine_tuned": True, "two_hop": (), "to": tmp_path / "out"}
+    how = {**QUICK, "tuned": ("whole",), "two_hop": (), "to": tmp_path / "out"}
     real, asked = chapter.link_ranks, []
     lamp_chapter = importlib.import_module("subnet_explorer.recipes.lamp")
     fit = lamp_chapter.fit
@@ -145,16 +145,26 @@ def test_from_a_shell(found, tmp_path, capsys):
     from subnet_explorer.cli import main
     words = ["--model", "pocket-bert", "--triples", "pocket", "--relations", "MadeOf", "--masks", str(found.folder)]
     asked = [*words, "--trained-on", "pocket", "--split-seed", "0", "--random", "0", "--no-mismatched"]
-    assert main(["complete", *asked, "--out", str(tmp_path / "a"), "--json", "--quiet", "--no-report"]) == 2
-    assert "trained on another split" in capsys.readouterr().err      # all sixteen relations are another split
+    other = [*asked, "--out", str(tmp_path / "a"), "--json", "--quiet", "--no-report"]
+    other[other.index("--split-seed") + 1] = "1"
+    assert main(["complete", *other]) == 2
+    assert "trained on another split" in capsys.readouterr().err
     (tmp_path / "facts.jsonl").write_text("".join(
         json.dumps({"pred": f.relation, "sub": f.subject, "obj": f.object, "masked_sentences": [f.prompt],
                     "uuid": f.uuid}) + "\n" for f in FACTS))
-    asked[asked.index("--trained-on") + 1] = str(tmp_path / "facts.jsonl")
-    assert main(["complete", *asked, "--out", str(tmp_path / "a"), "--json", "--quiet", "--no-report"]) == 0
-    out = json.loads(capsys.readouterr().out)
-    assert list(out["triples"]["one hop"]) == ["MadeOf"]
-    assert out["triples"]["one hop"]["MadeOf"] == len(found.data.test["MadeOf"])
+    for name, told in (("a", "pocket"), ("b", str(tmp_path / "facts.jsonl"))):      # of sixteen relations, of three
+        asked[asked.index("--trained-on") + 1] = told
+        assert main(["complete", *asked, "--out", str(tmp_path / name), "--json", "--quiet", "--no-report"]) == 0
+        out = json.loads(capsys.readouterr().out)
+        assert list(out["triples"]["one hop"]) == ["MadeOf"]
+        assert out["triples"]["one hop"]["MadeOf"] == len(found.data.test["MadeOf"])
+
+
+def test_masks_of_other_relations_were_not_trained_on_these_facts(pocket_bert, found, tmp_path):
+    (tmp_path / "facts.tsv").write_text("relation\thead\ttail\nDesires\tdog\tbone\n" * 2)
+    with pytest.raises(BadRelations, match="were not trained on facts of Desires"):
+        chapter.read_triples(*pocket_bert, triples="pocket", masks=str(found.folder),
+                             trained_on=str(tmp_path / "facts.tsv"), split_seed=0)
 
 
 def test_objects_of_several_tokens_count(pocket_bert, found):
@@ -169,6 +179,61 @@ def test_objects_of_several_tokens_count(pocket_bert, found):
     assert all_of.scores["rank"].isin(chapter.RANKS).all()
 
 
+# ── rivals ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+RIVALS = dict(tuned=("whole", "lora"), tuned_steps=2, rivals=("TuckER",), rival_epochs=2, rival_dimension=8,
+              rival_seeds=(3, 4), two_hop=())
+
+
+@pytest.fixture(scope="module")
+def beside(pocket_bert, found, tmp_path_factory):
+    before = {k: v.clone() for k, v in pocket_bert[0].state_dict().items()}
+    to = tmp_path_factory.mktemp("rivals") / "out"
+    made = complete(*pocket_bert, FACTS["MadeOf"], found, FACTS, **RIVALS, **QUICK, to=to)
+    assert all(torch.equal(v, before[k]) for k, v in pocket_bert[0].state_dict().items())
+    return made
+
+
+def test_rivals_answer_the_same_questions_among_the_same_candidates(beside):
+    items, by = beside.items, beside.items.groupby("under")
+    assert list(by.groups) and set(by.groups) == {"full", "subnetwork", "fine-tuned", "low-rank", "TuckER"}
+    assert (by.uuid.nunique() == len(beside.triples)).all()
+    assert (items.groupby(["uuid", "sub", "obj"]).candidates.nunique() == 1).all()
+    graph = items[items.under == "TuckER"]
+    assert set(graph.draw) == {0, 1} and graph["rank"].isna().all() and graph.entities_filtered.notna().all()
+    assert (graph.among_filtered <= graph.among).all() and (graph.among <= graph.candidates).all()
+    assert beside.rank == "among_filtered" and set(beside.gains().against) == set(by.groups) - {"subnetwork"}
+
+
+def test_budgets_are_told(beside, found):
+    costs = beside.tables["costs"].set_index("under")
+    assert costs.steps["fine-tuned"] == costs.steps["low-rank"] == 2
+    assert 0 < costs.parameters["low-rank"] < costs.parameters["fine-tuned"]
+    assert set(costs.steps["subnetwork"]) == {25} and (costs.dimension["TuckER"] == 8).all()
+    assert (costs.drop("subnetwork").seconds > 0).all() and len(costs) == 6 + 2 + 2
+    assert (beside.folder / "costs.csv").exists()
+    assert chapter.budget_of(found.masks, "IsA") == 25      # with nothing asked: as many as the masks had
+
+
+def test_what_a_graph_never_saw_is_said(beside, found):
+    from subnet_explorer.data.links import link
+    seen = {entity for f in found.data.train for entity in link(f)[1:]}
+    graph = beside.items[beside.items.under == "TuckER"].drop_duplicates("uuid").set_index("uuid").unseen
+    for fact in beside.triples:
+        _, subject, object = link(fact)
+        assert ("subject" in graph[fact.uuid], "object" in graph[fact.uuid]) == (subject not in seen, object not in seen)
+    n = sum(graph != "")
+    assert any(f"{n} of {len(beside.triples)} (one hop)" in note for note in beside.notes) and n
+
+
+def test_rivals_are_not_trained_twice(pocket_bert, found, beside, monkeypatch):
+    rivals = importlib.import_module("subnet_explorer.recipes.rivals")
+    for name in ("embed_graph", "fine_tuned"): monkeypatch.setattr(rivals, name, lambda *a, **k: pytest.fail("trained"))
+    again = complete(*pocket_bert, FACTS["MadeOf"], found, FACTS, **RIVALS, **QUICK, to=beside.folder)
+    assert again.scores.round(9).equals(beside.scores.round(9))
+
+
 # ── what does not fit ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -176,7 +241,11 @@ def test_bad_input_is_named(pocket_bert, found):
     ask = lambda *given, **how: complete(*pocket_bert, *given, **{**QUICK, **how})  # noqa: E731
     with pytest.raises(BadRelations, match="no relation has both"): ask(read_facts("pocket", "Desires"), found)
     with pytest.raises(BadFacts, match="nothing is left of"): ask(found.data.train, found)
-    with pytest.raises(SubnetError, match="give a split"): ask(FACTS, found, None, FACTS["IsA"], fine_tuned=True)
+    with pytest.raises(SubnetError, match="give a split"): ask(FACTS, found, None, FACTS["IsA"], tuned=["lora"])
+    with pytest.raises(UnknownName, match="way of fine-tuning"): ask(FACTS, found, tuned=["head"])
+    with pytest.raises(UnknownName, match="did you mean TuckER"): ask(FACTS, found, rivals=["tucker"])
+    bare = Masks(found.masks.rows())
+    with pytest.raises(SubnetError, match="graph embeddings need to know"): ask(FACTS, bare, rivals=["TuckER"])
     with pytest.raises(UnknownName, match="relation with a mask"): ask(FACTS, found, two_hop=("IsA", "Desires"))
     with pytest.raises(SubnetError, match="two hops join two relations"): ask(FACTS, found, two_hop=("IsA",))
     with pytest.raises(BadRelations, match="there is no relation mask"): ask(FACTS, Masks([]))

@@ -18,10 +18,11 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020", "critical": "Bayazit et al. 2024",
-          "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022", "answer": "Ren & Zhu 2022",
-          "finetune": "Ren & Zhu 2022"}
-OF_LAMP = ("answer", "finetune")      # recipes for other tables of that paper
+PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "answer": "Ren & Zhu 2022",
+          "finetune": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
+          "critical": "Bayazit et al. 2024", "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
+OF = {name: "lamp" if paper == PAPERS["lamp"] else name for name, paper in PAPERS.items()}
+"By recipe: how the files of its paper begin."
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 # ── ready files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_there_is_a_file_for_every_table():
-    wanted = {"lamp-table2", "lamp-table10", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
-    wanted |= {"lamp-table6", "lamp-table7"}
+    wanted = {"lamp-table2", "lamp-table10", "lamp-appendix-c", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted |= {"lamp-table3", "lamp-table6", "lamp-table7"}
     wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
     wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
     assert wanted <= set(FILES)
@@ -67,7 +68,7 @@ def test_a_ready_file_is_a_study_as_published(name, nothing_is_read):
     assert made.values["published"] is True and made.values["out"] == f"runs/papers/{name}"
     lines = FILES[name].read_text().splitlines()
     assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1]
-    assert name.startswith("lamp" if recipe.name in OF_LAMP else recipe.name)
+    assert name.startswith(OF[recipe.name])
     models = written.get("sweep", {}).get("model") or [written["model"]]
     assert not any(Path(model).is_absolute() for model in models) and "pocket" not in str(written)
     for c in recipe.clauses:
@@ -166,6 +167,30 @@ def test_a_bad_file_is_refused_alike(name, nothing_is_read, capsys):
             assert main(["run", "study.yaml", *words]) == 2
             seen.append(capsys.readouterr().err)
         assert seen[0] == seen[1] and seen[0].count("\n") == 1, seen
+
+
+def test_new_facts_are_only_read(nothing_is_read, capsys):
+    words = ["--model", "some/model", "--facts", "pocket", "--masks", "runs/lamp", "--relations", "MadeOf,IsA",
+             "--random", "4", "--out", "out", "--dry-run"]
+    assert main(["mine", *words]) == 0
+    said = capsys.readouterr().out
+    assert "asking without seeds: 5 conditions × 2 relations × ? questions = ? texts or more; only read" in said
+    assert "asking for every seed: ? seeds × 2 relations × ? questions" in said and not list(nothing_is_read.iterdir())
+
+
+def test_completing_says_what_rivals_cost(nothing_is_read, capsys):
+    words = ["complete", "--model", "some/model", "--triples", "pocket", "--masks", "runs/lamp"]
+    words += ["--relations", "MadeOf,IsA", "--random", "4", "--out", "out", "--dry-run"]
+    rivals = ["--tuned", "whole,lora", "--tuned-steps", "9", "--rivals", "ConvE", "--rival-seeds", "0,1"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "asking without masks of relations: 5 conditions × 2 relations × ? triples = ? texts" in said
+    assert "fine-tuning" not in said and "graph embedding" not in said
+    assert main([*words, *rivals]) == 0
+    said = capsys.readouterr().out
+    assert "fine-tuning: 2 kinds × 2 relations = 4 cells; 9 steps of 32 in each" in said
+    assert "graph embedding: 1 model × 2 seeds = 2 cells; 100 epochs of 128 in each" in said
+    assert not list(nothing_is_read.iterdir())
 
 
 def test_what_only_data_tell_stays_open(nothing_is_read, capsys):

@@ -13,6 +13,8 @@ import pytest
 from floors import any_floor
 
 from subnet_explorer.cli import main
+from subnet_explorer.core.mask import Mask
+from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.facts import read_facts
 from subnet_explorer.data.parts import task_data
@@ -27,9 +29,11 @@ from subnet_explorer.recipes.start import Order, order, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 from subnet_explorer.recipes.tuning import training_of
 
-RECIPES = ("lamp", "tickets", "critical", "probe", "tamt")
+RECIPES = ("lamp", "complete", "mine", "tickets", "critical", "probe", "tamt")
 DATA: dict[str, list[str]] = {
     "lamp": ["--facts", "pocket"],
+    "complete": ["--triples", "pocket", "--masks", "runs/lamp"],
+    "mine": ["--facts", "pocket", "--masks", "runs/lamp"],
     "tickets": ["--tasks", "pocket:entails"],
     "critical": ["--target", "pocket", "--control", "pocket", "--text", "pocket"],
     "probe": ["--task", "pos", "--train", "pocket", "--dev", "pocket"],
@@ -42,6 +46,8 @@ PAPERS: dict[str, dict[str, Any]] = {
         epochs=6, lr=3e-4, batch=32, clip=5, seeds=[0, 1, 2], shared_init=False, layers="top-half", sparsity=0.5,
         method="deterministic", random=5, mismatched=True,
     ),
+    "mine": {},
+    "complete": dict(one_word=True, two_hop=["IsA", "HasProperty"], several=None),
     "tickets": dict(
         on_dev=True, mode="cumulative", normalise="published", seeds=[1337, 42, 86, 71, 166], epochs=3, lr=2e-5,
         batch=32, drop=0.1, floor=0.9, kind="head+mlp", supers=True,
@@ -96,7 +102,7 @@ def test_a_clause_sets_what_was_not_given(name, clause):
     own = {"seeds": "7", "tuning_seeds": "7", "tuning.dropout": "false", "tuning.head_dropout": "0.5", "mode": "batch",
            "on_dev": "", "shared_init": "", "filtered": "", "matched": "", "padding": "", "normalise": "layer",
            "noise": "shared", "init": "architecture", "densities": "0.7", "epochs": "2", "clip": "2", "steps": "3",
-           "checks": "3", "lr": "0.5", "sparsity": "0.25", "dropout": ""}[clause.name]
+           "checks": "3", "lr": "0.5", "sparsity": "0.25", "dropout": "", "one_word": ""}[clause.name]
     setting, dot, inner = clause.name.partition(".")
     flag = setting.replace("_", "-") + dot + inner
     no = "no-" if own == "" and clause.published else ""
@@ -167,10 +173,12 @@ def called(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple
     model, tok = load("pocket-bert")
     facts, lines = read_facts("pocket", "MadeOf"), read_texts("pocket")[:40]
     sentences, target = read_conllu("pocket", part="train")[:40], read_facts("pocket", "IsA")
+    made = Mask.random(Space.of(model, "weight", layers="top-half"), .5, seed=0)
     data: dict[str, tuple[Any, ...]] = {
+        "mine": (facts, Masks([({"task": "MadeOf", "seed": 0}, made)])),
         "lamp": (facts,), "tickets": ({"entails": task_data("pocket:entails", on_dev=settings.pop("on_dev", False))},),
         "critical": (replace(target, items=target.items[:3]), facts, lines), "probe": ("pos", sentences, sentences),
-        "tamt": (lines, lines),
+        "tamt": (lines, lines), "complete": (facts, Masks([({"task": "MadeOf", "seed": 0}, made)])),
     }
     with pytest.raises(Asked) as stopped: find_recipe(name).run(model, tok, *data[name], **settings)
     return stopped.value.args
