@@ -61,7 +61,8 @@ class _Coder:
 
     def of(self, text: str) -> list[int]:
         if text not in self.known:
-            self.known[text] = self.tok(text, add_special_tokens=False, verbose=False).input_ids
+            self.known[text] = self.tok(text, add_special_tokens=False,
+                                        verbose=False).input_ids
         return self.known[text]
 
     def probes(self, row: Mapping[str, Any], option: str, score: str) -> Iterator[Probe]:
@@ -80,7 +81,8 @@ class _Coder:
     def check(self, ids: Sequence[int], row: Mapping[str, Any], option: str) -> None:
         "Raise `BadChoices` for what the model cannot read."
         if len(ids) > self.most:
-            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids), most=self.most))
+            raise BadChoices(_TOO_LONG.format(id=row["id"], option=option[:40], n=len(ids),
+                                              most=self.most))
 
 
 _OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of the joined sentence: "
@@ -119,7 +121,8 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         text = " ".join([*words[:i], tok.mask_token, *words[i + 1:], *behind])
         ids = tok(text, verbose=False).input_ids
         coder.check(ids, row, option)
-        yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
+        yield Probe(tuple(ids), ids.index(tok.mask_token_id),
+                    tok.convert_tokens_to_ids(words[i]))
 
 # %% ../../nbs/measure/12_options.ipynb #eabf9098
 @checked
@@ -222,7 +225,8 @@ def _encode(reader: OptionReader, tok: Any, first: int) -> None:
     with evaluating(reader.model):
         reader.texts = Sequences(reader.model, ids, first) if ids else None
     means = [reader.score != "published" or row.get("kind") == "cause" for row, _ in options]
-    reader.divisor = np.where(means, np.maximum(1, np.bincount(reader.read[:, 2], minlength=len(options))), 1)
+    reader.divisor = np.where(means, np.maximum(1, np.bincount(reader.read[:, 2],
+                                                               minlength=len(options))), 1)
 
 
 def _values(reader: OptionReader, part: np.ndarray, read: np.ndarray) -> np.ndarray:
@@ -230,7 +234,8 @@ def _values(reader: OptionReader, part: np.ndarray, read: np.ndarray) -> np.ndar
     assert reader.texts is not None
     logits = reader.texts.read(part, range(len(part)), reader.positions[part]).float()
     check_finite(logits, "no option can be chosen")
-    rows, gold = (torch.as_tensor(a, device=logits.device) for a in (read[:, 0] - part[0], read[:, 1]))
+    rows, gold = (torch.as_tensor(a, device=logits.device)
+                  for a in (read[:, 0] - part[0], read[:, 1]))
     found = logits[rows, gold]
     return (found if reader.score == "published" else found - logits.logsumexp(-1)[rows]).cpu().numpy()
 

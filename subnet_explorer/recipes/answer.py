@@ -118,7 +118,8 @@ def _who(study: AnswerStudy, task: str) -> pd.DataFrame:
     full = study.items.query("under == 'full' and task == @task").assign(relations="full")
     both = pd.concat([full, singles], ignore_index=True)
     order = list(dict.fromkeys(both.relations))
-    wide = both.pivot_table(index="item", columns="relations", values="right", aggfunc="mean", sort=False)[order]
+    wide = both.pivot_table(index="item", columns="relations", values="right", aggfunc="mean",
+                            sort=False)[order]
     asked = askable(study.tasks[task].test, study.config["score"])
     wide.insert(0, "question", [asked[item]["question"] for item in wide.index])
     return wide.rename_axis(columns=None)
@@ -131,7 +132,8 @@ def _summary(study: AnswerStudy) -> pd.DataFrame:
         rows.append({"task": task, "under": "chance", "accuracy": f"{data.test.chance:.3f}"})
         trivial = study.tables["baselines"]
         for b in trivial[(trivial.task == task) & trivial.baseline.isin(["majority", "options"])].itertuples():
-            rows.append({"task": task, "under": f"{b.baseline} (no model)", "accuracy": f"{b.score:.3f}"})
+            rows.append({"task": task, "under": f"{b.baseline} (no model)",
+                         "accuracy": f"{b.score:.3f}"})
         for m in means[means.task == task].itertuples():
             row = {"task": task, "under": m.under, "accuracy": f"{m.mean:.3f} [{m.low:.3f}, {m.high:.3f}]"}
             if (task, m.under) in gains.index:
@@ -209,9 +211,11 @@ def answer(
     settings = settings_of(answer, locals())
     found_masks = relation_masks(masks, model)
     _check(model, tok, tasks, found_masks, graph, settings)
-    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress, dict(tasks), settings)
+    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress,
+                  dict(tasks), settings)
     work = _Work(bench, model, tok, found_masks, graph, settings)
-    found = bench.work("task", [{"task": name} for name in tasks], partial(_one_task, work, tasks))
+    found = bench.work("task", [{"task": name} for name in tasks],
+                       partial(_one_task, work, tasks))
     return bench.finished(_study(work, tasks, dict(zip(tasks, found, strict=True))))
 
 # %% ../../nbs/recipes/23_answer.ipynb #28a73882
@@ -225,7 +229,8 @@ def _check(
     joining = (settings[name] for name in ("sizes", "join", "weights", "different_starts"))
     unions.check_joining(masks, *joining)
     for task in tasks.values():
-        for part in (task.search, task.test): check_readable(model, tok, part, settings["score"])
+        for part in (task.search, task.test):
+            check_readable(model, tok, part, settings["score"])
         if graph is not None: unions.mined_relations(graph, task.search, masks.relations)
 
 
@@ -234,7 +239,8 @@ def _identity(
     graph: Facts | None, settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     "What tells this study from others."
-    kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+    kept = {name: list(value) if isinstance(value, (list, tuple)) else value
+            for name, value in settings.items()}
     return {"recipe": "answer", **of_what(model, tasks, masks, graph), **kept}
 
 
@@ -283,8 +289,10 @@ def _one_task(
     searched = bench.table(f"searched-{name}", lambda: work.searched(work.asker(task.search)))
     chosen = unions.split_names(searched.relations[0])
     answers = bench.table(f"answers-{name}", lambda: _answers(work, task, chosen))
-    trivial = bench.table(f"baselines-{name}", lambda: without_model([*task.train, *task.search], task.test))
-    return {"searched": searched.assign(task=name), "answers": answers, "baselines": trivial.assign(task=name)}
+    trivial = bench.table(f"baselines-{name}",
+                          lambda: without_model([*task.train, *task.search], task.test))
+    return {"searched": searched.assign(task=name), "answers": answers,
+            "baselines": trivial.assign(task=name)}
 
 
 def without_model(learn: Sequence[Mapping[str, Any]], test: Choices) -> pd.DataFrame:
@@ -309,8 +317,10 @@ def _answers(work: _Work, task: ChoiceTask, chosen: unions.Relations) -> pd.Data
         first = unions.most_mined(mined, work.masks.relations, settings["top"])
         add("mined", first, ask(*first))
     union = next(iter(ask.joiners.values())).of(chosen)
-    for i in range(settings["random"]): add("random", chosen, ask.under(union.random_like(i))[None], i)
-    for i, others in enumerate(others_of(work.masks.relations, chosen, settings["mismatched"])):
+    for i in range(settings["random"]):
+        add("random", chosen, ask.under(union.random_like(i))[None], i)
+    rest = others_of(work.masks.relations, chosen, settings["mismatched"])
+    for i, others in enumerate(rest):
         add("mismatched", others, ask(*others), i)
     if settings["oracle"]:
         best = unions.split_names(work.searched(ask).relations[0])
@@ -334,16 +344,21 @@ def others_of(relations: Sequence[str], chosen: unions.Relations, n: int) -> lis
     return list(found)
 
 # %% ../../nbs/recipes/23_answer.ipynb #a61933cb
-_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice", "right"]
+_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice",
+            "right"]
 
 
 def _study(
-    work: _Work, tasks: Mapping[str, ChoiceTask], found: Mapping[str, Mapping[str, pd.DataFrame]],
+    work: _Work,
+    tasks: Mapping[str, ChoiceTask],
+    found: Mapping[str, Mapping[str, pd.DataFrame]],      # tables by task
 ) -> AnswerStudy:
     "The study from the tables of its tasks."
-    long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name, tables in found.items()])
+    long = pd.concat([_long(work, name, tasks[name], tables["answers"])
+                      for name, tables in found.items()])
     alone = long.under.isin(["single", "without"])
-    chosen = {name: unions.split_names(tables["searched"].relations[0]) for name, tables in found.items()}
+    chosen = {name: unions.split_names(tables["searched"].relations[0])
+              for name, tables in found.items()}
     sparsity = [unions.joined_table(work.masks, [some], *work.joining).assign(task=name)
                 for name, some in chosen.items()]
     tables = {"items": long[~alone].reset_index(drop=True),
@@ -362,7 +377,8 @@ def _study(
 # %% ../../nbs/recipes/23_answer.ipynb #01608b8d
 def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> Iterator[str]:
     "What a reader must be told."
-    yield from few_note("test questions", {name: len(task.test) for name, task in tasks.items()})
+    yield from few_note("test questions", {name: len(task.test)
+                                           for name, task in tasks.items()})
     for name, task in tasks.items():
         if not (lost := len(task.test) - int(long[long.task == name].item.nunique())): continue
         yield (f"{name}: {lost} of {len(task.test)} test questions were left out, since their concept does not stand "
@@ -394,8 +410,10 @@ def _long(work: _Work, name: str, task: ChoiceTask, answers: pd.DataFrame) -> pd
 
     def named(r: Any) -> pd.DataFrame:
         seed, choice = None if pd.isna(r.seed) else seeds[int(r.seed)], unions.places_of(r.choices)
-        return one.assign(under=r.under, relations=r.relations, seed=seed, draw=r.draw, choice=choice)
-    table = pd.concat([named(r).astype({"seed": object}) for r in answers.itertuples()], ignore_index=True)
+        return one.assign(under=r.under, relations=r.relations, seed=seed, draw=r.draw,
+                          choice=choice)
+    table = pd.concat([named(r).astype({"seed": object}) for r in answers.itertuples()],
+                      ignore_index=True)
     return table.assign(right=table.choice == table.label).astype({"draw": float})[_COLUMNS]
 
 
@@ -432,7 +450,8 @@ PUBLISHED_TEXT = ("Zero-shot accuracy in per cent (Ren & Zhu 2022, table 7; the 
 
 def _bars(study: AnswerStudy) -> list[Figure]:
     means = study.pairs().means().rename(columns={"under": "condition", "mean": "value"})
-    return [curves.bars(means, colour="task", title="Accuracy", label="share of right answers")]
+    return [curves.bars(means, colour="task", title="Accuracy",
+                        label="share of right answers")]
 
 
 def _heat(study: AnswerStudy) -> Figure:
@@ -489,5 +508,6 @@ def published_accuracy() -> pd.DataFrame:      # model, under, a column for each
 
 def published_combinations() -> pd.DataFrame:      # model, a column for each set
     "The best combinations as published (Ren & Zhu 2022, table 9)."
-    rows = [[model, *("+".join(by_numbers(some)) for some in text.split())] for model, text in _TABLE_9.items()]
+    rows = [[model, *("+".join(by_numbers(some)) for some in text.split())]
+            for model, text in _TABLE_9.items()]
     return pd.DataFrame(rows, columns=["model", *_SETS[1:-1]])

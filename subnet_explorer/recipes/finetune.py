@@ -69,7 +69,8 @@ class FinetuneStudy(Study):
     def pairs(self) -> Pairs:
         "Whether each test question was answered right, by task, size of the training data and condition."
         scores = self.items.assign(score=self.items.right.astype(float))
-        return Pairs(scores, CROSSED, ["task", "size"], CONTRASTS, items=["item"], bounds=(0, 1))
+        how: dict[str, Any] = {"items": ["item"], "bounds": (0, 1)}
+        return Pairs(scores, CROSSED, ["task", "size"], CONTRASTS, **how)
 
     def overall(self) -> pd.DataFrame:
         "Compare conditions by their mean over tasks, by size: see `Pairs.gains`."
@@ -100,7 +101,8 @@ _CASE = ["task", "size", "under"]
 
 def chosen_settings(runs: pd.DataFrame) -> pd.DataFrame:      # task, size, under, batch, rate, dev, steps
     "The batch and rate of each condition with the best mean development accuracy; the first of equal ones."
-    means = runs.groupby([*_CASE, "batch", "rate"], sort=False)[["dev", "steps"]].mean().reset_index()
+    means = runs.groupby([*_CASE, "batch", "rate"],
+                         sort=False)[["dev", "steps"]].mean().reset_index()
     return means.loc[means.groupby(_CASE, sort=False).dev.idxmax()].reset_index(drop=True)
 
 
@@ -124,7 +126,8 @@ def _summary(study: FinetuneStudy) -> pd.DataFrame:
     return pd.DataFrame([{**dict.fromkeys(_SUMMARY, ""), **row} for row in rows])
 
 
-_SUMMARY = ("task", "questions", "under", "accuracy", "gain over full", "batch", "rate", "development")
+_SUMMARY = ("task", "questions", "under", "accuracy", "gain over full", "batch", "rate",
+            "development")
 
 
 def _told(mean: float, low: float, high: float, digits: str = ".3f") -> str:
@@ -176,37 +179,38 @@ Given = Mapping[str, Sequence[str] | str] | Sequence[str] | AnswerStudy
 def finetune(
     model: nn.Module,
     tok: Any,
-    tasks: Mapping[str, ChoiceTask],          # learned from train; chosen by search; reported on test
-    masks: Masks,                             # labelled task (relation) and seed, e.g. those of a lamp study
-    relations: Given | None = None,           # by task, or of all; or a study of `answer`; None: they are chosen
-    graph: Facts | None = None,               # triples in which the relations of a task are mined
+    tasks: Mapping[str, ChoiceTask],          # trained on, chosen by, reported on
+    masks: Masks,                             # labelled task (relation) and seed
+    relations: Given | None = None,           # by task or of all, or an answer study
+    graph: Facts | None = None,               # triples for choose="mined"
     *,
-    train_sizes: Several = (1.0,),            # of the training data: shares up to 1, numbers of questions above
-    batches: Batches = (16,),                 # tried on the development part; published: 8, 16, 32
-    rates: Several = (4e-5,),                 # learning rates that are tried; published: 3e-5, 4e-5, 5e-5
+    train_sizes: Several = (1.0,),            # shares up to 1, numbers of questions above
+    batches: Batches = (16,),                 # that are tried; published: 8, 16, 32
+    rates: Several = (4e-5,),                 # that are tried; published: 3e-5, 4e-5, 5e-5
     head_lr: Positive | None = None,          # of the head; none: as of the model
     epochs: Positive = 10,                    # at most
-    patience: Count = 3,                      # epochs without a better development accuracy, then training ends
-    dropout: bool = False,                    # of the model, and 0.1 before the head; published: with it
-    length: Count | None = None,              # tokens of a question with an option at most; none: what the model reads
+    patience: Count = 3,                      # epochs without a better one, then it ends
+    dropout: bool = False,                    # of model and head; published: with it
+    length: Count | None = None,              # tokens at most; none: what the model reads
     tuning_seeds: Seeds = (0, 1, 2),          # of fine-tuning
     random: Natural = 3,                      # random masks of the size of the union
     held: bool = True,                        # also keep masked weights at zero
-    choose: str = "zero-shot",                # relations: zero-shot, fine-tuned (as published) or mined
-    score: str = "logprob",                   # of zero-shot answers: logprob, pll or published, as in answer
-    join: str = "union",                      # how masks are joined: union, intersection or vote
+    choose: str = "zero-shot",                # zero-shot, fine-tuned (published) or mined
+    score: str = "logprob",                   # of zero-shot answers, as in answer
+    join: str = "union",                      # union, intersection or vote
     weights: Mapping[str, Positive] | None = None,      # of every relation in a vote; none: equal
-    share: SomeShare = 0.5,                   # of the weight that must keep a coordinate, in a vote
+    share: SomeShare = 0.5,                   # of the weight, in a vote
     sizes: Sequence[Count] = (3, 4, 5),       # of combinations
-    search: str = "greedy",                   # over combinations: greedy, or exhaustive, as published
+    search: str = "greedy",                   # greedy, or exhaustive, as published
     top: Count = 5,                           # relations that are mined in the graph
-    different_starts: bool = False,           # join masks that did not start alike, as published
+    different_starts: bool = False,           # join unlike masks, as published
     published: bool = False,                  # what is not given is set as in the paper
-    to: str | Path | None = None,             # folder: the study can be stopped and goes on
+    to: str | Path | None = None,             # folder: it can be stopped and goes on
     progress: bool = True,
 ) -> FinetuneStudy:
     "Fine-tune on multiple-choice questions from unions of relation subnetworks."
-    work = _Work(model, tok, relation_masks(masks, model), graph, settings_of(finetune, locals()))
+    work = _Work(model, tok, relation_masks(masks, model), graph,
+                 settings_of(finetune, locals()))
     given = relations_of(relations, tasks, work.masks)
     _check(work, tasks, given)
     return measured(_bench(work, tasks, given, to, progress), work, tasks, given)
@@ -223,7 +227,8 @@ def relations_of(
     by_task = given if isinstance(given, Mapping) else dict.fromkeys(tasks, given)
     check_names(list(tasks), by_task, "task with relations")
     def names(some: Sequence[str] | str) -> unions.Relations:
-        return tuple(r for text in ([some] if isinstance(some, str) else some) for r in unions.split_names(text))
+        return tuple(r for text in ([some] if isinstance(some, str) else some)
+                     for r in unions.split_names(text))
     each = {task: names(by_task[task]) for task in tasks}
     for task, some in each.items():
         if not some: raise SubnetError(f"no relation was given for {task}: name at least one, or leave them out.")
@@ -259,17 +264,20 @@ def _check(work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, uni
     check_names([settings["choose"]], WAYS, "way to choose relations")
     check_names([settings["search"]], unions.SEARCHES, "search over combinations")
     to(masks[0], "weight")      # raises for what is no subnetwork of weights
-    used = masks.sel(task=sorted({r for some in given.values() for r in some})) if given else masks
+    named = sorted({r for some in given.values() for r in some})
+    used = masks.sel(task=named) if given else masks
     searching = not given and settings["choose"] != "mined"
     unions.check_weights(settings["join"], settings["weights"], masks.relations)
-    own = None if settings["weights"] is None else {r: settings["weights"].get(r, 0.0) for r in used.relations}
+    weights = settings["weights"]
+    own = None if weights is None else {r: weights.get(r, 0.0) for r in used.relations}
     sizes = settings["sizes"] if searching else [1]
     unions.check_joining(used, sizes, settings["join"], own, settings["different_starts"])
     mining = not given and settings["choose"] == "mined"
     if mining and graph is None: raise SubnetError("relations are mined in a graph: give one, in a shell --graph.")
     for task in tasks.values():
         numbers_of(settings["train_sizes"], task)
-        if mining and graph is not None: unions.mined_relations(graph, task.search, masks.relations)
+        if mining and graph is not None:
+            unions.mined_relations(graph, task.search, masks.relations)
         if searching and settings["choose"] == "zero-shot":
             check_readable(work.model, work.tok, task.search, settings["score"])
 
@@ -293,23 +301,27 @@ class _Work:
 
     def joined(self, some: unions.Relations) -> dict[Any, Mask]:
         "The joined mask of every seed."
-        return {seed: joiner.of(some) for seed, joiner in unions.joiners(self.masks, *self.joining).items()}
+        return {seed: joiner.of(some)
+                for seed, joiner in unions.joiners(self.masks, *self.joining).items()}
 
     def tuned(
         self, bench: Bench, task: ChoiceTask, arm: Arm, n: int, batch: int, rate: float, tuning_seed: int,
     ) -> dict[str, Any]:      # dev, steps, choices
         "One fine-tuning, done once in a folder."
         train = task.train.take(n, tuning_seed)
-        how = {"batch": batch, "lr": rate, "seed": tuning_seed, **{name: self.settings[name] for name in _HOW}}
+        how = {"batch": batch, "lr": rate, "seed": tuning_seed,
+               **{name: self.settings[name] for name in _HOW}}
         parts = [part.fingerprint for part in (train, task.search, task.test)]
         name = f"tuned-{digest([arm.mask and arm.mask.id, arm.held, *parts, how])}"
 
         def make() -> pd.DataFrame:
             with started(self.model, arm.mask, arm.held):
-                found = learned(self.model, self.tok, train, task.search, **how, progress=bench.line)
+                found = learned(self.model, self.tok, train, task.search, **how,
+                                progress=bench.line)
                 asked = encoded(found.head, self.tok, task.test)
                 with evaluating(self.model): chosen = found.head.read(predict(self.model, found.head, asked))
-            return pd.DataFrame([{"dev": found.dev, "steps": found.steps, "choices": unions.places_text(chosen)}])
+            return pd.DataFrame([{"dev": found.dev, "steps": found.steps,
+                                  "choices": unions.places_text(chosen)}])
         return bench.table(name, make).iloc[0].to_dict()
 
 # %% ../../nbs/recipes/26_finetune.ipynb #571a3cc4
@@ -330,9 +342,12 @@ def _chosen(work: _Work, bench: Bench, name: str, task: ChoiceTask) -> tuple[uni
     def make() -> pd.DataFrame:
         own = unions.joiners(work.masks, *work.joining)
         tuning = s["choose"] == "fine-tuned"
-        accuracy = dev if tuning else unions.Asker.of(work.model, work.tok, task.search, own, s["score"]).accuracy
-        return unions.search_combinations(accuracy, work.masks.relations, s["sizes"], s["search"])
-    told = {key: value for key, value in s.items() if key not in ("train_sizes", "random", "held", "published")}
+        def ask() -> Any: return unions.Asker.of(work.model, work.tok, task.search, own, s["score"])
+        accuracy = dev if tuning else ask().accuracy
+        how = s["sizes"], s["search"]
+        return unions.search_combinations(accuracy, work.masks.relations, *how)
+    other = ("train_sizes", "random", "held", "published")
+    told = {key: value for key, value in s.items() if key not in other}
     searched = bench.table(f"searched-{name}-{digest([task.search.fingerprint, told])}", make)
     return unions.split_names(searched.relations[0]), searched
 
@@ -343,10 +358,12 @@ def measured(
     "Choose, fine-tune, collect."
     told: dict[str, pd.DataFrame] = {}
     relations = dict(given)
-    for cell in bench.cells("relations", [{"task": name} for name in tasks if name not in given]):
+    cells = [{"task": name} for name in tasks if name not in given]
+    for cell in bench.cells("relations", cells):
         name = cell["task"]
         relations[name], told[name] = _chosen(work, bench, name, tasks[name])
-    runs = pd.concat([_runs(bench, work, name, task, relations[name]) for name, task in tasks.items()])
+    runs = pd.concat([_runs(bench, work, name, task, relations[name])
+                      for name, task in tasks.items()])
     best = chosen_settings(runs)[[*_CASE, "batch", "rate"]].assign(chosen=True)
     runs = runs.merge(best, how="left").assign(chosen=lambda t: t.chosen.notna())
     items = [_items(run, tasks[run.task].test) for run in runs[runs.chosen].itertuples()]
@@ -354,10 +371,12 @@ def measured(
                 for name, some in relations.items()]
     trivial = [bench.table(f"baselines-{name}", partial(without_model, task.train, task.test)).assign(task=name)
                for name, task in tasks.items()]
-    tables = {"items": items, "runs": [runs.drop(columns="choices")], "unions": sparsity, "baselines": trivial}
+    tables = {"items": items, "runs": [runs.drop(columns="choices")], "unions": sparsity,
+              "baselines": trivial}
     if told: tables["relations"] = [table.assign(task=name) for name, table in told.items()]
     return bench.finished(FinetuneStudy(
-        masks=work.masks, tables={name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()},
+        masks=work.masks, tables={name: pd.concat(parts, ignore_index=True)
+                                  for name, parts in tables.items()},
         config=config_of(bench, work, given), model_name=work.masks[0].space.model.name, seconds=bench.seconds,
         folder=bench.folder, notes=tuple(_notes(work, tasks)), tasks=dict(tasks), relations=relations))
 
@@ -399,10 +418,12 @@ def _items(run: Any, test: Choices) -> pd.DataFrame:
 # %% ../../nbs/recipes/26_finetune.ipynb #44635f7f
 def _notes(work: _Work, tasks: Mapping[str, ChoiceTask]) -> Iterator[str]:
     "What a reader must be told."
-    yield from few_note("test questions", {name: len(task.test) for name, task in tasks.items()})
+    yield from few_note("test questions", {name: len(task.test)
+                                           for name, task in tasks.items()})
     for name, task in tasks.items():
         rows = [digest([row["question"], row["choices"]]) for row in task.test]
-        if shared := len(set(rows) & {digest([row["question"], row["choices"]]) for row in task.search}):
+        looked = {digest([row["question"], row["choices"]]) for row in task.search}
+        if shared := len(looked.intersection(rows)):
             yield (f"{name}: {shared:,} test questions are development questions, too: what is chosen by them looks "
                    "better than it is.")
         head = Chooser(work.model, task.test, length=work.settings["length"])
@@ -442,7 +463,8 @@ def _bars(study: FinetuneStudy) -> Figure:
     curve = study.curve()
     most = curve[curve.n == curve.groupby("task").n.transform("max")]
     table = most.rename(columns={"under": "condition", "mean": "value"})
-    return curves.bars(table, colour="task", title="Accuracy after fine-tuning", label="share of right answers")
+    return curves.bars(table, colour="task", title="Accuracy after fine-tuning",
+                       label="share of right answers")
 
 
 def _curve(curve: pd.DataFrame) -> Figure:
@@ -471,5 +493,6 @@ def published_finetuning() -> pd.DataFrame:      # task, model, full, full_std, 
 
 def published_unions() -> pd.DataFrame:      # task, relations
     "Whose masks were joined for BERT, as published (Ren & Zhu 2022, table 8)."
-    rows = [{"task": task, "relations": "+".join(by_numbers(some))} for task, some in _TABLE_8.items()]
+    rows = [{"task": task, "relations": "+".join(by_numbers(some))}
+            for task, some in _TABLE_8.items()]
     return pd.DataFrame(rows)

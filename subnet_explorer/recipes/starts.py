@@ -99,6 +99,8 @@ def arms_of(
     "Everything that is compared."
     first, found = next(iter(unions.values())), [Arm("full")]
     for way in ("start", "held") if held else ("start",):
-        found += [Arm(f"union {way}", mask, way == "held", seed) for seed, mask in unions.items()]
-        found += [Arm(f"random {way}", first.random_like(i), way == "held", draw=i) for i in range(random)]
+        found += [Arm(f"union {way}", mask, way == "held", seed) for seed,
+                  mask in unions.items()]
+        found += [Arm(f"random {way}", first.random_like(i), way == "held", draw=i)
+                  for i in range(random)]
     return found

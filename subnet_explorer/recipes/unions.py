@@ -30,7 +30,7 @@ from ..model.apply import evaluating, masked
 from .relations import RelationMasks, check_one_start
 
 # %% auto #0
-__all__ = ['JOINS', 'SEARCHES', 'Relations', 'joined', 'Joiner', 'check_weights', 'joined_table', 'joiners', 'Asker',
+__all__ = ['JOINS', 'Relations', 'SEARCHES', 'joined', 'Joiner', 'check_weights', 'joined_table', 'joiners', 'Asker',
            'places_text', 'places_of', 'split_names', 'all_combinations', 'search_combinations', 'check_joining',
            'mined_relations', 'most_mined']
 
@@ -70,7 +70,8 @@ class Joiner:
         first = next(iter(masks.values())).space
         for mask in masks.values(): same_space(first, mask.space, "join")
         self.masks, self.how, self.share = masks, how, share
-        self.weights = {r: float((weights or {}).get(r, 0.0 if weights else 1.0)) for r in masks}
+        self.weights = {r: float((weights or {}).get(r, 0.0 if weights else 1.0))
+                        for r in masks}
         self.space = first
         self.bytes = {r: np.frombuffer(b"".join(m.packed), np.uint8) for r, m in masks.items()}
         self.ends = np.cumsum([len(part) for part in next(iter(masks.values())).packed]).tolist()
@@ -137,7 +138,8 @@ def joined_table(
         parts = (masks if seed is None else masks.sel(seed=seed)).by("task")
         joiner = Joiner(parts, how, weights, share)
         for some in combinations:
-            each = np.array([parts[r].sparsity for r in check_names(some, parts, "relation with a mask")])
+            each = np.array([parts[r].sparsity
+                             for r in check_names(some, parts, "relation with a mask")])
             unrelated = {"union": each.prod(), "intersection": 1 - (1 - each).prod()}
             rows.append({"seed": seed, "relations": "+".join(some), "masks": each.mean(),
                          "sparsity": joiner.of(some).sparsity, "expected": unrelated.get(how, np.nan)})
@@ -149,7 +151,8 @@ def joiners(
     share: float = 0.5,
 ) -> dict[Any, Joiner]:
     "What joins the masks of relations, for every seed."
-    return {seed: Joiner(masks.sel(seed=seed).by("task"), how, weights, share) for seed in masks.seeds}
+    return {seed: Joiner(masks.sel(seed=seed).by("task"), how, weights, share)
+            for seed in masks.seeds}
 
 
 @dataclass
@@ -200,11 +203,7 @@ def places_of(text: str) -> list[int]:
     "Places from a cell of a table."
     return [int(place) for place in text.split()]
 
-# %% ../../nbs/recipes/22_unions.ipynb #154f5c28
-SEARCHES = ("greedy", "exhaustive")
-"How combinations are searched."
-
-
+# %% ../../nbs/recipes/22_unions.ipynb #c780f58e
 Relations = tuple[str, ...]
 "A combination of relations."
 
@@ -212,6 +211,10 @@ Relations = tuple[str, ...]
 def split_names(text: str) -> Relations:
     "The relations of a combination as tables name it."
     return tuple(text.split("+"))
+
+# %% ../../nbs/recipes/22_unions.ipynb #154f5c28
+SEARCHES = ("greedy", "exhaustive")
+"How combinations are searched."
 
 
 def all_combinations(relations: Sequence[str], sizes: Sequence[int]) -> Iterator[Relations]:
@@ -233,7 +236,8 @@ def search_combinations(
         raise SubnetError(f"combinations of {sizes} relations cannot be made of {len(relations)}: give sizes from 1 to "
                           f"{len(relations)}.")
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
-    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some, found in tried.items()]
+    rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found}
+            for some, found in tried.items()]
     table = pd.DataFrame(rows).assign(searched=len(rows))
     best_first = {"ascending": [False, True], "kind": "stable", "ignore_index": True}
     return table.sort_values(["accuracy", "size"], **best_first)
@@ -251,7 +255,8 @@ def _greedy(accuracy: _Accuracy, relations: Sequence[str], sizes: Sequence[int])
     "Add the relation that helps most, one after another; those of the sizes asked for count."
     tried, best = _Tried(), Relations()
     while len(best) < sizes[-1]:
-        wider = [tuple(r for r in relations if r in (*best, new)) for new in relations if new not in best]
+        wider = [tuple(r for r in relations if r in (*best, new))
+                 for new in relations if new not in best]
         found = {some: accuracy(*some) for some in wider}
         best = max(found, key=lambda some: found[some])      # of equally good ones the earliest
         tried |= found
@@ -301,7 +306,8 @@ def mined_relations(
     texts = [_phrases(row["question"].replace("[MASK]", " ")) for row in questions]
     answers = [_phrases(row["choices"][row["label"]]) for row in questions]
     half = max(1, len(answers) // 2)      # neighbours are often twins
-    counts, chance = (_met(pairs, texts, some) for some in (answers, [*answers[half:], *answers[:half]]))
+    counts, chance = (_met(pairs, texts, some)
+                      for some in (answers, [*answers[half:], *answers[:half]]))
     rows = [{"relation": r, "questions": counts[r], "share": counts[r] / len(texts), "shuffled": chance[r]}
             for r in wanted]
     table = pd.DataFrame(rows)
@@ -328,7 +334,8 @@ def _pairs_of(graph: Facts, relations: Sequence[str]) -> _Pairs:
 def _phrases(text: str) -> set[str]:
     "All runs of up to so many words."
     words = _TOKEN.findall(text.lower())
-    return {" ".join(words[i:i + n]) for n in range(1, 1 + _LONGEST) for i in range(1 + len(words) - n)}
+    return {" ".join(words[i:i + n]) for n in range(1, 1 + _LONGEST)
+            for i in range(1 + len(words) - n)}
 
 
 def most_mined(
@@ -348,5 +355,6 @@ def _met(
     counts = Counter[str]()
     for text, answer in zip(texts, answers, strict=True):
         known = (pairs[phrase] for phrase in text if phrase in pairs)
-        counts.update({r for objects in known for phrase in objects.keys() & answer for r in objects[phrase]})
+        counts.update({r for objects in known for phrase in objects.keys() & answer
+                       for r in objects[phrase]})
     return counts
