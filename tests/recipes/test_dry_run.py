@@ -65,7 +65,8 @@ def test_a_ready_file_is_a_study_as_published(name, nothing_is_read):
     assert set(written) - {"recipe"} <= {option.name for option in recipe_options(recipe)}
     assert made.values["published"] is True and made.values["out"] == f"runs/papers/{name}"
     lines = FILES[name].read_text().splitlines()
-    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1] and name.startswith(OF[recipe.name])
+    assert lines[0] == f"# {title_of(FILES[name])}" and PAPERS[recipe.name] in lines[1]
+    assert name.startswith(OF[recipe.name])
     models = written.get("sweep", {}).get("model") or [written["model"]]
     assert not any(Path(model).is_absolute() for model in models) and "pocket" not in str(written)
     for c in recipe.clauses:
