@@ -54,7 +54,7 @@ _GATHERED = {
     "pieces": ("look.tables", "look.views"),
     "plots": (
         "look.style", "look.paper", "look.figure", "look.masks", "look.agreement", "look.curves", "look.models",
-        "look.report", "look.answer_map",
+        "look.report", "look.answer_map", "look.relation_figures",
     ),
     "represent": ("measure.vectors", "measure.attention"),
     "score": ("search.score", "search.prune"),

@@ -20,11 +20,11 @@ from ..core.errors import SubnetError
 from ..core.escape import from_cell
 from ..core.files import reading
 from ..core.numbers import Count, PartShare, Seed
-from .stated import statement
+from .stated import statement, statement_name
 
 # %% auto #0
-__all__ = ['PLAUSIBILITY', 'COLUMNS', 'Key', 'BadAnnotations', 'annotation_rows', 'fact_key', 'read_annotations', 'verdicts',
-           'annotation_agreement']
+__all__ = ['PLAUSIBILITY', 'COLUMNS', 'Key', 'BadAnnotations', 'annotation_rows', 'fact_key', 'fact_name', 'read_annotations',
+           'check_annotations', 'verdicts', 'annotation_agreement']
 
 # %% ../../nbs/data/16_annotations.ipynb #b331b0da
 PLAUSIBILITY = ("plausible", "not", "unclear")
@@ -51,14 +51,13 @@ def annotation_rows(path: Path) -> list[tuple[int, dict[str, str]]]:      # numb
     first = text.partition("\n")[0]
     between = next((sign for sign in ",;\t" if sign in first), ",")
     lines = csv.reader(io.StringIO(text), delimiter=between)
-    header = [_ALSO.get(name.strip().lower(),
-                        name.strip().lower()) for name in next(lines, [])]
+    names = [name.strip().lower() for name in next(lines, [])]
+    header = [_ALSO.get(name, name) for name in names]
     if not header: return []
     if missing := [name for name in COLUMNS if name not in (*header, "annotator")]:
         raise BadAnnotations(f"{path.name} has no column {missing[0]}: found {', '.join(header)}, expected "
                              f"{', '.join(COLUMNS)}.")
-    return [(lines.line_num,
-             _named(path, lines.line_num, header, cells)) for cells in lines if any(cells)]
+    return [(n, _named(path, n, header, cells)) for cells in lines if any(cells) for n in [lines.line_num]]
 
 
 def _named(path: Path, n: int, header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
@@ -72,19 +71,26 @@ Key = tuple[str, str, str]      # relation, subject, object, as they are compare
 
 
 @checked
-def fact_key(row: Mapping[str, Any]) -> Key:
-    "A fact as it is compared, of a row with the columns relation, sub and obj."
-    return statement(str(row["relation"]), str(row["sub"]), str(row["obj"]), {})
+def fact_key(
+    row: Mapping[str, Any],                             # with relation, sub and obj
+    inverses: Mapping[str, str] | None = None,          # relations that turn round; nothing: none
+) -> Key:
+    "A fact as it is compared."
+    return statement(str(row["relation"]), str(row["sub"]), str(row["obj"]), inverses or {})
+
+
+@checked
+def fact_name(row: Mapping[str, Any]) -> str:      # row: with relation, sub and obj
+    "The same as one text."
+    return statement_name(fact_key(row))
 
 
 @checked
 def read_annotations(
-    source: str | Path | Sequence[str | Path],       # a file for all, or one a person
-    labels: Sequence[str] = PLAUSIBILITY,            # those that can be given
-    proposals: pd.DataFrame | None = None,           # columns relation, sub, obj: every fact
-                                                     # must be one of these
-) -> pd.DataFrame:                                   # columns relation, sub, obj, annotator,
-                                                     # label
+    source: str | Path | Sequence[str | Path],      # a file for all, or one a person
+    labels: Sequence[str] = PLAUSIBILITY,           # those that can be given
+    proposals: pd.DataFrame | None = None,          # every fact must be one of these (relation, sub, obj)
+) -> pd.DataFrame:                                  # columns relation, sub, obj, annotator, label
     "Read what people said of facts; raise `BadAnnotations` with file and line where that cannot be used."
     files = [Path(source)] if isinstance(source, (str, Path)) else list(map(Path, source))
     known = None if proposals is None else set(map(fact_key, proposals.to_dict("records")))
@@ -95,6 +101,18 @@ def read_annotations(
             _check_row(f"{path.name}, line {n}", row, labels, known, said)
             found.append({name: row[name] for name in COLUMNS})
     return pd.DataFrame(found, columns=COLUMNS)
+
+# %% ../../nbs/data/16_annotations.ipynb #8b76ef96
+@checked
+def check_annotations(
+    table: pd.DataFrame,                       # made otherwise than by `read_annotations`
+    labels: Sequence[str] = PLAUSIBILITY,      # those that can be given
+) -> None:
+    "Raise `BadAnnotations` for a table that no file could hold: columns, labels, two labels of one person."
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise BadAnnotations(f"the annotations have no column {missing[0]}: expected {', '.join(COLUMNS)}.")
+    said: dict[tuple[str, Key], str] = {}
+    for i, row in enumerate(table.to_dict("records")): _check_row(f"row {i}", row, labels, None, said)
 
 
 def _check_row(
@@ -116,13 +134,14 @@ def _check_row(
 @checked
 def verdicts(
     annotations: pd.DataFrame,                       # from `read_annotations`
-    labels: Sequence[str] = PLAUSIBILITY,            # the last stands where no label has more
-                                                     # than half
+    labels: Sequence[str] = PLAUSIBILITY,            # the last stands where none has more than half
+    inverses: Mapping[str, str] | None = None,       # relations that turn round; nothing: none
 ) -> pd.DataFrame:      # columns relation, sub, obj, annotators, a column a label, verdict
     "Count the labels of every fact, and say what more than half of its annotators say."
     rows: dict[Key, dict[str, Any]] = {}
     for said in annotations.to_dict("records"):
-        row = rows.setdefault(fact_key(said), {**{n: said[n] for n in COLUMNS[:3]}, **dict.fromkeys(labels, 0)})
+        row = {**{name: said[name] for name in COLUMNS[:3]}, **dict.fromkeys(labels, 0)}
+        row = rows.setdefault(fact_key(said, inverses), row)
         row[said["label"]] += 1
     for row in rows.values():
         n = sum(row[label] for label in labels)
@@ -138,11 +157,10 @@ def annotation_agreement(
     level: PartShare = 0.95,
     samples: Count = 1000,
     seed: Seed = 0,
-) -> pd.DataFrame:      # one row: annotators, items, left_out, categories, agreement, chance,
-                        # kappa, low, high, note
+) -> pd.DataFrame:      # one row: annotators, items, left_out, categories, agreement, chance, kappa, low, high, note
     "Fleiss' kappa of what people said of facts; `nan` with a note where it is undefined."
     people = annotations.annotator.nunique()
-    table = pd.DataFrame({"item": [" ".join(fact_key(row)) for row in annotations.to_dict("records")],
+    table = pd.DataFrame({"item": [fact_name(row) for row in annotations.to_dict("records")],
                           "annotator": annotations.annotator, "label": annotations.label})
     ratings = table.pivot(index="item", columns="annotator", values="label")
     if ratings.empty or not (ratings.notna().sum(axis=1) > 1).any():
@@ -152,6 +170,5 @@ def annotation_agreement(
                                  **dict.fromkeys(("agreement", "chance", "kappa", "low", "high"), np.nan),
                                  "note": f"undefined: {said}"}
     else: found = annotator_kappa(ratings, level, samples, seed)
-    columns = ["items", "left_out", "categories", "agreement", "chance", "kappa", "low",
-               "high", "note"]
+    columns = ["items", "left_out", "categories", "agreement", "chance", "kappa", "low", "high", "note"]
     return pd.DataFrame([{"annotators": people, **{name: found[name] for name in columns}}])

@@ -69,8 +69,8 @@ class Choices(Sequence[dict[str, Any]]):
         "Draw `n` questions, in order and in the same shares for every place of the right answer."
         if n >= len(self): return self
         picked = sorted(_balanced(self.gold, seed)[:n])
-        return replace(self, items=tuple(self.items[i] for i in picked),
-                       name=f"{self.name}[{len(picked)}]")
+        items = tuple(self.items[i] for i in picked)
+        return replace(self, items=items, name=f"{self.name}[{len(picked)}]")
 
     def __len__(self) -> int: return len(self.items)
     def __iter__(self) -> Iterator[dict[str, Any]]: return iter(self.items)
@@ -119,9 +119,8 @@ def _copa(said: _Row) -> _Row:
         raise BadChoices(f"the question is {kind!r} where cause or effect was expected.")
     choices, word = [said["choice1"], said["choice2"]], "so" if kind == "effect" else "because"
     question = f"{premise} {word}" if premise else ""
-    return dict(question=question, choices=choices, label=_place(said["label"], 2),
-                id=said["idx"], kind=kind,
-                scored=premise)
+    label = _place(said["label"], 2)
+    return dict(question=question, choices=choices, label=label, id=said["idx"], kind=kind, scored=premise)
 
 
 def _commonsense(said: _Row) -> _Row:
@@ -144,50 +143,44 @@ def _commonsense(said: _Row) -> _Row:
 def _arct(said: _Row) -> _Row:
     reason, claim = _bare(said["reason"]), _bare(said["claim"])
     scored = f"{reason} so {claim}" if reason and claim else ""
+    question, warrants = scored and f"{scored} since", [said["warrant0"], said["warrant1"]]
     label = _place(said["correctLabelW0orW1"], 2)
-    return dict(question=scored and f"{scored} since", choices=[said["warrant0"], said["warrant1"]], label=label,
-                id=said["#id"], scored=scored)
+    return dict(question=question, choices=warrants, label=label, id=said["#id"], scored=scored)
 
 # %% ../../nbs/data/14_choices.ipynb #56a9449c
 def _swag(said: _Row) -> _Row:
     endings = [said[f"ending{i}"] for i in range(4)]
     text = f"{said['sent1']} {said['sent2'] or ''}".strip()
-    return dict(question=text, choices=endings, label=_place(said["label"], 4),
-                id=said.get("video-id"))
+    return dict(question=text, choices=endings, label=_place(said["label"], 4), id=said.get("video-id"))
 
 
 def _hellaswag(said: _Row) -> _Row:
     endings = list(said["endings"])
-    return dict(question=said["ctx"], choices=endings,
-                label=_place(said["label"], len(endings)), id=said.get("ind"))
+    label = _place(said["label"], len(endings))
+    return dict(question=said["ctx"], choices=endings, label=label, id=said.get("ind"))
 
 
 def _anli(said: _Row) -> _Row:
     said = {**{ours: said[theirs] for theirs, ours in _ART.items() if theirs in said}, **said}
     question = f"{said['obs1'].strip()} [MASK] {said['obs2'].strip()}"
-    return dict(question=question, choices=[said["hyp1"], said["hyp2"]],
-                label=_place(said["label"], 2, 1),
-                id=said.get("story_id"))
+    label = _place(said["label"], 2, 1)
+    return dict(question=question, choices=[said["hyp1"], said["hyp2"]], label=label, id=said.get("story_id"))
 
 
-_ART = {"observation_1": "obs1", "observation_2": "obs2", "hypothesis_1": "hyp1",
-        "hypothesis_2": "hyp2"}
+_ART = {f"{long}_{i}": f"{short}{i}" for long, short in (("observation", "obs"), ("hypothesis", "hyp")) for i in (1, 2)}
 
 
 def _cosmosqa(said: _Row) -> _Row:
     answers = [said[f"answer{i}"] for i in range(4)]
     question = f"{said['context'].strip()} {said['question'].strip()}"
-    return dict(question=question, choices=answers, label=_place(said["label"], 4),
-                id=said.get("id"))
+    return dict(question=question, choices=answers, label=_place(said["label"], 4), id=said.get("id"))
 
 # %% ../../nbs/data/14_choices.ipynb #901bf9f6
 def _winogrande(said: _Row) -> _Row:
     if said["sentence"].count("_") != 1:
         raise BadChoices(f"there is not exactly one gap _ in {said['sentence']!r}.")
-    options = [said["option1"], said["option2"]]
-    return dict(question=said["sentence"].replace("_", "[MASK]"), choices=options,
-                label=_place(said["answer"], 2, 1),
-                id=said.get("qID"))
+    question, options = said["sentence"].replace("_", "[MASK]"), [said["option1"], said["option2"]]
+    return dict(question=question, choices=options, label=_place(said["answer"], 2, 1), id=said.get("qID"))
 
 
 def _winograd(said: _Row) -> _Row:
@@ -195,52 +188,60 @@ def _winograd(said: _Row) -> _Row:
     if text[at:at + len(pronoun)] != pronoun:
         raise BadChoices(f"the pronoun {pronoun!r} does not stand at {at}, where the text reads {text[at:at + 20]!r}.")
     question = f"{text[:at]}[MASK]{text[at + len(pronoun):]}"
-    return dict(question=question, choices=options, label=_place(said["label"], len(options)),
-                id=None)
+    return dict(question=question, choices=options, label=_place(said["label"], len(options)), id=None)
+
+
+def _wsc(said: _Row) -> _Row:
+    spans = said.get("target", said)
+    words, place, pronoun = said["text"].split(), int(spans["span2_index"]), spans["span2_text"]
+    for i in (place, place + 1):      # in the published files some are one word too early
+        rest = " ".join(words[i:])
+        if found := re.match(rf"(\W*){re.escape(pronoun)}(?!\w)", rest): break
+    else:
+        said_there = " ".join(words[place:])[:20]
+        raise BadChoices(f"the pronoun {pronoun!r} is not word {place}, where the text reads {said_there!r}.")
+    question = f"{' '.join(words[:i])} {found[1]}[MASK]{rest[found.end():]}"
+    right = said["label"]
+    label = int(right) if isinstance(right, bool) else _place(right, 2)
+    return dict(question=question, choices=[spans["span1_text"]], label=label, id=said.get("idx"))
 
 
 def _comve(said: _Row) -> _Row:
-    against = _place(said["label"], 2)
-    return dict(question="[MASK]", choices=[said["sent0"], said["sent1"]], label=1 - against,
-                id=said.get("id"))
+    against, sentences = _place(said["label"], 2), [said["sent0"], said["sent1"]]
+    return dict(question="[MASK]", choices=sentences, label=1 - against, id=said.get("id"))
 
 
 def _cats(said: _Row) -> _Row:
     sentences = said["sentences"]
-    return dict(question="[MASK]", choices=sentences,
-                label=_place(said["label"], len(sentences)), id=None)
+    return dict(question="[MASK]", choices=sentences, label=_place(said["label"], len(sentences)), id=None)
 
 
 def _plain(said: _Row) -> _Row:
     choices = list(said["choices"])
-    return {**said, "choices": choices, "label": _place(said["label"], len(choices)),
-            "id": said.get("id")}
+    return {**said, "choices": choices, "label": _place(said["label"], len(choices)), "id": said.get("id")}
 
 # %% ../../nbs/data/14_choices.ipynb #d8121ac6
 @dataclass(frozen=True)
 class ChoiceFormat:
     "How questions are written in files."
     name: str
-    keys: tuple[str, ...]                      # by which a line is told from those of other formats
+    keys: tuple[str, ...]                                 # by which a line is told from those of other formats
     read: Callable[[dict[str, Any]], dict[str, Any]]      # gives the row of a line
-    answer: str = "label"                      # the key of the answer, which test parts lack
+    answer: str = "label"                                 # the key of the answer, which test parts lack
+    several: bool = False                                 # a line has one choice, and a question several lines
 
 
 _FORMATS = (
     ChoiceFormat("copa", ("premise", "choice1", "choice2", "question"), _copa),
-    ChoiceFormat("commonsenseqa", ("question", "choices", "answerKey"), _commonsense,
-                 "answerKey"),
-    ChoiceFormat("arct", ("warrant0", "warrant1", "reason", "claim"), _arct,
-                 "correctLabelW0orW1"),
-    ChoiceFormat("swag", ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3"),
-                 _swag),
+    ChoiceFormat("commonsenseqa", ("question", "choices", "answerKey"), _commonsense, "answerKey"),
+    ChoiceFormat("arct", ("warrant0", "warrant1", "reason", "claim"), _arct, "correctLabelW0orW1"),
+    ChoiceFormat("swag", ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3"), _swag),
     ChoiceFormat("hellaswag", ("ctx", "endings"), _hellaswag),
     ChoiceFormat("anli", ("obs1", "obs2", "hyp1", "hyp2", *_ART), _anli),
-    ChoiceFormat("cosmosqa", ("context", "answer0", "answer1", "answer2", "answer3"),
-                 _cosmosqa),
-    ChoiceFormat("winogrande", ("sentence", "option1", "option2", "answer"), _winogrande,
-                 "answer"),
+    ChoiceFormat("cosmosqa", ("context", "answer0", "answer1", "answer2", "answer3"), _cosmosqa),
+    ChoiceFormat("winogrande", ("sentence", "option1", "option2", "answer"), _winogrande, "answer"),
     ChoiceFormat("winograd", ("text", "pronoun", "pronoun_loc", "options"), _winograd),
+    ChoiceFormat("wsc", ("text", "target", "span1_text", "span2_text", "span2_index"), _wsc, several=True),
     ChoiceFormat("comve", ("sent0", "sent1"), _comve),
     ChoiceFormat("cats", ("sentences",), _cats),
     ChoiceFormat("plain", ("question", "choices", "label"), _plain),
@@ -264,22 +265,18 @@ _ENDINGS = (".jsonl", ".tsv", ".csv", ".txt")
 
 @checked
 def read_choices(
-    source: str | Path,           # "pocket", "pocket:RELATION+RELATION", a .jsonl, .tsv, .csv or .txt file, perhaps
-                                  # with .gz, a folder, or "datasets:NAME[/CONFIG]"; perhaps "FORMAT:" before it
+    source: str | Path,           # "pocket", "pocket:RELATION+RELATION", a .jsonl, .tsv, .csv or .txt file,
+                                  # perhaps with .gz, a folder, or "datasets:NAME[/CONFIG]"; perhaps "FORMAT:" before
     part: str = "train",          # "train", "dev" or "test"; a file is what it is
     format: str | None = None,    # one of `FORMATS`; None: as each line looks
 ) -> Choices:
     "Read multiple-choice questions; raise `BadChoices` with file and line where they are broken."
     check_names([part], PART_NAMES, "part")
     format, source = _without_format(source, format)
-    if re.fullmatch("pocket(:.*)?", str(source)): return _of_pocket(str(source), part)
+    if _is_pocket(source): return _of_pocket(str(source), part)
     where, lines = _said(source, part)
-    rows = [_row(n, said, format, where) for n, said in lines]
-    if not rows: raise BadChoices(f"there is no question in {where}.")
-    found = {name for name, _ in rows}
-    if len(found) > 1: raise BadChoices(f"{where} has lines in several formats: {', '.join(sorted(found))}.")
     name = Path(where).name if not str(source).startswith("datasets:") else where
-    return Choices(tuple(row for _, row in rows), found.pop(), name)
+    return _put_together([_row(n, said, format, where) for n, said in lines], where, name)
 
 
 def _without_format(source: str | Path, format: str | None) -> tuple[str | None, str | Path]:
@@ -287,6 +284,9 @@ def _without_format(source: str | Path, format: str | None) -> tuple[str | None,
     if format is not None: check_names([format], FORMATS, "format of questions")
     before, colon, rest = str(source).partition(":")
     return (before, rest) if colon and before in FORMATS else (format, source)
+
+
+def _is_pocket(source: str | Path) -> bool: return bool(re.fullmatch("pocket(:.*)?", str(source)))
 
 
 def _of_pocket(source: str, part: str) -> Choices:
@@ -308,6 +308,34 @@ def _moved(row: dict[str, Any], i: int) -> dict[str, Any]:
     at = i % len(row["choices"])
     return {**row, "choices": [*others[:at], row["choices"][row["label"]], *others[at:]], "label": at}
 
+# %% ../../nbs/data/14_choices.ipynb #3548eb1b
+def _put_together(rows: Sequence[tuple[str, dict[str, Any]]], where: str, name: str) -> Choices:
+    "Questions from rows with their formats."
+    if not rows: raise BadChoices(f"there is no question in {where}.")
+    formats = {format for format, _ in rows}
+    if len(formats) > 1: raise BadChoices(f"{where} has lines in several formats: {', '.join(sorted(formats))}.")
+    format = formats.pop()
+    items, skipped = [row for _, row in rows], Counter[str]()
+    if FORMATS[format].several: items = list(_of_several(items, skipped))
+    why = ", ".join(f"{n:,} {what}" for what, n in skipped.items())
+    if not items: raise BadChoices(f"there is no question in {where}: {why}.")
+    return Choices(tuple(items), format, name, dict(skipped))
+
+
+def _of_several(rows: Sequence[dict[str, Any]], skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    "Questions from rows with one candidate each; a label of 1 says that it is right."
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows: groups.setdefault(row["question"], []).append(row)
+    for question, group in groups.items():
+        right, others = ({row["choices"][0] for row in group if bool(row["label"]) == is_right}
+                         for is_right in (True, False))
+        choices = list(dict.fromkeys(row["choices"][0] for row in group))
+        if len(choices) == 1: skipped["with one candidate only"] += 1
+        elif len(right) != 1 or right & others: skipped["without exactly one right candidate"] += 1
+        else:
+            ids = "+".join(row["id"] for row in group)
+            yield dict(question=question, choices=choices, label=choices.index(right.pop()), id=ids)
+
 # %% ../../nbs/data/14_choices.ipynb #ae4ea7cb
 _Lines = Iterator[tuple[int, Any]]      # numbered; each a mapping, unless it is broken
 
@@ -324,9 +352,8 @@ def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # name of t
     if ending is None:
         wanted = f"expected {', '.join(_ENDINGS)}, possibly with .gz."
         raise BadChoices(f"cannot tell the format of {path.name}: {wanted}")
-    read = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines,
-            ".txt": _cats_lines}[ending]
-    return str(path), read(path)
+    readers = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines, ".txt": _cats_lines}
+    return str(path), readers[ending](path)
 
 
 def _file_of(folder: Path, part: str) -> Path:
@@ -382,8 +409,7 @@ def _named(rows: Iterator[tuple[int, list[str]]]) -> _Lines:
     "Rows of a table by the names in its first line."
     names = [name.strip() for name in next(rows, (0, []))[1]]
     for n, cells in rows:
-        yield n, dict(zip(names, cells,
-                          strict=True)) if len(cells) == len(names) else (names, cells)
+        yield n, dict(zip(names, cells, strict=True)) if len(cells) == len(names) else (names, cells)
 
 
 def _cats_lines(path: Path) -> _Lines:
@@ -393,7 +419,11 @@ def _cats_lines(path: Path) -> _Lines:
 
 # %% ../../nbs/data/14_choices.ipynb #e6c9af8e
 def _row(
-    n: int, said: Any, format: str | None, where: str, at: str = ", line ",
+    n: int,
+    said: Any,                 # a mapping; cells with other names than columns are broken
+    format: str | None,
+    where: str,
+    at: str = ", line ",
 ) -> tuple[str, dict[str, Any]]:      # format, row
     "Read one question."
     known, where = None, f"{where}{at}{n}"
@@ -403,8 +433,9 @@ def _row(
             raise BadChoices(f"{len(cells)} columns where {len(names)} were expected ({', '.join(names)[:60]}).")
         if not isinstance(said, dict): raise BadChoices("not a JSON object.")
         known = FORMATS[format] if format else _format_of(said)
-        return known.name, _checked({**(row := known.read(said)),
-                                     "id": str(n if row["id"] is None else row["id"])})
+        row = known.read(said)
+        named = {**row, "id": str(n if row["id"] is None else row["id"])}
+        return known.name, _checked(named, least=1 if known.several else 2)
     except BadChoices as e: raise BadChoices(f"{where}: {e}") from None
     except KeyError as e:
         key = e.args[0]
@@ -417,24 +448,28 @@ def _row(
 # %% ../../nbs/data/14_choices.ipynb #a772583a
 @checked
 def as_choices(
-    rows: Sequence[Mapping[str, Any]],      # as lines of any format, e.g. of
-                                            # `pocket_tasks.choices`, or plain ones
+    rows: Sequence[Mapping[str, Any]],      # as lines of any format
     name: str = "questions",                # for messages
 ) -> Choices:
     "Take rows for questions; raise `BadChoices` with the number of one that cannot be asked."
     if isinstance(rows, Choices): return rows
     found = [_row(n, dict(said), None, f"{name}, row", " ") for n, said in enumerate(rows)]
     if not found: raise BadChoices("there is nothing to choose: no question was given.")
-    return Choices(tuple(row for _, row in found), found[0][0], name)
+    return _put_together(found, name, name)
 
 
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
+_OPTIONAL = ("scored", "concept", "kind")
+
+
+def _checked(row: dict[str, Any], least: int = 2) -> dict[str, Any]:      # least: choices
     "Raise unless a question can be asked."
-    for what, text in (("question", row["question"]),
-                       *(("choice", c) for c in row["choices"])):
+    row = {key: value for key, value in row.items() if key not in _OPTIONAL or value is not None}
+    texts = [("question", row["question"]), *(("choice", c) for c in row["choices"])]
+    texts += [(key, row[key]) for key in _OPTIONAL if key in row]
+    for what, text in texts:
         if not isinstance(text, str) or not text.strip():
             raise BadChoices(f"a {what} is {text!r} where some text was expected.")
-    if len(row["choices"]) < 2:
+    if len(row["choices"]) < least:
         raise BadChoices("there is nothing to choose from: a question needs at least two choices.")
     if row["question"].count("[MASK]") > 1:
         raise BadChoices(f"a question can leave out one place at most, found {row['question'].count('[MASK]')} [MASK].")
@@ -453,7 +488,8 @@ class ChoiceTask:
     name: str
     train: Choices
     search: Choices
-    test: Choices      # nothing is chosen by these
+    test: Choices                        # nothing is chosen by these
+    facts_known: bool | None = None      # whether it was said which facts were learned from; None: there are none
 
     def __post_init__(self) -> None:
         for part, data in self.parts.items():
@@ -472,6 +508,11 @@ class ChoiceTask:
         for part in self.parts.values(): counts.update(part.skipped)
         return dict(counts)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        "What a reader of scores must be told."
+        return () if self.facts_known is not False else (_UNSAID.format(self.name),)
+
     def identity(self) -> dict[str, Any]:
         "Say what the parts hold."
         return {part: {"data": data.fingerprint, "n": len(data)} for part, data in self.parts.items()}
@@ -480,34 +521,36 @@ class ChoiceTask:
         sizes = ", ".join(f"{len(data):,} to {part}" for part, data in self.parts.items())
         return visible(f"ChoiceTask({self.name}: {sizes}; chance {self.test.chance:.3f})")
 
+
+_UNSAID = ("{}: its questions are about facts, and nobody said which of them masks were trained on; these may have "
+           "been asked about. Give known, in a shell --trained-on.")
+
 # %% ../../nbs/data/14_choices.ipynb #cbbb51f3
 @checked
 def choice_task(
     source: str | Path,                  # as in `read_choices`
     name: str | None = None,             # None: as the source is called
     *,
-    search: OptionShare = 0.5,           # share of the training questions by which something
-                                         # is chosen
-    limit_search: Count | None = None,   # at most so many of these …
-    test: Count | None = None,           # … and so many to report on
-    known: Sequence[str] = (),           # uuids of facts that are not asked about
+    search: OptionShare = 0.5,            # share of the training questions by which something is chosen
+    limit_search: Count | None = None,    # at most so many of these …
+    test: Count | None = None,            # … and so many to report on
+    known: Sequence[str] | None = None,   # uuids of facts that are not asked about, e.g. since masks know them
     seed: Seed = 0,
 ) -> ChoiceTask:
     "Read the three parts of a task."
     learn, report = _learned_and_reported(source, search, seed)
-    if str(source).startswith("pocket"): held = read_choices(source, "dev")
+    if _is_pocket(source): held = read_choices(source, "dev")
     else: held, learn = _parted(learn, search, seed)
-    parts = [_without(data, known) for data in (learn, held, report)]
-    for k, n in ((1, limit_search), (2, test)):
-        if n is not None: parts[k] = parts[k].take(n, seed)
-    return ChoiceTask(name or Path(str(source)).name, *parts)
+    learn, held, report = (_without(data, known or ()) for data in (learn, held, report))
+    if limit_search is not None: held = held.take(limit_search, seed)
+    if test is not None: report = report.take(test, seed)
+    facts_known = known is not None if any("uuid" in row for row in report) else None
+    return ChoiceTask(name or Path(str(source)).name, learn, held, report, facts_known)
 
 # %% ../../nbs/data/14_choices.ipynb #bfd2797d
-def _learned_and_reported(
-    source: str | Path, share: float, seed: int,
-) -> tuple[Choices, Choices]:
+def _learned_and_reported(source: str | Path, share: float, seed: int) -> tuple[Choices, Choices]:
     "The training questions, and those that are reported on."
-    if str(source).startswith("pocket"):
+    if _is_pocket(source):
         return read_choices(source, "train"), read_choices(source, "test")
     path = source_path(_without_format(source, None)[1], BadChoices)
     if path.is_file():
@@ -518,20 +561,24 @@ def _learned_and_reported(
 
 def _parted(data: Choices, share: float, seed: int) -> tuple[Choices, Choices]:
     "A share of the questions, and the rest; the same questions stay together."
-    units = sorted({row["question"] for row in data})
+    units = sorted(set(map(_unit, data)))
     if len(units) < 2:
         raise BadChoices(f"{data.name} has {len(units)} questions, too few to set some aside: give more.")
     n = min(len(units) - 1, max(1, round(share * len(units))))
     aside = {units[i] for i in np.random.default_rng(seed).choice(len(units), n, replace=False)}
-    apart = tuple(row for row in data if row["question"] in aside)
-    rest = tuple(row for row in data if row["question"] not in aside)
+    apart = tuple(row for row in data if _unit(row) in aside)
+    rest = tuple(row for row in data if _unit(row) not in aside)
     return replace(data, items=apart, skipped={}), replace(data, items=rest)
+
+
+def _unit(row: Mapping[str, Any]) -> tuple[str, ...]:
+    "What must not stand in two parts: the question, or the sentences where there is nothing else."
+    return tuple(sorted(row["choices"])) if row["question"] == "[MASK]" else (row["question"],)
 
 
 def _without(data: Choices, known: Sequence[str]) -> Choices:
     "The questions about no known fact; the others are counted."
     gone = set(known)
     rows = tuple(row for row in data if row.get("uuid") not in gone)
-    lost = len(data) - len(rows)
-    return replace(data, items=rows,
-                   skipped={**data.skipped, "about a known fact": lost}) if lost else data
+    if not (lost := len(data) - len(rows)): return data
+    return replace(data, items=rows, skipped={**data.skipped, "about a known fact": lost})

@@ -15,16 +15,15 @@ from .facts import Facts
 from .graphs import concept
 
 # %% auto #0
-__all__ = ['INVERSES', 'Statement', 'IN_GRAPH', 'INVERSE', 'FOLLOWS', 'TURNED', 'ITSELF', 'SAME', 'spelling', 'statement',
-           'Stated']
+__all__ = ['INVERSES', 'Statement', 'IN_GRAPH', 'INVERSE', 'FOLLOWS', 'TURNED', 'ITSELF', 'SAME', 'spelling', 'statement_name',
+           'statement', 'Stated']
 
 # %% ../../nbs/data/15_stated.ipynb #dc45a59f
 _IRREGULAR = {
     "children": "child", "feet": "foot", "geese": "goose", "men": "man", "mice": "mouse",
-    "people": "person",
-    "teeth": "tooth", "women": "woman",
-    **{plural: plural[:-3] + "f" for plural in ("calves", "halves", "leaves", "loaves", "shelves", "thieves",
-                                                "wolves", "scarves")},
+    "people": "person", "teeth": "tooth", "women": "woman",
+    **{plural: plural[:-3] + "f" for plural in (
+        "calves", "halves", "leaves", "loaves", "shelves", "thieves", "wolves", "scarves")},
     **{plural: plural[:-3] + "fe" for plural in ("knives", "lives", "wives")},
 }
 _VOWEL = re.compile("[aeiouy]")
@@ -62,12 +61,17 @@ def spelling(words: str) -> str:
 INVERSES: dict[str, str] = {
     "PartOf": "HasA",
     "DesireOf": "Desires",
-    **{name: name for name in ("RelatedTo", "Synonym", "Antonym", "DistinctFrom", "SimilarTo",
-                               "LocatedNear",
-                               "EtymologicallyRelatedTo")},
+    **{name: name for name in (
+        "RelatedTo", "Synonym", "Antonym", "DistinctFrom", "SimilarTo", "LocatedNear", "EtymologicallyRelatedTo")},
 }
 "Relations by name, and what they are called the other way round; in either direction."
 Statement = tuple[str, str, str]      # relation, subject, object, as they are compared
+
+
+@checked
+def statement_name(said: Statement) -> str:
+    "One text for a statement, another one for every other; its parts have no tabs."
+    return "\t".join(said)
 
 
 @checked
@@ -78,8 +82,9 @@ def statement(
     inverses: Mapping[str, str] | None = None,      # None: `INVERSES`
 ) -> Statement:
     "Write a fact as it is compared, in one of its two directions where it has two."
-    turned = _turned(INVERSES if inverses is None else inverses).get(relation.lower())
-    one = (relation.lower(), _spelled(subject), _spelled(object))
+    relation = " ".join(relation.lower().split())
+    turned = _turned(INVERSES if inverses is None else inverses).get(relation)
+    one = (relation, _spelled(subject), _spelled(object))
     return one if turned is None else min(one, (turned, one[2], one[1]))
 
 

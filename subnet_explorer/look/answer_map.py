@@ -23,9 +23,8 @@ MOST = 40
 
 @checked
 def answer_map(
-    table: pd.DataFrame,                  # from `who_answers`: columns relation, sub, obj,
-                                          # mask, and of the rank
-    rank: str = "rank",                   # or "filtered"
+    table: pd.DataFrame,      # from `who_answers`: columns relation, sub, obj, mask, and of the rank
+    rank: str = "rank",       # or "filtered"
     title: str = "Which masks answer",
 ) -> Figure:
     "Draw the reciprocal rank of the right word of every question under every mask."
@@ -42,16 +41,14 @@ def answer_map(
     grid = grid.reindex(index=order, columns=masks).astype(float)
     width = 330 + 7 * min(90, max(map(len, order))) + 62 * min(12, len(masks))
     height = 190 + 44 * len(order)
-    fig = set_layout(go.Figure(), title, width, height,
-                     coloraxis=color_axis(0, 1, "reciprocal rank"))
+    fig = set_layout(go.Figure(), title, width, height, coloraxis=color_axis(0, 1, "reciprocal rank"))
     add_heat(fig, 1 / grid, "reciprocal rank", small=_places(grid))
     return Figure(fig, table.reset_index(drop=True), _in_words(grid, title))
 
 
 def _places(grid: pd.DataFrame) -> np.ndarray:
     "Ranks as small text."
-    return np.vectorize(lambda v: "" if np.isnan(v) else f"rank {v:g}",
-                        otypes=[str])(grid.to_numpy(float))
+    return np.vectorize(lambda v: "" if np.isnan(v) else f"rank {v:g}", otypes=[str])(grid.to_numpy(float))
 
 
 def _in_words(grid: pd.DataFrame, title: str) -> str:

@@ -18,7 +18,7 @@ from subnet_explorer.data.annotations import (
     PLAUSIBILITY,
     BadAnnotations,
     annotation_rows,
-    fact_key,
+    fact_name,
     read_annotations,
 )
 
@@ -40,13 +40,11 @@ class FactsAnnotator(Labeller):
 
     def __init__(
         self,
-        proposals: pd.DataFrame,                  # columns relation, sub, obj, and prompt if
-                                                  # there are sentences
-        to: str | Path,                           # .csv file, of one or several annotators;
-                                                  # continued if it exists
-        annotator: str,                           # whose labels these are
+        proposals: pd.DataFrame,      # columns relation, sub, obj, and prompt if there is one
+        to: str | Path,               # .csv file of one or several people; continued if it exists
+        annotator: str,               # whose labels these are
         labels: Sequence[str] = PLAUSIBILITY,
-        seed: Seed | None = 0,                    # order of presentation; None: as given
+        seed: Seed | None = 0,        # order of presentation; None: as given
     ) -> None:
         self.annotator, self.facts = annotator, _facts_of(proposals, annotator, labels)
         own = None if seed is None else _own_seed(seed, annotator)
@@ -67,7 +65,7 @@ def _facts_of(
         raise BadAnnotations(f"the labels are {', '.join(labels) or 'none'}: give from two to nine different ones.")
     facts: dict[str, dict[str, Any]] = {}
     for row in proposals.to_dict("records"):
-        facts.setdefault(" ".join(fact_key(row)), dict(row))
+        facts.setdefault(fact_name(row), dict(row))
     return facts
 
 
@@ -112,7 +110,7 @@ def _own_labels(a: FactsAnnotator, to: Path, labels: Sequence[str]) -> dict[str,
     "What this annotator has said of these facts already."
     if not to.exists(): return {}
     read_annotations(to, labels)
-    own = {" ".join(fact_key(row)): row["label"] for _, row in annotation_rows(to) if row["annotator"] == a.annotator}
+    own = {fact_name(row): row["label"] for _, row in annotation_rows(to) if row["annotator"] == a.annotator}
     for name in own:
         if name in a.facts: continue
         raise BadAnnotations(f"{to.name} has a label of {a.annotator} for {name!r}, which is not among these "
@@ -123,15 +121,16 @@ def _own_labels(a: FactsAnnotator, to: Path, labels: Sequence[str]) -> dict[str,
 def _write_annotations(
     a: FactsAnnotator, to: Path, labels: Sequence[str], given: Mapping[str, str],
 ) -> None:
-    "Write the rows of all annotators, those of this one as they are now."
+    "Write the rows of this annotator as they are now; all that was not said here stays."
     rows = [row for _, row in annotation_rows(to)] if to.exists() else []
     if to.exists(): read_annotations(to, labels)
-    own = {" ".join(fact_key(row)): row for row in rows if row["annotator"] == a.annotator}
-    others = [row for row in rows if row["annotator"] != a.annotator]
-    mine = [{**_row_of(a, name), **own.get(name, {}),
-             "label": given[name]} for name in a.sheet.names if name in given]
-    table = pd.DataFrame([*others, *mine], columns=list(dict.fromkeys([*COLUMNS, *(n for row in rows for n in row)])))
-    atomic_write(to, csv_text(table))
+    own = {fact_name(row): row for row in rows if row["annotator"] == a.annotator}
+    said_here = {*given, *a.labels}      # labels that were taken back are in the second
+    others = [row for row in rows if row["annotator"] != a.annotator or fact_name(row) not in said_here]
+    mine = [{**_row_of(a, name), **own.get(name, {}), "label": given[name]}
+            for name in a.sheet.names if name in given]
+    columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+    atomic_write(to, csv_text(pd.DataFrame([*others, *mine], columns=list(columns))))
 
 
 def _row_of(a: FactsAnnotator, name: str) -> dict[str, str]:

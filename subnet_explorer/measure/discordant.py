@@ -19,7 +19,7 @@ from ..core.pairs import Unpaired, sign_test
 from ..data.facts import Facts
 
 # %% auto #0
-__all__ = ['Discordant', 'discordant']
+__all__ = ['PICKS', 'Discordant', 'discordant', 'Picked', 'pick']
 
 # %% ../../nbs/measure/10_discordant.ipynb #e27957e2
 _QUESTION = ["relation", "sub", "obj", "uuid"]
@@ -157,3 +157,72 @@ def _with_prompts(found: Discordant, table: pd.DataFrame, questions: Facts | Non
     table.insert(1 + len(_QUESTION), "prompt", [f.prompt if f else "" for f in picked])
     chosen = replace(questions, items=tuple(f for f in picked if f), name=f"{questions.name}/discordant", skipped={})
     return replace(found, table=table, facts=chosen)
+
+# %% ../../nbs/measure/10_discordant.ipynb #05a6fc46
+PICKS = {
+    "gained": "that only the subnetwork answers",
+    "lost": "that only the full model answers",
+    "changed": "whose right word has another rank under the subnetwork",
+}
+"Rules by which examples are picked."
+_ORDER = dict.fromkeys(("gained", "lost"), "margins") | {"changed": "changes"}
+
+
+@checked
+@dataclass(frozen=True)
+class Picked:
+    "Questions that a rule picked, and of how many."
+    rule: str
+    facts: Facts
+    matching: Natural           # questions that the rule fits
+    asked: Natural              # of all models
+    models: Sequence[str]
+
+    @property
+    def heading(self) -> str:
+        "The rule, and how many questions it fits."
+        several = " in each of " + ", ".join(self.models) if len(self.models) > 1 else ""
+        if self.rule == "changed": several = several.replace("each", "some")
+        return (f"{len(self.facts)} of {self.matching} questions {PICKS[self.rule]}{several}, "
+                f"the greatest {_ORDER[self.rule]} first; {self.asked} were asked.")
+
+# %% ../../nbs/measure/10_discordant.ipynb #2dcc6dd8
+@checked
+def pick(
+    items: Mapping[str, pd.DataFrame],      # by model: from `cloze`, under full and subnetwork
+    questions: Facts,
+    rule: str = "gained",                   # one of `PICKS`
+    n: Count = 6,                           # at most so many
+) -> Picked:
+    "Pick examples by a rule; raise `Unpaired` where no question was asked of all models."
+    check_names([rule], PICKS, "rule")
+    models = [_contrast(table) for table in items.values()]
+    facts = {(f.relation, f.subject, f.object, f.uuid): f for f in questions}
+    same = [key for key in facts if all(key in model.index for model in models)]
+    if not same:
+        named = ", ".join(items) or "the models"
+        raise Unpaired(f"no question was asked of all of {named}: ask them the same ones.")
+    models = [model.loc[same] for model in models]
+    size = {"gained": "margin", "lost": "margin", "changed": "change"}[rule]
+    sign = -1 if rule == "lost" else 1
+    sizes = pd.concat([sign * model[size] for model in models], axis=1)
+    fits = pd.concat([model[rule] for model in models], axis=1)
+    order, fit = sizes.min(axis=1), fits.all(axis=1)
+    if rule == "changed": order, fit = sizes.mean(axis=1), fits.any(axis=1)
+    found = order[fit].sort_values(ascending=False, kind="stable").index
+    some = tuple(facts[key] for key in found[:n])
+    chosen = replace(questions, items=some, name=f"{questions.name}/{rule}", skipped={})
+    return Picked(rule, chosen, len(found), len(same), tuple(items))
+
+
+def _contrast(
+    items: pd.DataFrame,
+) -> pd.DataFrame:      # gained, lost, changed, margin, change
+    "What the subnetwork changes of every question."
+    check_names(["full", "subnetwork"], items["under"].unique(), "condition")
+    full, own = (_side(items[items["under"] == name], 1) for name in ("full", "subnetwork"))
+    full = full.reindex(own.index)
+    change = (own["rank"] / full["rank"]).map(math.log).abs()
+    return pd.DataFrame({
+        "gained": own.answers & ~full.answers, "lost": ~own.answers & full.answers,
+        "changed": change > 0, "margin": own.logprob - full.logprob, "change": change})

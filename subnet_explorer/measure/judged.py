@@ -16,6 +16,7 @@ from subnet_explorer.data.annotations import (
     PLAUSIBILITY,
     BadAnnotations,
     annotation_agreement,
+    check_annotations,
     read_annotations,
     verdicts,
 )
@@ -25,7 +26,7 @@ from ..core.errors import SubnetError
 from ..core.intervals import estimate
 from ..core.numbers import Count
 from ..data.facts import Facts
-from ..data.stated import Stated, statement
+from ..data.stated import INVERSES, Stated, statement
 
 # %% auto #0
 __all__ = ['Judge', 'Truth', 'truth_of', 'precision_at', 'by_chance']
@@ -63,8 +64,7 @@ class Truth:
 
 @checked
 def truth_of(
-    against: Any,      # Facts; a table or .csv file of annotations, or several files; or a
-                       # function
+    against: Any,      # Facts; a table or .csv file of annotations, or several files; or a function
     inverses: Mapping[str, str] | None = None,      # relations the other way round; None: `INVERSES`
 ) -> Truth:
     "Make a judge; raise `BadAnnotations` for annotations that cannot be used."
@@ -74,8 +74,10 @@ def truth_of(
         return Truth(lambda r, s, o: statement(r, s, o, inverses) in true, "facts")
     if callable(against): return Truth(against, "function")
     said = against if isinstance(against, pd.DataFrame) else read_annotations(against)
+    check_annotations(said)
+    told = verdicts(said, inverses=INVERSES if inverses is None else inverses)
     found = {statement(r.relation, r.sub, r.obj, inverses): r.verdict == PLAUSIBILITY[0]
-             for r in verdicts(said).itertuples()}
+             for r in told.itertuples()}
     return Truth(lambda r, s, o: found.get(statement(r, s, o, inverses)), "annotations", said)
 
 # %% ../../nbs/measure/14_judged.ipynb #90622f29
@@ -91,10 +93,9 @@ def precision_at(
     for under, part in lists.groupby("under", sort=False):
         each = [of.sort_values("place") for _, of in part.groupby(["seed", "draw"], dropna=False, sort=False)]
         for n in k:
-            rows.append({"under": under, "k": n,
-                         **_shares([of[of.place <= n].true.dropna() for of in each])})
-    return pd.DataFrame(rows, columns=["under", "k", "value", "low", "high", "judged",
-                                       "lists"])
+            shares = _shares([of[of.place <= n].true.dropna() for of in each])
+            rows.append({"under": under, "k": n, **shares})
+    return pd.DataFrame(rows, columns=["under", "k", "value", "low", "high", "judged", "lists"])
 
 
 def _shares(lists: Sequence[pd.Series]) -> dict[str, Any]:
@@ -114,20 +115,24 @@ def by_chance(
     graph: Facts,
     k: Sequence[Count] = (10, 20, 50, 100),
     inverses: Mapping[str, str] | None = None,
+    hypernym: str = "IsA",        # the relation that leads to hypernyms
 ) -> dict[int, float]:            # by k; nothing where people judge, who see no random objects
     "Precision of a random object of the right relation, for the subjects of the first `k` proposals."
     if truth.by == "annotations" or proposals.empty: return {}
-    stated = Stated.by(graph, inverses)
+    stated = Stated.by(graph, inverses, hypernym)
     objects = {r: list(dict.fromkeys(f.object for f in graph[r])) for r in graph.relations}
     rows = proposals[proposals.place <= max(k)].sort_values("place")
-    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth,
-                          stated) for r in rows.itertuples()]
-    return {n: float(np.mean(shares[:n])) for n in k}
+    shares = [_share_true(r.relation, r.sub, objects.get(r.relation, []), truth, stated)
+              for r in rows.itertuples()]
+    known = {n: [share for share in shares[:n] if share is not None] for n in k}
+    return {n: float(np.mean(some)) for n, some in known.items() if some}
 
 
 def _share_true(
     relation: str, subject: str, objects: Sequence[str], truth: Truth, stated: Stated,
-) -> float:
+) -> float | None:
+    "The share of new objects that is true, of those that are judged; None if none of them is."
     new = [word for word in objects if not stated.why(relation, subject, word)]
-    return sum(truth.judge(relation, subject,
-                           word) is True for word in new) / len(new) if new else 0.0
+    if not new: return 0.0
+    said = [judged for word in new if (judged := truth.judge(relation, subject, word)) is not None]
+    return sum(said) / len(said) if said else None

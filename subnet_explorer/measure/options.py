@@ -25,7 +25,7 @@ from ..model.sequences import Sequences
 from .ask import check_finite, first_block_changed_by
 
 # %% auto #0
-__all__ = ['SCORES', 'Probe', 'askable', 'OptionReader', 'plausibility']
+__all__ = ['SCORES', 'Probe', 'askable', 'check_fills_gaps', 'check_readable', 'OptionReader', 'plausibility']
 
 # %% ../../nbs/measure/12_options.ipynb #4dc4313b
 SCORES = ("logprob", "pll", "published")
@@ -46,8 +46,7 @@ def _pieces(row: Mapping[str, Any], option: str, score: str) -> list[tuple[str, 
     if not before.startswith(scored): scored = before
     gap = " " if before and (not mask or before.endswith(" ")) else ""
     pieces = [(scored.rstrip(), "question"), (before[len(scored):].rstrip(), ""),
-              (gap + option, "option"),
-              (after.rstrip(), "question")]
+              (gap + option, "option"), (after.rstrip(), "question")]
     wanted = "option" if score == "pll" or not (before + after).strip() else "question"
     return [(text, role == wanted) for text, role in pieces if text.strip()]
 
@@ -62,8 +61,7 @@ class _Coder:
 
     def of(self, text: str) -> list[int]:
         if text not in self.known:
-            self.known[text] = self.tok(text, add_special_tokens=False,
-                                        verbose=False).input_ids
+            self.known[text] = self.tok(text, add_special_tokens=False, verbose=False).input_ids
         return self.known[text]
 
     def probes(self, row: Mapping[str, Any], option: str, score: str) -> Iterator[Probe]:
@@ -75,6 +73,7 @@ class _Coder:
             raise BadChoices(_OTHER_TOKENS.format(id=row["id"]))
         self.check(ids, row, option)
         flags = [scored for part, (_, scored) in zip(coded, pieces, strict=True) for _ in part]
+        if not any(flags): raise BadChoices(_NO_TOKEN.format(id=row["id"], option=option[:40]))
         for p, scored in enumerate(flags, len(self.first)):
             if scored: yield Probe((*ids[:p], self.tok.mask_token_id, *ids[p + 1:]), p, ids[p])
 
@@ -86,6 +85,8 @@ class _Coder:
 
 _OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of the joined sentence: "
                  "this tokenizer cannot be used here.")
+_NO_TOKEN = ("question {id}: with the option {option!r} there is no token to score, so that nothing can be said of it: "
+             "correct it, or leave it out.")
 _TOO_LONG = ("question {id}: it has {n} tokens with the option {option!r}, and the model reads at most {most}: "
              "shorten it, or leave it out.")
 
@@ -118,21 +119,49 @@ def _published_probes(coder: _Coder, row: Mapping[str, Any], option: str) -> Ite
         text = " ".join([*words[:i], tok.mask_token, *words[i + 1:], *behind])
         ids = tok(text, verbose=False).input_ids
         coder.check(ids, row, option)
-        yield Probe(tuple(ids), ids.index(tok.mask_token_id),
-                    tok.convert_tokens_to_ids(words[i]))
+        yield Probe(tuple(ids), ids.index(tok.mask_token_id), tok.convert_tokens_to_ids(words[i]))
 
 # %% ../../nbs/measure/12_options.ipynb #eabf9098
 @checked
 def askable(
-    questions: Sequence[Mapping[str, Any]], score: str = "logprob",
+    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`
+    score: str = "logprob",                      # one of `SCORES`
 ) -> list[dict[str, Any]]:
     "The questions that are asked: as published, without those in which the concept does not stand verbatim."
     asked = as_choices(questions)
     if score != "published": return list(asked)
     found = [row for row in asked if _published_words(row) is not None]
-    if not found:
-        raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
+    if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
     return found
+
+
+def check_fills_gaps(model: nn.Module, tok: Any, score: str) -> None:
+    "Raise `SubnetError` unless the model can be asked in this way."
+    check_names([score], SCORES, "score of options")
+    check_head(model)
+    if tok.mask_token_id is None:
+        raise SubnetError("this way of choosing masks the tokens of a question: it needs a masked model.")
+
+
+def _probes(coder: _Coder, row: Mapping[str, Any], option: str, score: str) -> Iterator[Probe]:
+    "What is masked of a question with an option."
+    if score == "published": return _published_probes(coder, row, option)
+    return coder.probes(row, option, score)
+
+
+@checked
+def check_readable(
+    model: nn.Module,
+    tok: Any,
+    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`
+    score: str = "logprob",                      # one of `SCORES`
+) -> None:
+    "Raise what `OptionReader` would raise of any of these questions; the model reads none of them."
+    check_fills_gaps(model, tok, score)
+    coder = _Coder(model, tok)
+    for row in askable(questions, score):
+        for option in row["choices"]:
+            for _ in _probes(coder, row, option, score): pass
 
 # %% ../../nbs/measure/12_options.ipynb #4025bf25
 @checked
@@ -145,12 +174,9 @@ class OptionReader:
         tok: Any,
         questions: Sequence[Mapping[str, Any]],      # as of `read_choices`
         score: str = "logprob",                      # one of `SCORES`
-        first: Natural = 0,                              # zero-based block from which masks differ
+        first: Natural = 0,                          # zero-based block from which masks differ
     ) -> None:
-        check_names([score], SCORES, "score of options")
-        check_head(model)
-        if tok.mask_token_id is None:
-            raise SubnetError("this way of choosing masks the tokens of a question: it needs a masked model.")
+        check_fills_gaps(model, tok, score)
         self.model, self.score, self.questions = model, score, askable(questions, score)
         lost = len(questions) - len(self.questions)
         self.counts = [len(row["choices"]) for row in self.questions]
@@ -188,9 +214,7 @@ def _encode(reader: OptionReader, tok: Any, first: int) -> None:
     read: list[tuple[int, int, int]] = []        # text, gold, option (among all options)
     options = [(row, option) for row in reader.questions for option in row["choices"]]
     for n, (row, option) in enumerate(options):
-        published = reader.score == "published"
-        probes = _published_probes(coder, row, option) if published else coder.probes(row, option, reader.score)
-        for p in probes:
+        for p in _probes(coder, row, option, reader.score):
             read.append((texts.setdefault((p.ids, p.position), len(texts)), p.gold, n))
     reader.read = np.array(sorted(read), np.int64).reshape(-1, 3)
     reader.positions = np.array([position for _, position in texts])
@@ -215,17 +239,15 @@ def _values(reader: OptionReader, part: np.ndarray, read: np.ndarray) -> np.ndar
 def plausibility(
     model: nn.Module,
     tok: Any,
-    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`, or rows in any format
-                                                 # that it knows
+    questions: Sequence[Mapping[str, Any]],      # as of `read_choices`, or rows of its formats
     under: Mask | Scores | None = None,
     score: str = "logprob",                      # one of `SCORES`
-) -> pd.DataFrame:                               # columns id, score1, score2, …, label,
-                                                 # choice, right
+) -> pd.DataFrame:      # id, score1, score2, …, label, choice, right
     "Choose the most plausible option of every question; raise `BadChoices` for what cannot be asked."
     reader = OptionReader(model, tok, questions, score, first_block_changed_by(model, under))
     with evaluating(model), masked(model, under): scores = reader.scores()
     table = pd.DataFrame(scores, columns=[f"score{i}" for i in range(1, 1 + scores.shape[1])])
     table.insert(0, "id", [row["id"] for row in reader.questions])
-    table = table.assign(label=[row["label"] for row in reader.questions],
-                         choice=reader.chosen(scores))
+    gold = [row["label"] for row in reader.questions]
+    table = table.assign(label=gold, choice=reader.chosen(scores))
     return table.assign(right=table.choice == table.label)

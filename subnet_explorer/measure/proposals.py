@@ -109,11 +109,9 @@ def propose(
     tok: Any,
     questions: Facts,                          # of one relation: see `questions_of`
     stated: Stated,                            # what the graph says
-    under: Mapping[str, Condition],            # conditions by name, the full model among them
-                                               # as "full"
+    under: Mapping[str, Condition],            # conditions by name, among them "full", the full model
     each: Count = 1,                           # proposals per question and condition
-    depth: Count = 50,                         # tokens that are looked at, the most probable
-                                               # first
+    depth: Count = 50,                         # tokens that are looked at, the most probable first
     objects: Sequence[str] | None = None,      # only these can be proposed; None: all words
     joined: str = "subnetwork",                # the condition whose draws are also taken together
 ) -> Proposals:
@@ -138,8 +136,7 @@ def propose(
 # %% ../../nbs/measure/13_proposals.ipynb #9c05a07d
 REMOVED = ["under", "draw", "relation", "sub", "obj", "why"]
 "Columns of what is left aside."
-PROPOSED = [*REMOVED[:-1], "prompt", "logprob", "rank", "full_logprob", "full_rank",
-            "logprobs", "ranks"]
+PROPOSED = [*REMOVED[:-1], "prompt", "logprob", "rank", "full_logprob", "full_rank", "logprobs", "ranks"]
 "Columns of what is proposed."
 _Drawn = dict[tuple[str, int], torch.Tensor]      # by condition and draw: log-probabilities, (question, vocabulary)
 
@@ -157,8 +154,8 @@ def _logprobs(
             check_finite(logits, "nothing can be proposed")
             found[name, draw] = logits.log_softmax(-1)
     several = [found[key] for key in found if key[0] == joined]
-    return {**found, (TOGETHER,
-                      0): torch.stack(several).mean(0)} if len(several) > 1 else found
+    if len(several) > 1: found[TOGETHER, 0] = torch.stack(several).mean(0)
+    return found
 
 # %% ../../nbs/measure/13_proposals.ipynb #1681b5cb
 @dataclass
@@ -177,8 +174,7 @@ class _Rows:
             best = logprobs.topk(min(self.depth, logprobs.shape[1])).indices.tolist()
             for i, question in enumerate(questions):
                 tokens = best[i] if objects is None else _tokens_of(words.tok, objects, question, logprobs[i])
-                named = {"under": under, "draw": draw, "relation": question.relation,
-                         "sub": question.subject}
+                named = {"under": under, "draw": draw, "relation": question.relation, "sub": question.subject}
                 for token, word, why in _walked(tokens, question, words, self.stated, self.each):
                     row = {**named, "obj": word or words.tok.decode([token]).strip()}
                     if why: self.removed.append({**row, "why": why})
@@ -189,8 +185,8 @@ class _Rows:
     def _seen(self, found: _Drawn, at: tuple[str, int], i: int, token: int) -> dict[str, Any]:
         "Log-probability and rank of a token under its condition, the full model, and each of the joined draws."
         own = found[at][i]
-        full, draws = found["full", 0][i], [of[i] for (name, _),
-                                            of in found.items() if name == self.joined]
+        full = found["full", 0][i]
+        draws = [of[i] for (name, _), of in found.items() if name == self.joined]
         return {"logprob": float(own[token]), "rank": _rank_of(own, token),
                 "full_logprob": float(full[token]), "full_rank": _rank_of(full, token),
                 "logprobs": [float(of[token]) for of in draws],

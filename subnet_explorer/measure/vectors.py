@@ -14,9 +14,10 @@ import pandas as pd
 
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
+from ..core.intervals import estimate
 from ..core.layout import is_causal
 from ..core.mask import Mask
-from ..core.numbers import Positive, Seed
+from ..core.numbers import Count, Positive, Seed
 from ..core.scores import Scores
 from ..data.facts import Facts
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from subnet_explorer.model.sequences import Prompts
 
 # %% auto #0
-__all__ = ['OneMask', 'SingleCondition', 'Vectors', 'vectors', 'tsne']
+__all__ = ['OneMask', 'SingleCondition', 'Vectors', 'vectors', 'tsne', 'separation']
 
 # %% ../../nbs/measure/04_vectors.ipynb #967dd56c
 @checked
@@ -133,17 +134,22 @@ def tsne(
             raise SubnetError(
                 f"t-SNE needs at least 4 points; {name!r} has {len(rows)}."
             )
-        if not np.isfinite(array).all() or not np.ptp(array, axis=0).any():
-            raise SubnetError(
-                f"the vectors under {name!r} are all equal or not finite, so there is nothing to lay out: "
-                "the subnetwork has lost every difference between its inputs at this position."
-            )
+        _check_spread(array, name)
         used = min(wanted, (len(rows) - 1) / 3)
         xy = TSNE(perplexity=used, init="pca", random_state=int(seed)).fit_transform(_of_usual_size(array))
         parts.append(rows.assign(x=xy[:, 0], y=xy[:, 1], perplexity=used))
     return pd.concat(parts)
 
 # %% ../../nbs/measure/04_vectors.ipynb #d0b9d827
+def _check_spread(array: np.ndarray, name: str) -> None:      # (row, hidden)
+    "Raise `SubnetError` for vectors that do not differ, or are not finite."
+    if np.isfinite(array).all() and np.ptp(array, axis=0).any(): return
+    raise SubnetError(
+        f"the vectors under {name!r} are all equal or not finite, so there is nothing to lay out: "
+        "the subnetwork has lost every difference between its inputs at this position."
+    )
+
+
 def _perplexity(asked: Any) -> float:
     "The perplexity to begin with; raise `SubnetError` for what is no positive number."
     if asked is None: return 30.0
@@ -158,3 +164,42 @@ def _of_usual_size(array: np.ndarray) -> np.ndarray:      # (row, hidden)
     x = x - x.mean(0)
     exponent = int(np.frexp(np.abs(x).max())[1])
     return np.ldexp(x, -exponent).astype(np.float32) if abs(exponent) > 8 else array
+
+# %% ../../nbs/measure/04_vectors.ipynb #5c2d4086
+@checked
+def separation(
+    vectors: Vectors,
+    k: Count = 10,           # nearest other facts; fewer if there are not as many
+) -> pd.DataFrame:           # columns under, k, value, low, high, chance, facts
+    "Share of nearest neighbours of a fact's own relation; raise `SubnetError` for one relation."
+    if vectors.table.relation.nunique() < 2:
+        raise SubnetError("to stand apart, there must be facts of two relations or more.")
+    rows = []
+    for name, table in vectors.table.groupby("under", sort=False):
+        array = vectors.array[(vectors.table.under == name).to_numpy()]
+        _check_spread(array, str(name))
+        relation, near = table.relation.to_numpy(), min(k, len(table) - 1)
+        own = _own_share(_of_usual_size(array), relation, near)
+        groups = [own[relation == r] for r in dict.fromkeys(relation)]
+        found = estimate(groups, ("fact",), bounds=(0, 1))
+        chance = np.mean([(len(g) - 1) / (len(own) - 1) for g in groups])
+        ends = {"value": found.mean, "low": found.low, "high": found.high}
+        rows.append({"under": name, "k": near, **ends, "chance": float(chance), "facts": len(own)})
+    return pd.DataFrame(rows)
+
+
+def _own_share(
+    array: np.ndarray,         # (row, hidden)
+    relation: np.ndarray,
+    k: int,
+) -> np.ndarray:               # (row,)
+    "For every row, the share of its `k` nearest others with its relation; ties count in part."
+    from scipy.spatial.distance import cdist
+    out = np.empty(len(array))
+    for i, row in enumerate(array):
+        far = np.delete(cdist(row[None], array)[0], i)
+        same = np.delete(relation == relation[i], i)
+        last = np.partition(far, k - 1)[k - 1]
+        nearer, tied = far < last, far == last
+        out[i] = (same[nearer].sum() + (k - nearer.sum()) * same[tied].mean()) / k
+    return out

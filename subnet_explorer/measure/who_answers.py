@@ -32,11 +32,8 @@ def who_answers(
     tok: Any,
     questions: Facts,
     masks: Masks,                      # label task: the relation
-    known: Facts | None = None,        # all true facts, for filtered ranks; the questions if
-                                       # not given
-) -> pd.DataFrame:      # by question and mask: relation, sub, obj, uuid, mask, rank, filtered,
-                        # logprob, right,
-                        # answer
+    known: Facts | None = None,        # all true facts, for filtered ranks; `questions` if not given
+) -> pd.DataFrame:      # relation, sub, obj, uuid, mask, rank, filtered, logprob, right, answer
     "Ask every question under the masks of every relation; raise `SubnetError` if there is no mask."
     if not len(masks): raise SubnetError("there is no mask to ask under: none was given.")
     check_names(["task"], masks.index.columns, "label")
@@ -45,9 +42,9 @@ def who_answers(
     items = cloze(model, tok, questions, {WHOLE: None, **_apart(under)}, known)
     rows = items.assign(right=(items["rank"] == 1).astype(float))
     by = rows.groupby(["relation", "sub", "obj", "uuid", "under"], sort=False)
-    found = by.agg(rank=("rank", "median"), filtered=("filtered", "median"),
-                   logprob=("logprob", "mean"),
-                   right=("right", "mean"), answer=("answer", _most_frequent))
+    found = by.agg(
+        rank=("rank", "median"), filtered=("filtered", "median"), logprob=("logprob", "mean"),
+        right=("right", "mean"), answer=("answer", _most_frequent))
     found = found.reset_index().rename(columns={"under": "mask"})
     place = found.groupby(["relation", "sub", "obj", "uuid"], sort=False).ngroup()
     return found.iloc[place.argsort(kind="stable")].reset_index(drop=True)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .answer import answer as answer
     from .complete import complete as complete
     from .critical import critical as critical
+    from .finetune import finetune as finetune
     from .lamp import lamp as lamp
     from .mine import mine as mine
     from .probe import probe as probe

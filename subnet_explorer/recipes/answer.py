@@ -5,6 +5,7 @@
 # %% ../../nbs/recipes/23_answer.ipynb #1bace365
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,36 +17,29 @@ import pandas as pd
 import plotly.graph_objects as go
 from torch import nn
 
-from subnet_explorer.recipes.unions import (
-    JOINS,
-    SEARCHES,
-    Asker,
-    Joiner,
-    joined_table,
-    mined_relations,
-    search_combinations,
-)
-
 from ..core.errors import SubnetError, check_names
 from ..core.layout import layout_of
 from ..core.masks import Masks
-from ..core.numbers import Count, Natural, Seed
+from ..core.numbers import Count, Natural, Positive, Seed, SomeShare
 from ..core.pairs import Pairs
 from ..core.space import digest, model_id
-from ..data.choices import ChoiceTask, OptionShare, choice_task
-from ..data.facts import Facts, answerable, read_facts, split
+from ..data.choices import Choices, ChoiceTask, OptionShare, choice_task
+from ..data.facts import Facts, Split, answerable, read_facts, split
 from ..look import curves
 from ..look.figure import Figure, add_heat, color_axis, set_layout
 from ..measure.baselines import baselines
-from ..measure.options import SCORES, OptionReader, askable
+from ..measure.options import askable, check_readable
+from . import unions
+from .cost import answer_cost
 from .papers import ANSWER
-from .relations import RelationMasks, check_one_start, relation_masks
+from .relations import RelationMasks, relation_masks
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 from .tasks import name_and_source
 
 # %% auto #0
-__all__ = ['CONTRASTS', 'MINED_TEXT', 'PUBLISHED_TEXT', 'PAPER_RELATIONS', 'AnswerStudy', 'read_reasoning', 'answer',
-           'published_accuracy', 'published_combinations']
+__all__ = ['CONTRASTS', 'POCKET', 'MINED_TEXT', 'PUBLISHED_TEXT', 'PAPER_RELATIONS', 'AnswerStudy', 'read_reasoning',
+           'told_facts', 'answer', 'of_what', 'without_model', 'others_of', 'by_numbers', 'published_accuracy',
+           'published_combinations']
 
 # %% ../../nbs/recipes/23_answer.ipynb #7f000dd0
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +94,7 @@ class AnswerStudy(Study):
         return _sections(self)
 
 # %% ../../nbs/recipes/23_answer.ipynb #16f1d361
-CONTRASTS = (("union", "full"), ("union", "random"), ("union", "mismatched"),
-             ("mined", "full"), ("oracle", "full"),
+CONTRASTS = (("union", "full"), ("union", "random"), ("union", "mismatched"), ("mined", "full"), ("oracle", "full"),
              ("oracle", "union"))
 "Conditions that are compared."
 
@@ -126,10 +119,8 @@ def _who(study: AnswerStudy, task: str) -> pd.DataFrame:
     both = pd.concat([full, singles], ignore_index=True)
     order = list(dict.fromkeys(both.relations))
     wide = both.pivot_table(index="item", columns="relations", values="right", aggfunc="mean", sort=False)[order]
-    rows = study.tasks[task].test
-    asked = both.drop_duplicates("item").set_index("item")
-    texts = {str(row.get("id", i)): row["question"] for i, row in enumerate(rows)}
-    wide.insert(0, "question", [texts.get(asked.id[item], "") for item in wide.index])
+    asked = askable(study.tasks[task].test, study.config["score"])
+    wide.insert(0, "question", [asked[item]["question"] for item in wide.index])
     return wide.rename_axis(columns=None)
 
 
@@ -156,64 +147,60 @@ def read_reasoning(
     model: nn.Module,
     tok: Any,
     *,
-    tasks: Sequence[str],                # [NAME=]SOURCE: pocket:RELATION+RELATION, copa:FOLDER
-                                         # or another format with
-                                         # a folder or file, datasets:NAME/CONFIG
+    tasks: Sequence[str],                # [NAME=]SOURCE: pocket:RELATION+RELATION, datasets:NAME/CONFIG, or a
+                                         # format with a folder or file, e.g. copa:FOLDER
     masks: str,                          # folder of a lamp study
-    graph: str | None = None,            # triples in which the relations of a task are mined:
-                                         # pocket, or a .tsv file
-    trained_on: str | None = None,       # facts on which the masks were found, as given to
-                                         # lamp; those of the training
-                                         # part are not asked about
+    graph: str | None = None,            # triples in which the relations of a task are mined: pocket, or a .tsv file
+    trained_on: str | None = None,       # facts by which the masks were found, as given to lamp: its training and
+                                         # development part is not asked about
     split_seed: Seed = 0,                # of the split of these facts
-    search: OptionShare = 0.5,           # share of the training questions by which
-                                         # combinations are chosen
+    search_share: OptionShare = 0.5,     # of the training questions, by which combinations are chosen
     limit_search: Count | None = 500,    # at most so many of these
     limit_test: Count | None = None,     # at most so many questions to report on
 ) -> dict[str, Any]:
     "Read tasks, masks and graph of a study as a shell names them."
-    known: tuple[str, ...] = ()
-    if trained_on is not None:
-        known = _uuids(split(answerable(read_facts(trained_on), tok), split_seed).train)
+    known = None if trained_on is None else told_facts(split(answerable(read_facts(trained_on), tok), split_seed))
     named = dict(map(name_and_source, tasks))
     if len(named) < len(tasks):
         raise SubnetError("two tasks have the same name: name them, e.g. mine=copa:FOLDER.")
-    how: dict[str, Any] = {"search": search, "limit_search": limit_search, "test": limit_test,
+    how: dict[str, Any] = {"search": search_share, "limit_search": limit_search, "test": limit_test,
                            "known": known}
     found = {name: choice_task(source, name, **how) for name, source in named.items()}
     return {"tasks": found, "masks": relation_masks(masks, model),
             "graph": read_facts(graph) if graph else None}
 
 
-def _uuids(facts: Facts) -> tuple[str, ...]: return tuple(fact.uuid for fact in facts)
+POCKET = {"score": "pll", "trained_on": "pocket", "split_seed": 0}
+"Settings that suit the pocket models: their world is asked about facts that no mask was told."
+
+
+def told_facts(parts: Split) -> list[str]:      # uuids
+    "Facts that masks have learned from, or were chosen by."
+    return [fact.uuid for fact in (*parts.train, *parts.dev)]
 
 # %% ../../nbs/recipes/23_answer.ipynb #75d19cc3
 @recipe("Answers under unions of relations", "Ren & Zhu 2022, Findings of NAACL",
-        read=read_reasoning, clauses=ANSWER,
-        pocket={"score": "pll"})
+        read=read_reasoning, clauses=ANSWER, pocket=POCKET, cost=answer_cost)
 def answer(
     model: nn.Module,
     tok: Any,
     tasks: Mapping[str, ChoiceTask],
-    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a
-                                           # lamp study
+    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a lamp study
     graph: Facts | None = None,            # triples in which the relations of a task are mined
     *,
-    score: str = "logprob",                # of an option: logprob (of the question's tokens),
-                                           # pll (of its own),
+    score: str = "logprob",                # of an option: logprob (of the question's tokens), pll (of its own),
                                            # published (raw logits)
     join: str = "union",                   # how masks are joined: union, intersection or vote
-                                           # (of half of them)
+    weights: Mapping[str, Positive] | None = None,      # of every relation in a vote; None: equal
+    share: SomeShare = 0.5,                # of the weight that must keep a coordinate, in a vote
     sizes: Sequence[Count] = (3, 4, 5),    # of combinations
-    search: str = "greedy",                # over combinations: greedy or exhaustive
+    search: str = "greedy",                # over combinations: greedy, or exhaustive, as published
     top: Count = 5,                        # relations that are mined in the graph
     random: Natural = 5,                   # random masks of the size of the union
     mismatched: Natural = 5,               # unions of as many other relations
-    oracle: bool = False,                  # also choose on the reported questions, as
-                                           # published
-    singles: bool = True,                  # also every relation alone, and the union without
-                                           # each of its relations
-    different_starts: bool = False,        # join masks that did not start alike
+    oracle: bool = False,                  # also choose on the reported questions, as published
+    singles: bool = True,                  # also every relation alone, and the union without each of its relations
+    different_starts: bool = False,        # join masks that did not start alike, as published
     published: bool = False,               # what is not given is set as in the paper
     to: str | Path | None = None,          # folder for tables
     progress: bool = True,
@@ -222,46 +209,43 @@ def answer(
     settings = settings_of(answer, locals())
     found_masks = relation_masks(masks, model)
     _check(model, tok, tasks, found_masks, graph, settings)
-    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress,
-                  dict(tasks), settings)
+    bench = Bench(_identity(model, tasks, found_masks, graph, settings), to, progress, dict(tasks), settings)
     work = _Work(bench, model, tok, found_masks, graph, settings)
-    found = dict(zip(tasks, bench.work("task", [{"task": name} for name in tasks], partial(_one_task, work, tasks)),
-                     strict=True))
-    return bench.finished(_study(work, tasks, found))
+    found = bench.work("task", [{"task": name} for name in tasks], partial(_one_task, work, tasks))
+    return bench.finished(_study(work, tasks, dict(zip(tasks, found, strict=True))))
 
 # %% ../../nbs/recipes/23_answer.ipynb #28a73882
 def _check(
     model: nn.Module, tok: Any, tasks: Mapping[str, ChoiceTask], masks: RelationMasks,
-    graph: Facts | None,
-    settings: Mapping[str, Any],
+    graph: Facts | None, settings: Mapping[str, Any],
 ) -> None:
     "Refuse what cannot be done before a folder is made."
-    check_names([settings["score"]], SCORES, "score of options")
-    check_names([settings["join"]], JOINS, "way to join masks")
-    check_names([settings["search"]], SEARCHES, "search over combinations")
+    check_names([settings["search"]], unions.SEARCHES, "search over combinations")
     if not tasks: raise SubnetError("there is no task to answer: give at least one.")
-    if max(settings["sizes"]) > len(masks.relations):
-        raise SubnetError(f"combinations of {max(settings['sizes'])} relations cannot be made of "
-                          f"{len(masks.relations)} relation masks: give smaller sizes, or more masks.")
-    if not settings["different_starts"]:
-        for seed in masks.seeds: check_one_start(masks.sel(seed=seed))
+    joining = (settings[name] for name in ("sizes", "join", "weights", "different_starts"))
+    unions.check_joining(masks, *joining)
     for task in tasks.values():
-        OptionReader(model, tok, askable(task.test, settings["score"])[:1], settings["score"])
-        if graph is not None: mined_relations(graph, task.search, masks.relations)
+        for part in (task.search, task.test): check_readable(model, tok, part, settings["score"])
+        if graph is not None: unions.mined_relations(graph, task.search, masks.relations)
 
 
 def _identity(
     model: nn.Module, tasks: Mapping[str, ChoiceTask], masks: RelationMasks,
-    graph: Facts | None,
-    settings: Mapping[str, Any],
+    graph: Facts | None, settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     "What tells this study from others."
-    asked = {name: task.identity() for name, task in tasks.items()}
     kept = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
-    found = digest([[*map(str, labels.values()), mask.id] for labels, mask in masks])
-    return {"recipe": "answer", "model": str(model_id(model, layout_of(model, whole=False))),
-            "tasks": asked,
-            "masks": found, "graph": graph and graph.fingerprint, **kept}
+    return {"recipe": "answer", **of_what(model, tasks, masks, graph), **kept}
+
+
+def of_what(
+    model: nn.Module, tasks: Mapping[str, ChoiceTask], masks: RelationMasks, graph: Facts | None,
+) -> dict[str, Any]:
+    "Model and data of a study of questions under unions."
+    return {"model": str(model_id(model, layout_of(model, whole=False))),
+            "tasks": {name: task.identity() for name, task in tasks.items()},
+            "masks": digest([[*map(str, labels.values()), mask.id] for labels, mask in masks]),
+            "graph": graph and graph.fingerprint}
 
 # %% ../../nbs/recipes/23_answer.ipynb #3d93c3f8
 @dataclass
@@ -274,17 +258,19 @@ class _Work:
     graph: Facts | None
     settings: Mapping[str, Any]
 
-    def asker(self, questions: Any) -> Asker:
-        "Questions, ready to be asked under the masks of every seed."
-        first = max(0, min(self.masks[0].space.layers))
-        masks = {seed: self.masks.sel(seed=seed).by("task") for seed in self.masks.seeds}
-        joiners = {seed: Joiner(own, self.settings["join"]) for seed, own in masks.items()}
-        reader = OptionReader(self.model, self.tok, questions, self.settings["score"], first)
-        return Asker(self.model, reader, joiners)
+    @property
+    def joining(self) -> tuple[Any, ...]:
+        "How masks are joined."
+        return tuple(self.settings[name] for name in ("join", "weights", "share"))
 
-    def searched(self, ask: Asker) -> pd.DataFrame:
+    def asker(self, questions: Choices) -> unions.Asker:
+        "Questions, ready to be asked under the masks of every seed."
+        own = unions.joiners(self.masks, *self.joining)
+        return unions.Asker.of(self.model, self.tok, questions, own, self.settings["score"])
+
+    def searched(self, ask: unions.Asker) -> pd.DataFrame:
         "Combinations with their accuracy on the questions, the best first."
-        return search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"],
+        return unions.search_combinations(ask.accuracy, self.masks.relations, self.settings["sizes"],
                                    self.settings["search"])
 
 
@@ -295,52 +281,41 @@ def _one_task(
     name, bench = labels["task"], work.bench
     task = tasks[name]
     searched = bench.table(f"searched-{name}", lambda: work.searched(work.asker(task.search)))
-    answers = bench.table(f"answers-{name}",
-                          lambda: _answers(work, task, _split(searched.relations[0])))
-    trivial = bench.table(f"baselines-{name}", lambda: _trivial(task))
-    return {"searched": searched.assign(task=name), "answers": answers,
-            "baselines": trivial.assign(task=name)}
+    chosen = unions.split_names(searched.relations[0])
+    answers = bench.table(f"answers-{name}", lambda: _answers(work, task, chosen))
+    trivial = bench.table(f"baselines-{name}", lambda: without_model([*task.train, *task.search], task.test))
+    return {"searched": searched.assign(task=name), "answers": answers, "baselines": trivial.assign(task=name)}
 
 
-def _split(text: str) -> tuple[str, ...]: return tuple(text.split("+"))
-
-
-def _trivial(task: ChoiceTask) -> pd.DataFrame:
-    table = baselines([*task.train, *task.search], list(task.test))
+def without_model(learn: Sequence[Mapping[str, Any]], test: Choices) -> pd.DataFrame:
+    "What majority and bags of words score, as a table that can be kept."
+    table = baselines(learn, list(test))
     return table.astype({"score": object}).where(table.notna(), None)
 
 # %% ../../nbs/recipes/23_answer.ipynb #d3247701
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+def _answers(work: _Work, task: ChoiceTask, chosen: unions.Relations) -> pd.DataFrame:
+    "What is chosen under every condition: a row for every condition, seed (by its place) and draw."
+    ask, rows, settings = work.asker(task.test), list[dict[str, Any]](), work.settings
 
-
-def _packed(chosen: np.ndarray) -> str: return "".join(_DIGITS[c] for c in chosen)
-
-
-def _answers(work: _Work, task: ChoiceTask, chosen: tuple[str, ...]) -> pd.DataFrame:
-    "What is chosen under every condition: a row for every condition, seed and draw."
-    ask, rows = work.asker(task.test), list[dict[str, Any]]()
-
-    def add(under: str, relations: Sequence[str], chosen: np.ndarray, **drawn: Any) -> None:      # (seed, question)
-        seeds = work.masks.seeds if relations and under != "random" else [None]
-        for seed, places in zip(seeds, chosen, strict=True):
-            rows.append({"under": under, "relations": "+".join(relations), "seed": seed,
-                         "draw": None, **drawn,
-                         "choices": _packed(places)})
+    def add(under: str, relations: unions.Relations, found: np.ndarray, draw: int | None = None) -> None:
+        for i, places in enumerate(found):      # (seed, question); of what has no seed, one row
+            seed = i if relations and under != "random" else None
+            rows.append({"under": under, "relations": "+".join(relations), "seed": seed, "draw": draw,
+                         "choices": unions.places_text(places)})
     add("full", (), ask())
     add("union", chosen, ask(*chosen))
     if work.graph is not None:
-        mined = mined_relations(work.graph, task.search, work.masks.relations)
-        first = tuple(r for r in work.masks.relations if r in set(mined.relation[:work.settings["top"]]))
+        mined = unions.mined_relations(work.graph, task.search, work.masks.relations)
+        first = unions.most_mined(mined, work.masks.relations, settings["top"])
         add("mined", first, ask(*first))
     union = next(iter(ask.joiners.values())).of(chosen)
-    for i in range(work.settings["random"]):
-        add("random", chosen, ask.under(union.random_like(i))[None], draw=i)
-    for i, others in enumerate(_others(work, chosen)):
-        add("mismatched", others, ask(*others), draw=i)
-    if work.settings["oracle"]:
-        best = _split(work.searched(ask).relations[0])
+    for i in range(settings["random"]): add("random", chosen, ask.under(union.random_like(i))[None], i)
+    for i, others in enumerate(others_of(work.masks.relations, chosen, settings["mismatched"])):
+        add("mismatched", others, ask(*others), i)
+    if settings["oracle"]:
+        best = unions.split_names(work.searched(ask).relations[0])
         add("oracle", best, ask(*best))
-    if work.settings["singles"]:
+    if settings["singles"]:
         for r in work.masks.relations: add("single", (r,), ask(r))
         for r in chosen if len(chosen) > 1 else ():
             add("without", (r,), ask(*(other for other in chosen if other != r)))
@@ -348,54 +323,54 @@ def _answers(work: _Work, task: ChoiceTask, chosen: tuple[str, ...]) -> pd.DataF
     return table.where(table.notna(), None)
 
 
-def _others(work: _Work, chosen: tuple[str, ...]) -> list[tuple[str, ...]]:
-    "Combinations of as many relations, without those of the chosen one as far as there are others."
-    relations, rng = work.masks.relations, np.random.default_rng(0)
-    rest = [r for r in relations if r not in chosen]
-    if not rest: return []
-    n = min(len(rest), len(chosen))
-    drawn = [sorted(rng.choice(len(rest), n, replace=False).tolist()) for _ in range(work.settings["mismatched"])]
-    return [tuple(rest[i] for i in places) for places in drawn]
+def others_of(relations: Sequence[str], chosen: unions.Relations, n: int) -> list[unions.Relations]:
+    "Up to `n` different combinations of as many relations as chosen, or as are left, without those."
+    rest, rng = [r for r in relations if r not in chosen], np.random.default_rng(0)
+    size = min(len(rest), len(chosen))
+    found: dict[unions.Relations, None] = {}
+    while size and len(found) < min(n, math.comb(len(rest), size)):
+        places = sorted(rng.choice(len(rest), size, replace=False).tolist())
+        found[tuple(rest[i] for i in places)] = None
+    return list(found)
 
 # %% ../../nbs/recipes/23_answer.ipynb #a61933cb
-_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice",
-            "right"]
+_COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice", "right"]
 
 
 def _study(
-    work: _Work, tasks: Mapping[str, ChoiceTask],
-    found: Mapping[str, Mapping[str, pd.DataFrame]],
+    work: _Work, tasks: Mapping[str, ChoiceTask], found: Mapping[str, Mapping[str, pd.DataFrame]],
 ) -> AnswerStudy:
     "The study from the tables of its tasks."
     long = pd.concat([_long(work, name, tasks[name], tables["answers"]) for name, tables in found.items()])
     alone = long.under.isin(["single", "without"])
-    chosen = {name: _split(tables["searched"].relations[0]) for name, tables in found.items()}
-    unions = [joined_table(work.masks, [some], work.settings["join"]).assign(task=name)
-              for name, some in chosen.items()]
+    chosen = {name: unions.split_names(tables["searched"].relations[0]) for name, tables in found.items()}
+    sparsity = [unions.joined_table(work.masks, [some], *work.joining).assign(task=name)
+                for name, some in chosen.items()]
     tables = {"items": long[~alone].reset_index(drop=True),
               "singles": long[alone].reset_index(drop=True),
-              "unions": pd.concat(unions, ignore_index=True),
+              "unions": pd.concat(sparsity, ignore_index=True),
               **{kind: pd.concat([t[kind] for t in found.values()], ignore_index=True)
                  for kind in ("searched", "baselines")}}
     if work.graph is not None:
         tables["mined"] = pd.concat(_mined(work, tasks), ignore_index=True)
     bench = work.bench
     return AnswerStudy(
-        masks=work.masks, tables=tables, config=bench.config,
-        model_name=work.masks[0].space.model.name,
+        masks=work.masks, tables=tables, config=bench.config, model_name=work.masks[0].space.model.name,
         seconds=bench.seconds, folder=bench.folder, notes=tuple(_notes(work, tasks, long)),
-        tasks=dict(tasks),
-        relations=chosen)
+        tasks=dict(tasks), relations=chosen)
 
 # %% ../../nbs/recipes/23_answer.ipynb #01608b8d
 def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> Iterator[str]:
     "What a reader must be told."
-    yield from few_note("test questions",
-                        {name: len(task.test) for name, task in tasks.items()})
+    yield from few_note("test questions", {name: len(task.test) for name, task in tasks.items()})
     for name, task in tasks.items():
         if not (lost := len(task.test) - int(long[long.task == name].item.nunique())): continue
         yield (f"{name}: {lost} of {len(task.test)} test questions were left out, since their concept does not stand "
                "in them verbatim; they count neither as right nor as wrong.")
+    fewer = long[(long.under == "mismatched") & (long.relations.map(_n) < long.task.map(_chosen_n(long)))]
+    for name in fewer.task.unique():
+        yield (f"{name}: too few other relations are left, so that mismatched unions join fewer masks than the union, "
+               "and remove more.")
     if work.settings["oracle"]:
         yield ("oracle: the combination that is best on the reported questions, as published. What it scores more than "
                "the union that was chosen on other questions is no gain of the method, see optimism().")
@@ -403,22 +378,30 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> 
         yield "Joined are the binary masks of a stochastic search, not its soft gates."
 
 
+def _n(relations: str) -> int: return len(unions.split_names(relations))
+
+
+def _chosen_n(long: pd.DataFrame) -> dict[str, int]:
+    "How many relations the union of each task joins."
+    return long[long.under == "union"].groupby("task").relations.first().map(_n).to_dict()
+
+
 def _long(work: _Work, name: str, task: ChoiceTask, answers: pd.DataFrame) -> pd.DataFrame:
     "A row for every question."
-    answers = answers.astype({"seed": float, "draw": float})
-    asked = askable(task.test, work.settings["score"])
-    ids = [str(row.get("id", i)) for i, row in enumerate(asked)]
-    one = pd.DataFrame({"task": name, "item": range(len(asked)), "id": ids,
+    asked, seeds = askable(task.test, work.settings["score"]), work.masks.seeds
+    one = pd.DataFrame({"task": name, "item": range(len(asked)), "id": [row["id"] for row in asked],
                         "label": [row["label"] for row in asked]})
-    parts = [one.assign(under=r.under, relations=r.relations or "", seed=r.seed, draw=r.draw,
-                        choice=[_DIGITS.index(c) for c in r.choices]) for r in answers.itertuples()]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(right=table.choice == table.label)[_COLUMNS]
+
+    def named(r: Any) -> pd.DataFrame:
+        seed, choice = None if pd.isna(r.seed) else seeds[int(r.seed)], unions.places_of(r.choices)
+        return one.assign(under=r.under, relations=r.relations, seed=seed, draw=r.draw, choice=choice)
+    table = pd.concat([named(r).astype({"seed": object}) for r in answers.itertuples()], ignore_index=True)
+    return table.assign(right=table.choice == table.label).astype({"draw": float})[_COLUMNS]
 
 
 def _mined(work: _Work, tasks: Mapping[str, ChoiceTask]) -> list[pd.DataFrame]:
     assert work.graph is not None
-    return [mined_relations(work.graph, task.search, work.masks.relations).assign(task=name)
+    return [unions.mined_relations(work.graph, task.search, work.masks.relations).assign(task=name)
             for name, task in tasks.items()]
 
 # %% ../../nbs/recipes/23_answer.ipynb #eb9cfe08
@@ -428,8 +411,7 @@ def _sections(study: AnswerStudy) -> Iterator[Section]:
            "the majority place and a bag of words over the options alone need no model.",
            [*_bars(study), study.summary()])
     yield "Gains", "Differences on the same questions.", [study.gains().round(4)]
-    yield ("What each relation adds",
-           "Accuracy under the mask of one relation minus that of the full model.",
+    yield ("What each relation adds", "Accuracy under the mask of one relation minus that of the full model.",
            [_heat(study), study.matrix().round(4)] if len(study.tables["singles"]) else [])
     if len(study.tables["singles"].query("under == 'without'")):
         yield ("Without one of them", "What the union answers more than without one of its relations.",
@@ -470,8 +452,7 @@ def _heat(study: AnswerStudy) -> Figure:
                   "intervals lie above 0.")
 
 # %% ../../nbs/recipes/23_answer.ipynb #41ed6337
-_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2",
-         "average")
+_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2", "average")
 _TABLE_7: dict[str, tuple[str, str]] = {
     "DistilBERT": ("58.3 60.0 29.6 84.6 53.3 71.6 48.6 50.4 57.0",
                    "61.5 69.0 31.5 89.6 56.9 72.1 53.4 51.6 60.7"),
@@ -489,11 +470,14 @@ _TABLE_9: dict[str, str] = {
     "MPNet": "1-6-8 6-12-13 2-3-10 1-3-4 6-10-13 2-5-6 5-6-7",
 }
 PAPER_RELATIONS = (
-    "HasSubevent", "MadeOf", "HasPrerequisite", "MotivatedByGoal", "AtLocation",
-    "CausesDesire", "IsA", "NotDesires",
-    "Desires", "CapableOf", "PartOf", "HasA", "UsedFor", "ReceivesAction", "Causes",
-    "HasProperty")
+    "HasSubevent", "MadeOf", "HasPrerequisite", "MotivatedByGoal", "AtLocation", "CausesDesire", "IsA", "NotDesires",
+    "Desires", "CapableOf", "PartOf", "HasA", "UsedFor", "ReceivesAction", "Causes", "HasProperty")
 "The relations by their numbers in the paper (appendix B.2)."
+
+
+def by_numbers(some: str) -> unions.Relations:      # 4-11-15
+    "Relations from their numbers in the paper."
+    return tuple(PAPER_RELATIONS[int(i)] for i in some.split("-"))
 
 
 def published_accuracy() -> pd.DataFrame:      # model, under, a column for each set; per cent
@@ -505,6 +489,5 @@ def published_accuracy() -> pd.DataFrame:      # model, under, a column for each
 
 def published_combinations() -> pd.DataFrame:      # model, a column for each set
     "The best combinations as published (Ren & Zhu 2022, table 9)."
-    def named(some: str) -> str: return "+".join(PAPER_RELATIONS[int(i)] for i in some.split("-"))
-    rows = [[model, *map(named, text.split())] for model, text in _TABLE_9.items()]
+    rows = [[model, *("+".join(by_numbers(some)) for some in text.split())] for model, text in _TABLE_9.items()]
     return pd.DataFrame(rows, columns=["model", *_SETS[1:-1]])

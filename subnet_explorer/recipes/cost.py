@@ -16,7 +16,7 @@ from .textmasks import TRAINED, ladder
 
 # %% auto #0
 __all__ = ['ITEMS', 'LIMITS', 'Work', 'lamp_cost', 'critical_cost', 'probe_cost', 'complete_cost', 'tickets_cost', 'tamt_cost',
-           'power_of', 'power_text']
+           'answer_cost', 'finetune_cost', 'mine_cost', 'power_of', 'power_text']
 
 # %% ../../nbs/recipes/15_cost.ipynb #2d484423
 @dataclass(frozen=True)
@@ -164,6 +164,41 @@ def _tuning(values: _Values, axes: Mapping[str, int | None]) -> Work:
     how = {"epochs": 3.0, "batch": 32, **(values["tuning"] or {})}
     return Work("fine-tuning", axes, _steps(how["epochs"], how["batch"], values["limit_train"]), how["batch"],
                 how["epochs"])
+
+# %% ../../nbs/recipes/15_cost.ipynb #235c807f
+def answer_cost(values: _Values) -> list[Work]:
+    "Questions under combinations that are tried, and under conditions; nothing is trained. Masks tell the rest."
+    tasks, conditions = _many(values, "tasks"), 1 + values["random"]
+    def read(what: str, n: int | None, **more: int | None) -> Work:
+        return Work(what, {"task": tasks, **more, "question": n}, 1, 1, forward=True)
+    return [read("asking without seeds", values["limit_test"], condition=conditions),
+            read("asking for every seed", values["limit_test"], condition=None),
+            read("search of combinations", values["limit_search"], combination=None)]
+
+
+def finetune_cost(values: _Values) -> list[Work]:
+    "Fine-tuning of the full model, of unions and of random masks; at most so many epochs. Masks tell their seeds."
+    def tuned(what: str, size: float, batch: int, **more: int | None) -> Work:
+        axes = {"task": _many(values, "tasks"), "rate": len(values["rates"]), **more,
+                "tuning seed": len(values["tuning_seeds"])}
+        n, epochs = (int(size) if size > 1 else None), values["epochs"]
+        return Work(what, axes, _steps(epochs, batch, n), batch, epochs)
+
+    kinds, random, work = 1 + values["held"], values["random"], list[Work]()
+    for size in values["train_sizes"]:
+        for batch in values["batches"]:
+            work += [tuned("fine-tuning of the full model", size, batch),
+                     tuned("fine-tuning of unions", size, batch, kind=kinds, seed=None)]
+            if random: work.append(tuned("fine-tuning of random masks", size, batch, kind=kinds, draw=random))
+    if values["relations"] or values["choose"] != "fine-tuned": return work
+    return [*work, tuned("search of combinations", 1.0, values["batches"][0], combination=None)]
+
+# %% ../../nbs/recipes/15_cost.ipynb #8866a158
+def mine_cost(values: _Values) -> list[Work]:
+    "Questions under the full model and random masks, and under the masks of every seed; nothing is trained."
+    asked = {"relation": _many(values, "relations"), "question": None}
+    return [Work("asking without seeds", {"condition": 1 + values["random"], **asked}, 1, 1, forward=True),
+            Work("asking for every seed", {"seed": None, **asked}, 1, 1, forward=True)]
 
 # %% ../../nbs/recipes/15_cost.ipynb #4c8961fb
 ITEMS = (30, 100, 300, 1000, 3000)

@@ -29,10 +29,11 @@ from ..core.scores import Scores
 from ..core.space import Space
 from ..data.facts import Facts, Split, answerable, at_least as frequent, read_facts, split
 from ..look import agreement, curves, masks as mask_figures, models
+from ..look.relation_figures import relation_map
 from ..measure.ask import Precision, cloze, majority, precision
 from ..measure.attention import attention
 from ..measure.discordant import Discordant, discordant
-from ..measure.vectors import tsne, vectors
+from ..measure.vectors import separation, tsne, vectors
 from ..search.find import find
 from ..search.gates import Concrete, Gate, Threshold
 from ..search.objectives import Cloze
@@ -431,11 +432,14 @@ def _vectors(study: LampStudy) -> Section:
     heading, relations = "[CLS] under the full model and under subnetworks", study.data.test.relations
     own = {r: study.subnetworks[r][0] for r in relations}
     panels = {"full model": None, "own subnetwork": own, **{f"under {r}": own[r] for r in relations}}
-    try: points = tsne(vectors(study.model, study.tok, _some_facts(study), panels))
+    try:
+        states = vectors(study.model, study.tok, _some_facts(study), panels)
+        points = tsne(states)
     except SubnetError as why: return heading, "", [pd.DataFrame({"not drawn": [str(why)]})]
     text = ("t-SNE of the last hidden state at the first token, computed per panel; distances between panels mean "
             "nothing.")
-    return heading, text, [models.tsne(points, colour="relation", facet="under")]
+    drawn = relation_map(points, separation(states)) if len(relations) > 1 else models.tsne(points)
+    return heading, text, [drawn]
 
 
 def _some_facts(study: LampStudy) -> Facts:

@@ -22,18 +22,21 @@ from ..core.pairs import Pairs
 from ..core.space import digest
 from ..data.facts import Facts, answerable, read_facts, split
 from ..data.files import BadFacts
-from ..data.stated import INVERSES, SAME, Stated, statement
+from ..data.stated import INVERSES, SAME, Stated, statement, statement_name
 from ..look import curves
 from ..look.facts_annotator import FactsAnnotator
 from ..measure.judged import Truth, by_chance, precision_at, truth_of
 from ..measure.proposals import PROPOSED, REMOVED, TOGETHER, propose, questions_of
+from .cost import mine_cost
+from .papers import MINE
 from .relations import RelationMasks, relation_conditions, relation_masks
 from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
-__all__ = ['NO_MASK', 'NOT_IN_GRAPH', 'BEYOND', 'LISTED', 'GAINED', 'PLACES', 'UNJUDGED', 'RANKED', 'MineStudy', 'read_mining',
-           'mine', 'asked_questions', 'identity_of', 'read_relations', 'listed', 'main_of', 'proposals_of', 'collected',
-           'with_truth', 'judged_pairs', 'sheet_of', 'mine_summary', 'mine_results', 'mine_text', 'mine_sections']
+__all__ = ['NO_MASK', 'NOT_IN_GRAPH', 'BEYOND', 'PROPOSALS', 'PROVENANCE', 'LISTED', 'GAINED', 'PLACES', 'UNJUDGED', 'RANKED',
+           'MineStudy', 'read_mining', 'mine', 'asked_questions', 'identity_of', 'read_relations', 'listed', 'main_of',
+           'proposals_of', 'collected', 'with_truth', 'judged_pairs', 'sheet_of', 'mine_summary', 'mine_results',
+           'mine_text', 'mine_sections']
 
 # %% ../../nbs/recipes/24_mine.ipynb #82e9a49e
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +90,17 @@ def read_mining(
     tok: Any,
     *,
     facts: str,                              # the graph: "pocket", a .jsonl file or folder in
-                                             # LAMA format, a .tsv file
-                                             # of triples, or datasets:NAME
+                                             # LAMA format, a .tsv file of triples, datasets:NAME
     masks: str,                              # folder of a lamp study
     about: str | None = None,                # facts whose relations and subjects are asked;
-                                             # nothing: those of the
-                                             # graph
+                                             # nothing: the graph's
     against: Sequence[str] | None = None,    # true facts, or .csv files of annotations
-    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with
-                                             # this seed out of the graph,
-                                             # ask about all, and count all as true
+    split_seed: Seed | None = None,          # leave the test facts of the 7:2:1 split with this
+                                             # seed out of the graph, ask about all, and count
+                                             # all as true
     relations: Sequence[str] | None = None,  # only these
-    templates: str | None = None,            # a LAMA relations.jsonl whose templates replace
-                                             # the prompts
+    templates: str | None = None,            # instead of the prompts: a name (lamp-b1), or a
+                                             # LAMA relations.jsonl
     lenient: bool = False,                   # leave out, and count, prompts without exactly
                                              # one [MASK]
 ) -> dict[str, Any]:
@@ -126,28 +127,29 @@ def _truth_file(files: Sequence[str], read: Callable[[str], Facts]) -> Any:
                    f"{', '.join(files)}.")
 
 # %% ../../nbs/recipes/24_mine.ipynb #4c6dbd29
-@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining)
+@recipe("New facts", "Ren & Zhu 2022, Findings of NAACL, appendix C", read=read_mining,
+        clauses=MINE, cost=mine_cost)
 def mine(
     model: nn.Module,
     tok: Any,
-    facts: Facts,                                     # the graph
-    masks: Masks | Study | str | Path,                # of a lamp study: labels task and seed
-    about: Facts | None = None,                       # whose relations and subjects are asked;
-                                                      # None: the graph
-    against: Any = None,                              # true facts, annotations, or a function:
-                                                      # see `judged`
+    facts: Facts,                                # the graph
+    masks: Masks | Study | str | Path,           # of a lamp study: labels task and seed
+    about: Facts | None = None,                  # relations and subjects that are asked;
+                                                 # None: the graph's
+    against: Any = None,                         # true facts, annotations, or a function:
+                                                 # see `judged`
     *,
-    each: Count = 1,                                  # proposals per relation and subject
-    most: Count = 200,                                # proposals in all, of every condition
-    depth: Count = 50,                                # tokens that are looked at per question
-    objects: str = "words",                           # what can be proposed: words, or seen
-                                                      # (objects that the graph has
-                                                      # for the relation)
-    inverses: Mapping[str, str] | None = None,        # relations and what they are the other
-                                                      # way round; nothing: ours
-    hypernym: str = "IsA",                            # the relation that leads to hypernyms
-    random: Natural = 3,                              # random masks of the same size
-    k: Sequence[Count] = (10, 20, 50, 100),           # places up to which precision is told
+    each: Count = 1,                             # proposals per relation and subject
+    most: Count = 200,                           # proposals in all, of every condition
+    depth: Count = 50,                           # tokens that are looked at per question
+    objects: str = "words",                      # that can be proposed: words, or seen
+                                                 # (those of the graph for the relation)
+    inverses: Mapping[str, str] | None = None,   # relations by name, and their names the other
+                                                 # way round; nothing: ours
+    hypernym: str = "IsA",                       # the relation that leads to hypernyms
+    random: Natural = 3,                         # random masks of the same size
+    k: Sequence[Count] = (10, 20, 50, 100),      # places up to which precision is told
+    published: bool = False,                     # what is not given is set as in the paper
     to: str | Path | None = None,
     progress: bool = True,
 ) -> MineStudy:
@@ -196,19 +198,16 @@ def identity_of(
 ) -> dict[str, Any]:
     "What tells this study from others; who judges it does not."
     made = {"recipe": "mine", "model": str(masks[0].space.model), "graph": graph.fingerprint,
-            "questions": questions.fingerprint,
-            "masks": digest([mask.id for _, mask in masks])}
+            "questions": questions.fingerprint, "masks": digest([mask.id for _, mask in masks])}
     return {**made, **settings, "k": list(settings["k"]), "seeds": list(masks.seeds)}
 
 # %% ../../nbs/recipes/24_mine.ipynb #d8b25bd5
 def read_relations(
     bench: Bench, model: nn.Module, tok: Any, questions: Facts, stated: Stated, graph: Facts,
-    masks: RelationMasks,
-    settings: Mapping[str, Any],
+    masks: RelationMasks, settings: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:      # proposals, and what was removed
     "What every condition proposes for all relations."
-    under = relation_conditions(masks, questions.relations, settings["random"],
-                                mismatched=False)
+    under = relation_conditions(masks, questions.relations, settings["random"], mismatched=False)
     under.pop("subnetwork (binary)", None)
     limits = {"each": settings["each"], "depth": settings["depth"]}
 
@@ -235,13 +234,18 @@ def listed(
     order = ["under", "draw", "logprob", "relation", "sub", "obj"]
     up = [True, True, False, True, True, True]
     rows = kept.sort_values(order, ascending=up, kind="stable").reset_index(drop=True)
-    facts = [statement(*triple, inverses) for triple in zip(rows.relation, rows["sub"], rows.obj, strict=True)]
-    rows = rows.assign(fact=[" ".join(fact) for fact in facts])
+    rows = rows.assign(fact=_facts_of(rows, inverses))
     twice = rows.duplicated(["under", "draw", "fact"])
     places = rows[~twice].groupby(["under", "draw"]).cumcount() + 1
     inside = places.reindex(rows.index).le(most)
     fallen = rows[~inside].assign(why=np.where(twice[~inside], SAME, BEYOND))
     return rows[inside].assign(place=places).reset_index(drop=True), fallen.reindex(columns=REMOVED)
+
+
+def _facts_of(rows: pd.DataFrame, inverses: Mapping[str, str] | None) -> list[str]:
+    "A text for every row, the same for two spellings of one fact."
+    triples = zip(rows.relation, rows["sub"], rows.obj, strict=True)
+    return [statement_name(statement(*triple, inverses)) for triple in triples]
 
 
 BEYOND = "less probable than as many others as were asked for"
@@ -260,12 +264,11 @@ def proposals_of(
     main, seeds = main_of(kept), masks.seeds
     ids = {(labels["task"], labels["seed"]): mask.id for labels, mask in masks}
     own = kept[kept.under == "subnetwork"]
-    by_seed = {key: set(part.draw) for key, part in own.groupby(["relation", "sub", "obj"])}
+    by_seed = {fact: set(part.draw) for fact, part in own.groupby(_facts_of(own, inverses))}
     merged = _merged(removed[removed.under == main], lists[lists.under == main], inverses)
     rows, each = [], []
     for row in lists[lists.under == main].to_dict("records"):
-        key = row["relation"], row["sub"], row["obj"]
-        agree = [seed for i, seed in enumerate(seeds) if i in by_seed.get(key, ())]
+        agree = [seed for i, seed in enumerate(seeds) if i in by_seed.get(row["fact"], ())]
         said = {"agree": len(agree), "of": len(seeds), "seeds": ", ".join(map(str, agree))}
         rows.append({
             **{name: row[name] for name in ("place", "relation", "sub", "obj", "logprob")},
@@ -277,18 +280,23 @@ def proposals_of(
             each.append({
                 "place": row["place"], "task": row["relation"], "seed": seed, "mask": ids[row["relation"], seed],
                 "rank": row["ranks"][i], "logprob": row["logprobs"][i], "proposes": seed in agree})
-    return pd.DataFrame(rows), pd.DataFrame(each)
+    return pd.DataFrame(rows, columns=PROPOSALS), pd.DataFrame(each, columns=PROVENANCE)
 
 
+PROPOSALS = ["place", "relation", "sub", "obj", "logprob", "probability", "gain", "rank",
+             "full_rank", "agree", "of", "seeds", "prompt", "merged"]
+PROVENANCE = ["place", "task", "seed", "mask", "rank", "logprob", "proposes"]
+
+# %% ../../nbs/recipes/24_mine.ipynb #696ed527
 def _merged(
     removed: pd.DataFrame, lists: pd.DataFrame, inverses: Mapping[str, str] | None,
 ) -> dict[str, list[str]]:
     "By proposal: other spellings of it, and where it was said of another subject."
     shown = dict(zip(lists.fact, zip(lists.relation, lists["sub"], lists.obj, strict=True), strict=True))
     found: dict[str, list[str]] = {}
-    for row in removed[removed.why == SAME].itertuples():
+    same = removed[removed.why == SAME]
+    for row, fact in zip(same.itertuples(), _facts_of(same, inverses), strict=True):
         triple = (row.relation, row.sub, row.obj)
-        fact = " ".join(statement(*triple, inverses))
         if fact in shown and triple != shown[fact]: found.setdefault(fact, []).append(_difference(triple, shown[fact]))
     return found
 
@@ -307,14 +315,13 @@ def collected(
     lists, fallen = listed(kept, inverses, bench.config["most"])
     gone = pd.concat([removed, fallen], ignore_index=True)
     proposals, provenance = proposals_of(lists, gone, kept, masks, inverses)
-    counts = gone[gone.under == main_of(kept)].groupby(["relation", "why"], sort=False).size()
+    main = main_of(kept if len(kept) else gone)
+    counts = gone[gone.under == main].groupby(["relation", "why"], sort=False).size()
     told = {"proposals": proposals, "provenance": provenance,
-            "lists": _with_seeds(lists, masks.seeds),
-            "removed": counts.rename("n").reset_index()}
+            "lists": _with_seeds(lists, masks.seeds), "removed": counts.rename("n").reset_index()}
     return MineStudy(
         masks=masks, tables=told, config=bench.config, model_name=masks[0].space.model.name,
-        seconds=bench.seconds,
-        folder=bench.folder, questions=questions, graph=graph,
+        seconds=bench.seconds, folder=bench.folder, questions=questions, graph=graph,
     )
 
 
@@ -328,8 +335,7 @@ def _with_seeds(lists: pd.DataFrame, seeds: Sequence[Any]) -> pd.DataFrame:
 
 
 LISTED = ["under", "seed", "draw", "place", "relation", "sub", "obj", "logprob", "rank",
-          "full_rank", "fact",
-          "prompt"]
+          "full_rank", "fact", "prompt"]
 
 # %% ../../nbs/recipes/24_mine.ipynb #d1d250d2
 def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
@@ -339,23 +345,30 @@ def with_truth(study: MineStudy, truth: Truth) -> MineStudy:
     lists = lists.assign(true=truth.of(lists))
     main = main_of(lists)
     own = lists[lists.under == main]
-    tables = {**study.tables, "proposals": study.proposals.assign(true=own.true.to_numpy()),
-              "lists": lists}
-    chance = by_chance(own, truth, study.graph, study.config["k"], inverses)
-    precision = precision_at(lists, study.config["k"])
+    before = _judge_notes(study.proposals, study.tables.get("agreement"))
+    proposals = study.proposals.assign(true=own.true.to_numpy())
+    tables = {**study.tables, "proposals": proposals, "lists": lists}
+    tables.pop("agreement", None)
+    k, hypernym = study.config["k"], study.config["hypernym"]
+    chance = by_chance(own, truth, study.graph, k, inverses, hypernym)
+    precision = precision_at(lists, k)
     tables["precision"] = precision.assign(chance=precision.k.map(chance).where(precision.under == main))
     if truth.agreement is not None: tables["agreement"] = truth.agreement
-    notes = tuple(dict.fromkeys([*study.notes, *_judge_notes(own, truth.agreement)]))
+    others = [note for note in study.notes if note not in before]
+    notes = tuple(dict.fromkeys([*others, *_judge_notes(own, truth.agreement)]))
     return replace(study, tables=tables, notes=notes)
 
 
 def _judge_notes(own: pd.DataFrame, agreement: pd.DataFrame | None) -> list[str]:
     "How many were judged, if these are few, and how far annotators agree."
+    if "true" not in own: return []
     notes = few_note("judged", {"proposals": int(own.true.notna().sum())})
     if agreement is None: return notes
     row = agreement.iloc[0]
-    if row.note: return [*notes, f"Agreement of annotators ({row.annotators}) is {row.note}."]
+    if np.isnan(row.kappa):
+        return [*notes, f"Agreement of annotators ({row.annotators}) is {row.note}."]
     ends = f"{row.kappa:.2f} [{row.low:.2f}, {row.high:.2f}]"
+    if row.note: ends += f" ({row.note})"
     return [*notes, f"{row.annotators} annotators agree with Fleiss' kappa {ends} on {row['items']} facts."]
 
 # %% ../../nbs/recipes/24_mine.ipynb #466a76ae
@@ -395,9 +408,8 @@ def mine_summary(study: MineStudy) -> pd.DataFrame:
         wide = t.assign(text=texts, column="P@" + t.k.astype(str)).pivot(index="under", columns="column", values="text")
         out = out.join(wide[list(dict.fromkeys("P@" + t.k.astype(str)))])
         out.loc["chance", list(wide)] = [_short(t, int(name[2:])) for name in wide]
-    order = [name for name in (main_of(lists), "subnetwork", "full", "random",
-                               "chance") if name in out.index]
-    return out.reindex(list(dict.fromkeys(order))).rename_axis(index="condition", columns=None)
+    order = dict.fromkeys([main_of(lists), "subnetwork", "full", "random", "chance"])
+    return out.reindex([name for name in order if name in out.index]).rename_axis(index="condition", columns=None)
 
 
 def _short(precision: pd.DataFrame, k: int) -> str:
@@ -432,8 +444,8 @@ def mine_sections(study: MineStudy) -> Iterator[Section]:
     if precision is not None:
         at = max([k for k in precision.k if k <= GAINED], default=precision.k.min())
         bars = precision[(precision.k == at) & (precision.judged > 0)].rename(columns={"under": "condition"})
-        drawn = [curves.bars(bars, title=f"True among the first {at}",
-                             label=f"precision at {at}")] if len(bars) else []
+        title, label = f"True among the first {at}", f"precision at {at}"
+        drawn = [curves.bars(bars, title=title, label=label)] if len(bars) else []
         yield "How many are true", PLACES, [*drawn, study.summary().reset_index(), precision]
     else: yield "Proposals by condition", UNJUDGED, [study.summary().reset_index()]
     if "agreement" in study.tables: yield "Annotators", "", [study.tables["agreement"]]
@@ -451,7 +463,7 @@ RANKED = ("The most probable first. Gain: log-probability less that of the full 
 
 def _by_relation(study: MineStudy) -> pd.DataFrame:
     "Questions, proposals and what is true of them by relation."
-    found = pd.DataFrame({"relation": study.questions.relations})
+    found = pd.DataFrame({"relation": list(study.questions.relations)})
     found["questions"] = [len(study.questions[r]) for r in found.relation]
     by = study.proposals.groupby("relation")
     found["proposals"] = found.relation.map(by.size()).fillna(0).astype(int)

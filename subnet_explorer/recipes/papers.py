@@ -17,8 +17,8 @@ CODE = "released code"
 "Where the paper is silent."
 
 # %% auto #0
-__all__ = ['CODE', 'LAMP', 'COMPLETE', 'ANSWER', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS', 'paper_files', 'paper_file',
-           'title_of']
+__all__ = ['CODE', 'LAMP', 'COMPLETE', 'ANSWER', 'FINETUNE', 'MINE', 'TICKETS', 'CRITICAL', 'PROBE', 'TAMT', 'PAPERS',
+           'paper_files', 'paper_file', 'title_of']
 
 # %% ../../nbs/recipes/14_papers.ipynb #47a4137a
 LAMP: tuple[Clause, ...] = (
@@ -69,6 +69,38 @@ ANSWER: tuple[Clause, ...] = (
     Clause("stop words", "those of scikit-learn", "not said", CODE, "", NOTHING),
     Clause("test questions", "the development part", "of CommonsenseQA its second half", CODE,
            "nothing is chosen by them", NOTHING),
+)
+FINETUNE: tuple[Clause, ...] = (
+    Clause("batches", (16,), (8, 16, 32), "appendix B.3", "nine tries of every condition take nine times as long"),
+    Clause("rates", (4e-5,), (3e-5, 4e-5, 5e-5), "appendix B.3"),
+    Clause("dropout", False, True, "fine-tuning of BERT", "off everywhere else in the library"),
+    Clause("choose", "zero-shot", "fine-tuned", "appendix on combinations: a search on the development part",
+           "every combination is a fine-tuning"),
+    Clause("search", "greedy", "exhaustive", "appendix on combinations", "70 tries instead of 6,748",
+           when={"choose": "fine-tuned"}),
+    Clause("different_starts", False, True, CODE, "a union of unrelated masks keeps nearly everything"),
+    Clause("epochs and patience", "at most 10, stopped after 3 looks, one an epoch", "not said: early stopping",
+           "appendix B.3", "", NOTHING),
+    Clause("head", "reads the first token's last state", "reads the pooler", "fine-tuning of BERT",
+           "models without one are treated alike", NOTHING),
+    Clause("reported part", "the development part; chosen by a part of the training questions", "not said",
+           "table 6", "nothing is chosen by them", NOTHING),
+    Clause("RTE", "is left out: pairs of sentences", "is a task, too", "table 6", "options are compared", NOTHING),
+)
+
+# %% ../../nbs/recipes/14_papers.ipynb #abac6593
+MINE: tuple[Clause, ...] = (
+    Clause("prompts", "those of the facts, or of templates that are given, e.g. lamp-b1",
+           "not said; those of appendix B.1 for other triples", "appendix C", "", NOTHING),
+    Clause("proposals", "the most probable new words for every subject of the graph",
+           "not said", "appendix C", "", NOTHING),
+    Clause("known facts", "removed and counted, in another spelling, direction or by hypernyms",
+           "not said", "appendix C", "another spelling is no new fact", NOTHING),
+    Clause("judges", "true facts, people or a function; precision and kappa with intervals",
+           "three people, with a Fleiss' kappa of 0.65", "appendix C",
+           "an interval says how far it can be trusted", NOTHING),
+    Clause("beside it", "proposals of the full model and of random masks, and chance", "examples",
+           "appendix C", "what a subnetwork proposes might be said without it", NOTHING),
 )
 
 # %% ../../nbs/recipes/14_papers.ipynb #97050b5e

@@ -18,18 +18,23 @@ from ..core.errors import SubnetError, check_names
 from ..core.folders import kept_runs
 from ..core.mask import Mask
 from ..core.masks import Masks
-from ..core.numbers import Natural
+from ..core.numbers import Count, Natural, Seed
 from ..core.run import CONFIG, MASK, Run
 from ..core.scores import Scores
 from ..core.space import check_model, digest, same_space
 from ..core.store import Store
-from ..measure.ask import Condition
+from ..data.facts import Fact, Facts, answerable
+from ..look.figure import Figure
+from ..look.relation_figures import EXAMPLE, answer_examples, relation_map
+from ..measure.ask import Condition, cloze, predictions
+from ..measure.discordant import pick
+from ..measure.vectors import separation, tsne, vectors
 from ..search.gates import START
 from .study import Study
 
 # %% auto #0
-__all__ = ['DRAWN', 'OF_SEEDS', 'BadRelations', 'RelationMasks', 'relation_masks', 'relation_runs', 'DifferentStarts',
-           'check_one_start', 'relation_conditions', 'shifted', 'with_draws']
+__all__ = ['DRAWN', 'OF_SEEDS', 'SEVERAL', 'BadRelations', 'RelationMasks', 'relation_masks', 'relation_runs', 'DifferentStarts',
+           'check_one_start', 'relation_conditions', 'shifted', 'with_draws', 'example_answers', 'relation_vectors']
 
 # %% ../../nbs/recipes/20_relations.ipynb #9fa62a37
 class BadRelations(SubnetError):
@@ -234,3 +239,114 @@ def with_draws(
                      dtype=object).where(items.under.isin(OF_SEEDS))
     shift = (1 + items.draw // len(values)).where(items.under == "mismatched")
     return items.assign(seed=seed, shift=shift, draw=items.draw.where(items.under.isin(list(drawn))))
+
+# %% ../../nbs/recipes/20_relations.ipynb #79a0f58a
+_Side = tuple[nn.Module, Any, RelationMasks]      # model, tokenizer, masks
+
+
+def _side(given: Any) -> _Side:
+    "Model, tokenizer and masks of a LAMP study, or as given; raise `SubnetError` for others."
+    if hasattr(given, "tok"): given = given.model, given.tok, given.masks
+    if not isinstance(given, (tuple, list)) or len(given) != 3:
+        raise SubnetError("give a LAMP study, or a model, its tokenizer and its relation masks "
+                          f"as (model, tok, masks), not {type(given).__name__}.")
+    return given[0], given[1], relation_masks(given[2], given[0])
+
+
+def _held_out(studies: Iterable[Any]) -> Facts:
+    "Test facts that all studies have."
+    parts = [study.data.test for study in studies if hasattr(study, "data")]
+    if not parts: raise SubnetError(_NO_FACTS)
+    same = set.intersection(*({_key(f) for f in part} for part in parts))
+    some = tuple(f for f in parts[0] if _key(f) in same)
+    return Facts(some, f"held out of {len(parts)} studies")
+
+
+_NO_FACTS = "only a LAMP study knows held-out facts: give the facts to ask about."
+
+
+def _key(f: Fact) -> tuple[str, ...]: return f.relation, f.subject, f.object, f.uuid
+
+# %% ../../nbs/recipes/20_relations.ipynb #a86ecae4
+@checked
+def example_answers(
+    models: Mapping[str, Any],       # by name: a LAMP study, or (model, tokenizer, masks)
+    facts: Facts | None = None,      # questions; None: the test facts that all studies have
+    rule: str | None = "gained",     # which are picked: see `pick`; None: all, as given
+    n: Count = 6,                    # at most so many are picked
+    k: Count = 3,                    # answers shown of every condition
+) -> Figure:
+    "Draw first answers and the rank of the right word, full models and subnetworks side by side."
+    if not models: raise SubnetError("there is no model to ask: give at least one.")
+    asked = _held_out(models.values()) if facts is None else facts
+    sides = {name: _side(given) for name, given in models.items()}
+    shared = set.intersection(*(_answered_by(side, asked) for side in sides.values()))
+    some = Facts(tuple(f for f in asked if _key(f) in shared), asked.name)
+    if not len(some):
+        raise SubnetError(f"none of the {len(asked)} questions can be asked of all models.")
+    items = {name: cloze(model, tok, some, {"full": None, "subnetwork": _first(masks)})
+             for name, (model, tok, masks) in sides.items()}
+    if rule is None: shown, caption = some, f"{len(some)} questions as they were given."
+    else:
+        picked = pick(items, some, rule, n)
+        shown, caption = picked.facts, picked.heading
+    if lost := len(asked) - len(some):
+        caption += f" {lost} more cannot be asked of every model."
+    if max(len(masks.seeds) for *_, masks in sides.values()) > 1: caption += SEVERAL
+    rows = [row for f in shown for name, side in sides.items()
+            for row in _answers(name, side, f, items[name], k)]
+    return answer_examples(pd.DataFrame(rows, columns=["relation", "sub", *EXAMPLE]), caption)
+
+
+SEVERAL = " Of several seeds, the first."
+
+
+def _first(masks: RelationMasks) -> dict[str, Mask | Scores]:
+    return {relation: of[0] for relation, of in masks.subnetworks.items()}
+
+
+def _answered_by(side: _Side, facts: Facts) -> set[tuple[str, ...]]:
+    _, tok, masks = side
+    return {_key(f) for f in answerable(facts, tok) if f.relation in masks.relations}
+
+# %% ../../nbs/recipes/20_relations.ipynb #91df4e38
+def _answers(
+    name: str, side: _Side, f: Fact, items: pd.DataFrame, k: int,
+) -> list[dict[str, Any]]:
+    "What one model answers to one question."
+    model, tok, masks = side
+    under = {"full": None, "subnetwork": _first(masks)[f.relation]}
+    said = predictions(model, tok, f.prompt, under, k, check=False)
+    by = items.set_index(["relation", "sub", "obj", "uuid", "under"])["rank"]
+    ranks = {name: by[(*_key(f), name)] for name in under}
+    fact = {"relation": f.relation, "sub": f.subject, "obj": f.object, "prompt": f.prompt}
+    return [{"model": name, "under": r.under, **fact, "place": r.rank, "token": r.token,
+             "probability": r.probability, "rank": ranks[r.under]} for r in said.itertuples()]
+
+# %% ../../nbs/recipes/20_relations.ipynb #d9ac42ea
+@checked
+def relation_vectors(
+    of: Any,                         # a LAMP study, or (model, tokenizer, masks)
+    facts: Facts | None = None,      # None: test and development facts of the study
+    each: Count = 40,                # at most so many of a relation
+    k: Count = 10,                   # nearest neighbours that are counted
+    seed: Seed = 0,                  # of t-SNE
+) -> Figure:
+    "Draw hidden states at [CLS] by relation, and how far relations stand apart."
+    model, tok, masks = _side(of)
+    if facts is None: facts = _of_study(of)
+    check_names(facts.relations, masks.relations, "relation with a mask")
+    some = Facts(tuple(f for r in facts.relations for f in facts[r].items[:each]), facts.name)
+    states = vectors(model, tok, some, {"full model": None, "own subnetwork": _first(masks)})
+    few = {r: len(some[r]) for r in some.relations}
+    said = f"{len(some)} facts, {min(few.values())} to {max(few.values())} of a relation."
+    if len(masks.seeds) > 1: said += SEVERAL
+    return relation_map(tsne(states, seed), separation(states, k), said)
+
+
+def _of_study(study: Any) -> Facts:
+    "What was not trained on, by relation."
+    if not hasattr(study, "data"): raise SubnetError(_NO_FACTS)
+    test, dev = study.data.test, study.data.dev
+    both = tuple(f for r in test.relations for f in [*test[r], *dev[r]])
+    return Facts(both, "test and development facts")

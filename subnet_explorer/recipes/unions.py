@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +21,18 @@ from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.numbers import Count, SomeShare, Weight
+from ..core.space import same_space
 from ..data.facts import Facts
 from ..data.files import BadFacts
 from ..data.graphs import concept
 from ..measure.options import OptionReader
 from ..model.apply import evaluating, masked
-from .relations import check_one_start
+from .relations import RelationMasks, check_one_start
 
 # %% auto #0
-__all__ = ['JOINS', 'SEARCHES', 'joined', 'Joiner', 'joined_table', 'Asker', 'all_combinations', 'search_combinations',
-           'mined_relations']
+__all__ = ['JOINS', 'SEARCHES', 'Relations', 'joined', 'Joiner', 'check_weights', 'joined_table', 'joiners', 'Asker',
+           'places_text', 'places_of', 'split_names', 'all_combinations', 'search_combinations', 'check_joining',
+           'mined_relations', 'most_mined']
 
 # %% ../../nbs/recipes/22_unions.ipynb #372395e8
 JOINS = ("union", "intersection", "vote")
@@ -39,13 +41,11 @@ JOINS = ("union", "intersection", "vote")
 
 @checked
 def joined(
-    masks: Masks,                                       # labelled task: one of each relation
-                                                        # that is joined
-    how: str = "union",                                 # one of `JOINS`
-    weights: Mapping[str, Weight] | None = None,        # of a vote, by relation; None: equal
-    share: SomeShare = 0.5,                             # of the weights that must keep a
-                                                        # coordinate, of a vote
-    different_starts: bool = False,                     # join masks that did not start alike
+    masks: Masks,                                   # labelled task, one of each relation
+    how: str = "union",                             # one of `JOINS`
+    weights: Mapping[str, Weight] | None = None,    # of a vote, by relation; None: equal
+    share: SomeShare = 0.5,                         # of the weight that must keep a coordinate
+    different_starts: bool = False,                 # join masks that did not start alike
 ) -> Mask:
     "Join the masks of relations; raise `DifferentStarts` unless they started alike or it is allowed."
     check_names([how], JOINS, "way to join masks")
@@ -58,14 +58,20 @@ class Joiner:
     "Joins masks of relations one after another, and keeps what a combination shares with the one before it."
 
     def __init__(
-        self, masks: Mapping[str, Mask], how: str = "union",
-        weights: Mapping[str, float] | None = None, share: float = 0.5,
+        self,
+        masks: Mapping[str, Mask],      # by relation
+        how: str = "union",
+        weights: Mapping[str, float] | None = None,
+        share: float = 0.5,
     ) -> None:
         if not masks: raise SubnetError("there is no mask to join.")
-        check_names(weights or {}, masks, "relation with a mask")
+        check_names([how], JOINS, "way to join masks")
+        check_weights(how, weights, masks)
+        first = next(iter(masks.values())).space
+        for mask in masks.values(): same_space(first, mask.space, "join")
         self.masks, self.how, self.share = masks, how, share
         self.weights = {r: float((weights or {}).get(r, 0.0 if weights else 1.0)) for r in masks}
-        self.space = next(iter(masks.values())).space
+        self.space = first
         self.bytes = {r: np.frombuffer(b"".join(m.packed), np.uint8) for r, m in masks.items()}
         self.ends = np.cumsum([len(part) for part in next(iter(masks.values())).packed]).tolist()
         self.stack: list[tuple[str, np.ndarray]] = []
@@ -75,7 +81,7 @@ class Joiner:
         check_names(combination, self.masks, "relation with a mask")
         if not combination:
             raise SubnetError("there is no mask to join: name at least one relation.")
-        found = self._vote(combination) if self.how == "vote" else self._stacked(combination)
+        found = _voted(self, combination) if self.how == "vote" else self._stacked(combination)
         packed = [found[a:b].tobytes() for a, b in zip([0, *self.ends], self.ends, strict=False)]
         parents = [self.masks[r].id for r in combination]
         made = {"operation": self.how, "relations": list(combination), "parents": parents}
@@ -91,23 +97,40 @@ class Joiner:
             self.stack.append((r, self.bytes[r] if before is None else operation(before, self.bytes[r])))
         return self.stack[-1][1]
 
-    def _vote(self, combination: Sequence[str]) -> np.ndarray:
-        "Packed bits that relations with enough of the weight keep."
-        least = self.share * sum(self.weights[r] for r in combination)
-        if least <= 0: raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
-        told = sum(self.weights[r] * np.unpackbits(self.bytes[r]).astype(np.float32) for r in combination)
-        return np.packbits(np.asarray(told) >= least - 1e-6)
+
+# %% ../../nbs/recipes/22_unions.ipynb #851981d2
+_ROUNDING = 1e-9      # of shares of a weight
+
+
+def _voted(joiner: Joiner, combination: Sequence[str]) -> np.ndarray:
+    "Packed bits that relations with enough of the weight keep."
+    whole = sum(joiner.weights[r] for r in combination)
+    if whole <= 0: raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
+    parts = []
+    for a, b in zip([0, *joiner.ends], joiner.ends, strict=False):
+        kept = np.zeros(8 * (b - a))
+        for r in combination: kept += joiner.weights[r] / whole * np.unpackbits(joiner.bytes[r][a:b])
+        parts.append(np.packbits(kept >= joiner.share - _ROUNDING))
+    return np.concatenate(parts)
+
+
+def check_weights(
+    how: str, weights: Mapping[str, float] | None, relations: Iterable[str],
+) -> None:
+    "Raise `SubnetError` for weights of what is no vote, or of a relation that has no mask."
+    if weights is None: return
+    check_names(weights, list(relations), "relation with a mask")
+    if how != "vote": raise SubnetError(f'weights go with join="vote": masks are joined by {how}.')
 
 # %% ../../nbs/recipes/22_unions.ipynb #3e3b6dd4
 @checked
 def joined_table(
-    masks: Masks,                                # labelled task and seed
-    combinations: Sequence[Sequence[str]],       # of relations
+    masks: Masks,                             # labelled task and seed
+    combinations: Sequence[Sequence[str]],    # of relations
     how: str = "union",
     weights: Mapping[str, Weight] | None = None,
     share: SomeShare = 0.5,
-) -> pd.DataFrame:      # columns seed, relations, masks (their mean sparsity), sparsity,
-                        # expected
+) -> pd.DataFrame:      # seed, relations, masks (their mean sparsity), sparsity, expected
     "Sparsity of joined masks, and what it would be of unrelated ones: the product of theirs, of a union."
     rows = []
     for seed in masks.index.seed.unique() if "seed" in masks.index else [None]:
@@ -115,20 +138,36 @@ def joined_table(
         joiner = Joiner(parts, how, weights, share)
         for some in combinations:
             each = np.array([parts[r].sparsity for r in check_names(some, parts, "relation with a mask")])
-            expected = {"union": each.prod(),
-                        "intersection": 1 - (1 - each).prod()}.get(how, np.nan)
+            unrelated = {"union": each.prod(), "intersection": 1 - (1 - each).prod()}
             rows.append({"seed": seed, "relations": "+".join(some), "masks": each.mean(),
-                         "sparsity": joiner.of(some).sparsity, "expected": expected})
+                         "sparsity": joiner.of(some).sparsity, "expected": unrelated.get(how, np.nan)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/recipes/22_unions.ipynb #dc85365e
+def joiners(
+    masks: RelationMasks, how: str = "union", weights: Mapping[str, float] | None = None,
+    share: float = 0.5,
+) -> dict[Any, Joiner]:
+    "What joins the masks of relations, for every seed."
+    return {seed: Joiner(masks.sel(seed=seed).by("task"), how, weights, share) for seed in masks.seeds}
+
+
 @dataclass
 class Asker:
     "Answers questions under joined masks of relations."
     model: nn.Module
     reader: OptionReader
-    joiners: Mapping[Any, Joiner]                                           # by seed of the masks
+    joiners: Mapping[Any, Joiner]      # by seed of the masks
     known: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, tok: Any, questions: Sequence[Mapping[str, Any]],
+        joiners: Mapping[Any, Joiner], score: str = "logprob",
+    ) -> Asker:
+        "Encode questions, to be asked under joined masks."
+        first = max(0, min(next(iter(joiners.values())).space.layers))
+        return cls(model, OptionReader(model, tok, questions, score, first), joiners)
 
     def __call__(self, *relations: str) -> np.ndarray:      # (seed, question), places of what is chosen
         "What is chosen under the joined masks of relations; without any, by the full model."
@@ -151,14 +190,31 @@ class Asker:
         "The share of right answers, over seeds and questions."
         return float((self(*relations) == self.gold).mean())
 
+# %% ../../nbs/recipes/22_unions.ipynb #06a7c571
+def places_text(places: Iterable[int]) -> str:
+    "Places of what is chosen, as one cell of a table."
+    return " ".join(map(str, places))
+
+
+def places_of(text: str) -> list[int]:
+    "Places from a cell of a table."
+    return [int(place) for place in text.split()]
+
 # %% ../../nbs/recipes/22_unions.ipynb #154f5c28
 SEARCHES = ("greedy", "exhaustive")
 "How combinations are searched."
 
 
-def all_combinations(
-    relations: Sequence[str], sizes: Sequence[int],
-) -> Iterator[tuple[str, ...]]:
+Relations = tuple[str, ...]
+"A combination of relations."
+
+
+def split_names(text: str) -> Relations:
+    "The relations of a combination as tables name it."
+    return tuple(text.split("+"))
+
+
+def all_combinations(relations: Sequence[str], sizes: Sequence[int]) -> Iterator[Relations]:
     "Every combination of the sizes, those with the same beginning one after another."
     for size in sizes: yield from itertools.combinations(relations, size)
 
@@ -169,8 +225,7 @@ def search_combinations(
     relations: Sequence[str],
     sizes: Sequence[Count] = (3, 4, 5),
     search: str = "greedy",              # one of `SEARCHES`
-) -> pd.DataFrame:                       # columns relations, size, accuracy, searched; the
-                                         # best combination first
+) -> pd.DataFrame:      # relations, size, accuracy, searched; the best combination first
     "Try combinations of relations; of equally good ones the smaller, then the earlier comes first."
     check_names([search], SEARCHES, "search over combinations")
     sizes = sorted(set(sizes))
@@ -180,28 +235,49 @@ def search_combinations(
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
     rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found} for some, found in tried.items()]
     table = pd.DataFrame(rows).assign(searched=len(rows))
-    return table.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable",
-                             ignore_index=True)
+    best_first = {"ascending": [False, True], "kind": "stable", "ignore_index": True}
+    return table.sort_values(["accuracy", "size"], **best_first)
 
 
-_Tried = dict[tuple[str, ...], float]
+_Tried = dict[Relations, float]
+_Accuracy = Callable[..., float]
 
 
-def _exhaustive(
-    accuracy: Callable[..., float], relations: Sequence[str], sizes: Sequence[int],
-) -> _Tried:
+def _exhaustive(accuracy: _Accuracy, relations: Sequence[str], sizes: Sequence[int]) -> _Tried:
     return {some: accuracy(*some) for some in all_combinations(relations, sizes)}
 
 
-def _greedy(accuracy: Callable[..., float], relations: Sequence[str], sizes: Sequence[int]) -> _Tried:
+def _greedy(accuracy: _Accuracy, relations: Sequence[str], sizes: Sequence[int]) -> _Tried:
     "Add the relation that helps most, one after another; those of the sizes asked for count."
-    tried, best = _Tried(), tuple[str, ...]()
+    tried, best = _Tried(), Relations()
     while len(best) < sizes[-1]:
         wider = [tuple(r for r in relations if r in (*best, new)) for new in relations if new not in best]
         found = {some: accuracy(*some) for some in wider}
         best = max(found, key=lambda some: found[some])      # of equally good ones the earliest
         tried |= found
     return {some: value for some, value in tried.items() if len(some) in sizes}
+
+# %% ../../nbs/recipes/22_unions.ipynb #57e02a4d
+def check_joining(
+    masks: RelationMasks,
+    sizes: Sequence[int],        # of combinations
+    join: str = "union",
+    weights: Mapping[str, float] | None = None,
+    different_starts: bool = False,
+) -> None:
+    "Raise unless all combinations of the sizes can be joined."
+    check_names([join], JOINS, "way to join masks")
+    check_weights(join, weights, masks.relations)
+    weightless = [r for r in masks.relations if weights is not None and not weights.get(r)]
+    if weightless:
+        raise SubnetError(f"every relation needs a weight above zero to vote: {weightless[0]} has none.")
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise SubnetError(f"sizes of combinations are different numbers, at least one; got {list(sizes)}.")
+    if max(sizes) > len(masks.relations):
+        raise SubnetError(f"combinations of {max(sizes)} relations cannot be made of {len(masks.relations)} "
+                          "relation masks: give smaller sizes, or more masks.")
+    if different_starts: return
+    for seed in masks.seeds: check_one_start(masks.sel(seed=seed))
 
 # %% ../../nbs/recipes/22_unions.ipynb #ad1e1055
 _TOKEN = re.compile(r"\w+")
@@ -210,11 +286,10 @@ _LONGEST = 4      # words of a subject or object
 
 @checked
 def mined_relations(
-    graph: Facts,                                      # triples, e.g. of `read_graph`
-    questions: Sequence[Mapping[str, Any]],            # as of `read_choices`
-    relations: Sequence[str] | None = None,            # only these, e.g. those with masks;
-                                                       # None: all of the graph
-) -> pd.DataFrame:      # columns relation, questions, share, shuffled; the most frequent first
+    graph: Facts,                              # triples, e.g. of `read_graph`
+    questions: Sequence[Mapping[str, Any]],    # as of `read_choices`
+    relations: Sequence[str] | None = None,    # only these; None: all of the graph
+) -> pd.DataFrame:      # relation, questions, share, shuffled; the most frequent first
     "Count questions whose text and right answer have subject and object of a triple; raise `BadFacts` if none has."
     wanted = list(graph.relations) if relations is None else [r for r in relations if r in graph.relations]
     if not wanted:
@@ -225,21 +300,21 @@ def mined_relations(
     pairs = _pairs_of(graph, wanted)
     texts = [_phrases(row["question"].replace("[MASK]", " ")) for row in questions]
     answers = [_phrases(row["choices"][row["label"]]) for row in questions]
-    counts, chance = (_met(pairs, texts,
-                           some) for some in (answers, [*answers[1:], answers[0]]))
-    rows = [{"relation": r, "questions": counts[r], "share": counts[r] / len(texts),
-             "shuffled": chance[r]}
+    half = max(1, len(answers) // 2)      # neighbours are often twins
+    counts, chance = (_met(pairs, texts, some) for some in (answers, [*answers[half:], *answers[:half]]))
+    rows = [{"relation": r, "questions": counts[r], "share": counts[r] / len(texts), "shuffled": chance[r]}
             for r in wanted]
-    table = pd.DataFrame(rows).sort_values("questions", ascending=False, kind="stable",
-                                           ignore_index=True)
+    table = pd.DataFrame(rows)
+    table = table.sort_values("questions", ascending=False, kind="stable", ignore_index=True)
     if table.questions.any(): return table
     raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of the {len(texts)} "
                    "questions and its answer: take another graph.")
 
 # %% ../../nbs/recipes/22_unions.ipynb #a1fe11c7
-def _pairs_of(
-    graph: Facts, relations: Sequence[str],
-) -> dict[str, dict[str, set[str]]]:      # phrase → phrase → relations
+_Pairs = dict[str, dict[str, set[str]]]      # phrase → phrase → relations
+
+
+def _pairs_of(graph: Facts, relations: Sequence[str]) -> _Pairs:
     pairs: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     chosen = set(relations)
     for fact in graph:
@@ -256,9 +331,18 @@ def _phrases(text: str) -> set[str]:
     return {" ".join(words[i:i + n]) for n in range(1, 1 + _LONGEST) for i in range(1 + len(words) - n)}
 
 
+def most_mined(
+    mined: pd.DataFrame,          # of `mined_relations`
+    relations: Sequence[str],     # in the order that is wanted
+    top: int = 5,
+) -> Relations:
+    "The most frequent of the relations that occur at all."
+    found = set(mined[mined.questions > 0].relation[:top])
+    return tuple(r for r in relations if r in found)
+
+
 def _met(
-    pairs: Mapping[str, Mapping[str, set[str]]], texts: Sequence[set[str]],
-    answers: Sequence[set[str]],
+    pairs: _Pairs, texts: Sequence[set[str]], answers: Sequence[set[str]],
 ) -> Counter[str]:
     "In how many questions a pair of each relation occurs."
     counts = Counter[str]()

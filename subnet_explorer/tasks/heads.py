@@ -423,6 +423,17 @@ class Chooser(Classifier):
         "Give the places of the chosen answers."
         return out.argmax(-1).tolist()
 
+    def measure(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> dict[str, float]:
+        "Compute the share of questions that are answered right: `score`."
+        return {"score": float(np.mean(self._right(targets, out)))}
+
+    def items(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> Items:
+        "What every question adds to the score."
+        return Items.of_shares(self._right(targets, out))
+
+    def _right(self, targets: Sequence[Sequence[int]], out: np.ndarray) -> list[float]:
+        return [float(place == answer) for place, (answer,) in zip(self.read(out), targets, strict=True)]
+
     def fold(
         self,
         logits: torch.Tensor,            # (sequence, 1)

@@ -16,7 +16,7 @@ from subnet_explorer.core.layout import FAMILIES, layout_of
 from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
-from subnet_explorer.data.choices import BadChoices, Choices, choice_task, read_choices
+from subnet_explorer.data.choices import BadChoices, Choices, as_choices, choice_task, read_choices
 from subnet_explorer.data.grammar import PARTS
 from subnet_explorer.data.pocket import pocket_rows
 from subnet_explorer.data.pocket_tasks import choose
@@ -228,6 +228,67 @@ def test_formats_are_told_from_each_other(tmp_path, format, line, question, choi
         with pytest.raises(BadChoices, match=r"line 1: the answer .* is none of the choices"): read_choices(path)
     path.write_text(json.dumps({**line, answer: -1}))
     with pytest.raises(BadChoices, match="a test part without answers"): read_choices(path)
+
+
+def wsc(i, text, candidate, label, at=5, pronoun="it", **more):
+    spans = dict(span1_index=0, span1_text=candidate, span2_index=at, span2_text=pronoun)
+    return dict(text=text, target=spans, idx=i, label=label, **more)
+
+
+def test_candidates_of_one_pronoun_are_one_question(tmp_path):
+    "SuperGLUE asks of one candidate at a time; nested as published, or flat as from `datasets`."
+    trophy = "The trophy would not fit, (it) was big."
+    lines = [
+        wsc(0, trophy, "the trophy", True), wsc(1, trophy, "the bag", False), wsc(2, trophy, "the bag", False),
+        wsc(3, "A cup fell upon it", "A cup", True, at=3),                                  # one word too early
+        wsc(4, "Ann met Eve and she ran", "Ann", False, at=4, pronoun="she"),
+        wsc(5, "Ann met Eve and she ran", "Eve", False, at=4, pronoun="she"),
+        wsc(6, "Bo met Al as he ran", "Bo", 1, at=4, pronoun="he"), wsc(7, "Bo met Al as he ran", "Al", 0, 4, "he"),
+    ]
+    (path := tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_choices(path)
+    assert list(found) == [
+        dict(question="The trophy would not fit, ([MASK]) was big.", choices=["the trophy", "the bag"], label=0,
+             id="0+1+2"),
+        dict(question="Bo met Al as [MASK] ran", choices=["Bo", "Al"], label=0, id="6+7"),
+    ]
+    assert found.format == "wsc" and found.skipped == {
+        "with one candidate only": 1, "without exactly one right candidate": 1}
+    flat = [{**line["target"], **{k: v for k, v in line.items() if k != "target"}} for line in lines]
+    path.write_text("\n".join(map(json.dumps, flat)))
+    assert list(read_choices(path)) == list(found) and list(as_choices(lines)) == list(found)
+    for change, match in (
+        (dict(label="maybe"), "the answer 'maybe' is none"), (dict(label=-1), "a test part without answers"),
+        (dict(target={**lines[0]["target"], "span2_index": 1}), "the pronoun 'it' is not word 1, where the text reads"),
+        (dict(target={**lines[0]["target"], "span2_index": 99}), "is not word 99"),
+        (dict(target={**lines[0]["target"], "span1_text": ""}), "a choice is ''"),
+        (dict(target={}), "key 'span2_index' is missing"), (dict(target=7), "no question of wsc"),
+    ):
+        path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], **change}))
+        with pytest.raises(BadChoices, match=f"val.jsonl, line 2: .*{match}"): read_choices(path)
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(BadChoices, match=r"no question in .*: 1 with one candidate only"): read_choices(path)
+
+
+def test_choices_among_sentences_can_be_parted(tmp_path):
+    "Their question is alike for all; what must not stand in two parts is the sentences."
+    lines = [f"{i % 2}\x01{i // 2} is.\x01{i // 2} is not." for i in range(40)]
+    (path := tmp_path / "ca.txt").write_text("\n".join(lines))
+    task = choice_task(path)
+    asked = [{q["choices"][0] for q in part} for part in task.parts.values()]
+    assert sum(map(len, task.parts.values())) == 40 and len(set.union(*asked)) == sum(map(len, asked)) == 20
+
+
+def test_what_may_be_missing_may_be_empty():
+    row = dict(question="What do birds do?", choices=["swim", "fly"], label=1)
+    assert as_choices([{**row, "concept": None, "scored": None, "kind": None}])[0] == {**row, "id": "0"}
+    for key, value in (("concept", 7), ("concept", ""), ("scored", " ")):
+        with pytest.raises(BadChoices, match=f"row 0: a {key} is"): as_choices([{**row, key: value}])
+
+
+def test_a_task_about_facts_says_whether_they_were_known():
+    assert "nobody said which of them" in choice_task("pocket:IsA", "mine").notes[0]
+    assert not choice_task("pocket:IsA", known=()).notes
 
 
 def test_tables_with_commas_and_sentences_of_cats(tmp_path):

@@ -353,6 +353,57 @@ def test_long_work_in_the_explorer_is_stopped_by_its_button(jupyter, browser):
     page.context.close()
 
 
+ANNOTATE = """
+import pandas as pd
+from subnet_explorer import widgets
+evil = "<img src=x onerror=\\"document.title='broken'\\">"
+facts = [("IsA", "oak", "tree"), ("CapableOf", "bird", evil), ("HasA", "car", "wheels")]
+table = pd.DataFrame(facts, columns=["relation", "sub", "obj"])
+widgets.FactsAnnotator(table, "said.csv", "Ada", seed=None)"""
+
+
+def test_facts_are_labelled_by_keyboard_and_another_day(jupyter, browser):
+    address, folder = jupyter
+    said = folder / "said.csv"
+    def rows() -> list[str]: return said.read_text(encoding="utf-8").splitlines()[1:] if said.exists() else []
+    def opened_on(name: str):
+        file = written(folder, name, ANNOTATE)
+        seen = in_lab(browser, address, file)
+        run_all(seen, file)
+        output = seen.page.locator(".jp-OutputArea-output:has(input[placeholder^='type 1'])")
+        output.get_by_label("Key", exact=True).wait_for(timeout=LONG)
+        return seen, output
+    seen, output = opened_on("annotate")
+    page, key = seen.page, output.get_by_label("Key", exact=True)
+    key.focus()
+    def press(letter: str, then: str) -> None:
+        page.keyboard.press(letter)
+        output.get_by_text(then).first.wait_for(timeout=LONG)
+        page.wait_for_function("e => e === document.activeElement && e.value === ''", arg=key.element_handle(), timeout=LONG)
+    press("1", "1 of 3 labelled")
+    output.get_by_text("<img src=x").first.wait_for(timeout=LONG)      # the next one, as text
+    assert rows() == ["IsA,oak,tree,Ada,plausible"]
+    press("u", "0 of 3 labelled")
+    assert rows() == [] and output.get_by_text("oak – IsA – tree").is_visible()
+    press("2", "1 of 3 labelled")
+    press("s", "car – HasA – wheels")                                  # skipped: no label, and the next one
+    assert rows() == ["IsA,oak,tree,Ada,not"]
+    press("9", "unknown key")
+    assert output.get_by_role("alert").is_visible() and rows() == ["IsA,oak,tree,Ada,not"]
+    press("3", "2 of 3 labelled, 1 skipped")
+    assert "broken" not in page.title() and output.locator("img[src=x]").count() == 0
+    assert violations(page, ".jp-OutputArea-output:has(input[placeholder^='type 1'])") == [] and not seen.errors
+    page.context.close()
+    seen, output = opened_on("annotate-again")                         # another day: only the skipped one is left
+    output.get_by_text("2 of 3 labelled").first.wait_for(timeout=LONG)
+    output.get_by_text("<img src=x").first.wait_for(timeout=LONG)
+    output.get_by_role("button", name="1 plausible").press("Enter")
+    output.get_by_text("3 of 3 labelled").first.wait_for(timeout=LONG)
+    assert [row.rpartition(",")[2] for row in rows()] == ["not", "plausible", "unclear"]
+    assert not seen.errors
+    seen.page.context.close()
+
+
 # ── the screenshots' own test ────────────────────────────────────────────────────────────────────────────────────────
 
 def test_screens_tell_pages_apart():

@@ -122,3 +122,20 @@ def test_a_verdict_needs_more_than_half(labels):
     rows = [{**oak, "annotator": str(i), "label": label} for i, label in enumerate(labels)]
     most = [label for label in PLAUSIBILITY if labels.count(label) > len(labels) / 2]
     assert verdicts(pd.DataFrame(rows)).verdict[0] == (most[0] if most else "unclear")
+
+
+def test_two_windows_of_one_person_lose_nothing(tmp_path):
+    one, two = (FactsAnnotator(FACTS, tmp_path / "a.csv", "Ada", seed=None) for _ in range(2))
+    one.press("1")
+    two.press("s")
+    two.press("2")
+    assert read_annotations(tmp_path / "a.csv").label.tolist() == ["plausible", "not"]
+    one.press("u")
+    assert read_annotations(tmp_path / "a.csv")[["sub", "label"]].to_numpy().tolist() == [["elm", "not"]]
+
+
+def test_the_same_words_are_not_the_same_fact(tmp_path):
+    sea = pd.DataFrame([("HasA", "sea lion", "fish"), ("HasA", "sea", "lion fish")], columns=["relation", "sub", "obj"])
+    a = FactsAnnotator(sea, tmp_path / "a.csv", "Ada", seed=None)
+    for key in "12": a.press(key)
+    assert read_annotations(tmp_path / "a.csv").label.tolist() == ["plausible", "not"]

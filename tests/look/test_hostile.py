@@ -283,6 +283,8 @@ def points() -> pd.DataFrame:
     return pd.DataFrame(made)
 
 
+EXAMPLE = ("model", "under", "prompt", "obj", "place", "token", "probability", "rank")
+GAIN = ("task", "relations", "mean", "low", "high")
 FIGURES: dict[str, Callable[[], Figure]] = {
     "bars": figure,
     "answer_map": lambda: plots.answer_map(two(("relation", "sub", "obj", "mask", "rank"), ..., ..., ..., PARTS[1], 2)),
@@ -310,6 +312,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "pattern_grid": lambda: plots.pattern_grid(
         two(("task", "pattern", "share", "model", "maps"), ..., PARTS[1], .5, PARTS[2], PARTS[3]),
         "task", "model", "maps", PARTS[0], PARTS[4]),
+    "answer_examples": lambda: plots.answer_examples(two(EXAMPLE, ..., PARTS[0], ..., ..., 1, PARTS[1], .5, 3), PARTS[2]),
+    "gain_flows": lambda: plots.gain_flows(two(GAIN, ..., PARTS[1], .1, -.1, .3), PARTS[2]),
+    "gain_map": lambda: plots.gain_map(two(GAIN, ..., PARTS[1], -.1, -.2, -.05), PARTS[2]),
+    "relation_map": lambda: plots.relation_map(
+        points(), two(("under", "k", "value", "low", "high", "chance"), ..., 3, .5, .4, .6, .2), PARTS[0]),
 }
 NO_FIGURE = {"add_heat", "attention", "attention_pair", "by_layer", "cells", "check_drawable", "color_axis", "draw",
              "html_card", "html_figure", "html_page", "is_dark", "paper_color", "plain_text", "print_figure",

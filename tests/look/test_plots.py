@@ -91,6 +91,16 @@ RANKED = pd.DataFrame(
     columns=["relation", "sub", "obj", "mask", "rank"],
 )
 
+EXAMPLES = pd.DataFrame(
+    [(NASTY, u, "a [MASK] of $x$", NASTY, i, t, .5 / i, 1) for u in ("full", "<u>") for i, t in ((1, NASTY), (2, "fin"))],
+    columns=["model", "under", "prompt", "obj", "place", "token", "probability", "rank"],
+)
+GAINS = pd.DataFrame(
+    [("copa", NASTY, .1, .05, .15), ("copa", "IsA", .02, np.nan, np.nan), (NASTY, "IsA", -.1, -.2, -.01)],
+    columns=["task", "relations", "mean", "low", "high"],
+)
+APART = pd.DataFrame(dict(under=["full", "<u>"], k=3, value=.6, low=.5, high=.7, chance=.4))
+
 FIGURES = {
     "density": lambda: plots.density(MANY[0], NASTY),
     "densities": lambda: plots.densities({"one": MANY[0], NASTY: MANY[1]}),
@@ -107,6 +117,11 @@ FIGURES = {
     "importance of MLPs": lambda: plots.importance(SCORES, 1, kind="mlp"),
     "placement": lambda: plots.placement(WEIGHTS),
     "answer_map": lambda: plots.answer_map(RANKED),
+    "answer_examples": lambda: plots.answer_examples(EXAMPLES, f"Picked by {NASTY}."),
+    "gain_flows": lambda: plots.gain_flows(GAINS),
+    "gain_flows, only losses": lambda: plots.gain_flows(GAINS.assign(mean=-.1, low=-.2, high=-.05)),
+    "gain_map": lambda: plots.gain_map(GAINS),
+    "relation_map": lambda: plots.relation_map(POINTS, APART),
     "bars": lambda: plots.bars(PRECISION, title="Macro P@1"),
     "tickets": lambda: plots.tickets(TABLE, label=NASTY),
     "tickets, interval": lambda: plots.tickets(TABLE, spread="interval", dots=False),
@@ -151,7 +166,8 @@ def test_heat_maps_have_a_labelled_scale_and_axes_a_name(name):
     f = FIGURES[name]()
     heat = [t for t in f.plotly.data if t.type == "heatmap"]
     for t in heat: assert f.plotly.layout[t.coloraxis].colorbar.title.text
-    if heat or name in ("tsne", "curves", "removal", "tradeoff"): return      # panels are named instead
+    if heat or name.split(",")[0] in ("tsne", "relation_map", "curves", "removal", "tradeoff", "gain_flows"):
+        return      # panels, or what lines lead from and to, are named instead
     assert f.plotly.layout.yaxis.title.text
 
 

@@ -8,7 +8,7 @@ from subnet_explorer.core.mask import Mask
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.choices import BadChoices, as_choices, choice_task, read_choices
 from subnet_explorer.data.pocket_tasks import choices
-from subnet_explorer.measure.options import SCORES, OptionReader, plausibility
+from subnet_explorer.measure.options import SCORES, OptionReader, check_readable, plausibility
 from subnet_explorer.model.apply import masked
 from subnet_explorer.model.load import load
 
@@ -135,3 +135,19 @@ def test_the_real_sets(real):
         if score in ("logprob", "pll"):
             wanted = [plainly(model, tok, row, option, score) for option in row["choices"]]
             assert table.filter(like="score").iloc[0].tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_what_has_no_token_is_refused(bert):
+    "Nothing can be said of it; a sum over nothing would be more plausible than any other option."
+    rows = as_choices([dict(question="a robin is a [MASK] .", choices=["bird", "\u200b"], label=0)])
+    for ask in (plausibility, check_readable):
+        with pytest.raises(BadChoices, match=r"question 0: .* no token to score"): ask(*bert, rows, score="pll")
+        ask(*bert, rows, score="logprob")      # its surroundings are scored
+
+
+def test_all_questions_are_looked_at_beforehand(bert):
+    long = as_choices([*choices(3), {**choices(1)[0], "premise": "the robin met a girl near the park " * 20}])
+    for score in SCORES:
+        with pytest.raises(BadChoices, match="reads at most 64"): check_readable(*bert, long, score)
+        check_readable(*bert, COPA, score)
+    with pytest.raises(SubnetError, match="masked model"): check_readable(*load("pocket-gpt2"), COPA)

@@ -12,7 +12,7 @@ from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.run import OtherRun
 from subnet_explorer.core.space import Space
 from subnet_explorer.data.choices import BadChoices, as_choices, choice_task
-from subnet_explorer.data.facts import read_facts
+from subnet_explorer.data.facts import read_facts, split
 from subnet_explorer.data.files import BadFacts
 from subnet_explorer.measure.options import plausibility
 from subnet_explorer.model.load import load
@@ -22,8 +22,12 @@ from subnet_explorer.recipes.answer import (
     published_accuracy,
     published_combinations,
     read_reasoning,
+    told_facts,
 )
+from subnet_explorer.recipes.clauses import SETTING, alike
 from subnet_explorer.recipes.relations import DifferentStarts, relation_masks
+from subnet_explorer.recipes.start import order
+from subnet_explorer.recipes.study import find_recipe
 
 RELATIONS = ("IsA", "AtLocation", "MadeOf", "Desires")
 QUICK = dict(score="pll", sizes=(2, 3), random=2, mismatched=2, progress=False)
@@ -52,7 +56,8 @@ def test_every_question_once_under_every_condition(made):
     t = study.items
     assert not t.duplicated(["task", "under", "seed", "draw", "item"]).any()
     counts = {under: part.groupby(["seed", "draw"], dropna=False).ngroups for under, part in t.groupby("under")}
-    assert counts == {"full": 1, "union": 2, "mined": 2, "random": 2, "mismatched": 4, "oracle": 2}
+    assert counts == {"full": 1, "union": 2, "mined": 2, "random": 2, "mismatched": 2, "oracle": 2}
+    assert t.query("under == 'mismatched'").draw.unique() == [0]      # of two relations that are left there is one union
     assert len(t) == 2 * 20 * sum(counts.values())
     for name, task in tasks.items():
         full = t.query("task == @name and under == 'full'")
@@ -144,15 +149,20 @@ def test_what_cannot_be_answered(made, tmp_path):
         (dict(score="logits"), UnknownName, "score of options"),
         (dict(join="onion"), UnknownName, "did you mean union"),
         (dict(search="all"), UnknownName, "search over combinations"),
-        (dict(tasks={}), SubnetError, "no task"),
+        (dict(tasks={}), SubnetError, "no task"), (dict(sizes=()), SubnetError, "at least one; got"),
+        (dict(weights={"IsA": 1.}), SubnetError, 'weights go with join="vote"'),
+        (dict(join="vote", weights={"IsA": 1.}), SubnetError, "AtLocation has none"),
+        (dict(join="vote", weights=dict.fromkeys(RELATIONS, 0.)), SubnetError, "weights"),
+        (dict(join="vote", share=0.), SubnetError, "share"),
         (dict(graph=read_facts("pocket", "Causes")), BadFacts, "none is in both"),
     ):
         given = dict(tasks=tasks, masks=masks, graph=None, **QUICK) | change
         with pytest.raises(error, match=match): answer(model, tok, **given, to=tmp_path / "never")
+    long = as_choices([*tasks["IsA"].test[:3], dict(question="a robin " * 60, choices=["y", "z"], label=0)])
+    for part in ("search", "test"):
+        with pytest.raises(BadChoices, match="the model reads at most"):
+            answer(model, tok, {"long": replace(tasks["IsA"], **{part: long})}, masks, **QUICK, to=tmp_path / "never")
     assert not (tmp_path / "never").exists()
-    long = as_choices([dict(question="a robin " * 60, choices=["y", "z"], label=0)])
-    with pytest.raises(BadChoices, match="the model reads at most"):
-        answer(model, tok, {"long": replace(tasks["IsA"], test=long)}, masks, **QUICK)
     with pytest.raises(SubnetError, match="two tasks have the same name"):
         read_reasoning(model, tok, tasks=["pocket:IsA", "IsA=pocket:MadeOf"], masks=str(tmp_path))
 
@@ -164,6 +174,92 @@ def test_without_a_choice_nothing_is_too_good(made):
     study = answer(model, tok, few, masks, **{**QUICK, "sizes": (4,), "mismatched": 0}, oracle=True, singles=False)
     assert np.allclose(study.optimism()["mean"], 0) and set(study.items.under) == {"full", "union", "random", "oracle"}
     with pytest.raises(SubnetError, match="singles=True"): study.matrix()
+
+
+def test_masks_vote(made):
+    "With the weights and the share that were given; equal votes of all are what an intersection keeps."
+    model, tok, tasks, masks, _ = made
+    few = {"IsA": replace(tasks["IsA"], test=tasks["IsA"].test.take(8), search=tasks["IsA"].search.take(8))}
+    quick = {**QUICK, "sizes": (4,), "random": 0, "mismatched": 0, "singles": False}
+    weights = {"IsA": 5., "AtLocation": 1., "MadeOf": 1., "Desires": 1.}
+    study = answer(model, tok, few, masks, **quick, join="vote", weights=weights, share=.6)
+    alone = plausibility(model, tok, few["IsA"].test, masks.sel(task="IsA", seed=1)[0], "pll")
+    assert study.items.query("under == 'union' and seed == 1").choice.tolist() == alone.choice.tolist()
+    kept = masks.sel(task="IsA", seed=1)[0]
+    assert study.tables["unions"].query("seed == 1").sparsity.item() == kept.sparsity
+    assert study.config["weights"] == weights and study.config["share"] == .6
+    everyone = answer(model, tok, few, masks, **quick, join="vote", share=1.)
+    both = answer(model, tok, few, masks, **quick, join="intersection")
+    assert everyone.items.choice.tolist() == both.items.choice.tolist()
+    assert everyone.tables["unions"].sparsity.tolist() == both.tables["unions"].sparsity.tolist()
+
+
+def test_seeds_may_have_any_name_and_ids_may_repeat(made, tmp_path):
+    model, tok, tasks, masks, _ = made
+    named = Masks([({**labels, "seed": f"run {labels['seed']}"}, mask) for labels, mask in masks])
+    rows = [{**row, "id": "one"} for row in tasks["IsA"].test[:6]]
+    few = {"IsA": replace(tasks["IsA"], test=as_choices(rows), search=tasks["IsA"].search.take(8))}
+    quick = {**QUICK, "sizes": (2,), "mismatched": 0}
+    study = answer(model, tok, few, named, **quick, to=tmp_path)
+    assert answer(model, tok, few, named, **quick, to=tmp_path).items.equals(study.items)
+    assert list(study.items.seed.dropna().unique()) == ["run 0", "run 1"]
+    assert study.who("IsA").question.tolist() == [row["question"] for row in rows]
+    assert len(study.gains())
+
+
+def test_many_options_and_relations_that_nobody_mentions(made):
+    model, tok, tasks, masks, _ = made
+    words = [w for w in tok.get_vocab() if w.isalpha()][:40]
+    many = as_choices([dict(question="a robin is a [MASK] .", choices=words, label=39)] * 2)
+    graph = read_facts("pocket", "IsA,MadeOf,Desires")
+    few = {"IsA": replace(tasks["IsA"], test=many, search=tasks["IsA"].search.take(8))}
+    study = answer(model, tok, few, masks, graph, **{**QUICK, "sizes": (2,), "singles": False})
+    assert study.items.choice.between(0, 39).all()
+    mined = study.tables["mined"].set_index("relation").questions
+    asked = study.items.query("under == 'mined'").relations.iloc[0].split("+")
+    assert set(asked) == set(mined[mined > 0].index)
+
+
+def test_a_study_about_facts_says_whether_they_were_known(made):
+    _, _, tasks, _, study = made
+    assert sum("nobody said which of them" in note for note in study.notes) == len(tasks)
+
+
+# ── the paper's settings, and the shell ──────────────────────────────────────────────────────────────────────────────
+
+PAPER = dict(score="published", search="exhaustive", oracle=True, different_starts=True, sizes=[3, 4, 5], top=5)
+
+
+def ordered(*words):
+    given = ["--model", "some/bert", "--out", "out", "--tasks", "copa:x", "--masks", "y"]
+    return order(find_recipe("answer"), [*given, *words])
+
+
+@pytest.mark.parametrize("clause", [c for c in find_recipe("answer").clauses if c.by == SETTING], ids=lambda c: c.name)
+def test_a_clause_is_our_default_sets_the_paper_s_and_gives_way(clause):
+    "The share of questions to search by is no search over combinations."
+    assert alike(ordered().values[clause.name], clause.ours)
+    values = ordered("--published").values
+    assert all(alike(values[name], value) for name, value in PAPER.items()) and values["search_share"] == .5
+    own = {"score": "pll", "search": "greedy"}.get(clause.name)
+    said = [f"--no-{clause.name.replace('_', '-')}"] if own is None else [f"--{clause.name}", own]
+    assert not alike(ordered("--published", *said).values[clause.name], clause.published)
+
+
+def test_weights_from_a_shell_and_what_it_would_cost():
+    asked = ordered("--join", "vote", "--weights.IsA", "2", "--share", "0.7", "--limit-test", "40", "--random", "3")
+    assert asked.values["weights"] == {"IsA": 2.} and asked.values["share"] == .7
+    first, *others = asked.work()
+    assert first.axes == {"task": 1, "condition": 4, "question": 40} and first.examples == 160
+    assert str(first).endswith("= 160 texts or more; only read") and all(work.cells is None for work in others)
+    model = ["--model", "pocket-bert"]
+    assert ordered(*model).values["trained_on"] == "pocket" and ordered().values["trained_on"] is None
+
+
+def test_told_facts_are_those_learned_from_and_chosen_by():
+    parts = split(read_facts("pocket", "MadeOf,IsA"))
+    told = set(told_facts(parts))
+    assert told == {f.uuid for f in (*parts.train, *parts.dev)} and not told & {f.uuid for f in parts.test}
 
 
 @pytest.mark.real

@@ -18,9 +18,10 @@ from subnet_explorer.recipes.start import order_from_file, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 
 FILES = paper_files()
-PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
+PAPERS = {"lamp": "Ren & Zhu 2022", "complete": "Ren & Zhu 2022", "answer": "Ren & Zhu 2022",
+          "finetune": "Ren & Zhu 2022", "mine": "Ren & Zhu 2022", "tickets": "Prasanna et al. 2020",
           "critical": "Bayazit et al. 2024", "probe": "Cao et al. 2021", "tamt": "Liu et al. 2022"}
-OF = {name: "lamp" if name == "complete" else name for name in PAPERS}
+OF = {name: "lamp" if paper == PAPERS["lamp"] else name for name, paper in PAPERS.items()}
 "By recipe: how the files of its paper begin."
 
 
@@ -37,7 +38,8 @@ def nothing_is_read(tmp_path, monkeypatch) -> Path:
 # ── ready files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_there_is_a_file_for_every_table():
-    wanted = {"lamp-table2", "lamp-table10", "lamp-table3", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted = {"lamp-table2", "lamp-table10", "lamp-appendix-c", "critical-main", "tamt-main-bert", "tamt-main-roberta"}
+    wanted |= {"lamp-table3", "lamp-table6", "lamp-table7"}
     wanted |= {"tickets-table3-structured", "tickets-table3-magnitude", "tickets-epochs"}
     wanted |= {f"probe-tables1-2-{t}{end}" for t in ("pos", "dep", "ner") for end in ("", "-lambdas")}
     assert wanted <= set(FILES)
@@ -165,6 +167,15 @@ def test_a_bad_file_is_refused_alike(name, nothing_is_read, capsys):
             assert main(["run", "study.yaml", *words]) == 2
             seen.append(capsys.readouterr().err)
         assert seen[0] == seen[1] and seen[0].count("\n") == 1, seen
+
+
+def test_new_facts_are_only_read(nothing_is_read, capsys):
+    words = ["--model", "some/model", "--facts", "pocket", "--masks", "runs/lamp", "--relations", "MadeOf,IsA",
+             "--random", "4", "--out", "out", "--dry-run"]
+    assert main(["mine", *words]) == 0
+    said = capsys.readouterr().out
+    assert "asking without seeds: 5 conditions × 2 relations × ? questions = ? texts or more; only read" in said
+    assert "asking for every seed: ? seeds × 2 relations × ? questions" in said and not list(nothing_is_read.iterdir())
 
 
 def test_completing_says_what_rivals_cost(nothing_is_read, capsys):

@@ -208,6 +208,30 @@ def test_one_annotator_has_precision_and_no_kappa(study):
     assert any("one annotator" in note for note in by.notes) and by.to_json()["agreement"][0]["kappa"] is None
 
 
+def test_who_judged_before_is_forgotten(study):
+    people = study.judged(annotated(study, lambda i, name: "plausible" if i % 2 or name == "Ada" else "not"))
+    again = people.judged(FACTS)
+    assert "agreement" in people.tables and "agreement" not in again.tables
+    assert any("kappa" in note for note in people.notes) and not any("kappa" in note for note in again.notes)
+    pd.testing.assert_frame_equal(again.tables["precision"], study.tables["precision"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(label="maybe"), "row 0: the label 'maybe' is not one of plausible, not, unclear"),
+    (dict(annotator="Ada"), "row 1: Ada has a label for"),
+], ids=["another category", "twice"])
+def test_a_table_of_annotations_is_checked_like_a_file(study, change, message):
+    said = annotated(study, lambda i, name: "not", n=2)
+    with pytest.raises(BadAnnotations, match=message): study.judged(said.assign(**change))
+    with pytest.raises(BadAnnotations, match="no column label"): study.judged(said.drop(columns="label"))
+
+
+def test_a_fact_that_was_judged_in_both_directions_has_one_verdict(study):
+    turned = [("PartOf", "wheel", "car", "Ada", "not"), ("HasA", "cars", "wheel", "Ben", "plausible")]
+    truth = truth_of(pd.DataFrame(turned, columns=["relation", "sub", "obj", "annotator", "label"]))
+    assert truth.judge("HasA", "car", "wheel") is False      # one of two is no majority
+
+
 def test_what_cannot_judge_is_refused(study, tmp_path):
     with pytest.raises(BadAnnotations, match=r"Ada has a label for HasA \(moon, cheese\)"):
         study.judged(pd.DataFrame([dict(relation="HasA", sub="moon", obj="cheese", annotator="Ada", label="not")]))
@@ -241,6 +265,26 @@ def test_a_stopped_study_goes_on(pocket_bert, masks, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(found.proposals, mine(*pocket_bert, GRAPH, masks, **QUIET).proposals)
     told = json.loads((tmp_path / "s" / "results.json").read_text())
     assert set(told["relations"]) == set(RELATIONS) and "proposals.csv" in told["files"]
+
+
+def test_a_graph_that_knows_everything_leaves_nothing(pocket_bert, masks, tmp_path):
+    graph = Facts((Fact("HasA", "car", "wheel", "a car has a [MASK] .", "1"),), "one fact")
+    for _ in range(2):      # the second time from what is in the folder
+        found = mine(*pocket_bert, graph, masks, objects="seen", to=tmp_path / "s", **QUIET)
+        assert found.proposals.empty and found.tables["removed"][["why", "n"]].to_numpy().tolist() == [[IN_GRAPH, 1]]
+        assert found.summary().empty and "relation" in found.shown() and found.sheet().empty
+        assert found.report(tmp_path / "r.html").exists() and found.judged(graph).precision().empty
+
+
+def test_a_seed_agrees_in_another_spelling(masks):
+    columns = ["under", "draw", "relation", "sub", "obj", "prompt", "logprob", "rank", "full_logprob", "full_rank",
+               "logprobs", "ranks"]
+    said = [("together", 0, "wheel"), ("subnetwork", 0, "wheel"), ("subnetwork", 1, "wheels")]
+    kept = pd.DataFrame([(under, draw, "HasA", "car", obj, "a car has a [MASK] .", -1., 1, -2., 3, [-1., -1.], [1, 1])
+                         for under, draw, obj in said], columns=columns)
+    lists, fallen = chapter.listed(kept, None, 9)
+    proposals, each = chapter.proposals_of(lists, fallen, kept, chapter.relation_masks(masks), None)
+    assert (proposals.agree[0], proposals.seeds[0]) == (2, "3, 5") and each.proposes.tolist() == [True, True]
 
 
 def test_what_was_left_out_is_counted(pocket_bert, masks):

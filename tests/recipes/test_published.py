@@ -29,10 +29,11 @@ from subnet_explorer.recipes.start import Order, order, recipe_options
 from subnet_explorer.recipes.study import find_recipe
 from subnet_explorer.recipes.tuning import training_of
 
-RECIPES = ("lamp", "complete", "tickets", "critical", "probe", "tamt")
+RECIPES = ("lamp", "complete", "mine", "tickets", "critical", "probe", "tamt")
 DATA: dict[str, list[str]] = {
     "lamp": ["--facts", "pocket"],
     "complete": ["--triples", "pocket", "--masks", "runs/lamp"],
+    "mine": ["--facts", "pocket", "--masks", "runs/lamp"],
     "tickets": ["--tasks", "pocket:entails"],
     "critical": ["--target", "pocket", "--control", "pocket", "--text", "pocket"],
     "probe": ["--task", "pos", "--train", "pocket", "--dev", "pocket"],
@@ -45,6 +46,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         epochs=6, lr=3e-4, batch=32, clip=5, seeds=[0, 1, 2], shared_init=False, layers="top-half", sparsity=0.5,
         method="deterministic", random=5, mismatched=True,
     ),
+    "mine": {},
     "complete": dict(one_word=True, two_hop=["IsA", "HasProperty"], several=None),
     "tickets": dict(
         on_dev=True, mode="cumulative", normalise="published", seeds=[1337, 42, 86, 71, 166], epochs=3, lr=2e-5,
@@ -171,8 +173,9 @@ def called(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple
     model, tok = load("pocket-bert")
     facts, lines = read_facts("pocket", "MadeOf"), read_texts("pocket")[:40]
     sentences, target = read_conllu("pocket", part="train")[:40], read_facts("pocket", "IsA")
-    made = Mask.random(Space.of(model, "weight", layers="top-half"), 0.5, seed=0)
+    made = Mask.random(Space.of(model, "weight", layers="top-half"), .5, seed=0)
     data: dict[str, tuple[Any, ...]] = {
+        "mine": (facts, Masks([({"task": "MadeOf", "seed": 0}, made)])),
         "lamp": (facts,), "tickets": ({"entails": task_data("pocket:entails", on_dev=settings.pop("on_dev", False))},),
         "critical": (replace(target, items=target.items[:3]), facts, lines), "probe": ("pos", sentences, sentences),
         "tamt": (lines, lines), "complete": (facts, Masks([({"task": "MadeOf", "seed": 0}, made)])),
