@@ -14,8 +14,6 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from .cost import complete_cost
-from .papers import COMPLETE
 from subnet_explorer.recipes.relations import (
     DRAWN,
     BadRelations,
@@ -54,6 +52,8 @@ from ..data.links import held_out, in_relations, joined, one_word
 from ..look import curves
 from ..measure.graph_embeddings import graph_models
 from ..measure.links import link_ranks, link_reads, rankable
+from .cost import complete_cost
+from .papers import COMPLETE
 
 # %% auto #0
 __all__ = ['RANKS', 'ONE_HOP', 'TWO_HOPS', 'POCKET', 'PUBLISHED', 'CompleteStudy', 'scored', 'read_triples', 'complete',

@@ -15,9 +15,9 @@ from torch import nn
 from ..core.errors import check_names
 from ..data.facts import Facts, Split
 from ..measure.graph_embeddings import embed_graph, graph_ranks
+from ..tasks.fit import Lora, adapted
 from .lamp import fine_tuned
 from .relations import RelationMasks
-from ..tasks.fit import Lora, adapted
 
 # %% auto #0
 __all__ = ['TUNED', 'COST', 'USUAL', 'tuned_answers', 'budget_of', 'embedded_answers', 'unseen_note', 'costs_of', 'without_cost']
