@@ -265,7 +265,7 @@ def graph_ranks(
                 rows += [{**about, **row} for row in _graph_rows(contest, embedding, [*known, *facts])]
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/measure/16_graph_embeddings.ipynb #d2811962
 def _graph_rows(contest: Contest, embedding: GraphEmbedding, known: Sequence[Fact]) -> Iterator[dict[str, Any]]:
     "Ranks of the facts of one relation."
     every = dict(embedding.entities)

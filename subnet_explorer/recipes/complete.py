@@ -14,8 +14,6 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from .cost import complete_cost
-from .papers import COMPLETE
 from subnet_explorer.recipes.relations import (
     DRAWN,
     BadRelations,
@@ -33,14 +31,6 @@ from subnet_explorer.recipes.rivals import (
     unseen_note,
     without_cost,
 )
-from subnet_explorer.recipes.study import (
-    Bench,
-    Section,
-    Study,
-    few_note,
-    recipe,
-    settings_of,
-)
 
 from ..core.errors import SubnetError, check_names
 from ..core.files import read_json
@@ -54,6 +44,9 @@ from ..data.links import held_out, in_relations, joined, one_word
 from ..look import curves
 from ..measure.graph_embeddings import graph_models
 from ..measure.links import link_ranks, link_reads, rankable
+from .cost import complete_cost
+from .papers import COMPLETE
+from .study import Bench, Section, Study, few_note, recipe, settings_of
 
 # %% auto #0
 __all__ = ['RANKS', 'ONE_HOP', 'TWO_HOPS', 'POCKET', 'PUBLISHED', 'CompleteStudy', 'scored', 'read_triples', 'complete',
@@ -176,19 +169,14 @@ def read_triples(
     model: nn.Module,
     tok: Any,
     *,
-    triples: str,                            # "pocket", a .tsv file of triples, a .jsonl file
-                                             # or folder in LAMA format
+    triples: str,                            # "pocket", a .tsv file, or LAMA's .jsonl files
     masks: str,                              # folder of a LAMP study, or of its runs
-    graph: str | None = None,                # all that is known: for filtered ranks,
-                                             # candidates, and two hops
+    graph: str | None = None,                # all that is known, in the same formats
     trained_on: str | None = None,           # facts of that study: they are not asked
-    split_seed: Seed | None = None,          # only its training and development part was read,
-                                             # cut with this seed
-    templates: str | None = "lamp-b1",       # of the triples: a name, a LAMA relations.jsonl;
-                                             # none: their own wording
+    split_seed: Seed | None = None,          # of the split, whose test part was not told
+    templates: str | None = "lamp-b1",       # a name, or LAMA's relations.jsonl; none: own wording
     relations: Sequence[str] | None = None,  # only these
-    lenient: bool = False,                   # leave out, and count, prompts without exactly
-                                             # one [MASK]
+    lenient: bool = False,                   # count prompts without one [MASK], and go on
 ) -> dict[str, Any]:
     "Read what `complete` needs as a shell names it."
     names = None if relations is None else ",".join(relations)
@@ -203,7 +191,7 @@ def read_triples(
             "graph": None if graph is None else read_facts(graph, templates=templates, strict=not lenient),
             "trained_on": told}
 
-
+# %% ../../nbs/recipes/21_complete.ipynb #f68b91ee
 def _with_masks(told: Facts, masks: RelationMasks) -> Facts:
     "What masks were trained on can be of their relations only; raise `BadRelations` if nothing is."
     if common := [r for r in told.relations if r in masks.relations]: return told[common]
@@ -232,8 +220,7 @@ def complete(
     model: nn.Module,
     tok: Any,
     triples: Facts,                               # that are asked
-    masks: Masks | Study,                         # of relations: a LAMP study, or masks
-                                                  # labelled task and seed
+    masks: Masks | Study,                         # of a LAMP study, or labelled task and seed
     graph: Facts | None = None,                   # all that is known; None: the triples, and what was trained on
     trained_on: Facts | Split | None = None,      # is not asked; None: of a LAMP study its own
     *,
@@ -244,8 +231,7 @@ def complete(
     candidate_seed: Seed = 0,                     # of their draw
     random: Natural = 5,                          # random masks of the same size, per relation
     mismatched: bool = True,                      # every relation also under the masks of all others
-    tuned: Sequence[str] = (),                    # also fine-tune per relation: whole (all weights), lora
-                                                  # (low-rank updates), or both
+    tuned: Sequence[str] = (),                    # also fine-tune per relation: whole, lora, or both
     tuned_steps: Count | None = None,             # of fine-tuning; None: as many as the masks had, else 100
     batch: Count = 32,                            # of fine-tuning
     rivals: Sequence[str] = (),                   # graph embeddings, e.g. DistMult, ComplEx, ConvE, TuckER;
@@ -266,7 +252,7 @@ def complete(
                   settings)
     return bench.finished(_measured(bench, model, tok, given, asked, settings))
 
-
+# %% ../../nbs/recipes/21_complete.ipynb #0a1be2f4
 _NO_SPLIT = ("fine-tuning needs to know what to train on and what to choose by: give a split as "
              "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
 _NOT_TOLD = "graph embeddings need to know what to train on: give trained_on, in a shell --trained-on."
@@ -399,7 +385,7 @@ def _of_cell(asked: Mapping[str, Facts], cell: Mapping[str, Any]) -> Facts: retu
 
 def _name(cell: Mapping[str, Any]) -> str: return "-".join(map(str, cell.values())).replace(" ", "-")
 
-
+# %% ../../nbs/recipes/21_complete.ipynb #a2f1eb46
 def _of_tuned(
     bench: Bench, model: nn.Module, tok: Any, given: _Given, asked: Mapping[str, Facts],
     settings: Mapping[str, Any], how: Mapping[str, Any],
@@ -428,7 +414,7 @@ def _of_rivals(
             embedded_answers, tok, told, cell["model"], cell["seed"], cell["draw"], asked, training,
             {"known": given.graph, **how}))
 
-
+# %% ../../nbs/recipes/21_complete.ipynb #e0d32236
 def _notes(
     given: _Given, asked: Mapping[str, Facts], settings: Mapping[str, Any],
 ) -> Iterator[str]:

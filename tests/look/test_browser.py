@@ -379,7 +379,8 @@ def test_facts_are_labelled_by_keyboard_and_another_day(jupyter, browser):
     def press(letter: str, then: str) -> None:
         page.keyboard.press(letter)
         output.get_by_text(then).first.wait_for(timeout=LONG)
-        page.wait_for_function("e => e === document.activeElement && e.value === ''", arg=key.element_handle(), timeout=LONG)
+        focused = "e => e === document.activeElement && e.value === ''"
+        page.wait_for_function(focused, arg=key.element_handle(), timeout=LONG)
     press("1", "1 of 3 labelled")
     output.get_by_text("<img src=x").first.wait_for(timeout=LONG)      # the next one, as text
     assert rows() == ["IsA,oak,tree,Ada,plausible"]

@@ -312,7 +312,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "pattern_grid": lambda: plots.pattern_grid(
         two(("task", "pattern", "share", "model", "maps"), ..., PARTS[1], .5, PARTS[2], PARTS[3]),
         "task", "model", "maps", PARTS[0], PARTS[4]),
-    "answer_examples": lambda: plots.answer_examples(two(EXAMPLE, ..., PARTS[0], ..., ..., 1, PARTS[1], .5, 3), PARTS[2]),
+    "answer_examples": lambda: plots.answer_examples(
+        two(EXAMPLE, ..., PARTS[0], ..., ..., 1, PARTS[1], .5, 3), PARTS[2]
+    ),
     "gain_flows": lambda: plots.gain_flows(two(GAIN, ..., PARTS[1], .1, -.1, .3), PARTS[2]),
     "gain_map": lambda: plots.gain_map(two(GAIN, ..., PARTS[1], -.1, -.2, -.05), PARTS[2]),
     "relation_map": lambda: plots.relation_map(

@@ -92,7 +92,11 @@ RANKED = pd.DataFrame(
 )
 
 EXAMPLES = pd.DataFrame(
-    [(NASTY, u, "a [MASK] of $x$", NASTY, i, t, .5 / i, 1) for u in ("full", "<u>") for i, t in ((1, NASTY), (2, "fin"))],
+    [
+        (NASTY, under, "a [MASK] of $x$", NASTY, i, token, .5 / i, 1)
+        for under in ("full", "<u>")
+        for i, token in ((1, NASTY), (2, "fin"))
+    ],
     columns=["model", "under", "prompt", "obj", "place", "token", "probability", "rank"],
 )
 GAINS = pd.DataFrame(

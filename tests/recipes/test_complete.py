@@ -222,7 +222,8 @@ def test_what_a_graph_never_saw_is_said(beside, found):
     graph = beside.items[beside.items.under == "TuckER"].drop_duplicates("uuid").set_index("uuid").unseen
     for fact in beside.triples:
         _, subject, object = link(fact)
-        assert ("subject" in graph[fact.uuid], "object" in graph[fact.uuid]) == (subject not in seen, object not in seen)
+        lacking = graph[fact.uuid]
+        assert ("subject" in lacking, "object" in lacking) == (subject not in seen, object not in seen)
     n = sum(graph != "")
     assert any(f"{n} of {len(beside.triples)} (one hop)" in note for note in beside.notes) and n
 
