@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
