@@ -66,7 +66,7 @@ class Choices(Sequence[dict[str, Any]]):
 
     @checked
     def take(self, n: Natural, seed: Seed = 0) -> Choices:
-        "Draw `n` questions, in order and in the same shares for every place of the right answer."
+        "Draw `n` questions, in order and in the same shares for every right place."
         if n >= len(self): return self
         picked = sorted(_balanced(self.gold, seed)[:n])
         items = tuple(self.items[i] for i in picked)
@@ -110,6 +110,10 @@ def _place(answer: Any, n: int, first: int = 0) -> int:
     return known.index(str(answer).strip())
 
 
+def _asked(question: str, choices: list[str], label: int, id: Any, **more: str) -> _Row:
+    return dict(question=question, choices=choices, label=label, id=id, **more)
+
+
 def _bare(text: str) -> str: return text.strip().rstrip(".?! ")
 
 
@@ -119,8 +123,7 @@ def _copa(said: _Row) -> _Row:
         raise BadChoices(f"the question is {kind!r} where cause or effect was expected.")
     choices, word = [said["choice1"], said["choice2"]], "so" if kind == "effect" else "because"
     question = f"{premise} {word}" if premise else ""
-    label = _place(said["label"], 2)
-    return dict(question=question, choices=choices, label=label, id=said["idx"], kind=kind, scored=premise)
+    return _asked(question, choices, _place(said["label"], 2), said["idx"], kind=kind, scored=premise)
 
 
 def _commonsense(said: _Row) -> _Row:
@@ -145,26 +148,25 @@ def _arct(said: _Row) -> _Row:
     scored = f"{reason} so {claim}" if reason and claim else ""
     question, warrants = scored and f"{scored} since", [said["warrant0"], said["warrant1"]]
     label = _place(said["correctLabelW0orW1"], 2)
-    return dict(question=question, choices=warrants, label=label, id=said["#id"], scored=scored)
+    return _asked(question, warrants, label, said["#id"], scored=scored)
 
 # %% ../../nbs/data/14_choices.ipynb #56a9449c
 def _swag(said: _Row) -> _Row:
     endings = [said[f"ending{i}"] for i in range(4)]
     text = f"{said['sent1']} {said['sent2'] or ''}".strip()
-    return dict(question=text, choices=endings, label=_place(said["label"], 4), id=said.get("video-id"))
+    return _asked(text, endings, _place(said["label"], 4), said.get("video-id"))
 
 
 def _hellaswag(said: _Row) -> _Row:
     endings = list(said["endings"])
-    label = _place(said["label"], len(endings))
-    return dict(question=said["ctx"], choices=endings, label=label, id=said.get("ind"))
+    return _asked(said["ctx"], endings, _place(said["label"], len(endings)), said.get("ind"))
 
 
 def _anli(said: _Row) -> _Row:
     said = {**{ours: said[theirs] for theirs, ours in _ART.items() if theirs in said}, **said}
     question = f"{said['obs1'].strip()} [MASK] {said['obs2'].strip()}"
-    label = _place(said["label"], 2, 1)
-    return dict(question=question, choices=[said["hyp1"], said["hyp2"]], label=label, id=said.get("story_id"))
+    options = [said["hyp1"], said["hyp2"]]
+    return _asked(question, options, _place(said["label"], 2, 1), said.get("story_id"))
 
 
 _ART = {f"{long}_{i}": f"{short}{i}" for long, short in (("observation", "obs"), ("hypothesis", "hyp")) for i in (1, 2)}
@@ -173,14 +175,14 @@ _ART = {f"{long}_{i}": f"{short}{i}" for long, short in (("observation", "obs"),
 def _cosmosqa(said: _Row) -> _Row:
     answers = [said[f"answer{i}"] for i in range(4)]
     question = f"{said['context'].strip()} {said['question'].strip()}"
-    return dict(question=question, choices=answers, label=_place(said["label"], 4), id=said.get("id"))
+    return _asked(question, answers, _place(said["label"], 4), said.get("id"))
 
 # %% ../../nbs/data/14_choices.ipynb #901bf9f6
 def _winogrande(said: _Row) -> _Row:
     if said["sentence"].count("_") != 1:
         raise BadChoices(f"there is not exactly one gap _ in {said['sentence']!r}.")
     question, options = said["sentence"].replace("_", "[MASK]"), [said["option1"], said["option2"]]
-    return dict(question=question, choices=options, label=_place(said["answer"], 2, 1), id=said.get("qID"))
+    return _asked(question, options, _place(said["answer"], 2, 1), said.get("qID"))
 
 
 def _winograd(said: _Row) -> _Row:
@@ -188,7 +190,7 @@ def _winograd(said: _Row) -> _Row:
     if text[at:at + len(pronoun)] != pronoun:
         raise BadChoices(f"the pronoun {pronoun!r} does not stand at {at}, where the text reads {text[at:at + 20]!r}.")
     question = f"{text[:at]}[MASK]{text[at + len(pronoun):]}"
-    return dict(question=question, choices=options, label=_place(said["label"], len(options)), id=None)
+    return _asked(question, options, _place(said["label"], len(options)), None)
 
 
 def _wsc(said: _Row) -> _Row:
@@ -203,17 +205,17 @@ def _wsc(said: _Row) -> _Row:
     question = f"{' '.join(words[:i])} {found[1]}[MASK]{rest[found.end():]}"
     right = said["label"]
     label = int(right) if isinstance(right, bool) else _place(right, 2)
-    return dict(question=question, choices=[spans["span1_text"]], label=label, id=said.get("idx"))
+    return _asked(question, [spans["span1_text"]], label, said.get("idx"))
 
 
 def _comve(said: _Row) -> _Row:
     against, sentences = _place(said["label"], 2), [said["sent0"], said["sent1"]]
-    return dict(question="[MASK]", choices=sentences, label=1 - against, id=said.get("id"))
+    return _asked("[MASK]", sentences, 1 - against, said.get("id"))
 
 
 def _cats(said: _Row) -> _Row:
     sentences = said["sentences"]
-    return dict(question="[MASK]", choices=sentences, label=_place(said["label"], len(sentences)), id=None)
+    return _asked("[MASK]", sentences, _place(said["label"], len(sentences)), None)
 
 
 def _plain(said: _Row) -> _Row:
@@ -270,7 +272,7 @@ def read_choices(
     part: str = "train",          # "train", "dev" or "test"; a file is what it is
     format: str | None = None,    # one of `FORMATS`; None: as each line looks
 ) -> Choices:
-    "Read multiple-choice questions; raise `BadChoices` with file and line where they are broken."
+    "Read multiple-choice questions; raise `BadChoices` with file and line of what is broken."
     check_names([part], PART_NAMES, "part")
     format, source = _without_format(source, format)
     if _is_pocket(source): return _of_pocket(str(source), part)
@@ -531,7 +533,7 @@ def choice_task(
     source: str | Path,                  # as in `read_choices`
     name: str | None = None,             # None: as the source is called
     *,
-    search: OptionShare = 0.5,            # share of the training questions by which something is chosen
+    search: OptionShare = 0.5,            # of the training questions, to choose by
     limit_search: Count | None = None,    # at most so many of these …
     test: Count | None = None,            # … and so many to report on
     known: Sequence[str] | None = None,   # uuids of facts that are not asked about, e.g. since masks know them
@@ -572,7 +574,7 @@ def _parted(data: Choices, share: float, seed: int) -> tuple[Choices, Choices]:
 
 
 def _unit(row: Mapping[str, Any]) -> tuple[str, ...]:
-    "What must not stand in two parts: the question, or the sentences where there is nothing else."
+    "What must not stand in two parts: the question, or sentences where there is nothing else."
     return tuple(sorted(row["choices"])) if row["question"] == "[MASK]" else (row["question"],)
 
 

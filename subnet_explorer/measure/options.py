@@ -134,7 +134,8 @@ def askable(
     asked = as_choices(questions)
     if score != "published": return list(asked)
     found = [row for row in asked if _published_words(row) is not None]
-    if not found: raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
+    if not found:
+        raise BadChoices(f"in no question of {asked.name} does its concept stand verbatim.")
     return found
 
 
@@ -159,7 +160,7 @@ def check_readable(
     questions: Sequence[Mapping[str, Any]],      # as of `read_choices`
     score: str = "logprob",                      # one of `SCORES`
 ) -> None:
-    "Raise what `OptionReader` would raise of any of these questions; the model reads none of them."
+    "Raise what `OptionReader` would raise of these questions; the model reads none."
     check_fills_gaps(model, tok, score)
     coder = _Coder(model, tok)
     for row in askable(questions, score):
@@ -203,7 +204,7 @@ class OptionReader:
         return out
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:      # (question, option) -> (question,)
-        "The place of the most plausible option; ties go to the first, as published to the last."
+        "Place of the most plausible option; ties go to the first, as published to the last."
         if self.score != "published": return np.nanargmax(scores, axis=-1)
         return scores.shape[-1] - 1 - np.nanargmax(scores[..., ::-1], axis=-1)
 
@@ -248,7 +249,7 @@ def plausibility(
     under: Mask | Scores | None = None,
     score: str = "logprob",                      # one of `SCORES`
 ) -> pd.DataFrame:      # id, score1, score2, …, label, choice, right
-    "Choose the most plausible option of every question; raise `BadChoices` for what cannot be asked."
+    "Choose the most plausible option; raise `BadChoices` for what cannot be asked."
     reader = OptionReader(model, tok, questions, score, first_block_changed_by(model, under))
     with evaluating(model), masked(model, under): scores = reader.scores()
     table = pd.DataFrame(scores, columns=[f"score{i}" for i in range(1, 1 + scores.shape[1])])

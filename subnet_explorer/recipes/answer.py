@@ -50,7 +50,7 @@ class AnswerStudy(Study):
 
     @property
     def items(self) -> pd.DataFrame:
-        "One row per question, condition and draw: task, under, relations, seed, draw, item, id, label, choice, right."
+        "One row per question, condition and draw: task, under, relations, seed, draw, item, …"
         return self.tables["items"]
 
     def pairs(self) -> Pairs:
@@ -64,15 +64,15 @@ class AnswerStudy(Study):
         return replace(self.pairs(), cases=[], groups=["task"]).gains()
 
     def optimism(self) -> pd.DataFrame:
-        "What choosing on the reported questions adds to the score: oracle minus union, paired."
+        "What choosing on the reported questions adds: oracle minus union, paired."
         return self.gains("oracle", "union")
 
     def matrix(self) -> pd.DataFrame:
-        "How much more the mask of each relation answers than the full model: columns task, relations, mean, low, …"
+        "How much more each relation's mask answers than the full model: task, relations, mean, …"
         return _single_pairs(self, "single", "relations", ("single", "full")).gains()
 
     def ablation(self) -> pd.DataFrame:
-        "What the union answers more than without one of its relations: columns task, relations (the one), mean, …"
+        "What the union answers more than without one relation: task, relations (the one), mean, …"
         return _single_pairs(self, "without", "relations", ("union", "without")).gains()
 
     def who(self, task: str) -> pd.DataFrame:      # question × full and relations
@@ -85,9 +85,7 @@ class AnswerStudy(Study):
 
     def results(self) -> dict[str, Any]:
         "Summary, chosen relations, gains, optimism, and the matrix of single relations."
-        return {"summary": self.summary(), "relations": {t: list(r) for t, r in self.relations.items()},
-                "gains": self.gains(), "matrix": self.matrix() if len(self.tables["singles"]) else [],
-                "unions": self.tables["unions"], "n_test": {t: len(task.test) for t, task in self.tasks.items()}}
+        return _results(self)
 
     def sections(self) -> Iterator[Section]:
         "Accuracy, gains, relations, and the published tables."
@@ -152,11 +150,11 @@ def read_reasoning(
     tasks: Sequence[str],                # [NAME=]SOURCE: pocket:RELATION+RELATION, datasets:NAME/CONFIG, or a
                                          # format with a folder or file, e.g. copa:FOLDER
     masks: str,                          # folder of a lamp study
-    graph: str | None = None,            # triples in which the relations of a task are mined: pocket, or a .tsv file
+    graph: str | None = None,            # triples to mine relations in: pocket, or a .tsv file
     trained_on: str | None = None,       # facts by which the masks were found, as given to lamp: its training and
                                          # development part is not asked about
     split_seed: Seed = 0,                # of the split of these facts
-    search_share: OptionShare = 0.5,     # of the training questions, by which combinations are chosen
+    search_share: OptionShare = 0.5,     # of the training questions, to choose by
     limit_search: Count | None = 500,    # at most so many of these
     limit_test: Count | None = None,     # at most so many questions to report on
 ) -> dict[str, Any]:
@@ -187,20 +185,20 @@ def answer(
     model: nn.Module,
     tok: Any,
     tasks: Mapping[str, ChoiceTask],
-    masks: Masks,                          # labelled task (relation) and seed, e.g. those of a lamp study
+    masks: Masks,                          # labelled task (relation) and seed
     graph: Facts | None = None,            # triples in which the relations of a task are mined
     *,
     score: str = "logprob",                # of an option: logprob (of the question's tokens), pll (of its own),
                                            # published (raw logits)
     join: str = "union",                   # how masks are joined: union, intersection or vote
     weights: Mapping[str, Positive] | None = None,      # of every relation in a vote; None: equal
-    share: SomeShare = 0.5,                # of the weight that must keep a coordinate, in a vote
+    share: SomeShare = 0.5,                # of the weight, in a vote
     sizes: Sequence[Count] = (3, 4, 5),    # of combinations
-    search: str = "greedy",                # over combinations: greedy, or exhaustive, as published
+    search: str = "greedy",                # greedy, or exhaustive, as published
     top: Count = 5,                        # relations that are mined in the graph
     random: Natural = 5,                   # random masks of the size of the union
     mismatched: Natural = 5,               # unions of as many other relations
-    oracle: bool = False,                  # also choose on the reported questions, as published
+    oracle: bool = False,                  # also choose on what is reported, as published
     singles: bool = True,                  # also every relation alone, and the union without each of its relations
     different_starts: bool = False,        # join masks that did not start alike, as published
     published: bool = False,               # what is not given is set as in the paper
@@ -302,7 +300,7 @@ def without_model(learn: Sequence[Mapping[str, Any]], test: Choices) -> pd.DataF
 
 # %% ../../nbs/recipes/23_answer.ipynb #d3247701
 def _answers(work: _Work, task: ChoiceTask, chosen: unions.Relations) -> pd.DataFrame:
-    "What is chosen under every condition: a row for every condition, seed (by its place) and draw."
+    "What is chosen: a row for every condition, seed (by its place) and draw."
     ask, rows, settings = work.asker(task.test), list[dict[str, Any]](), work.settings
 
     def add(under: str, relations: unions.Relations, found: np.ndarray, draw: int | None = None) -> None:
@@ -334,7 +332,7 @@ def _answers(work: _Work, task: ChoiceTask, chosen: unions.Relations) -> pd.Data
 
 
 def others_of(relations: Sequence[str], chosen: unions.Relations, n: int) -> list[unions.Relations]:
-    "Up to `n` different combinations of as many relations as chosen, or as are left, without those."
+    "Up to `n` different combinations of as many other relations, or as are left."
     rest, rng = [r for r in relations if r not in chosen], np.random.default_rng(0)
     size = min(len(rest), len(chosen))
     found: dict[unions.Relations, None] = {}
@@ -344,6 +342,14 @@ def others_of(relations: Sequence[str], chosen: unions.Relations, n: int) -> lis
     return list(found)
 
 # %% ../../nbs/recipes/23_answer.ipynb #a61933cb
+def _results(study: AnswerStudy) -> dict[str, Any]:
+    relations = {task: list(some) for task, some in study.relations.items()}
+    matrix = study.matrix() if len(study.tables["singles"]) else []
+    sizes = {name: len(task.test) for name, task in study.tasks.items()}
+    return {"summary": study.summary(), "relations": relations, "gains": study.gains(),
+            "matrix": matrix, "unions": study.tables["unions"], "n_test": sizes}
+
+
 _COLUMNS = ["task", "under", "relations", "seed", "draw", "item", "id", "label", "choice",
             "right"]
 
@@ -471,7 +477,8 @@ def _heat(study: AnswerStudy) -> Figure:
                   "intervals lie above 0.")
 
 # %% ../../nbs/recipes/23_answer.ipynb #41ed6337
-_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2", "average")
+_SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2",
+         "average")
 _TABLE_7: dict[str, tuple[str, str]] = {
     "DistilBERT": ("58.3 60.0 29.6 84.6 53.3 71.6 48.6 50.4 57.0",
                    "61.5 69.0 31.5 89.6 56.9 72.1 53.4 51.6 60.7"),

@@ -58,16 +58,16 @@ class FinetuneStudy(Study):
 
     @property
     def items(self) -> pd.DataFrame:
-        "One row per test question and fine-tuning with the chosen batch and rate: task, size, n, under, seed, …"
+        "One row per test question and chosen fine-tuning: task, size, n, under, seed, …"
         return self.tables["items"]
 
     @property
     def runs(self) -> pd.DataFrame:
-        "One row per fine-tuning: task, size, n (questions), under, seeds, batch, rate, dev, steps, chosen."
+        "One row per fine-tuning: task, size, n, under, seeds, batch, rate, dev, steps, chosen."
         return self.tables["runs"]
 
     def pairs(self) -> Pairs:
-        "Whether each test question was answered right, by task, size of the training data and condition."
+        "Whether each test question was answered right, by task, size and condition."
         scores = self.items.assign(score=self.items.right.astype(float))
         how: dict[str, Any] = {"items": ["item"], "bounds": (0, 1)}
         return Pairs(scores, CROSSED, ["task", "size"], CONTRASTS, **how)
@@ -77,19 +77,17 @@ class FinetuneStudy(Study):
         return replace(self.pairs(), cases=["size"], groups=["task"]).gains()
 
     def curve(self) -> pd.DataFrame:
-        "Mean accuracy with its interval by number of training questions: task, size, n, under, mean, low, high, …"
+        "Mean accuracy by number of training questions: task, size, n, under, mean, low, high, …"
         sizes = self.items[["task", "size", "n"]].drop_duplicates()
         return self.pairs().means().merge(sizes, on=["task", "size"])
 
     def summary(self) -> pd.DataFrame:
-        "Accuracy by task, number of training questions and condition, beside chance and what needs no model."
+        "Accuracy by task, size and condition, beside chance and what needs no model."
         return _summary(self)
 
     def results(self) -> dict[str, Any]:
-        "Summary, relations, gains by task and over tasks, what was chosen, sparsity of the unions."
-        return {"summary": self.summary(), "relations": {t: list(r) for t, r in self.relations.items()},
-                "gains": self.gains(), "overall": self.overall(), "chosen": chosen_settings(self.runs),
-                "unions": self.tables["unions"], "n_test": {t: len(task.test) for t, task in self.tasks.items()}}
+        "Summary, relations, gains, what was chosen, sparsity of the unions."
+        return _results(self)
 
     def sections(self) -> Iterator[Section]:
         "Accuracy, less data, gains, what was chosen, and the published tables."
@@ -100,10 +98,18 @@ _CASE = ["task", "size", "under"]
 
 
 def chosen_settings(runs: pd.DataFrame) -> pd.DataFrame:      # task, size, under, batch, rate, dev, steps
-    "The batch and rate of each condition with the best mean development accuracy; the first of equal ones."
+    "Batch and rate with the best mean development accuracy; the first of equal ones."
     means = runs.groupby([*_CASE, "batch", "rate"],
                          sort=False)[["dev", "steps"]].mean().reset_index()
     return means.loc[means.groupby(_CASE, sort=False).dev.idxmax()].reset_index(drop=True)
+
+
+def _results(study: FinetuneStudy) -> dict[str, Any]:
+    relations = {task: list(some) for task, some in study.relations.items()}
+    chosen, sparsity = chosen_settings(study.runs), study.tables["unions"]
+    return {"summary": study.summary(), "relations": relations, "gains": study.gains(),
+            "overall": study.overall(), "chosen": chosen, "unions": sparsity,
+            "n_test": {name: len(task.test) for name, task in study.tasks.items()}}
 
 
 def _summary(study: FinetuneStudy) -> pd.DataFrame:
@@ -143,11 +149,11 @@ def read_finetuning(
                                          # format with a folder or file, e.g. copa:FOLDER
     masks: str,                          # folder of a lamp study
     relations: Sequence[str] = (),       # [NAME=]RELATION+RELATION, of a task or of all; none: they are chosen
-    graph: str | None = None,            # triples in which the relations of a task are mined: pocket, or a .tsv file
+    graph: str | None = None,            # triples to mine relations in: pocket, or a .tsv file
     trained_on: str | None = None,       # facts by which the masks were found, as given to lamp: its training and
                                          # development part is not asked about
     split_seed: Seed = 0,                # of the split of these facts
-    search_share: OptionShare = 0.2,     # of the training questions, set aside as development part
+    search_share: OptionShare = 0.2,     # of the training questions, the development part
     limit_search: Count | None = 500,    # at most so many of these
     limit_test: Count | None = None,     # at most so many questions to report on
 ) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def relations_of(
     tasks: Mapping[str, ChoiceTask],
     masks: RelationMasks,
 ) -> dict[str, unions.Relations]:      # empty: they are to be chosen
-    "The relations of every task as they were given; raise `SubnetError` for none, or one without a mask."
+    "The relations of every task as they were given; raise `SubnetError` for none."
     if given is None: return {}
     if isinstance(given, AnswerStudy): given = given.relations
     by_task = given if isinstance(given, Mapping) else dict.fromkeys(tasks, given)
@@ -231,9 +237,11 @@ def relations_of(
                      for r in unions.split_names(text))
     each = {task: names(by_task[task]) for task in tasks}
     for task, some in each.items():
-        if not some: raise SubnetError(f"no relation was given for {task}: name at least one, or leave them out.")
+        if not some:
+            raise SubnetError(f"no relation was given for {task}: name at least one, or leave them out.")
         check_names(some, masks.relations, "relation with a mask")
-        if len(set(some)) < len(some): raise SubnetError(f"a relation of {task} is given twice: {'+'.join(some)}.")
+        if len(set(some)) < len(some):
+            raise SubnetError(f"a relation of {task} is given twice: {'+'.join(some)}.")
     return each
 
 
@@ -244,13 +252,16 @@ def _bench(work: _Work, tasks: Mapping[str, ChoiceTask], given: Any, to: Any, pr
 
 
 def numbers_of(sizes: Sequence[float], task: ChoiceTask) -> dict[float, int]:
-    "Numbers of training questions by size; raise `SubnetError` for too many, too few, or the same twice."
+    "Numbers of training questions by size; raise `SubnetError` for what cannot be drawn."
     n, found = len(task.train), dict[float, int]()
     for size in sizes:
         k = round(size * n) if size <= 1 else int(size)
-        if size > 1 and k != size: raise SubnetError(f"{size} is neither a share nor a number of questions.")
-        if k > n: raise SubnetError(f"{task.name} has {n:,} training questions: {k:,} cannot be drawn of them.")
-        if k < 2: raise SubnetError(f"{size:g} of the {n:,} training questions of {task.name} are too few: give more.")
+        if size > 1 and k != size:
+            raise SubnetError(f"{size} is neither a share nor a number of questions.")
+        if k > n:
+            raise SubnetError(f"{task.name} has {n:,} training questions: {k:,} cannot be drawn of them.")
+        if k < 2:
+            raise SubnetError(f"{size:g} of the {n:,} training questions of {task.name} are too few: give more.")
         if k in found.values(): raise SubnetError(f"two sizes are {k:,} training questions of {task.name}: leave one "
                                                   "of them out.")
         found[float(size)] = k
@@ -273,7 +284,8 @@ def _check(work: _Work, tasks: Mapping[str, ChoiceTask], given: Mapping[str, uni
     sizes = settings["sizes"] if searching else [1]
     unions.check_joining(used, sizes, settings["join"], own, settings["different_starts"])
     mining = not given and settings["choose"] == "mined"
-    if mining and graph is None: raise SubnetError("relations are mined in a graph: give one, in a shell --graph.")
+    if mining and graph is None:
+        raise SubnetError("relations are mined in a graph: give one, in a shell --graph.")
     for task in tasks.values():
         numbers_of(settings["train_sizes"], task)
         if mining and graph is not None:
@@ -319,7 +331,8 @@ class _Work:
                 found = learned(self.model, self.tok, train, task.search, **how,
                                 progress=bench.line)
                 asked = encoded(found.head, self.tok, task.test)
-                with evaluating(self.model): chosen = found.head.read(predict(self.model, found.head, asked))
+                with evaluating(self.model):
+                    chosen = found.head.read(predict(self.model, found.head, asked))
             return pd.DataFrame([{"dev": found.dev, "steps": found.steps,
                                   "choices": unions.places_text(chosen)}])
         return bench.table(name, make).iloc[0].to_dict()
@@ -342,7 +355,8 @@ def _chosen(work: _Work, bench: Bench, name: str, task: ChoiceTask) -> tuple[uni
     def make() -> pd.DataFrame:
         own = unions.joiners(work.masks, *work.joining)
         tuning = s["choose"] == "fine-tuned"
-        def ask() -> Any: return unions.Asker.of(work.model, work.tok, task.search, own, s["score"])
+        def ask() -> Any:
+            return unions.Asker.of(work.model, work.tok, task.search, own, s["score"])
         accuracy = dev if tuning else ask().accuracy
         how = s["sizes"], s["search"]
         return unions.search_combinations(accuracy, work.masks.relations, *how)
@@ -383,7 +397,8 @@ def measured(
 
 def config_of(bench: Bench, work: _Work, given: Mapping[str, unions.Relations]) -> dict[str, Any]:
     "Every setting, for the record."
-    def plain(value: Any) -> Any: return list(value) if isinstance(value, (list, tuple)) else value
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, (list, tuple)) else value
     return {**bench.config, **{name: plain(value) for name, value in work.settings.items()},
             "relations": {name: list(some) for name, some in given.items()}}
 
@@ -429,7 +444,8 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask]) -> Iterator[str]:
         head = Chooser(work.model, task.test, length=work.settings["length"])
         if n := head.cut(work.tok, task.test):
             yield f"{name}: {n:,} of {len(task.test):,} test questions are longer than what is read, and are cut."
-    if work.masks.soft: yield "Joined are the binary masks of a stochastic search, not its soft gates."
+    if work.masks.soft:
+        yield "Joined are the binary masks of a stochastic search, not its soft gates."
 
 # %% ../../nbs/recipes/26_finetune.ipynb #db1fd9fa
 def _sections(study: FinetuneStudy) -> Iterator[Section]:
@@ -439,7 +455,8 @@ def _sections(study: FinetuneStudy) -> Iterator[Section]:
         curve = study.curve()
         yield "With less data", CURVE_TEXT, [_curve(curve), curve.drop(columns=["undefined", "left_out"]).round(4)]
     yield "Gains", "Differences on the same test questions, with the same seeds.", [study.gains().round(4)]
-    if len(study.tasks) > 1: yield "Over all tasks", "Means over tasks.", [study.overall().round(4)]
+    if len(study.tasks) > 1:
+        yield "Over all tasks", "Means over tasks.", [study.overall().round(4)]
     yield ("Batch and rate", "What was chosen on the development questions, of each condition among as many.",
            [chosen_settings(study.runs).round(4)])
     yield ("Sparsity of the unions", "Beside the mean sparsity of the masks, and what is expected of unrelated ones.",
@@ -475,9 +492,12 @@ def _curve(curve: pd.DataFrame) -> Figure:
 
 # %% ../../nbs/recipes/26_finetune.ipynb #a93e604c
 _TABLE_6: dict[str, tuple[str, str]] = {      # BERT, DistilBERT: original, its deviation, pruned, its deviation
-    "RTE": ("69.2 2.3 69.8 2.0", "61.2 1.2 62.1 1.2"), "COPA": ("62.4 5.0 63.1 4.7", "54.0 2.0 56.0 2.0"),
-    "CommonsenseQA": ("53.1 0.6 54.1 0.7", "47.9 0.7 48.6 0.7"), "SWAG": ("73.9 0.3 74.2 0.1", "70.1 0.3 70.4 0.1"),
-    "aNLI": ("63.7 0.4 64.0 0.4", "60.1 0.4 60.4 0.4"), "CosmosQA": ("61.3 1.0 61.8 0.2", "56.4 0.8 57.2 0.4"),
+    "RTE": ("69.2 2.3 69.8 2.0", "61.2 1.2 62.1 1.2"),
+    "COPA": ("62.4 5.0 63.1 4.7", "54.0 2.0 56.0 2.0"),
+    "CommonsenseQA": ("53.1 0.6 54.1 0.7", "47.9 0.7 48.6 0.7"),
+    "SWAG": ("73.9 0.3 74.2 0.1", "70.1 0.3 70.4 0.1"),
+    "aNLI": ("63.7 0.4 64.0 0.4", "60.1 0.4 60.4 0.4"),
+    "CosmosQA": ("61.3 1.0 61.8 0.2", "56.4 0.8 57.2 0.4"),
 }
 _TABLE_8 = {"RTE": "0-6-14", "COPA": "5-8-14", "CommonsenseQA": "3-4-8-14", "SWAG": "1-6-10-11",
             "HellaSWAG": "0-3-8-14", "aNLI": "3-5-8-14", "CosmosQA": "3-5-8"}

@@ -47,7 +47,7 @@ def joined(
     share: SomeShare = 0.5,                         # of the weight that must keep a coordinate
     different_starts: bool = False,                 # join masks that did not start alike
 ) -> Mask:
-    "Join the masks of relations; raise `DifferentStarts` unless they started alike or it is allowed."
+    "Join the masks of relations; raise `DifferentStarts` unless it is allowed."
     check_names([how], JOINS, "way to join masks")
     if not different_starts and len(masks) > 1: check_one_start(masks)
     parts = masks.by("task")
@@ -89,7 +89,7 @@ class Joiner:
         return Mask(self.space, tuple(packed), made)
 
     def _stacked(self, combination: Sequence[str]) -> np.ndarray:
-        "Packed bits of a union or intersection; only what differs from the combination before is computed."
+        "Packed bits of a union or intersection; what the last one shares is kept."
         same = itertools.takewhile(lambda pair: pair[0] == pair[1][0], zip(combination, self.stack, strict=False))
         del self.stack[sum(1 for _ in same):]
         for r in combination[len(self.stack):]:
@@ -106,7 +106,8 @@ _ROUNDING = 1e-9      # of shares of a weight
 def _voted(joiner: Joiner, combination: Sequence[str]) -> np.ndarray:
     "Packed bits that relations with enough of the weight keep."
     whole = sum(joiner.weights[r] for r in combination)
-    if whole <= 0: raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
+    if whole <= 0:
+        raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
     parts = []
     for a, b in zip([0, *joiner.ends], joiner.ends, strict=False):
         kept = np.zeros(8 * (b - a))
@@ -121,7 +122,8 @@ def check_weights(
     "Raise `SubnetError` for weights of what is no vote, or of a relation that has no mask."
     if weights is None: return
     check_names(weights, list(relations), "relation with a mask")
-    if how != "vote": raise SubnetError(f'weights go with join="vote": masks are joined by {how}.')
+    if how != "vote":
+        raise SubnetError(f'weights go with join="vote": masks are joined by {how}.')
 
 # %% ../../nbs/recipes/22_unions.ipynb #3e3b6dd4
 @checked
@@ -132,7 +134,7 @@ def joined_table(
     weights: Mapping[str, Weight] | None = None,
     share: SomeShare = 0.5,
 ) -> pd.DataFrame:      # seed, relations, masks (their mean sparsity), sparsity, expected
-    "Sparsity of joined masks, and what it would be of unrelated ones: the product of theirs, of a union."
+    "Sparsity of joined masks, and what it would be of unrelated ones."
     rows = []
     for seed in masks.index.seed.unique() if "seed" in masks.index else [None]:
         parts = (masks if seed is None else masks.sel(seed=seed)).by("task")
@@ -229,7 +231,7 @@ def search_combinations(
     sizes: Sequence[Count] = (3, 4, 5),
     search: str = "greedy",              # one of `SEARCHES`
 ) -> pd.DataFrame:      # relations, size, accuracy, searched; the best combination first
-    "Try combinations of relations; of equally good ones the smaller, then the earlier comes first."
+    "Try combinations; of equally good ones the smaller, then the earlier comes first."
     check_names([search], SEARCHES, "search over combinations")
     sizes = sorted(set(sizes))
     if not sizes or sizes[0] < 1 or sizes[-1] > len(relations):
