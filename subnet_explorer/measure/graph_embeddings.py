@@ -71,7 +71,7 @@ class GraphEmbedding:
     budget: Mapping[str, float]                  # epochs, steps, dimension, parameters, seconds
 
     def scores(self, facts: Facts) -> torch.Tensor:      # (fact, entity), float64, on the CPU
-        "How well every entity would be the object; minus infinity for a subject or relation without vector."
+        "How well every entity would be the object; minus infinity where there is no vector."
         return _object_scores(self.model, self.entities, self.relations, facts)
 
     def unseen(self, fact: Fact) -> str:
@@ -226,14 +226,16 @@ def _ranks(
     at: int,                 # place of the right one
     right: set[int],         # places of all that are right
 ) -> tuple[float, float]:
-    "Expected rank of an object among those of equal score; and the same without others that are right."
+    "Expected rank of an object; and the same without others that are right."
     above = (of > of[at]).double() + 0.5 * (of == of[at])
     above[at] = 0
     rank = 1 + float(above.sum())
     return rank, rank - float(above[sorted(right - {at})].sum())
 
 
-def _right_entities(facts: Sequence[Fact], entities: Mapping[str, int]) -> dict[tuple[str, str], set[int]]:
+def _right_entities(
+    facts: Sequence[Fact], entities: Mapping[str, int],
+) -> dict[tuple[str, str], set[int]]:
     "Numbers of all right objects by relation and subject."
     found: dict[tuple[str, str], set[int]] = {}
     for relation, subject, object in map(link, facts):
@@ -266,7 +268,9 @@ def graph_ranks(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/16_graph_embeddings.ipynb #d2811962
-def _graph_rows(contest: Contest, embedding: GraphEmbedding, known: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+def _graph_rows(
+    contest: Contest, embedding: GraphEmbedding, known: Sequence[Fact],
+) -> Iterator[dict[str, Any]]:
     "Ranks of the facts of one relation."
     every = dict(embedding.entities)
     for _, subject, object in map(link, known):
@@ -317,12 +321,15 @@ def frequency_ranks(
     return pd.DataFrame(rows)
 
 
-def _frequency_rows(contest: Contest, counts: Counter[str], vocabulary: int) -> Iterator[dict[str, Any]]:
+def _frequency_rows(
+    contest: Contest, counts: Counter[str], vocabulary: int,
+) -> Iterator[dict[str, Any]]:
     "Ranks of the facts of one relation."
     spelled = [{concept(word) for word in words} for words in contest.words]
     among = torch.tensor([float(sum(counts[word] for word in words)) for words in spelled])
     single = {tokens[0]: k for k, tokens in enumerate(contest.pool) if len(tokens) == 1}
-    whole, places = torch.zeros(vocabulary), {tokens: k for k, tokens in enumerate(contest.pool)}
+    places = {tokens: k for k, tokens in enumerate(contest.pool)}
+    whole = torch.zeros(vocabulary)
     whole[list(single)] = among[list(single.values())]
     best = min(contest.words[int(among.argmax())])
     for fact, gold, right in zip(contest.facts, contest.gold, contest.right, strict=True):

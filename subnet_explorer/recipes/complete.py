@@ -70,12 +70,12 @@ class CompleteStudy(Study):
 
     @property
     def items(self) -> pd.DataFrame:
-        "One row per triple, condition and draw: see `link_ranks`; the column test says of how many hops."
+        "One row per triple, condition and draw: see `link_ranks`; test says of how many hops."
         return self.tables["items"]
 
     @property
     def scores(self) -> pd.DataFrame:
-        "Means by test, relation (macro and micro, too), condition, rank and measure, with intervals."
+        "Means by test, relation (also macro, micro), condition, rank and measure."
         return self.tables["scores"]
 
     def summary(self) -> pd.DataFrame:
@@ -87,7 +87,7 @@ class CompleteStudy(Study):
         return _by_relation(self, measure, rank or self.rank)
 
     def pairs(self, measure: str = "MRR", rank: str | None = None) -> Pairs:
-        "Scores of the same triples under the subnetwork and every other condition; mean over relations."
+        "Scores of the same triples under the subnetwork and all else; mean over relations."
         return _pairs(scored(self.items, measure, rank or self.rank), ["test"], ["relation"])
 
     def results(self) -> dict[str, Any]:
@@ -101,7 +101,9 @@ class CompleteStudy(Study):
         "Means, gains, relations, cost, and the published tables."
         return _sections(self)
 
-    def shown(self) -> str: return f"{self.summary().to_string()}\n\n{_gains_of(self).to_string(index=False)}"
+    def shown(self) -> str:
+        "Summary and gains, as text."
+        return f"{self.summary().to_string()}\n\n{_gains_of(self).to_string(index=False)}"
 
 # %% ../../nbs/recipes/21_complete.ipynb #6b0e7e58
 def scored(
@@ -113,8 +115,9 @@ def scored(
     "What every question adds to a measure."
     check_names([rank], RANKS, "rank")
     if measure != "MRR" and not (measure[:2] == "P@" and measure[2:].isdigit() and int(measure[2:])):
-        raise SubnetError(f"there is no measure {measure!r}: ask for MRR, or P@ with a number.")
-    if rank not in items: raise SubnetError(f"nothing was ranked in {rank}: that is for graph embeddings (rivals).")
+        raise SubnetError(f"there is no measure {measure!r}: ask for MRR, or P@ and a number.")
+    if rank not in items:
+        raise SubnetError(f"nothing was ranked in {rank}: that is for graph embeddings.")
     rows = items[items[rank].notna()]
     reciprocal = rows[rank] if rank == "published" else 1 / rows[rank]
     if measure == "MRR": return rows.assign(score=reciprocal)
@@ -148,7 +151,8 @@ def _summary(study: CompleteStudy) -> pd.DataFrame:
     t = t[t["rank"].isin(shown) & t.measure.isin(["MRR", "P@1"])]
     texts = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.itertuples()]
     names = t.measure + " " + t["rank"].replace({"rank": "raw"}).str.replace("_", " ")
-    wide = t.assign(column=names, text=texts).pivot(index=["test", "under"], columns="column", values="text")
+    told = t.assign(column=names, text=texts)
+    wide = told.pivot(index=["test", "under"], columns="column", values="text")
     order = list(dict.fromkeys(zip(t.test, t.under, strict=True)))
     return wide.loc[order, list(dict.fromkeys(names))].rename_axis(columns=None)
 
@@ -174,26 +178,28 @@ def read_triples(
     graph: str | None = None,                # all that is known, in the same formats
     trained_on: str | None = None,           # facts of that study: they are not asked
     split_seed: Seed | None = None,          # of the split, whose test part was not told
-    templates: str | None = "lamp-b1",       # a name, or LAMA's relations.jsonl; none: own wording
+    templates: str | None = "lamp-b1",       # a name, or LAMA's relations.jsonl; none: its own
     relations: Sequence[str] | None = None,  # only these
     lenient: bool = False,                   # count prompts without one [MASK], and go on
 ) -> dict[str, Any]:
     "Read what `complete` needs as a shell names it."
     names = None if relations is None else ",".join(relations)
-    read = partial(read_facts, relations=names, strict=not lenient)
-    told: Facts | Split | None = None if trained_on is None else read_facts(trained_on, strict=not lenient)
+    strict = not lenient
+    told: Facts | Split | None = None
+    if trained_on is not None: told = read_facts(trained_on, strict=strict)
     found = relation_masks(masks, model)
     if isinstance(told, Facts) and split_seed is not None:
         told = split(_with_masks(answerable(told, tok), found), split_seed)
         _check_split(Path(masks), told)
-    return {"triples": read(triples, templates=templates),
+    read = partial(read_facts, templates=templates, strict=strict)
+    return {"triples": read(triples, names),
             "masks": found,
-            "graph": None if graph is None else read_facts(graph, templates=templates, strict=not lenient),
+            "graph": None if graph is None else read(graph),
             "trained_on": told}
 
 # %% ../../nbs/recipes/21_complete.ipynb #f68b91ee
 def _with_masks(told: Facts, masks: RelationMasks) -> Facts:
-    "What masks were trained on can be of their relations only; raise `BadRelations` if nothing is."
+    "Facts of relations with masks; raise `BadRelations` if there is none."
     if common := [r for r in told.relations if r in masks.relations]: return told[common]
     raise BadRelations(f"there are masks of {', '.join(masks.relations[:9])}, which were not trained on facts of "
                        f"{', '.join(told.relations[:9])}.")
@@ -221,21 +227,20 @@ def complete(
     tok: Any,
     triples: Facts,                               # that are asked
     masks: Masks | Study,                         # of a LAMP study, or labelled task and seed
-    graph: Facts | None = None,                   # all that is known; None: the triples, and what was trained on
+    graph: Facts | None = None,                   # all that is known; None: what is given
     trained_on: Facts | Split | None = None,      # is not asked; None: of a LAMP study its own
     *,
-    two_hop: Sequence[str] = ("IsA", "HasProperty"),      # two relations of the graph that are joined; empty: none
-    one_word: bool = False,                       # only subjects and objects of one word, as published
-    several: str | None = None,                   # objects of several tokens: independent, left-to-right or pll
-    most: Count = 100,                            # candidates of a relation, where several tokens are scored
+    two_hop: Sequence[str] = ("IsA", "HasProperty"),      # joined; empty: none
+    one_word: bool = False,                       # only of one word, as published
+    several: str | None = None,                   # tokens: independent, left-to-right or pll
+    most: Count = 100,                            # candidates, where several tokens are scored
     candidate_seed: Seed = 0,                     # of their draw
     random: Natural = 5,                          # random masks of the same size, per relation
-    mismatched: bool = True,                      # every relation also under the masks of all others
-    tuned: Sequence[str] = (),                    # also fine-tune per relation: whole, lora, or both
-    tuned_steps: Count | None = None,             # of fine-tuning; None: as many as the masks had, else 100
+    mismatched: bool = True,                      # also under the masks of other relations
+    tuned: Sequence[str] = (),                    # fine-tune per relation: whole, lora, or both
+    tuned_steps: Count | None = None,             # None: as many as the masks had, else 100
     batch: Count = 32,                            # of fine-tuning
-    rivals: Sequence[str] = (),                   # graph embeddings, e.g. DistMult, ComplEx, ConvE, TuckER;
-                                                  # published: these, SACN and InteractE
+    rivals: Sequence[str] = (),                   # graph embeddings, e.g. DistMult, ConvE, TuckER
     rival_seeds: Seeds = (0, 1, 2),               # of their training
     rival_epochs: Count = 100,                    # at most
     rival_dimension: Count = 64,                  # of their vectors
@@ -245,17 +250,19 @@ def complete(
 ) -> CompleteStudy:
     "Complete triples under the subnetwork of their relation (LAMP)."
     settings = settings_of(complete, locals())
-    given = _given(relation_masks(masks, model), triples, graph, trained_on or getattr(masks, "data", None))
+    told = trained_on or getattr(masks, "data", None)
+    given = _given(relation_masks(masks, model), triples, graph, told)
     _check_rivals(given, settings)
     asked = _questions(model, tok, given, settings)
-    bench = Bench(_identity(given, asked, settings), to, progress, {"triples": asked[ONE_HOP], **_second(asked)},
-                  settings)
+    shown = {"triples": asked[ONE_HOP], **_second(asked)}
+    bench = Bench(_identity(given, asked, settings), to, progress, shown, settings)
     return bench.finished(_measured(bench, model, tok, given, asked, settings))
 
 # %% ../../nbs/recipes/21_complete.ipynb #0a1be2f4
-_NO_SPLIT = ("fine-tuning needs to know what to train on and what to choose by: give a split as "
-             "trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
-_NOT_TOLD = "graph embeddings need to know what to train on: give trained_on, in a shell --trained-on."
+_NO_SPLIT = ("fine-tuning needs to know what to train on and what to choose by: give a split "
+             "as trained_on, e.g. split(facts), in a shell --trained-on with --split-seed.")
+_NOT_TOLD = ("graph embeddings need to know what to train on: give trained_on, in a shell "
+             "--trained-on.")
 
 
 def _check_rivals(given: _Given, settings: Mapping[str, Any]) -> None:
@@ -281,7 +288,9 @@ class _Given:
     split: Split | None       # if that is known by part
 
 
-def _given(masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on: Facts | Split | None) -> _Given:
+def _given(
+    masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on: Facts | Split | None,
+) -> _Given:
     cut = trained_on if isinstance(trained_on, Split) else None
     told = trained_on if isinstance(trained_on, Facts) else None
     if cut is not None:
@@ -290,7 +299,7 @@ def _given(masks: RelationMasks, triples: Facts, graph: Facts | None, trained_on
     else: known = tuple(dict.fromkeys([*graph, *triples]))
     return _Given(masks, triples, Facts(known, (graph or triples).name), told, cut)
 
-
+# %% ../../nbs/recipes/21_complete.ipynb #37bc8e3d
 def _questions(
     model: nn.Module, tok: Any, given: _Given, settings: Mapping[str, Any],
 ) -> dict[str, Facts]:
@@ -312,7 +321,9 @@ def _questions(
     return found
 
 
-def _usable(model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str, Any]) -> Facts:
+def _usable(
+    model: nn.Module, tok: Any, facts: Facts, given: _Given, settings: Mapping[str, Any],
+) -> Facts:
     "What was not told, and can be asked."
     if settings["one_word"]: facts = one_word(facts)
     if given.told is not None: facts = held_out(facts, given.told)
@@ -344,7 +355,8 @@ def _measured(
     "Ask everything, and collect the study."
     how = {"candidates": given.graph, "several": settings["several"], "most": settings["most"],
            "seed": settings["candidate_seed"]}
-    tables = [*_answers(bench, model, tok, given, asked, settings, how), *_by_frequency(tok, given, asked, how)]
+    tables = [*_answers(bench, model, tok, given, asked, settings, how),
+              *_by_frequency(tok, given, asked, how)]
     trained = [*_of_tuned(bench, model, tok, given, asked, settings, how),
                *_of_rivals(bench, tok, given, asked, settings, how)]
     drawn = ("random", *settings["rivals"])
@@ -380,10 +392,12 @@ def _cells(asked: Mapping[str, Facts]) -> list[dict[str, Any]]:
     return [{"test": test, "task": r} for test, facts in asked.items() for r in facts.relations]
 
 
-def _of_cell(asked: Mapping[str, Facts], cell: Mapping[str, Any]) -> Facts: return asked[cell["test"]][cell["task"]]
+def _of_cell(asked: Mapping[str, Facts], cell: Mapping[str, Any]) -> Facts:
+    return asked[cell["test"]][cell["task"]]
 
 
-def _name(cell: Mapping[str, Any]) -> str: return "-".join(map(str, cell.values())).replace(" ", "-")
+def _name(cell: Mapping[str, Any]) -> str:
+    return "-".join(map(str, cell.values())).replace(" ", "-")
 
 
 def _by_frequency(
@@ -401,10 +415,12 @@ def _of_tuned(
 ) -> Iterator[pd.DataFrame]:
     "Answers of fine-tuned models, which are asked while they are so."
     if given.split is None: return
-    for cell in bench.cells("fine-tuning", [{"way": way, **c} for way in settings["tuned"] for c in _cells(asked)]):
+    cells = [{"way": way, **cell} for way in settings["tuned"] for cell in _cells(asked)]
+    for cell in bench.cells("fine-tuning", cells):
         ask = partial(link_ranks, model, tok, _of_cell(asked, cell), known=given.graph, **how)
         steps = budget_of(given.masks, cell["task"], settings["tuned_steps"])
-        make = partial(tuned_answers, model, tok, given.split, cell["task"], cell["way"], steps, settings["batch"], ask)
+        what = cell["task"], cell["way"], steps, settings["batch"]
+        make = partial(tuned_answers, model, tok, given.split, *what, ask)
         yield bench.table(_name(cell), make).assign(test=cell["test"])
 
 
