@@ -9,6 +9,7 @@ import gc
 import inspect
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from ..data.links import link
 from .links import Contest, contests
 
 # %% auto #0
-__all__ = ['graph_models', 'GraphEmbedding', 'embed_graph', 'graph_ranks']
+__all__ = ['FREQUENCY', 'graph_models', 'GraphEmbedding', 'embed_graph', 'graph_ranks', 'frequency_ranks']
 
 # %% ../../nbs/measure/16_graph_embeddings.ipynb #0ff36781
 _NO_PYKEEN = (
@@ -225,9 +226,8 @@ def _ranks(
     at: int,                 # place of the right one
     right: set[int],         # places of all that are right
 ) -> tuple[float, float]:
-    "Rank of an object, expected where it has no score; and the same without others that are right."
-    above = (of > of[at]).double()
-    if of[at] == -torch.inf: above += 0.5 * (of == -torch.inf)
+    "Expected rank of an object among those of equal score; and the same without others that are right."
+    above = (of > of[at]).double() + 0.5 * (of == of[at])
     above[at] = 0
     rank = 1 + float(above.sum())
     return rank, rank - float(above[sorted(right - {at})].sum())
@@ -292,3 +292,45 @@ def _graph_rows(contest: Contest, embedding: GraphEmbedding, known: Sequence[Fac
 
 def _both(name: str, ranks: tuple[float, float]) -> dict[str, float]:
     return dict(zip((name, f"{name}_filtered"), ranks, strict=True))
+
+# %% ../../nbs/measure/16_graph_embeddings.ipynb #a9589a41
+FREQUENCY = "frequency"
+"The condition without a model."
+
+
+@checked
+def frequency_ranks(
+    tok: Any,                            # the tokenizer decides what is a candidate
+    facts: Facts,                        # questions
+    told: Facts,                         # of training
+    known: Facts | None = None,          # as of `link_ranks`, and so are the rest
+    candidates: Facts | None = None,
+    several: str | None = None,
+    most: Count | None = 100,
+    seed: Seed = 0,
+) -> pd.DataFrame:                       # as of `link_ranks`; published and logprob are empty
+    "Rank objects by how often training has them in the relation, whatever the subject."
+    rows = []
+    for contest in contests(tok, facts, known or facts, candidates, several, most, seed):
+        counts = Counter(concept(f.object) for f in told if f.relation == contest.relation)
+        rows += list(_frequency_rows(contest, counts, len(tok)))
+    return pd.DataFrame(rows)
+
+
+def _frequency_rows(contest: Contest, counts: Counter[str], vocabulary: int) -> Iterator[dict[str, Any]]:
+    "Ranks of the facts of one relation."
+    spelled = [{concept(word) for word in words} for words in contest.words]
+    among = torch.tensor([float(sum(counts[word] for word in words)) for words in spelled])
+    single = {tokens[0]: k for k, tokens in enumerate(contest.pool) if len(tokens) == 1}
+    whole, places = torch.zeros(vocabulary), {tokens: k for k, tokens in enumerate(contest.pool)}
+    whole[list(single)] = among[list(single.values())]
+    best = min(contest.words[int(among.argmax())])
+    for fact, gold, right in zip(contest.facts, contest.gold, contest.right, strict=True):
+        others = {places[tokens] for tokens in right if tokens in places}
+        ranks = np.nan, np.nan
+        if len(gold) == 1: ranks = _ranks(whole, gold[0], {t[0] for t in right if len(t) == 1})
+        yield {"under": FREQUENCY, "draw": 0, "relation": fact.relation, "uuid": fact.uuid,
+               "sub": fact.subject, "obj": fact.object, "tokens": len(gold), "answer": best,
+               "rank": ranks[0], "filtered": ranks[1], "published": np.nan, "logprob": np.nan,
+               **_both("among", _ranks(among, places[gold], others)),
+               "candidates": len(contest.pool)}

@@ -42,7 +42,7 @@ from ..core.space import digest
 from ..data.facts import Facts, Split, answerable, read_facts, split
 from ..data.links import held_out, in_relations, joined, one_word
 from ..look import curves
-from ..measure.graph_embeddings import graph_models
+from ..measure.graph_embeddings import frequency_ranks, graph_models
 from ..measure.links import link_ranks, link_reads, rankable
 from .cost import complete_cost
 from .papers import COMPLETE
@@ -344,7 +344,7 @@ def _measured(
     "Ask everything, and collect the study."
     how = {"candidates": given.graph, "several": settings["several"], "most": settings["most"],
            "seed": settings["candidate_seed"]}
-    tables = _answers(bench, model, tok, given, asked, settings, how)
+    tables = [*_answers(bench, model, tok, given, asked, settings, how), *_by_frequency(tok, given, asked, how)]
     trained = [*_of_tuned(bench, model, tok, given, asked, settings, how),
                *_of_rivals(bench, tok, given, asked, settings, how)]
     drawn = ("random", *settings["rivals"])
@@ -384,6 +384,15 @@ def _of_cell(asked: Mapping[str, Facts], cell: Mapping[str, Any]) -> Facts: retu
 
 
 def _name(cell: Mapping[str, Any]) -> str: return "-".join(map(str, cell.values())).replace(" ", "-")
+
+
+def _by_frequency(
+    tok: Any, given: _Given, asked: Mapping[str, Facts], how: Mapping[str, Any],
+) -> Iterator[pd.DataFrame]:
+    "Ranks by how often an object was told, which need no model."
+    if given.told is None: return
+    for test, facts in asked.items():
+        yield frequency_ranks(tok, facts, given.told, given.graph, **how).assign(test=test)
 
 # %% ../../nbs/recipes/21_complete.ipynb #a2f1eb46
 def _of_tuned(

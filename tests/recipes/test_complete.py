@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -179,6 +180,30 @@ def test_objects_of_several_tokens_count(pocket_bert, found):
     assert all_of.scores["rank"].isin(chapter.RANKS).all()
 
 
+def test_frequency_is_that_of_what_was_told(pocket_bert, found):
+    "By hand: objects by how often training and development have them; equal ones share their places."
+    study = complete(*pocket_bert, FACTS["MadeOf"], found, FACTS, **QUICK)
+    data, tok = found.data, pocket_bert[1]
+    told = Counter(f.object for part in (data.train, data.dev) for f in part["MadeOf"])
+    rows = study.items[study.items.under == "frequency"].query("test == 'one hop'").set_index("uuid")
+    assert len(rows) == len(study.triples) and rows.published.isna().all()
+    for fact in study.triples:
+        n = told[fact.object]
+        above, alike = sum(k > n for k in told.values()), sum(k == n for k in told.values())
+        alike = alike - 1 if n else len(tok) - len(told) - 1      # never told: so is the rest of the vocabulary
+        assert rows["rank"][fact.uuid] == 1 + above + alike / 2
+        others = {f.object for f in FACTS["MadeOf"] if f.subject == fact.subject} - {fact.object}
+        before = sum(told[o] > n for o in others) + sum(told[o] == n for o in others) / 2
+        assert rows.filtered[fact.uuid] == rows["rank"][fact.uuid] - before
+    assert "frequency" in set(study.gains().against)
+
+
+def test_nothing_told_nothing_frequent(pocket_bert, found):
+    masks = found.masks
+    study = complete(*pocket_bert, FACTS["MadeOf"], masks, FACTS, two_hop=(), **QUICK)
+    assert "frequency" not in set(study.items.under) and any("Nobody said" in note for note in study.notes)
+
+
 # ── rivals ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -197,7 +222,7 @@ def beside(pocket_bert, found, tmp_path_factory):
 
 def test_rivals_answer_the_same_questions_among_the_same_candidates(beside):
     items, by = beside.items, beside.items.groupby("under")
-    assert list(by.groups) and set(by.groups) == {"full", "subnetwork", "fine-tuned", "low-rank", "TuckER"}
+    assert set(by.groups) == {"full", "subnetwork", "frequency", "fine-tuned", "low-rank", "TuckER"}
     assert (by.uuid.nunique() == len(beside.triples)).all()
     assert (items.groupby(["uuid", "sub", "obj"]).candidates.nunique() == 1).all()
     graph = items[items.under == "TuckER"]
