@@ -227,10 +227,10 @@ def _plain(said: _Row) -> _Row:
 class ChoiceFormat:
     "How questions are written in files."
     name: str
-    keys: tuple[str, ...]                                 # by which a line is told from those of other formats
+    keys: tuple[str, ...]                                 # by which its lines are told from others
     read: Callable[[dict[str, Any]], dict[str, Any]]      # gives the row of a line
-    answer: str = "label"                                 # the key of the answer, which test parts lack
-    several: bool = False                                 # a line has one choice, and a question several lines
+    answer: str = "label"                                 # its key, which test parts lack
+    several: bool = False                                 # a line is one choice of a question
 
 
 _FORMATS = (
@@ -342,7 +342,7 @@ def _of_several(rows: Sequence[dict[str, Any]], skipped: Counter[str]) -> Iterat
 _Lines = Iterator[tuple[int, Any]]      # numbered; each a mapping, unless it is broken
 
 
-def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # name of the source, its lines
+def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # its name, its lines
     "Find the lines of a source."
     if str(source).startswith("datasets:"): return _of_data_set(str(source), part)
     path = source_path(source, BadChoices)
@@ -354,8 +354,8 @@ def _said(source: str | Path, part: str) -> tuple[str, _Lines]:      # name of t
     if ending is None:
         wanted = f"expected {', '.join(_ENDINGS)}, possibly with .gz."
         raise BadChoices(f"cannot tell the format of {path.name}: {wanted}")
-    readers = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines, ".txt": _cats_lines}
-    return str(path), readers[ending](path)
+    read = {".jsonl": _json_lines, ".tsv": _tab_lines, ".csv": _comma_lines, ".txt": _cats_lines}
+    return str(path), read[ending](path)
 
 
 def _file_of(folder: Path, part: str) -> Path:
@@ -472,7 +472,7 @@ def _checked(row: dict[str, Any], least: int = 2) -> dict[str, Any]:      # leas
         if not isinstance(text, str) or not text.strip():
             raise BadChoices(f"a {what} is {text!r} where some text was expected.")
     if len(row["choices"]) < least:
-        raise BadChoices("there is nothing to choose from: a question needs at least two choices.")
+        raise BadChoices("there is nothing to choose from: a question has at least two choices.")
     if row["question"].count("[MASK]") > 1:
         raise BadChoices(f"a question can leave out one place at most, found {row['question'].count('[MASK]')} [MASK].")
     choices = [c.strip() for c in row["choices"]]

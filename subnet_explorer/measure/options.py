@@ -85,11 +85,14 @@ class _Coder:
                                               most=self.most))
 
 
-_OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of the joined sentence: "
+_OTHER_TOKENS = ("question {id}: the tokens of the question and its options are not those of "
+                 "the joined sentence: "
                  "this tokenizer cannot be used here.")
-_NO_TOKEN = ("question {id}: with the option {option!r} there is no token to score, so that nothing can be said of it: "
+_NO_TOKEN = ("question {id}: with the option {option!r} there is no token to score, so that "
+             "nothing can be said of it: "
              "correct it, or leave it out.")
-_TOO_LONG = ("question {id}: it has {n} tokens with the option {option!r}, and the model reads at most {most}: "
+_TOO_LONG = ("question {id}: it has {n} tokens with the option {option!r}, and the model "
+             "reads at most {most}: "
              "shorten it, or leave it out.")
 
 # %% ../../nbs/measure/12_options.ipynb #e30acc78
@@ -144,7 +147,8 @@ def check_fills_gaps(model: nn.Module, tok: Any, score: str) -> None:
     check_names([score], SCORES, "score of options")
     check_head(model)
     if tok.mask_token_id is None:
-        raise SubnetError("this way of choosing masks the tokens of a question: it needs a masked model.")
+        raise SubnetError("this way of choosing masks the tokens of a question: it needs a "
+                          "masked model.")
 
 
 def _probes(coder: _Coder, row: Mapping[str, Any], option: str, score: str) -> Iterator[Probe]:

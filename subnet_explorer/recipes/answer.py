@@ -387,14 +387,17 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask], long: pd.DataFrame) -> 
                                            for name, task in tasks.items()})
     for name, task in tasks.items():
         if not (lost := len(task.test) - int(long[long.task == name].item.nunique())): continue
-        yield (f"{name}: {lost} of {len(task.test)} test questions were left out, since their concept does not stand "
+        yield (f"{name}: {lost} of {len(task.test)} test questions were left out, since "
+               "their concept does not stand "
                "in them verbatim; they count neither as right nor as wrong.")
     fewer = long[(long.under == "mismatched") & (long.relations.map(_n) < long.task.map(_chosen_n(long)))]
     for name in fewer.task.unique():
-        yield (f"{name}: too few other relations are left, so that mismatched unions join fewer masks than the union, "
+        yield (f"{name}: too few other relations are left, so that mismatched unions join "
+               "fewer masks than the union, "
                "and remove more.")
     if work.settings["oracle"]:
-        yield ("oracle: the combination that is best on the reported questions, as published. What it scores more than "
+        yield ("oracle: the combination that is best on the reported questions, as "
+               "published. What it scores more than "
                "the union that was chosen on other questions is no gain of the method, see optimism().")
     if work.masks.soft:
         yield "Joined are the binary masks of a stochastic search, not its soft gates."

@@ -118,7 +118,8 @@ def _summary(study: FinetuneStudy) -> pd.DataFrame:
     curve, rows = study.curve(), list[dict[str, Any]]()
     for task, data in study.tasks.items():
         rows.append({"task": task, "under": "chance", "accuracy": f"{data.test.chance:.3f}"})
-        trivial = study.tables["baselines"].query("task == @task and baseline in ['majority', 'options']")
+        trivial = study.tables["baselines"].query("task == @task and baseline in "
+                                                  "['majority', 'options']")
         rows += [{"task": task, "under": f"{b.baseline} (no model)", "accuracy": f"{b.score:.3f}"}
                  for b in trivial.itertuples()]
         for m in curve[curve.task == task].itertuples():
@@ -439,7 +440,8 @@ def _notes(work: _Work, tasks: Mapping[str, ChoiceTask]) -> Iterator[str]:
         rows = [digest([row["question"], row["choices"]]) for row in task.test]
         looked = {digest([row["question"], row["choices"]]) for row in task.search}
         if shared := len(looked.intersection(rows)):
-            yield (f"{name}: {shared:,} test questions are development questions, too: what is chosen by them looks "
+            yield (f"{name}: {shared:,} test questions are development questions, too: what "
+                   "is chosen by them looks "
                    "better than it is.")
         head = Chooser(work.model, task.test, length=work.settings["length"])
         if n := head.cut(work.tok, task.test):
@@ -457,9 +459,11 @@ def _sections(study: FinetuneStudy) -> Iterator[Section]:
     yield "Gains", "Differences on the same test questions, with the same seeds.", [study.gains().round(4)]
     if len(study.tasks) > 1:
         yield "Over all tasks", "Means over tasks.", [study.overall().round(4)]
-    yield ("Batch and rate", "What was chosen on the development questions, of each condition among as many.",
+    yield ("Batch and rate", "What was chosen on the development questions, of each "
+                             "condition among as many.",
            [chosen_settings(study.runs).round(4)])
-    yield ("Sparsity of the unions", "Beside the mean sparsity of the masks, and what is expected of unrelated ones.",
+    yield ("Sparsity of the unions", "Beside the mean sparsity of the masks, and what is "
+                                     "expected of unrelated ones.",
            [study.tables["unions"]])
     if "relations" in study.tables:
         yield ("Choice of relations", "On the development questions; the best twenty.",
@@ -467,10 +471,13 @@ def _sections(study: FinetuneStudy) -> Iterator[Section]:
     yield "As published", PUBLISHED_TEXT, [published_finetuning(), published_unions()]
 
 
-ACCURACY_TEXT = ("Intervals are 95 % intervals over test questions, seeds of masks, draws and seeds of fine-tuning, "
-                 "crossed. Chance, the majority place and a bag of words over the options alone need no model.")
+ACCURACY_TEXT = ("Intervals are 95 % intervals over test questions, seeds of masks, draws "
+                 "and seeds of fine-tuning, "
+                 "crossed. Chance, the majority place and a bag of words over the options "
+                 "alone need no model.")
 CURVE_TEXT = "Smaller training sets lie in the larger ones; each seed of fine-tuning draws its own."
-PUBLISHED_TEXT = ("Fine-tuning accuracy in per cent with standard deviations over three seeds (Ren & Zhu 2022, "
+PUBLISHED_TEXT = ("Fine-tuning accuracy in per cent with standard deviations over three "
+                  "seeds (Ren & Zhu 2022, "
                   "table 6; most gains lie inside one of them), and whose masks were joined for BERT (table 8). "
                   "These numbers are the paper's, not ours.")
 

@@ -107,7 +107,8 @@ def _voted(joiner: Joiner, combination: Sequence[str]) -> np.ndarray:
     "Packed bits that relations with enough of the weight keep."
     whole = sum(joiner.weights[r] for r in combination)
     if whole <= 0:
-        raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is no vote.")
+        raise SubnetError(f"no relation of {', '.join(combination)} has a weight: there is "
+                          "no vote.")
     parts = []
     for a, b in zip([0, *joiner.ends], joiner.ends, strict=False):
         kept = np.zeros(8 * (b - a))
@@ -235,7 +236,8 @@ def search_combinations(
     check_names([search], SEARCHES, "search over combinations")
     sizes = sorted(set(sizes))
     if not sizes or sizes[0] < 1 or sizes[-1] > len(relations):
-        raise SubnetError(f"combinations of {sizes} relations cannot be made of {len(relations)}: give sizes from 1 to "
+        raise SubnetError(f"combinations of {sizes} relations cannot be made of "
+                          f"{len(relations)}: give sizes from 1 to "
                           f"{len(relations)}.")
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
     rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found}
@@ -277,11 +279,14 @@ def check_joining(
     check_weights(join, weights, masks.relations)
     weightless = [r for r in masks.relations if weights is not None and not weights.get(r)]
     if weightless:
-        raise SubnetError(f"every relation needs a weight above zero to vote: {weightless[0]} has none.")
+        raise SubnetError("every relation needs a weight above zero to vote: "
+                          f"{weightless[0]} has none.")
     if not sizes or len(set(sizes)) < len(sizes):
-        raise SubnetError(f"sizes of combinations are different numbers, at least one; got {list(sizes)}.")
+        raise SubnetError("sizes of combinations are different numbers, at least one; got "
+                          f"{list(sizes)}.")
     if max(sizes) > len(masks.relations):
-        raise SubnetError(f"combinations of {max(sizes)} relations cannot be made of {len(masks.relations)} "
+        raise SubnetError(f"combinations of {max(sizes)} relations cannot be made of "
+                          f"{len(masks.relations)} "
                           "relation masks: give smaller sizes, or more masks.")
     if different_starts: return
     for seed in masks.seeds: check_one_start(masks.sel(seed=seed))
@@ -300,7 +305,8 @@ def mined_relations(
     "Count questions whose text and right answer have subject and object of a triple; raise `BadFacts` if none has."
     wanted = list(graph.relations) if relations is None else [r for r in relations if r in graph.relations]
     if not wanted:
-        raise BadFacts(f"the graph has {', '.join(graph.relations)[:80]}, and relations are looked for among "
+        raise BadFacts(f"the graph has {', '.join(graph.relations)[:80]}, and relations are "
+                       "looked for among "
                        f"{', '.join(relations or ())[:80]}: none is in both.")
     if not len(questions):
         raise SubnetError("there is no question in which relations could be mined.")
@@ -315,7 +321,8 @@ def mined_relations(
     table = pd.DataFrame(rows)
     table = table.sort_values("questions", ascending=False, kind="stable", ignore_index=True)
     if table.questions.any(): return table
-    raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of the {len(texts)} "
+    raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of "
+                   f"the {len(texts)} "
                    "questions and its answer: take another graph.")
 
 # %% ../../nbs/recipes/22_unions.ipynb #a1fe11c7
