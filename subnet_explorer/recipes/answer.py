@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from torch import nn
 
 from ..core.errors import SubnetError, check_names
@@ -26,7 +25,8 @@ from ..core.space import digest, model_id
 from ..data.choices import Choices, ChoiceTask, OptionShare, choice_task
 from ..data.facts import Facts, Split, answerable, read_facts, split
 from ..look import curves
-from ..look.figure import Figure, add_heat, color_axis, set_layout
+from ..look.figure import Figure
+from ..look.relation_figures import gain_flows, gain_map
 from ..measure.baselines import baselines
 from ..measure.options import askable, check_readable
 from . import unions
@@ -439,7 +439,7 @@ def _sections(study: AnswerStudy) -> Iterator[Section]:
            [*_bars(study), study.summary()])
     yield "Gains", "Differences on the same questions.", [study.gains().round(4)]
     yield ("What each relation adds", "Accuracy under the mask of one relation minus that of the full model.",
-           [_heat(study), study.matrix().round(4)] if len(study.tables["singles"]) else [])
+           _helped(study.matrix()) if len(study.tables["singles"]) else [])
     if len(study.tables["singles"].query("under == 'without'")):
         yield ("Without one of them", "What the union answers more than without one of its relations.",
                [study.ablation().round(4)])
@@ -463,21 +463,9 @@ def _bars(study: AnswerStudy) -> list[Figure]:
                         label="share of right answers")]
 
 
-def _heat(study: AnswerStudy) -> Figure:
-    "Gains of single relations: a row for each task, a column for each relation."
-    table = study.matrix()
-    grid = table.pivot(index="task", columns="relations", values="mean")
-    grid = grid.reindex(index=list(study.tasks), columns=list(dict.fromkeys(table.relations)))
-    end = max(0.01, float(np.nanmax(np.abs(grid.to_numpy()))))
-    scale = color_axis(-end, end, "gain in accuracy")
-    size = 330 + 60 * grid.shape[1], 240 + 40 * max(3, grid.shape[0])
-    fig = set_layout(go.Figure(), "Gain over the full model", *size, coloraxis=scale)
-    add_heat(fig, grid, "gain")
-    best = table.loc[table["mean"].idxmax()]
-    clear = int((table.low > 0).sum())
-    return Figure(fig, table, f"Gain over the full model of {grid.shape[1]} relations' masks on {grid.shape[0]} tasks. "
-                  f"Most is gained by {best.relations} on {best.task} ({best['mean']:+.3f}); {clear} of {len(table)} "
-                  "intervals lie above 0.")
+def _helped(gains: pd.DataFrame) -> list[Any]:
+    "Which relation helps which task: as a map, as flows and as a table."
+    return [gain_map(gains), gain_flows(gains), gains.round(4)]
 
 # %% ../../nbs/recipes/23_answer.ipynb #41ed6337
 _SETS = ("COPA train", "COPA dev", "CommonsenseQA", "CA", "WSC", "SM", "ARCT1", "ARCT2",
