@@ -49,6 +49,7 @@ _GATHERED = {
     "evaluate": ("measure.ask", "measure.fluency", "measure.removal", "measure.metrics", "measure.baselines",
                  "measure.discordant", "measure.links", "measure.graph_embeddings", "measure.options",
                  "measure.proposals", "measure.judged", "measure.who_answers"),
+    "interchange": ("model.interchange",),
     "knowledge": ("data.graphs", "data.links", "data.stated", "data.annotations"),
     "patterns": ("measure.patterns", "measure.decisions"),
     "pieces": ("look.tables", "look.views"),

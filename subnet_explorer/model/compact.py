@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['FINE', 'units_of', 'Compact', 'count_parameters', 'under', 'tensors_of', 'digest', 'compact', 'compared',
-           'save_compact', 'load_compact']
+__all__ = ['FINE', 'units_of', 'Compact', 'count_parameters', 'under', 'tensors_of', 'digest', 'compact', 'zero_weights',
+           'compared', 'save_compact', 'load_compact']
 
 # %% ../../nbs/model/06_compact.ipynb #a768ec10
 FINE = ("weight", "block", "bias")      # kinds that need a rule to remove whole units
@@ -187,7 +187,7 @@ def compact(
             "embeddings and norms."
         )
     small = copy.deepcopy(model)
-    if units is not mask: _zero(small, mask)
+    if units is not mask: zero_weights(small, mask)
     shrink(small, layout, rests)
     out = Compact(small, mask, units, copy.deepcopy(model.config), keep, model)
     _verify(out, model)
@@ -196,7 +196,7 @@ def compact(
 
 # %% ../../nbs/model/06_compact.ipynb #bbc4c770
 @torch.no_grad()
-def _zero(model: PreTrainedModel, mask: Mask) -> None:
+def zero_weights(model: PreTrainedModel, mask: Mask) -> None:
     "Set the weights that a mask removes to zero."
     for g, bits in mask.to("weight").items():
         w = parameter(model, g)
