@@ -52,6 +52,16 @@ model, tok = load('pocket-bert')
 prune.random_unstructured(model.bert.encoder.layer[0].output.dense, 'weight', 0.5)
 Space.of(model, 'weight')
 """,
+    "NotPruned": """
+from subnet_explorer import interchange, load
+model, tok = load('pocket-bert')
+interchange.from_prune(model)
+""",
+    "NotSemiStructured": """
+from subnet_explorer import Mask, Space, interchange, load
+model, tok = load('pocket-bert')
+interchange.semi_structured(model, Mask.full(Space.of(model)))
+""",
     "BadAnnotations": """
 from subnet_explorer.data.annotations import read_annotations
 rows = 'relation,sub,obj,annotator,label\\nIsA,oak,tree,Ada,perhaps\\n'
