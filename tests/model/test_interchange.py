@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def test_pruning_that_is_no_mask_of_the_space_is_refused():
     down = Space.of(model, "weight", layers=1, only="down")
     assert interchange.from_prune(theirs, down).space == down
     with pytest.raises(SpaceMismatch): interchange.from_prune(theirs, Space.of(tiny("gpt2")))
-    with pytest.raises(SubnetError, match="masks over head are not"): interchange.from_prune(theirs, Space.of(model, "head"))
+    heads = Space.of(model, "head")
+    with pytest.raises(SubnetError, match="masks over head are not"): interchange.from_prune(theirs, heads)
     with pytest.raises(SubnetError, match="pruned already"): interchange.to_prune(theirs, Mask.full(down))
     prune.l1_unstructured(first.output.LayerNorm, "weight", amount=2)
     with pytest.raises(NotPruned, match="weight is pruned, and the space has no"): interchange.from_prune(theirs)
@@ -140,6 +142,16 @@ def test_zeros_compute_what_masked_models_do(family, kind, tmp_path):
         again = type(model).from_pretrained(interchange.save_baked(model, mask, tmp_path)).eval()
         assert torch.equal(outputs(again), outputs(zeros))
         assert interchange.from_zeros(again, mask.space) == mask
+
+
+@pytest.mark.parametrize("block", [(4, 4), (1, 64), (64, 1)])
+def test_blocks_leave_as_weights(block):
+    model, theirs = tiny("bert"), tiny("bert")
+    mask = Mask.random(Space.of(model, "block", block=block), .5, seed=0)
+    interchange.to_prune(theirs, mask)
+    assert interchange.from_prune(theirs) == mask.to("weight")
+    assert torch.equal(outputs(theirs), outputs(interchange.baked(model, mask)))
+    assert torch.equal(outputs(theirs), under(model, mask))
 
 
 def test_zeros_of_their_own_are_kept():
@@ -212,6 +224,20 @@ def test_patterns_that_cannot_be_are_refused():
     gpt2 = tiny("gpt2")
     turned = interchange.nearest_n_of_m(random_scores(Space.of(gpt2), 0))
     with pytest.raises(NotSemiStructured, match="inputs in columns"): interchange.semi_structured(gpt2, turned)
+
+
+def test_what_torch_makes_sparse_is_every_masked_matrix(monkeypatch):
+    "Everything but the device: a stand-in for it hands the matrices back as they are."
+    model, seen = tiny("bert"), []
+    fits = interchange.nearest_n_of_m(random_scores(Space.of(model), 0))
+    device = SimpleNamespace(is_cuda=True, dtype=torch.float16, device="cuda")
+    monkeypatch.setattr("subnet_explorer.model.interchange.parameter_like", lambda model: device)
+    with pytest.raises(NotSemiStructured, match="torch refuses encoder"): interchange.semi_structured(model, fits)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: seen.append(w) or w.clone())
+    before, sparse = digest(model), interchange.semi_structured(model, fits)
+    assert len(seen) == len(fits.space.groups) and digest(model) == before
+    assert all(((w.reshape(-1, 4) != 0).sum(1) <= 2).all() for w in seen)
+    assert torch.equal(outputs(sparse), under(model, fits))
 
 
 @pytest.mark.gpu
