@@ -343,7 +343,7 @@ def _start(what: Mask | Scores, scores: Scores | None) -> tuple[Mask, Scores]:
     same_space(weights.space, scores.space, "choose by scores from")
     return weights, scores
 
-
+# %% ../../nbs/model/09_interchange.ipynb #49f0a68f
 def _best_of_groups(
     bits: np.ndarray, scores: np.ndarray, axis: int, n: int, m: int,
 ) -> np.ndarray:      # bool, of the shape of bits
@@ -365,7 +365,7 @@ class NotSemiStructured(SubnetError):
         where there is no such device, use baked(model, mask), which has the same zeros.
     """
 
-
+# %% ../../nbs/model/09_interchange.ipynb #7b695d53
 @checked
 def semi_structured(
     model: PreTrainedModel,      # on CUDA, in half precision; stays as it is

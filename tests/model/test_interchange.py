@@ -101,7 +101,8 @@ def test_pruning_that_is_no_mask_of_the_space_is_refused():
     first = theirs.base_model.encoder.layer[0]
     with pytest.raises(NotPruned, match="no matrix of this model is pruned"): interchange.from_prune(theirs)
     prune.l1_unstructured(first.output.dense, "weight", amount=.5)
-    with pytest.raises(NotPruned, match=r"is not pruned \(\d+ of \d+ tensors"): interchange.from_prune(theirs, Space.of(model))
+    with pytest.raises(NotPruned, match=r"is not pruned \(\d+ of \d+ tensors"):
+        interchange.from_prune(theirs, Space.of(model))
     down = Space.of(model, "weight", layers=1, only="down")
     assert interchange.from_prune(theirs, down).space == down
     with pytest.raises(SpaceMismatch): interchange.from_prune(theirs, Space.of(tiny("gpt2")))
@@ -113,7 +114,8 @@ def test_pruning_that_is_no_mask_of_the_space_is_refused():
     prune.remove(first.output.LayerNorm, "weight")
     first.output.dense.weight_mask[0, 0] = .5
     with pytest.raises(SpaceMismatch): interchange.from_prune(theirs, down)      # a norm has other weights now
-    with pytest.raises(NotPruned, match=r"1 values that are neither 0 nor 1, e\.g\. 0\.5"): interchange.from_prune(theirs)
+    with pytest.raises(NotPruned, match=r"1 values that are neither 0 nor 1, e\.g\. 0\.5"):
+        interchange.from_prune(theirs)
     assert first.output.dense.weight_orig.shape == first.output.dense.weight.shape      # and it is as it was
 
 
