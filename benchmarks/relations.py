@@ -95,7 +95,8 @@ def main() -> None:
     part = 20 if parser.parse_args().quick else 1
     print(f"{torch.get_num_threads()} threads")
     if os.environ.get("SUBNET_EXPLORER_DATA"): print(ranks(1200 // part))
-    for score in ("pll", "logprob"): print(combinations(500, score, 560 // part))
+    print(combinations(500, "pll", 560 // part))
+    print(combinations(500, "logprob", 56 // part))
 
 
 if __name__ == "__main__": main()
