@@ -60,6 +60,7 @@ def _of_triples(kind: Any) -> bool:
     return "embedding_dim" in takes and not needed and "Literal" not in kind.__name__
 
 # %% ../../nbs/measure/16_graph_embeddings.ipynb #90c7af7f
+@checked
 @dataclass(frozen=True)
 class GraphEmbedding:
     "Trained vectors of the entities and relations of a graph."

@@ -148,6 +148,7 @@ def _in_lengths(pool: Iterable[Tokens]) -> dict[int, list[Tokens]]:
     return found
 
 # %% ../../nbs/measure/11_links.ipynb #27b4a15e
+@checked
 @dataclass(frozen=True)
 class Contest:
     "Facts of one relation with what competes to be their objects."

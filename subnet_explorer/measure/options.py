@@ -142,6 +142,7 @@ def askable(
     return found
 
 
+@checked
 def check_fills_gaps(model: nn.Module, tok: Any, score: str) -> None:
     "Raise `SubnetError` unless the model can be asked in this way."
     check_names([score], SCORES, "score of options")
