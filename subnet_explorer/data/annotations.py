@@ -57,7 +57,10 @@ def annotation_rows(path: Path) -> list[tuple[int, dict[str, str]]]:      # numb
     if missing := [name for name in COLUMNS if name not in (*header, "annotator")]:
         raise BadAnnotations(f"{path.name} has no column {missing[0]}: found {', '.join(header)}, expected "
                              f"{', '.join(COLUMNS)}.")
-    return [(n, _named(path, n, header, cells)) for cells in lines if any(cells) for n in [lines.line_num]]
+    found = []
+    for cells in lines:
+        if any(cells): found.append((lines.line_num, _named(path, lines.line_num, header, cells)))
+    return found
 
 
 def _named(path: Path, n: int, header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:

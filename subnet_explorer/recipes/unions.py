@@ -236,9 +236,8 @@ def search_combinations(
     check_names([search], SEARCHES, "search over combinations")
     sizes = sorted(set(sizes))
     if not sizes or sizes[0] < 1 or sizes[-1] > len(relations):
-        raise SubnetError(f"combinations of {sizes} relations cannot be made of "
-                          f"{len(relations)}: give sizes from 1 to "
-                          f"{len(relations)}.")
+        raise SubnetError(f"combinations of {sizes} relations cannot be made of {len(relations)}: "
+                          f"give sizes from 1 to {len(relations)}.")
     tried = (_greedy if search == "greedy" else _exhaustive)(accuracy, relations, sizes)
     rows = [{"relations": "+".join(some), "size": len(some), "accuracy": found}
             for some, found in tried.items()]
@@ -286,8 +285,7 @@ def check_joining(
                           f"{list(sizes)}.")
     if max(sizes) > len(masks.relations):
         raise SubnetError(f"combinations of {max(sizes)} relations cannot be made of "
-                          f"{len(masks.relations)} "
-                          "relation masks: give smaller sizes, or more masks.")
+                          f"{len(masks.relations)} relation masks: give smaller sizes, or more masks.")
     if different_starts: return
     for seed in masks.seeds: check_one_start(masks.sel(seed=seed))
 
@@ -306,8 +304,7 @@ def mined_relations(
     wanted = list(graph.relations) if relations is None else [r for r in relations if r in graph.relations]
     if not wanted:
         raise BadFacts(f"the graph has {', '.join(graph.relations)[:80]}, and relations are "
-                       "looked for among "
-                       f"{', '.join(relations or ())[:80]}: none is in both.")
+                       f"looked for among {', '.join(relations or ())[:80]}: none is in both.")
     if not len(questions):
         raise SubnetError("there is no question in which relations could be mined.")
     pairs = _pairs_of(graph, wanted)
@@ -322,8 +319,7 @@ def mined_relations(
     table = table.sort_values("questions", ascending=False, kind="stable", ignore_index=True)
     if table.questions.any(): return table
     raise BadFacts(f"none of the {len(graph):,} triples has its subject and object in one of "
-                   f"the {len(texts)} "
-                   "questions and its answer: take another graph.")
+                   f"the {len(texts)} questions and its answer: take another graph.")
 
 # %% ../../nbs/recipes/22_unions.ipynb #a1fe11c7
 _Pairs = dict[str, dict[str, set[str]]]      # phrase → phrase → relations
