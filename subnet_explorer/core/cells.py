@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .errors import SubnetError
 from .files import inside, last_written, machine, read_json, write_json
-from .lease import Lease, acquire, held, holders, lease_path, waiting
-from .signals import Stopped
+from .lease import Lease, acquire, held, lease_path, waiting
 
 # %% auto #0
-__all__ = ['Labels', 'T', 'Outcome', 'AtCell', 'name_of', 'wait_for_cell', 'in_processes', 'Session']
+__all__ = ['Labels', 'T', 'Outcome', 'AtCell', 'name_of', 'wait_for_cell', 'Session']
 
 # %% ../../nbs/core/21_cells.ipynb #c4115f46
 Labels = dict[str, Any]
@@ -45,7 +42,7 @@ class AtCell(Generic[T]):
     do: Callable[[Any], T]
 
     def __call__(self, labels: Labels) -> Outcome[T]:
-        if self.folder is None: return Outcome(self.do(labels))
+        if self.folder is None: return Outcome(self.do(labels), wrote=True)
         name = name_of(self.what, labels)
         with inside(self.folder):
             lease = acquire(lease_path(self.folder, name), name)
@@ -63,32 +60,6 @@ def name_of(what: str, labels: Labels) -> str:
 def wait_for_cell(folder: Path | None, what: str, labels: Labels) -> None:
     "Wait until a cell is free."
     with waiting("share"), held(folder, name_of(what, labels)): pass
-
-# %% ../../nbs/core/21_cells.ipynb #6be5e79a
-@contextmanager
-def in_processes(
-    cells: Sequence[Labels], do: Callable[[Any], T], processes: int, folder: Path | None = None,
-) -> Iterator[Iterator[T]]:
-    "What every cell gives, in the order of the cells, in processes of joblib; the number of threads is shared out."
-    from joblib import Parallel, cpu_count, delayed, parallel_config
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
-        results = Parallel(return_as="generator")(delayed(do)(labels) for labels in cells)
-        try: yield results
-        except (Stopped, KeyboardInterrupt):
-            _end_children(folder)
-            raise
-
-
-def _end_children(folder: Path | None, patience: float = 4.0) -> None:      # seconds
-    "Ask the processes that this one has started in a folder to end, and wait for them."
-    def mine() -> list[int]:
-        if folder is None: return []
-        return [h.process for h in holders(folder) if (h.machine, h.parent) == (machine(), os.getpid())]
-
-    until = time.monotonic() + patience
-    for process in mine():
-        with suppress(OSError): os.kill(process, signal.SIGTERM)
-    while mine() and time.monotonic() < until: time.sleep(0.05)
 
 # %% ../../nbs/core/21_cells.ipynb #ca402468
 class Session:

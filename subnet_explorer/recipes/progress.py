@@ -26,6 +26,7 @@ class StudyLine:
         self.what, self.total = what, total
         self.place, self.finished, self.labels, self.inner = 0, 0, "", ""
         self.share, self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0, 0.0
+        self.entered = time.monotonic()
         self.above = _ABOVE.get()
         self.shown = tqdm(bar_format="{desc}", disable=not show or self.above is not None)
 
@@ -40,6 +41,16 @@ class StudyLine:
         "End the cell; one in which nothing had to be done does not count for the time that is left."
         if self.share: self.worked, self.spent = self.worked + 1, self.spent + time.monotonic() - self.entered
         self.share, self.finished = 0.0, self.finished + 1
+
+    def arrive(self, labels: Mapping[str, Any], worked: bool) -> None:      # worked: whether anything was done
+        "A cell has been done by a worker, in any order."
+        since = self.entered
+        self.enter(labels)
+        self.share, self.entered = float(worked), since
+        self.leave()
+        self.entered = time.monotonic()
+
+    def __reduce__(self) -> tuple[Any, ...]: return type(self), (self.what, self.total, False)      # in another process
 
     def bar(self, what: str, total: int | None = None, done: int = 0) -> InnerBar: return InnerBar(self, total, done)
 

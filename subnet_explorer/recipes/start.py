@@ -42,7 +42,9 @@ from subnet_explorer.recipes.sweep import (
 from ..core.errors import SubnetError, check_names
 from ..core.folders import STUDY, kept_runs
 from ..core.lease import waiting
+from ..core.numbers import Count
 from ..core.run import check_empty
+from ..core.workers import engine
 from .clauses import filled
 from .cost import Work, power_of, power_text
 from .papers import PAPERS, paper_file
@@ -60,6 +62,9 @@ def place(
     device: str = "auto",      # cpu, cuda, or auto
     report: bool = True,       # write report.html
     wait: str = "share",       # if another process works in the folder: share the work, wait, or leave
+    jobs: Count | None = None,         # cells of the study at once, in processes of this machine or of a cluster
+    backend: str | None = None,        # who does cells: loky (processes of this machine), dask, ray
+    scheduler: str | None = None,      # address of a running cluster: tcp://host:8786
     quiet: bool = False,       # no progress
     sweep: Mapping[str, Sequence[Any]] | None = None,      # a study for every value: init=magnitude,random; of what
                                                            # takes several values densities=0.5,0.3;0.1; may be given
@@ -100,7 +105,8 @@ class Order:
 
     def run(self) -> Study:
         "Load the model, read the data, make the study and, if asked, its report."
-        with waiting(self.values["wait"]): return self._made()
+        v = self.values
+        with waiting(v["wait"]), engine(v["backend"], v["jobs"], v["scheduler"]): return self._made()
 
     def work(self) -> list[Work]:
         "What it would do; nothing where the recipe does not say it."
@@ -159,7 +165,7 @@ class World:
 
 # %% ../../nbs/recipes/03_start.ipynb #0517d084
 FLAG = "--sweep"
-NO_AXES = ("out", "device", "report", "wait", "quiet", "sweep")
+NO_AXES = ("out", "device", "report", "wait", "jobs", "backend", "scheduler", "quiet", "sweep")
 "Options that are said of the whole sweep."
 
 

@@ -11,9 +11,10 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,7 +32,7 @@ from subnet_explorer.recipes.clauses import (
     remaining,
 )
 
-from ..core.cells import AtCell, Labels, Outcome, Session, in_processes, wait_for_cell
+from ..core.cells import AtCell, Labels, Outcome, Session, wait_for_cell
 from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, csv_text, table_html, visible
@@ -43,6 +44,7 @@ from ..core.pairs import Pairs
 from ..core.power import detectable
 from ..core.run import Run
 from ..core.store import Store
+from ..core.workers import Job, by_workers, claim_of, workers_of
 from ..data.parts import TaskData
 from ..look.report import report as write_report
 from .progress import StudyLine
@@ -51,8 +53,8 @@ from .progress import StudyLine
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'SMALL', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study',
            'save_study', 'study_html', 'left_out_of', 'notes_of', 'few_note', 'in_order', 'with_remarks', 'remarks',
            'said_of_paper', 'printed', 'remark_sections', 'TwoRecipes', 'Recipe', 'recipe', 'as_published',
-           'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'up_to_the_bench', 'folder_or_scratch',
-           'differing_from_paper', 'settings_of', 'labelled_cells']
+           'all_recipes', 'find_recipe', 'Bench', 'shared_work', 'by_this_process', 'by_others', 'up_to_the_bench',
+           'folder_or_scratch', 'differing_from_paper', 'settings_of', 'labelled_cells']
 
 # %% ../../nbs/recipes/01_study.ipynb #0fe02518
 def plain(value: Any) -> Any:
@@ -424,7 +426,7 @@ class Bench:
             self.line = False
 
     def work(self, what: str, cells: Sequence[Labels], do: Callable[[Labels], T], processes: int = 1) -> list[T]:
-        "What every cell gives, in the order of the cells; several at once if asked, in processes of joblib."
+        "What every cell gives, in the order of the cells; by workers, if joblib or `processes` says so."
         return shared_work(self, what, cells, AtCell(self.folder, what, do), processes)
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:      # once per folder
@@ -445,24 +447,44 @@ def shared_work(
 ) -> list[T]:
     "What every cell gives, in the order of the cells, whoever did it."
     found: dict[int, T] = {}
-    while left := [i for i in range(len(cells)) if i not in found]:
-        asked = [cells[i] for i in left]
-        outcomes = list(_tried(bench, what, asked, do, processes))
-        found |= {i: outcome.value for i, outcome in zip(left, outcomes, strict=True) if not outcome.elsewhere}
-        if all(outcome.elsewhere for outcome in outcomes): wait_for_cell(bench.folder, what, asked[0])
+    while left := {i: labels for i, labels in enumerate(cells) if i not in found}:
+        jobs = workers_of(processes, len(left))
+        tried = by_this_process(bench, what, left, do) if jobs == 1 else by_others(bench, what, left, do, jobs)
+        outcomes = dict(tried)
+        found |= {i: outcome.value for i, outcome in outcomes.items() if not outcome.elsewhere}
+        if all(outcome.elsewhere for outcome in outcomes.values()):
+            wait_for_cell(bench.folder, what, next(iter(left.values())))
     return [found[i] for i in range(len(cells))]
 
 
-def _tried(
-    bench: Bench, what: str, cells: Sequence[Labels], do: AtCell[T], processes: int,
-) -> Iterator[Outcome[T]]:
+def by_this_process(
+    bench: Bench, what: str, cells: Mapping[int, Labels], do: AtCell[T],
+) -> Iterator[tuple[int, Outcome[T]]]:
     "Do the cells that no other process is working on."
-    at_once = processes > 1 and len(cells) > 1
-    with in_processes(cells, do, processes, bench.folder) if at_once else nullcontext() as results:
-        for labels in bench.cells(what, cells):
-            outcome = do(labels) if results is None else next(results)
-            if outcome.wrote: bench.session.note()
-            yield outcome
+    for number, labels in zip(cells, bench.cells(what, list(cells.values())), strict=True):
+        outcome = do(labels)
+        if outcome.wrote: bench.session.note()
+        yield number, outcome
+
+
+def by_others(
+    bench: Bench, what: str, cells: Mapping[int, Labels], do: AtCell[T], jobs: int,
+) -> Iterator[tuple[int, Outcome[T]]]:
+    "Let workers do them; the line of progress tells what has come back."
+    from subnet_explorer.model.travel import packed, unpacked
+    folder = None if bench.folder is None else os.path.abspath(bench.folder)
+    pack = partial(packed, folder=folder)
+    bench.line = line = StudyLine(what, len(cells), bench.progress)
+    try:
+        job = Job(pack(do), folder, claim_of(folder))
+        with closing(by_workers(job, (pack, unpacked), cells, jobs)) as outcomes:
+            for number, outcome in outcomes:
+                line.arrive(cells[number], outcome.wrote)
+                if outcome.wrote: bench.session.note()
+                yield number, outcome
+    finally:
+        line.close()
+        bench.line = False
 
 # %% ../../nbs/recipes/01_study.ipynb #8a46e182
 class _WouldBegin(Exception): "A recipe has accepted all that it was given."
