@@ -31,7 +31,7 @@ from .lease import TakenOver, holders
 from .signals import Stopped
 
 # %% auto #0
-__all__ = ['OF_A_WORKER', 'Codec', 'LOCAL', 'BACKENDS', 'FRUITLESS', 'Job', 'versions', 'claim_of', 'OtherVersions',
+__all__ = ['OF_A_WORKER', 'Codec', 'LOCAL', 'BACKENDS', 'FRUITLESS', 'HOPELESS', 'Job', 'versions', 'claim_of', 'OtherVersions',
            'UnseenFolder', 'WorkersLost', 'check_worker', 'Answer', 'done_by_worker', 'workers_of', 'NoBackend',
            'engine', 'by_workers']
 
@@ -232,7 +232,8 @@ def _loky(jobs: int | None) -> Any:
 @contextmanager
 def _dask(scheduler: str | None, jobs: int | None) -> Iterator[None]:
     "A Dask cluster, there or here."
-    try: from distributed import Client, LocalCluster
+    try:
+        from distributed import Client, LocalCluster
     except ImportError as why: raise NoBackend(_MISSING.format(name="Dask", extra="dask")) from why
     with ExitStack() as stack:
         from joblib import parallel_config
@@ -271,7 +272,9 @@ _SILENT = "no scheduler answers at {scheduler}: start one, or give the address t
 
 # %% ../../nbs/core/33_workers.ipynb #6e6d1a00
 FRUITLESS = 4
-"Losses in a row, without a cell that was finished, after which a study gives up."
+"Attempts in a row, without a cell that was finished, after which a study gives up."
+HOPELESS = 20
+"Answers in a row of workers that cannot work, after which an attempt ends."
 
 
 def by_workers(
@@ -284,32 +287,36 @@ def by_workers(
     left, fruitless = dict(cells), 0
     while left:
         before, end = len(left), _End()
-        with closing(_attempt(job, codec, left, jobs, end)) as answers:
+        with closing(_attempt(job, codec, left, jobs, end, copies=1 + fruitless)) as answers:
             for answer in answers:
                 if isinstance(answer.why, OF_A_WORKER): end.refuse(answer)
                 elif answer.why is not None: raise _said_by(answer)
-                elif left.pop(answer.number, None) is not None: yield answer.number, codec[1](answer.packed)
+                elif left.pop(answer.number, None) is not None:
+                    end.in_a_row = 0
+                    yield answer.number, codec[1](answer.packed)
+                if not left or end.in_a_row == HOPELESS: break
         if not left: return
         fruitless = 0 if len(left) < before else fruitless + 1
         end.give_up(fruitless, len(left))
         time.sleep(2 ** fruitless - 1 if end.lost else 0)
 
-
+# %% ../../nbs/core/33_workers.ipynb #3c9db391
 @dataclass
 class _End:
     "How an attempt ended."
     lost: str = ""                         # how a worker was lost
     refused: Answer | None = None          # of a worker that cannot work
+    in_a_row: int = 0                      # answers of such workers
 
     def refuse(self, answer: Answer) -> None:
         "Say once which worker cannot work."
         if self.refused is None or self.refused.worker != answer.worker:
             warnings.warn(f"{answer.worker}: {answer.why} Its cells are given to others.", stacklevel=5)
-        self.refused = answer
+        self.refused, self.in_a_row = answer, self.in_a_row + 1
 
     def give_up(self, fruitless: int, left: int) -> None:
         "Raise an error if there is no hope, else say what is done."
-        if self.refused and not self.lost and fruitless: raise _said_by(self.refused)
+        if fruitless == FRUITLESS and self.refused and not self.lost: raise _said_by(self.refused)
         if fruitless == FRUITLESS: raise WorkersLost(_LOST.format(n=fruitless, what=self.lost, cells=left))
         if self.lost: warnings.warn(f"{self.lost}; {left} cells are sent again.", stacklevel=5)
 
@@ -321,10 +328,15 @@ _LOST = (
 
 # %% ../../nbs/core/33_workers.ipynb #9067dcc5
 def _attempt(
-    job: Job, codec: Codec, cells: Mapping[int, Labels], jobs: int, end: _End,
+    job: Job,
+    codec: Codec,
+    cells: Mapping[int, Labels],
+    jobs: int,
+    end: _End,
+    copies: int,      # how often every cell is sent
 ) -> Generator[Answer, None, None]:
     "Answers until all are there, or a worker is lost."
-    calls = [(job, codec, number, labels) for number, labels in cells.items()]
+    calls = [(job, codec, number, labels) for number, labels in cells.items()] * copies
     try:
         with _connected(jobs):
             for part in _parts(calls): yield from _sent(part, job.folder)

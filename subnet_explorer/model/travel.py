@@ -161,7 +161,7 @@ _OTHER = (
 
 def _said(why: Exception) -> str: return f"{type(why).__name__}: {(str(why).splitlines() or [''])[0][:200]}."
 
-
+# %% ../../nbs/model/10_travel.ipynb #4d3a1b07
 def _loaded(place: Place, device: str) -> PreTrainedModel:
     "Load a model as a place says."
     import transformers

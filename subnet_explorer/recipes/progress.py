@@ -5,6 +5,7 @@
 # %% ../../nbs/recipes/00_progress.ipynb #14aa3e40
 from __future__ import annotations
 
+import copyreg
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from ..core.escape import visible
 
 # %% auto #0
-__all__ = ['StudyLine', 'within', 'in_words', 'InnerBar', 'short']
+__all__ = ['StudyLine', 'within', 'in_words', 'InnerBar', 'short', 'arrived']
 
 # %% ../../nbs/recipes/00_progress.ipynb #12dac2d6
 class StudyLine:
@@ -25,8 +26,7 @@ class StudyLine:
     def __init__(self, what: str, total: int, show: bool = True) -> None:
         self.what, self.total = what, total
         self.place, self.finished, self.labels, self.inner = 0, 0, "", ""
-        self.share, self.worked, self.spent, self.drawn = 0.0, 0.0, 0.0, 0.0
-        self.entered = time.monotonic()
+        self.share, self.worked, self.spent, self.drawn, self.entered = 0.0, 0.0, 0.0, 0.0, time.monotonic()
         self.above = _ABOVE.get()
         self.shown = tqdm(bar_format="{desc}", disable=not show or self.above is not None)
 
@@ -41,16 +41,6 @@ class StudyLine:
         "End the cell; one in which nothing had to be done does not count for the time that is left."
         if self.share: self.worked, self.spent = self.worked + 1, self.spent + time.monotonic() - self.entered
         self.share, self.finished = 0.0, self.finished + 1
-
-    def arrive(self, labels: Mapping[str, Any], worked: bool) -> None:      # worked: whether anything was done
-        "A cell has been done by a worker, in any order."
-        since = self.entered
-        self.enter(labels)
-        self.share, self.entered = float(worked), since
-        self.leave()
-        self.entered = time.monotonic()
-
-    def __reduce__(self) -> tuple[Any, ...]: return type(self), (self.what, self.total, False)      # in another process
 
     def bar(self, what: str, total: int | None = None, done: int = 0) -> InnerBar: return InnerBar(self, total, done)
 
@@ -140,3 +130,18 @@ def short(value: Any) -> str:
     except (TypeError, ValueError): return str(value)
     if number.is_integer(): return str(value)
     return f"{number:.2f}".replace("0.", ".", 1) if abs(number) < 1 else f"{number:.3g}"
+
+# %% ../../nbs/recipes/00_progress.ipynb #e44e43a1
+def arrived(line: StudyLine, labels: Mapping[str, Any], worked: bool) -> None:      # worked: whether anything was done
+    "Tell a line that a worker has finished a cell."
+    since = line.entered
+    line.enter(labels)
+    line.share, line.entered = float(worked), since
+    line.leave()
+    line.entered = time.monotonic()
+
+
+def _silent(line: StudyLine) -> tuple[Any, ...]: return StudyLine, (line.what, line.total, False)
+
+
+copyreg.pickle(StudyLine, _silent)

@@ -28,16 +28,6 @@ from subnet_explorer.recipes.options import (
     parser_of,
     read_yaml,
 )
-from subnet_explorer.recipes.sweep import (
-    Axes,
-    BadSweep,
-    Labels,
-    Sweep,
-    axes_of,
-    one_by_one,
-    refused,
-    swept,
-)
 
 from ..core.errors import SubnetError, check_names
 from ..core.folders import STUDY, kept_runs
@@ -49,6 +39,7 @@ from .clauses import filled
 from .cost import Work, power_of, power_text
 from .papers import PAPERS, paper_file
 from .study import Recipe, Study, find_recipe, labelled_cells, up_to_the_bench
+from .sweep import Axes, BadSweep, Labels, Sweep, axes_of, one_by_one, refused, swept
 
 # %% auto #0
 __all__ = ['FLAG', 'NO_AXES', 'place', 'recipe_options', 'recipe_parser', 'first_line', 'Order', 'World', 'split_off',

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -47,7 +46,7 @@ from ..core.store import Store
 from ..core.workers import Job, by_workers, claim_of, workers_of
 from ..data.parts import TaskData
 from ..look.report import report as write_report
-from .progress import StudyLine
+from .progress import StudyLine, arrived
 
 # %% auto #0
 __all__ = ['Section', 'S', 'T', 'LEFT_OUT', 'FEW', 'SMALL', 'RECIPES', 'F', 'plain', 'without_places', 'Findings', 'Study',
@@ -473,13 +472,13 @@ def by_others(
     "Let workers do them; the line of progress tells what has come back."
     from subnet_explorer.model.travel import packed, unpacked
     folder = None if bench.folder is None else os.path.abspath(bench.folder)
-    pack = partial(packed, folder=folder)
+    pack = functools.partial(packed, folder=folder)
     bench.line = line = StudyLine(what, len(cells), bench.progress)
     try:
         job = Job(pack(do), folder, claim_of(folder))
         with closing(by_workers(job, (pack, unpacked), cells, jobs)) as outcomes:
             for number, outcome in outcomes:
-                line.arrive(cells[number], outcome.wrote)
+                arrived(line, cells[number], outcome.wrote)
                 if outcome.wrote: bench.session.note()
                 yield number, outcome
     finally:
