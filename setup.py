@@ -21,7 +21,7 @@ setup(
     package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"], papers: ["*.yaml"]},
     install_requires=shlex.split(c["requirements"]),
     extras_require={
-        extra: shlex.split(c[f"{extra}_requirements"]) for extra in ("parallel", "lora", "kge", "onnx", "dev")
+        extra: shlex.split(c[f"{extra}_requirements"]) for extra in ("parallel", "lora", "kge", "onnx", "dask", "ray", "dev")
     },
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     entry_points={"console_scripts": c["console_scripts"].split("\n"), "nbdev": [f"{lib}={lib}._modidx:d"]},

@@ -166,10 +166,21 @@ class Trial:
 def faults(trial: Trial, caller: subprocess.Popen[str], do: Callable[[int], None], most: int = 6) -> None:
     "Disturb whoever is at work, some times, at random moments."
     for _ in range(trial.rng.randint(3, most)):
+        before = finished(trial.study)
         if not trial.wait_for_work(caller): return
         time.sleep(trial.rng.uniform(0.0, 0.6))
         if not (busy := at_work(trial.study)): continue
         do(trial.rng.choice(busy))
+        if trial.rng.random() < 0.5: wait_for(lambda before=before: finished(trial.study) > before, caller)
+
+
+def finished(study: Path) -> int: return len(list(study.glob("runs/*/mask.safetensors")))
+
+
+def wait_for(fact: Callable[[], bool], caller: subprocess.Popen[str]) -> None:
+    "Wait until something is so, or the caller has ended."
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until and caller.poll() is None and not fact(): time.sleep(0.05)
 
 
 def kill(trial: Trial, process: int) -> None:

@@ -201,13 +201,13 @@ def sync_folder(folder: Path) -> None:
     finally: os.close(number)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, lasting: bool = True) -> None:      # lasting: whether it outlives a power failure
     "Make a folder and those above it."
     with writing(folder):
         _permit(folder)
         missing = [place for place in [folder, *folder.parents] if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        for place in missing: sync_folder(place.parent)
+        for place in missing if lasting else (): sync_folder(place.parent)
 
 # %% ../../nbs/core/05_files.ipynb #4e029c9b
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
@@ -250,13 +250,13 @@ def _holds(path: Path, content: bytes) -> bool:
 _PIECE = 1 << 20      # bytes that are compared at once
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def _write_new(path: Path, content: bytes, lasting: bool = True) -> None:
     "Write a new file and send it to the disk; nothing of it stays if that fails."
     try:
         with open(path, "xb") as f:
             f.write(content)
             f.flush()
-            os.fsync(f.fileno())
+            if lasting: os.fsync(f.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -280,16 +280,20 @@ def _last_byte(file: Any) -> bytes:
     return file.read(1)
 
 # %% ../../nbs/core/05_files.ipynb #b3b27006
-def create(path: Path, data: str) -> bool:
+def create(
+    path: Path,
+    data: str,
+    lasting: bool = True,      # whether it must outlive a power failure
+) -> bool:
     "Write a file unless there is one; whether it was written. Of several processes, one succeeds."
-    make_folder(path.parent)
+    make_folder(path.parent, lasting)
     temporary = path.parent / passing_name("writing")
     with writing(path):
         try:
-            _write_new(temporary, data.encode(errors="replace"))
+            _write_new(temporary, data.encode(errors="replace"), lasting)
             made = _named(temporary, path)
         finally: temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if lasting: sync_folder(path.parent)
     return made
 
 

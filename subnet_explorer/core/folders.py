@@ -48,8 +48,8 @@ from .masks import Masks
 from .store import INDEX, Store
 
 # %% auto #0
-__all__ = ['STUDY', 'CLAIMS', 'F', 'open_study', 'tidy', 'tidy_leases', 'given_back', 'cached_table', 'table_file', 'kept_runs',
-           'kept_masks']
+__all__ = ['STUDY', 'MODELS', 'CLAIMS', 'F', 'open_study', 'tidy', 'tidy_study', 'tidy_leases', 'given_back', 'cached_table',
+           'table_file', 'kept_runs', 'kept_masks']
 
 # %% ../../nbs/core/20_folders.ipynb #cd092227
 STUDY = "study.json"
@@ -82,6 +82,16 @@ def tidy(folder: Path) -> list[Path]:
                 remove(Path(place, name))
                 left.append(Path(place, name))
     return left
+
+
+MODELS = ".models"
+"Where a model that workers can load from nowhere else waits for them."
+
+
+def tidy_study(folder: Path) -> None:
+    "Remove from the folder of a finished study what only those at work needed."
+    tidy_leases(folder)
+    with suppress(SubnetError): remove(folder / MODELS)
 
 
 def tidy_leases(folder: Path) -> list[str]:

@@ -172,7 +172,7 @@ def acquire(path: Path, what: str) -> Lease | Holder:
         return mine
     while True:
         me = _myself(what)
-        try: made = create(path, json.dumps(asdict(me)))
+        try: made = create(path, json.dumps(asdict(me)), lasting=False)      # after a power failure nobody works
         except CannotWrite as why:
             if _number(why) == errno.ENOENT: continue      # somebody has just removed the empty folder
             if _number(why) not in (errno.EROFS, errno.EACCES, errno.EPERM): raise

@@ -271,7 +271,7 @@ _MISSING = "{name} is not installed: pip install 'subnet_explorer[{extra}]'."
 _SILENT = "no scheduler answers at {scheduler}: start one, or give the address that it says when it is started."
 
 # %% ../../nbs/core/33_workers.ipynb #6e6d1a00
-FRUITLESS = 4
+FRUITLESS = 6
 "Attempts in a row, without a cell that was finished, after which a study gives up."
 HOPELESS = 20
 "Answers in a row of workers that cannot work, after which an attempt ends."

@@ -23,6 +23,7 @@ import torch
 
 from ..core.errors import SubnetError
 from ..core.files import make_folder
+from ..core.folders import MODELS
 from .load import load
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
 # %% ../../nbs/model/10_travel.ipynb #8f3100bb
 def _home(folder: str | Path | None) -> Path:
     "The folder for models that have no name."
-    if folder is not None: return Path(os.path.abspath(folder)) / ".models"
+    if folder is not None: return Path(os.path.abspath(folder)) / MODELS
     return Path(tempfile.gettempdir(), f"subnet-explorer-models-{getattr(os, 'getuid', int)()}")
 
 

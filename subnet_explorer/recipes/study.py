@@ -36,7 +36,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import DamagedFile, atomic_write, inside, scratch, write_json
-from ..core.folders import cached_table, given_back, open_study, table_file, tidy_leases
+from ..core.folders import cached_table, given_back, open_study, table_file, tidy_study
 from ..core.lease import join
 from ..core.masks import Masks
 from ..core.pairs import Pairs
@@ -74,7 +74,8 @@ def without_places(value: Any, folder: str | Path | None) -> Any:      # folder:
     if isinstance(value, (list, tuple)): return [without_places(v, folder) for v in value]
     if isinstance(value, Path): value = str(value)
     if not isinstance(value, str): return value
-    if folder is not None and value.startswith(f"{folder}{os.sep}"): return Path(value).relative_to(folder).as_posix()
+    for place in () if folder is None else (str(folder), os.path.abspath(folder)):
+        if value.startswith(f"{place}{os.sep}"): return Path(value).relative_to(place).as_posix()
     return os.path.basename(value) if os.path.isabs(value) and os.path.exists(value) else value
 
 # %% ../../nbs/recipes/01_study.ipynb #06c10d56
@@ -437,7 +438,7 @@ class Bench:
         "The study with what was left out of its data, written into its folder if it keeps one."
         study = replace(with_remarks(study, self.data), seconds=self.seconds, departures=differing_from_paper(self))
         if study.folder: study.save(study.folder)
-        if self.folder: tidy_leases(self.folder)
+        if self.folder: tidy_study(self.folder)
         return study
 
 # %% ../../nbs/recipes/01_study.ipynb #59f736b2
