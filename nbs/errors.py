@@ -182,6 +182,26 @@ find(model, tok, Threshold(Space.of(model, 'weight')), Tuned(read_facts('pocket'
 """,
     "Diverged": None,           # needs a search that diverges
     "WrongProcesses": None,     # needs a launcher
+    "NoBackend": """
+from subnet_explorer.core.workers import engine
+with engine('dask', scheduler='tcp://127.0.0.1:9'): pass
+""",
+    "OtherVersions": """
+from subnet_explorer.core.workers import Job, check_worker, versions
+check_worker(Job(b'', versions={**versions(), 'torch': '1.0'}))
+""",
+    "UnseenFolder": """
+from subnet_explorer.core.workers import Job, check_worker
+check_worker(Job(b'', folder='/shared/runs/study', claim='5f1d'))
+""",
+    "OtherWeights": """
+from dataclasses import replace
+from subnet_explorer import load
+from subnet_explorer.model.travel import arrived, place_of
+place = place_of(load('pocket-bert')[0])
+arrived(replace(place, code='0' * 16), ('another machine', 1))
+""",
+    "WorkersLost": None,        # takes six workers
     "OtherRun": """
 from subnet_explorer import Run
 Run('runs/a', {'seed': 0})

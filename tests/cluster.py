@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from campaign import differences
@@ -166,15 +167,18 @@ class Trial:
 def faults(trial: Trial, caller: subprocess.Popen[str], do: Callable[[int], None], most: int = 6) -> None:
     "Disturb whoever is at work, some times, at random moments."
     for _ in range(trial.rng.randint(3, most)):
-        before = finished(trial.study)
+        reached = partial(more_than, finished(trial.study), trial.study)
         if not trial.wait_for_work(caller): return
         time.sleep(trial.rng.uniform(0.0, 0.6))
         if not (busy := at_work(trial.study)): continue
         do(trial.rng.choice(busy))
-        if trial.rng.random() < 0.5: wait_for(lambda before=before: finished(trial.study) > before, caller)
+        if trial.rng.random() < 0.5: wait_for(reached, caller)
 
 
 def finished(study: Path) -> int: return len(list(study.glob("runs/*/mask.safetensors")))
+
+
+def more_than(number: int, study: Path) -> bool: return finished(study) > number
 
 
 def wait_for(fact: Callable[[], bool], caller: subprocess.Popen[str]) -> None:

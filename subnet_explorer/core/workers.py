@@ -32,8 +32,8 @@ from .signals import Stopped
 
 # %% auto #0
 __all__ = ['OF_A_WORKER', 'Codec', 'LOCAL', 'BACKENDS', 'FRUITLESS', 'HOPELESS', 'Job', 'versions', 'claim_of', 'OtherVersions',
-           'UnseenFolder', 'WorkersLost', 'check_worker', 'Answer', 'done_by_worker', 'workers_of', 'NoBackend',
-           'engine', 'by_workers']
+           'OtherWeights', 'UnseenFolder', 'WorkersLost', 'check_worker', 'Answer', 'done_by_worker', 'workers_of',
+           'NoBackend', 'engine', 'by_workers']
 
 # %% ../../nbs/core/33_workers.ipynb #8d437d93
 def _versions() -> Mapping[str, str]: return versions()
@@ -92,6 +92,15 @@ class OtherVersions(SubnetError):
     """
 
 
+class OtherWeights(SubnetError):
+    """A worker has other weights than the process that sent the work.
+
+    Cause: The folder or hub name of the model means something else on that machine, or means nothing there.
+    Fix: Put the same files there, or name a revision; or load the model from a folder that all machines see.
+        The same call goes on from what is finished.
+    """
+
+
 class UnseenFolder(SubnetError):
     """A worker does not see the folder of the study.
 
@@ -110,7 +119,7 @@ class WorkersLost(SubnetError):
     """
 
 
-OF_A_WORKER = (OtherVersions, UnseenFolder, CannotWrite)
+OF_A_WORKER = (OtherVersions, OtherWeights, UnseenFolder, CannotWrite)
 "What is wrong with a worker, and not with its cell."
 
 

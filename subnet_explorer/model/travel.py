@@ -24,24 +24,16 @@ import torch
 from ..core.errors import SubnetError
 from ..core.files import make_folder
 from ..core.folders import MODELS
+from ..core.workers import OtherWeights
 from .load import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['OtherWeights', 'Place', 'weights_code', 'place_of', 'use_device', 'arrived', 'packed', 'unpacked']
+__all__ = ['Place', 'weights_code', 'place_of', 'use_device', 'arrived', 'packed', 'unpacked']
 
 # %% ../../nbs/model/10_travel.ipynb #2b827473
-class OtherWeights(SubnetError):
-    """A worker has other weights than the process that sent the work.
-
-    Cause: The folder or hub name of the model means something else on that machine, or means nothing there.
-    Fix: Put the same files there, or name a revision; or load the model from a folder that all machines see.
-        The same call goes on from what is finished.
-    """
-
-
 @dataclass(frozen=True)
 class Place:
     "Where a model can be loaded from, and what it must then be."

@@ -26,8 +26,8 @@ from subnet_explorer.cli import main
 from subnet_explorer.core import lease as leases, workers
 from subnet_explorer.core.cells import Outcome
 from subnet_explorer.core.errors import SubnetError
-from subnet_explorer.core.workers import Job, NoBackend, UnseenFolder, by_workers, engine
-from subnet_explorer.model.travel import OtherWeights, packed, place_of, unpacked, weights_code
+from subnet_explorer.core.workers import Job, NoBackend, OtherWeights, UnseenFolder, by_workers, engine
+from subnet_explorer.model.travel import packed, place_of, unpacked, weights_code
 from subnet_explorer.recipes.lamp import lamp
 from subnet_explorer.recipes.study import Bench, Study, find_recipe, recipe
 
@@ -98,7 +98,8 @@ def test_a_recipe_of_a_user(tmp_path):
     def sizes(model: nn.Module, tok: object, *, to: Path | None = None, progress: bool = True) -> Study:
         "Count, by relation."
         bench = Bench({"recipe": "sizes", "model": "any"}, to, progress)
-        n = bench.work("size", [{"n": n} for n in range(5)], lambda c: c["n"] * sum(p.numel() for p in model.parameters()))
+        size = sum(p.numel() for p in model.parameters())
+        n = bench.work("size", [{"n": n} for n in range(5)], lambda c: c["n"] * size)
         raise SubnetError(f"found {n}")
     model, tok = load("pocket-bert")
     wanted = str([n * model.num_parameters() for n in range(5)])
@@ -177,7 +178,8 @@ def test_other_weights_at_a_worker_are_refused(tmp_path):
     model, _ = load(folder)
     parcel = packed(lambda labels: Outcome(model.num_parameters()))
     changed().save_pretrained(folder)
-    with pytest.raises(OtherWeights, match=r"the worker on .* has other weights here"):
+    named = pytest.raises(OtherWeights, match=r"the worker on .* has other weights here")
+    with named, pytest.warns(match="given to others"):
         list(by_workers(Job(parcel), CODEC, {0: {}, 1: {}}, 2))
 
 
