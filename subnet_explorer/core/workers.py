@@ -28,7 +28,7 @@ from .cells import Labels, Outcome
 from .errors import SubnetError, check_names
 from .files import CannotWrite, machine
 from .lease import TakenOver, holders
-from .signals import Stopped
+from .signals import ENDING
 
 # %% auto #0
 __all__ = ['OF_A_WORKER', 'Codec', 'LOCAL', 'BACKENDS', 'FRUITLESS', 'HOPELESS', 'Job', 'versions', 'claim_of', 'OtherVersions',
@@ -265,10 +265,12 @@ def _ray(scheduler: str | None, jobs: int | None) -> Iterator[None]:
     register_ray()
     mine = not ray.is_initialized()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    before = _handlers()      # Ray would take their place
     try:
         if mine and scheduler is None: ray.init(num_cpus=jobs or cpu_count(), include_dashboard=False, **quiet)
         elif mine: ray.init(address=scheduler, **quiet)
     except Exception as why: raise NoBackend(_SILENT.format(scheduler=scheduler or "this machine")) from why
+    finally: _restore(before)
     try:
         with parallel_config("ray", n_jobs=jobs or -1): yield
     finally:
@@ -382,10 +384,8 @@ def _sent(calls: list[Any], folder: str | None) -> Iterator[Answer]:
     how: dict[str, Any] = {"return_as": "generator_unordered"} if backend.supports_return_generator else {}
     ahead = "2 * n_jobs" if type(backend).__name__ in LOCAL else "all"
     every = Parallel(batch_size=1, pre_dispatch=ahead, **how)
-    try: yield from every(delayed(done_by_worker)(*call) for call in calls)
-    except (Stopped, KeyboardInterrupt):
-        _end_children(folder)
-        raise
+    try:
+        with _telling(folder): yield from every(delayed(done_by_worker)(*call) for call in calls)
     finally:
         if waiting := getattr(every._backend, "waiting_futures", None):
             with suppress(Exception): backend.client.cancel(list(waiting.futures), force=True)
@@ -404,6 +404,31 @@ def _connected(jobs: int) -> Any:
 
 
 _PATIENCE = 60      # seconds for a scheduler to come back
+
+# %% ../../nbs/core/33_workers.ipynb #7a60d5dc
+@contextmanager
+def _telling(folder: str | None) -> Iterator[None]:
+    "Before this process obeys a signal to end, tell the processes that it has started, which joblib would kill."
+    before = _handlers()
+    def tell(number: int, frame: Any) -> None:
+        _end_children(folder)
+        _restore(before)
+        signal.raise_signal(number)
+    for number, now in before.items():
+        if now not in (signal.SIG_IGN, None): signal.signal(number, tell)
+    try: yield
+    finally: _restore(before)
+
+
+def _handlers() -> dict[int, Any]:
+    "What signals do that end a process; only its main thread may say otherwise."
+    if threading.current_thread() is not threading.main_thread(): return {}
+    return {number: signal.getsignal(number) for number in ENDING}
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for number, action in handlers.items():
+        if action is not None: signal.signal(number, action)
 
 
 def _end_children(folder: str | None, patience: float = 4.0) -> None:      # seconds

@@ -107,6 +107,16 @@ def test_a_recipe_of_a_user(tmp_path):
     assert wanted in str(error.value) and find_recipe("sizes")
 
 
+def test_a_sweep_by_two_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*tiny.COMMANDS["lamp"][:-2], "--random", "1", "--sweep", "lr=0.01,0.02"]
+    place = words.index("study")
+    assert main(words) == 0
+    Path("study").rename("alone")
+    assert main([*words[:place], "study", *words[place + 1:], "--jobs", "2"]) == 0
+    assert [said for said in differences(Path("study"), Path("alone")) if "sessions" not in said] == []
+
+
 def test_a_relative_folder_is_the_same_for_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with engine(jobs=2): found = small(Path("study"))
@@ -259,6 +269,16 @@ def test_one_cell_at_a_time_in_a_process():
     for call in calls: call.start()
     for call in calls: call.join()
     assert most == [1] * 6
+
+
+def test_processes_save_before_they_leave(tmp_path):
+    words = [sys.executable, "-m", "subnet_explorer", *tiny.COMMANDS["lamp"], "--steps", "4000", "--jobs", "2"]
+    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True)
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("study/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < until: time.sleep(0.1)
+    caller.send_signal(signal.SIGTERM)
+    assert caller.wait(30) == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("study/runs/*/state.safetensors"))) == 2
 
 
 def test_a_study_in_a_study_does_not_wait_for_itself(tmp_path):
