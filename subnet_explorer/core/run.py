@@ -5,6 +5,7 @@
 # %% ../../nbs/core/18_run.ipynb #b5e4796f
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import warnings
@@ -73,6 +74,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     "Version of an installed package."
     try: return version(name)
@@ -88,14 +90,24 @@ class Record:
         config: Mapping[str, Any],                # what identifies it: plain data
         labels: Mapping[str, Any] | None = None,  # what people call it: task, seed, …
     ) -> None:
-        self.folder = Path(folder) if folder else None
-        self.config: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-        self.labels = dict(labels or {})
-        self.id = digest(self.config)
+        asked = json.loads(json.dumps(dict(config), default=str))
+        self._begin(Path(folder) if folder else None, digest(asked), asked, labels or {})
+        if self.folder: _take(self.folder, self.id, asked, self.labels)
+
+    def _begin(
+        self, folder: Path | None, ident: str, config: dict[str, Any] | str, labels: Mapping[str, Any],
+    ) -> None:      # config: also in JSON, which is read when somebody asks
+        "Set all that a record knows."
+        self.folder, self.id, self._config, self.labels = folder, ident, config, dict(labels)
         self._kept: dict[int, Mask] = {}
         self._rows: list[dict[str, Any]] | None = None      # read when they are first needed
         self._tidy = True                                   # whether a line can be added to the file
-        if self.folder: _take(self.folder, self.id, self.config, self.labels)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        "What identifies it, as plain data."
+        if isinstance(self._config, str): self._config = json.loads(self._config)
+        return self._config
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -156,7 +168,9 @@ def _take(folder: Path, ident: str, config: Mapping[str, Any], labels: Mapping[s
     if not (folder / CONFIG).exists():
         check_empty(folder, "run")
         asked = {"id": ident, "labels": labels, "config": config}
-        if create(folder / CONFIG, as_json(asked, indent=1)): write_json(folder / "env.json", environment(), indent=1)
+        if create(folder / CONFIG, as_json(asked, indent=1)):
+            write_json(folder / "env.json", environment(), indent=1)
+            return
     _check_same(folder, ident, config)
     done = (folder / MASK).exists()
     if not done and not (folder / "env.json").exists(): write_json(folder / "env.json", environment(), indent=1)
@@ -244,10 +258,10 @@ class Run(Journey):
         return cls.at(Path(folder), asked_of(Path(folder)))
 
     @classmethod
-    def at(cls, folder: Path, asked: Mapping[str, Any]) -> Run:      # asked: config, labels
+    def at(cls, folder: Path, asked: Mapping[str, Any]) -> Run:      # asked: id, labels, config or its JSON
         "The run that is in a folder and was asked for so."
-        run = cls(None, asked["config"], asked["labels"])
-        run.folder = folder
+        run = cls.__new__(cls)
+        run._begin(folder, asked["id"], asked["config"], asked["labels"])
         return run
 
     @property
