@@ -106,8 +106,9 @@ class Record:
     @property
     def config(self) -> dict[str, Any]:
         "What identifies it, as plain data."
-        if isinstance(self._config, str): self._config = json.loads(self._config)
-        return self._config
+        if isinstance(self._config, dict): return self._config
+        self._config = found = json.loads(self._config)
+        return found
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -18,9 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from .doors import checked
-from .errors import SubnetError
 from subnet_explorer.core.files import (
     CannotWrite,
     OutsideFolder,
@@ -30,6 +27,10 @@ from subnet_explorer.core.files import (
     is_passing,
     reason,
 )
+
+from .. import __version__
+from .doors import checked
+from .errors import SubnetError
 from .formats import read_masks
 from .masks import Masks
 from .run import ASIDE, CONFIG, LOG, MASK, Run, asked_of, reason_of_damage
