@@ -39,7 +39,7 @@ from .doors import checked
 from .errors import SubnetError
 from .escape import visible
 from .lease import check_leases, held
-from .log import Log, read_log, sealed_line, write_log
+from .log import Log, end_line, read_log, sealed_line, write_log
 from .mask import Mask
 from .maskfile import read_mask_file
 from .masks import Masks
@@ -102,6 +102,7 @@ class Record:
         self._kept: dict[int, Mask] = {}
         self._rows: list[dict[str, Any]] | None = None      # read when they are first needed
         self._tidy = True                                   # whether a line can be added to the file
+        self._whole = True                                  # whether this record wrote every line of it
 
     @property
     def config(self) -> dict[str, Any]:
@@ -113,7 +114,9 @@ class Record:
     @property
     def rows(self) -> list[dict[str, Any]]:
         "Log entries as they were logged; raise `DamagedFile` if some of them are gone."
-        if self._rows is None: self._rows, self._tidy = _logged(self.folder)
+        if self._rows is None:
+            self._rows, self._tidy = _logged(self.folder)
+            self._whole = not self._rows
         return self._rows
 
     @property
@@ -132,8 +135,15 @@ class Record:
 
     def rewrite(self, rows: list[dict[str, Any]], ended: bool = False) -> None:
         "Put other rows in the place of all that was logged."
-        self._rows, self._tidy = rows, not ended
+        self._rows, self._tidy, self._whole = rows, not ended, not ended
         if self.folder: write_log(self.folder / LOG, rows, ended)
+
+    def end(self) -> None:
+        "Say in the log that nothing more was logged."
+        rows, can_add = self.rows, bool(self.rows) and self._tidy and self._whole
+        self._tidy = False      # a line that cannot be written to its end is written with all others the next time
+        if can_add and self.folder: add_line(self.folder / LOG, end_line(len(rows)))
+        else: self.rewrite(rows, ended=True)
 
 # %% ../../nbs/core/18_run.ipynb #108210a1
 class Journey(Record):
@@ -339,7 +349,7 @@ def _write_result(run: Run, mask: Mask, soft: Scores | None) -> None:
     if soft is not None:
         halves = {name: np.ascontiguousarray(v, np.float16) for name, v in soft.values.items()}
         atomic_write(run.folder / "soft.safetensors", sealed(halves, {}))
-    run.rewrite(run.rows, ended=True)
+    run.end()
     mask.save(run.folder / MASK)
     remove(run.folder / STATE)
 
