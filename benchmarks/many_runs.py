@@ -17,7 +17,6 @@ import pandas as pd
 from subnet_explorer import Run, Store
 from subnet_explorer.cli import show
 from subnet_explorer.core.mask import Mask
-from subnet_explorer.core.masks import Masks
 from subnet_explorer.core.space import unit_space
 from subnet_explorer.look.site import publish
 from subnet_explorer.recipes.start import already
@@ -45,13 +44,13 @@ def folder(place: str | None) -> Iterator[Path]:
     finally: shutil.rmtree(made)
 
 
-def write_run(store: Store, labels: dict[str, Any]) -> Mask:
+def write_run(store: Store, labels: dict[str, Any]) -> None:
     "What a cell does that does nothing: one run with one line and one mask."
     config = {**SETTINGS, **labels}
     run = Run(store.path(labels, config), config, labels)
-    if run.done: return run.mask
+    if run.done: return
     run.log(step=1, loss=.5)
-    return run.finish(Mask.random(SPACE, .5, seed=labels["seed"])).mask
+    run.finish(Mask.random(SPACE, .5, seed=labels["seed"]))
 
 
 def cells_of(n: int) -> list[dict[str, Any]]:
@@ -73,8 +72,8 @@ def nothing(*, n: int, to: str | Path | None = None, progress: bool = False) -> 
     bench, cells = Bench({"recipe": "nothing", "n": n}, to, progress), cells_of(n)
     assert bench.store is not None
     store = bench.store
-    bench.work("runs", cells, lambda labels: write_run(store, labels) and None)
-    masks = Masks([(labels, store.path(labels, {**SETTINGS, **labels}) / "mask.safetensors") for labels in cells])
+    bench.work("runs", cells, lambda labels: write_run(store, labels))
+    masks = store.masks()
     found = ToyStudy(masks=masks, tables={"runs": pd.DataFrame(cells)}, config=bench.config, model_name="none",
                      seconds=bench.seconds, folder=bench.folder)
     return bench.finished(found)

@@ -34,7 +34,7 @@ from .errors import SubnetError
 from .formats import read_masks
 from .masks import Masks
 from .run import ASIDE, CONFIG, LOG, MASK, Run, asked_of, reason_of_damage
-from .space import same_settings
+from .space import digest, same_settings
 
 # %% auto #0
 __all__ = ['SMALL', 'SHARE', 'INDEX', 'Stamp', 'SETTLED', 'Store', 'Known', 'stamp_of', 'look_at', 'index']
@@ -48,10 +48,10 @@ class Store:
 
     def path(self, labels: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
         "Where the run with these labels and this configuration lives."
-        asked = Run(None, config, labels)
-        place = self.folder / _name(asked)
+        asked = json.loads(json.dumps(dict(config), default=str))
+        place = self.folder / _name(labels, digest(asked))
         if place.exists(): return place
-        return _earlier_place(self.folder, asked) or place
+        return _earlier_place(self.folder, place.name, labels, asked) or place
 
     @property
     def broken(self) -> dict[Path, str]:
@@ -80,27 +80,27 @@ class Store:
         return f"Store({self.folder}: {sum(os.path.exists(os.path.join(place, CONFIG)) for place in places)} runs)"
 
 # %% ../../nbs/core/19_store.ipynb #72c160a0
-def _name(asked: Run) -> str:
+def _name(labels: Mapping[str, Any], ident: str) -> str:
     "The name of a run's folder."
-    labels = [file_name("-".join(map(str, asked.labels.values())))] if asked.labels else []
-    return "-".join([*labels, asked.id[:8]])
+    said = [file_name("-".join(map(str, labels.values())))] if labels else []
+    return "-".join([*said, ident[:8]])
 
 
-def _earlier_place(folder: Path, asked: Run) -> Path | None:
-    "Where an earlier version put a run, if it did."
-    words = [str(v).replace("/", "_").replace(" ", "_") for v in asked.labels.values()]
-    begins = {_name(asked)[:-8], "".join(f"{word}-" for word in words)}
+def _earlier_place(folder: Path, now: str, labels: Mapping[str, Any], config: Mapping[str, Any]) -> Path | None:
+    "Where an earlier version put a run that now has another name, if it did."
+    words = [str(v).replace("/", "_").replace(" ", "_") for v in labels.values()]
+    begins = {now[:-8], "".join(f"{word}-" for word in words)}
     named = _by_beginning(folder)
     for name in sorted(name for begin in begins for name in named.get(begin, ())):
-        if _is_same(folder / name, asked): return folder / name
+        if _is_same(folder / name, labels, config): return folder / name
     return None
 
 
-def _is_same(place: Path, asked: Run) -> bool:
+def _is_same(place: Path, labels: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     "Whether a folder holds a run that was asked for in the words of an earlier version."
     try: found = asked_of(place)
     except SubnetError: return False
-    return found["labels"] == json.loads(json.dumps(asked.labels)) and same_settings(found["config"], asked.config)
+    return found["labels"] == json.loads(json.dumps(dict(labels))) and same_settings(found["config"], config)
 
 # %% ../../nbs/core/19_store.ipynb #4990f288
 class _Listing:
