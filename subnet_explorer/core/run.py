@@ -48,7 +48,7 @@ from .space import digest, same_settings
 from .tensors import open_sealed, open_torch, sealed, sealed_torch
 
 # %% auto #0
-__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'working',
+__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Asked', 'Record', 'Journey', 'working',
            'differing', 'check_empty', 'read_metrics', 'Run', 'asked_of', 'save_state', 'read_state', 'load_state',
            'reason_of_damage', 'lost_lines']
 
@@ -80,9 +80,9 @@ def _version(name: str) -> str | None:
     try: return version(name)
     except PackageNotFoundError: return None
 
-# %% ../../nbs/core/18_run.ipynb #d2c84a28
-class Record:
-    "What was asked and how it went, in a folder or in memory."
+# %% ../../nbs/core/18_run.ipynb #5bc36ad5
+class Asked:
+    "What was asked, of a folder or in memory."
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Record:
     def _begin(
         self, folder: Path | None, ident: str, config: dict[str, Any] | str, labels: Mapping[str, Any],
     ) -> None:      # config: also in JSON, which is read when somebody asks
-        "Set all that a record knows."
+        "Set all that is known."
         self.folder, self.id, self._config, self.labels = folder, ident, config, dict(labels)
         self._kept: dict[int, Mask] = {}
         self._rows: list[dict[str, Any]] | None = None      # read when they are first needed
@@ -110,6 +110,10 @@ class Record:
         if isinstance(self._config, dict): return self._config
         self._config = found = json.loads(self._config)
         return found
+
+# %% ../../nbs/core/18_run.ipynb #69a56ca8
+class Record(Asked):
+    "What was asked and how it went, in a folder or in memory."
 
     @property
     def rows(self) -> list[dict[str, Any]]:

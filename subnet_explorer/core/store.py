@@ -115,7 +115,10 @@ class _Listing:
 def _listing(where: str) -> _Listing: return _Listing()      # where: the folder, from the root on
 
 
-SMALL, SHARE = 1000, 20
+SMALL = 1000
+"A store of fewer names is listed every time."
+SHARE = 20
+"A larger one is listed again after so many times as long as listing takes."
 
 
 def _by_beginning(folder: Path) -> Mapping[str, list[str]]:
@@ -208,10 +211,11 @@ def index(folder: Path) -> dict[str, Known]:      # by name of the run's folder
     stamps = {name: stamp for name in _names(folder) if (stamp := stamp_of(os.path.join(folder, name)))}
     same = {name: known[name] for name, stamp in stamps.items() if name in known and known[name].stamp == stamp}
     if len(same) == len(stamps) == len(known): return same
-    now = _now(folder)      # before anything is read
+    fresh = (stamp for name, stamp in stamps.items() if name not in same)
+    now = _now(folder) if any(map(_is_settled, fresh)) else 0      # before anything is read
     read = {name: run for name in stamps if name not in same and (run := look_at(folder / name))}
-    settled = {name: run for name, run in read.items() if not run.broken and _last_change(run.stamp) + SETTLED < now}
-    if now and (settled or not known.keys() <= stamps.keys()): _keep(folder / INDEX, {**same, **settled})
+    settled = {name: run for name, run in read.items() if not run.broken and _is_settled(run.stamp, now)}
+    if settled or not known.keys() <= stamps.keys(): _keep(folder / INDEX, {**same, **settled})
     return {name: same.get(name) or read[name] for name in stamps if name in same or name in read}
 
 
@@ -221,9 +225,11 @@ def _now(folder: Path) -> int:
     except (CannotWrite, OutsideFolder): return 0
 
 
-def _last_change(stamp: Stamp) -> int: return max(*stamp[2::4], *stamp[3::4])
+def _is_settled(stamp: Stamp, now: int | None = None) -> bool:      # now: by the file system; None: by this machine
+    "Whether a change would now give another stamp."
+    return max(*stamp[2::4], *stamp[3::4]) + SETTLED < (time.time_ns() if now is None else now)
 
-
+# %% ../../nbs/core/19_store.ipynb #26641054
 def _served(folder: Path, labels: Mapping[str, Any]) -> dict[str, Known]:
     "Runs with these labels that can be used; say if others are left out."
     found = index(folder)

@@ -168,12 +168,16 @@ def check_drawable(
     )
 
 # %% ../../nbs/look/02_figure.ipynb #d6d76c68
+_ELSEWHERE = ("geo", "map", "mapbox", "polar", "scene", "ternary")      # kinds of plots that are not drawn here
+
+
 @functools.cache
 def _template() -> go.layout.Template:
-    "What plotly's `simple_white` says of layouts, and of the traces that figures have here; copied in half the time."
+    "What plotly's `simple_white` says of flat plots, and of the traces that figures have here; it is quickly copied."
     said = templates["simple_white"].to_plotly_json()
     drawn = {kind: said["data"][kind] for kind in ("bar", "heatmap", "scatter") if kind in said["data"]}
-    return go.layout.Template(layout=said["layout"], data=drawn)
+    flat = {name: value for name, value in said["layout"].items() if name not in _ELSEWHERE}
+    return go.layout.Template(layout=flat, data=drawn)
 
 # %% ../../nbs/look/02_figure.ipynb #11b87bb7
 @checked
@@ -246,7 +250,7 @@ def _hover(place: Html, name: Html, value: str, small: str | None) -> Html:
     said = place + name + (value or "missing")
     return said if small is None else said + " " + Html(" ").join(small.split("\n"))
 
-
+# %% ../../nbs/look/02_figure.ipynb #0f09f1c1
 @checked
 def with_small(value: str, small: str) -> Html:      # small: lines
     "Put smaller lines below a value, where there are both."

@@ -108,7 +108,7 @@ class Findings:
         of_study = _Own(self.masks)
         return {values: _mask_file(of_study.among(runs)) for values, runs in same.items()}
 
-
+# %% ../../nbs/recipes/01_study.ipynb #8df7a857
 class _Own:
     "Knows which runs are those of a study; masks are read only where labels do not tell, and once."
 
