@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,8 +30,9 @@ from .errors import SubnetError
 # %% auto #0
 __all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'CannotWrite', 'system_error', 'reason', 'writing', 'reading', 'no_such', 'file_name',
            'kept_at', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder', 'make_folder',
-           'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'is_alive', 'DamagedFile',
-           'checksum', 'write_json', 'as_json', 'read_json', 'damaged', 'has_checksum', 'scratch', 'upload', 'download']
+           'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'swept', 'is_passing', 'is_alive',
+           'clock_of', 'DamagedFile', 'checksum', 'write_json', 'as_json', 'read_json', 'damaged', 'has_checksum',
+           'scratch', 'upload', 'download']
 
 # %% ../../nbs/core/05_files.ipynb #180a9a15
 class CannotWrite(SubnetError):
@@ -205,6 +206,7 @@ def make_folder(folder: Path, lasting: bool = True) -> None:      # lasting: whe
     "Make a folder and those above it."
     with writing(folder):
         _permit(folder)
+        if folder.is_dir(): return
         missing = [place for place in [folder, *folder.parents] if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for place in missing if lasting else (): sync_folder(place.parent)
@@ -216,7 +218,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     content = data.encode(errors="replace") if isinstance(data, str) else data
     _permit(path.parent)
     if _holds(path, content): return path
-    make_folder(path.parent)
+    if not path.parent.is_dir(): make_folder(path.parent)
     temporary = path.parent / passing_name("writing")
     with writing(path):
         try:
@@ -345,13 +347,22 @@ _DAY = 86_400.0
 # %% ../../nbs/core/05_files.ipynb #41bfa60c
 def sweep(folder: Path) -> list[Path]:
     "Remove what killed processes have left in a folder and below; what that was."
-    found = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)
-             if _PASSING.fullmatch(name) and _abandoned(Path(place, name))]
+    return [path for place, folders, files in os.walk(folder) for path in swept(place, [*folders, *files])]
+
+
+def swept(folder: str | Path, names: Iterable[str]) -> list[Path]:      # names: of what is in the folder
+    "Remove what killed processes have left among the things in one folder; what that was."
+    found = [path for name in names if is_passing(name) and _abandoned(path := Path(folder, name))]
     for path in found:
         if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError): path.unlink(missing_ok=True)
     return [path for path in found if not path.exists()]
+
+
+def is_passing(name: str) -> bool:
+    "Whether a name is one of `passing_name`, or one that an earlier version gave."
+    return name.startswith(".") and _PASSING.fullmatch(name) is not None
 
 
 def _abandoned(path: Path) -> bool:
@@ -368,6 +379,17 @@ def is_alive(process: int) -> bool:
     except ProcessLookupError: return False
     except OSError: return True
     return True
+
+# %% ../../nbs/core/05_files.ipynb #5f593994
+def clock_of(folder: Path) -> int:      # nanoseconds
+    "The time of a file that is written in a folder now; raise `CannotWrite` or `OutsideFolder` if there cannot be one."
+    file = folder / passing_name("writing")
+    with writing(file):
+        _permit(folder)
+        try:
+            file.touch()
+            return file.stat().st_mtime_ns
+        finally: file.unlink(missing_ok=True)
 
 # %% ../../nbs/core/05_files.ipynb #ef456bd7
 class DamagedFile(SubnetError):
@@ -409,7 +431,7 @@ def read_json(
     if isinstance(found, list) and list(keys) == ["rows"]: return found
     if not isinstance(found, dict): raise error(f"cannot read {path}: expected an object, found {_kind(found)}.")
     content = {key: value for key, value in found.items() if key != "checksum"}
-    if not _is_sealed(found) or found.get("checksum", checksum(content)) != checksum(content):
+    if not _is_sealed(found) or ("checksum" in found and found["checksum"] != checksum(content)):
         raise damaged(path, "what it says does not fit its checksum")
     if missing := [key for key in keys if key not in content]:
         raise error(f"cannot read {path}: it has no {' and no '.join(missing)}, so it is a file of something else.")

@@ -25,7 +25,7 @@ from subnet_explorer.core.files import (
     no_such,
     read_json,
     remove,
-    sweep,
+    swept,
     write_json,
 )
 from subnet_explorer.core.run import (
@@ -37,7 +37,6 @@ from subnet_explorer.core.run import (
     check_empty,
     differing,
     environment,
-    reason_of_damage,
 )
 
 from .errors import SubnetError
@@ -45,7 +44,7 @@ from .formats import read_masks
 from .lease import FOLDER as LEASES, held, holder_of, is_over, release_all
 from .mask import Mask
 from .masks import Masks
-from .store import INDEX, Store
+from .store import INDEX, Known, Store, index, look_at
 
 # %% auto #0
 __all__ = ['STUDY', 'MODELS', 'CLAIMS', 'F', 'open_study', 'tidy', 'tidy_study', 'tidy_leases', 'given_back', 'cached_table',
@@ -73,8 +72,9 @@ def open_study(to: str | Path | None, config: Mapping[str, Any]) -> Store | None
 # %% ../../nbs/core/20_folders.ipynb #a936d3f9
 def tidy(folder: Path) -> list[Path]:
     "Remove what killed processes have left in a folder and below; what that was."
-    left = sweep(folder)
+    left: list[Path] = []
     for place, folders, files in os.walk(folder):
+        left += swept(place, [*folders, *files])
         if CONFIG not in files or not {MASK, "weights.safetensors"} & set(files): continue
         over = [name for name in files if name == STATE] + [name for name in folders if name.startswith("cycle-")]
         for name in over:
@@ -97,7 +97,7 @@ def tidy_study(folder: Path) -> None:
 def tidy_leases(folder: Path) -> list[str]:
     "Remove the leases of processes that are gone; whose they were."
     gone = []
-    for place in [path for path in folder.rglob(LEASES) if path.is_dir()]:
+    for place in [Path(above, LEASES) for above, folders, _ in os.walk(folder) if LEASES in folders]:
         for path in place.glob("*.json"):
             holder = holder_of(path)
             if holder is None or not is_over(path, holder): continue
@@ -173,29 +173,26 @@ def kept_runs(folder: str | Path) -> list[Run]:
     "The runs that a run, a store, a study or a folder above them holds; raise `SubnetError` if there is no folder."
     folder = Path(folder)
     if not folder.is_dir(): raise SubnetError(no_such(folder, "folder"))
-    places = list(_run_folders(folder))
-    if places == [folder]: return [Run.open(folder)]
-    return [run for place in places if (run := _unbroken(place)) is not None]
+    found = dict(_runs_in(folder))
+    if list(found) == [folder]: return [Run.open(folder)]
+    for place, run in found.items():
+        if run.broken: warnings.warn(f"{place} is left out: {run.broken}", stacklevel=2)
+    return [Run.at(place, run.asked) for place, run in found.items() if not run.broken]
 
 
-def _unbroken(place: Path) -> Run | None:
-    "A run, or a warning."
-    try: run, why = Run.open(place), reason_of_damage(place)
-    except SubnetError as damage: run, why = None, str(damage)
-    if not why: return run
-    warnings.warn(f"{place} is left out: {why}", stacklevel=3)
-    return None
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    "Folders of runs, in the order of their names."
+def _runs_in(folder: Path) -> Iterator[tuple[Path, Known]]:
+    "What is known of the runs in a folder and below, in the order of their names."
     if (folder / STUDY).exists(): folder = folder / "runs"
     if _is_run(folder):
-        yield folder
+        if (run := look_at(folder)) is not None: yield folder, run
         return
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    for place in inside:
-        if place.is_dir() and not place.name.startswith("."): yield from _run_folders(place)
+    known = index(folder)
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if name.startswith("."): continue
+        place, run = folder / name, known.get(name)
+        is_run = run is not None and (not run.broken or _is_run(place)) and not (place / STUDY).exists()
+        if is_run and run is not None: yield place, run
+        elif place.is_dir(): yield from _runs_in(place)
 
 
 def _is_run(folder: Path) -> bool:

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/07_maskfile.ipynb #589bd80e
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -176,9 +177,22 @@ def _check_header(said: dict[str, Any], version: int) -> None:
     if odd: raise ValueError(f"{odd[0]!r} is missing in its header, or nothing that a mask has")
     more = said.keys() - _FIELDS.keys()
     if more and version >= 3: raise ValueError(f"its header has an unknown field {min(more)[:80]!r}")
-    _check_space(said["space"])
+    _space_of(said["space"])
     unknown = said["gaps"].keys() - {group["name"] for group in said["space"]["groups"]}
     if unknown: raise ValueError(f"it has gaps of {min(unknown)[:80]!r}, which is no tensor of it")
+
+# %% ../../nbs/core/07_maskfile.ipynb #b0e9f88f
+def _space_of(said: Any) -> Space:
+    "The space that a header describes, the same one for all files that say the same; raise `ValueError` for none."
+    return _space_in(json.dumps(said))
+
+
+@functools.lru_cache(64)
+def _space_in(text: str) -> Space:
+    "The space that JSON describes."
+    said = json.loads(text)
+    _check_space(said)
+    return Space.from_json(said)
 
 # %% ../../nbs/core/07_maskfile.ipynb #f2e55f2d
 LONGEST = 1 << 19
@@ -304,7 +318,7 @@ def _read(file: BinaryIO, name: str, trusted: bool) -> Bits:
     head = strict_json(stored.about["subnet_explorer"])
     version = _version(head, name)
     _check_header(head, version)
-    space, gaps = Space.from_json(head["space"]), head["gaps"]
+    space, gaps = _space_of(head["space"]), head["gaps"]
     _check_lengths(space, stored.entries, gaps)
     grown, room = _grown(space, gaps), ROOM + GROWTH * stored.size
     if grown > room and not trusted: raise MaskFileError(_TOO_LARGE.format(name=name, grown=grown, room=room))

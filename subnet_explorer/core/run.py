@@ -5,6 +5,7 @@
 # %% ../../nbs/core/18_run.ipynb #b5e4796f
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import warnings
@@ -38,7 +39,7 @@ from .doors import checked
 from .errors import SubnetError
 from .escape import visible
 from .lease import check_leases, held
-from .log import Log, read_log, sealed_line, write_log
+from .log import Log, end_line, read_log, sealed_line, write_log
 from .mask import Mask
 from .maskfile import read_mask_file
 from .masks import Masks
@@ -47,7 +48,7 @@ from .space import digest, same_settings
 from .tensors import open_sealed, open_torch, sealed, sealed_torch
 
 # %% auto #0
-__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Record', 'Journey', 'working',
+__all__ = ['CONFIG', 'LOG', 'MASK', 'STATE', 'ASIDE', 'State', 'OtherRun', 'environment', 'Asked', 'Record', 'Journey', 'working',
            'differing', 'check_empty', 'read_metrics', 'Run', 'asked_of', 'save_state', 'read_state', 'load_state',
            'reason_of_damage', 'lost_lines']
 
@@ -73,14 +74,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     "Version of an installed package."
     try: return version(name)
     except PackageNotFoundError: return None
 
-# %% ../../nbs/core/18_run.ipynb #d2c84a28
-class Record:
-    "What was asked and how it went, in a folder or in memory."
+# %% ../../nbs/core/18_run.ipynb #5bc36ad5
+class Asked:
+    "What was asked, of a folder or in memory."
 
     def __init__(
         self,
@@ -88,19 +90,37 @@ class Record:
         config: Mapping[str, Any],                # what identifies it: plain data
         labels: Mapping[str, Any] | None = None,  # what people call it: task, seed, …
     ) -> None:
-        self.folder = Path(folder) if folder else None
-        self.config: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-        self.labels = dict(labels or {})
-        self.id = digest(self.config)
+        asked = json.loads(json.dumps(dict(config), default=str))
+        self._begin(Path(folder) if folder else None, digest(asked), asked, labels or {})
+        if self.folder: _take(self.folder, self.id, asked, self.labels)
+
+    def _begin(
+        self, folder: Path | None, ident: str, config: dict[str, Any] | str, labels: Mapping[str, Any],
+    ) -> None:      # config: also in JSON, which is read when somebody asks
+        "Set all that is known."
+        self.folder, self.id, self._config, self.labels = folder, ident, config, dict(labels)
         self._kept: dict[int, Mask] = {}
         self._rows: list[dict[str, Any]] | None = None      # read when they are first needed
         self._tidy = True                                   # whether a line can be added to the file
-        if self.folder: _take(self.folder, self.id, self.config, self.labels)
+        self._whole = True                                  # whether this record wrote every line of it
+
+    @property
+    def config(self) -> dict[str, Any]:
+        "What identifies it, as plain data."
+        if isinstance(self._config, dict): return self._config
+        self._config = found = json.loads(self._config)
+        return found
+
+# %% ../../nbs/core/18_run.ipynb #69a56ca8
+class Record(Asked):
+    "What was asked and how it went, in a folder or in memory."
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         "Log entries as they were logged; raise `DamagedFile` if some of them are gone."
-        if self._rows is None: self._rows, self._tidy = _logged(self.folder)
+        if self._rows is None:
+            self._rows, self._tidy = _logged(self.folder)
+            self._whole = not self._rows
         return self._rows
 
     @property
@@ -119,8 +139,15 @@ class Record:
 
     def rewrite(self, rows: list[dict[str, Any]], ended: bool = False) -> None:
         "Put other rows in the place of all that was logged."
-        self._rows, self._tidy = rows, not ended
+        self._rows, self._tidy, self._whole = rows, not ended, not ended
         if self.folder: write_log(self.folder / LOG, rows, ended)
+
+    def end(self) -> None:
+        "Say in the log that nothing more was logged."
+        rows, can_add = self.rows, bool(self.rows) and self._tidy and self._whole
+        self._tidy = False      # a line that cannot be written to its end is written with all others the next time
+        if can_add and self.folder: add_line(self.folder / LOG, end_line(len(rows)))
+        else: self.rewrite(rows, ended=True)
 
 # %% ../../nbs/core/18_run.ipynb #108210a1
 class Journey(Record):
@@ -156,7 +183,9 @@ def _take(folder: Path, ident: str, config: Mapping[str, Any], labels: Mapping[s
     if not (folder / CONFIG).exists():
         check_empty(folder, "run")
         asked = {"id": ident, "labels": labels, "config": config}
-        if create(folder / CONFIG, as_json(asked, indent=1)): write_json(folder / "env.json", environment(), indent=1)
+        if create(folder / CONFIG, as_json(asked, indent=1)):
+            write_json(folder / "env.json", environment(), indent=1)
+            return
     _check_same(folder, ident, config)
     done = (folder / MASK).exists()
     if not done and not (folder / "env.json").exists(): write_json(folder / "env.json", environment(), indent=1)
@@ -244,10 +273,10 @@ class Run(Journey):
         return cls.at(Path(folder), asked_of(Path(folder)))
 
     @classmethod
-    def at(cls, folder: Path, asked: Mapping[str, Any]) -> Run:      # asked: config, labels
+    def at(cls, folder: Path, asked: Mapping[str, Any]) -> Run:      # asked: id, labels, config or its JSON
         "The run that is in a folder and was asked for so."
-        run = cls(None, asked["config"], asked["labels"])
-        run.folder = folder
+        run = cls.__new__(cls)
+        run._begin(folder, asked["id"], asked["config"], asked["labels"])
         return run
 
     @property
@@ -324,7 +353,7 @@ def _write_result(run: Run, mask: Mask, soft: Scores | None) -> None:
     if soft is not None:
         halves = {name: np.ascontiguousarray(v, np.float16) for name, v in soft.values.items()}
         atomic_write(run.folder / "soft.safetensors", sealed(halves, {}))
-    run.rewrite(run.rows, ended=True)
+    run.end()
     mask.save(run.folder / MASK)
     remove(run.folder / STATE)
 

@@ -210,7 +210,10 @@ class Space(Groups):
 
     def to_json(self) -> dict[str, Any]:
         "Plain dictionary for a mask file."
-        return _plain(self)
+        return json.loads(self._text)
+
+    @cached_property
+    def _text(self) -> str: return _as_text(self)
 
     @classmethod
     def from_json(cls, d: Mapping[str, Any]) -> Space:
@@ -298,11 +301,11 @@ def _uneven(block: tuple[int, int], role: str, shape: tuple[int, int]) -> Subnet
         f"which is {shape[0]}x{shape[1]}: choose rows and columns that divide those of every matrix.")
 
 # %% ../../nbs/core/02_space.ipynb #c362359b
-def _plain(space: Space) -> dict[str, Any]:
-    "A space as plain data."
+def _as_text(space: Space) -> str:
+    "A space in JSON."
     groups = [{k: v for k, v in asdict(g).items() if k != "strided" or v} for g in space.groups]
     found = {"groups": groups, "layout": asdict(space.layout), "model": asdict(space.model)}
-    return json.loads(json.dumps(found))
+    return json.dumps(found)
 
 
 def _as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

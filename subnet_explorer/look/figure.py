@@ -5,6 +5,7 @@
 # %% ../../nbs/look/02_figure.ipynb #05e18f12
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.io import templates
 
 from ..core.doors import checked
 from ..core.escape import Html, visible
@@ -165,6 +167,18 @@ def check_drawable(
         "they come from: a model that diverged, or its precision."
     )
 
+# %% ../../nbs/look/02_figure.ipynb #d6d76c68
+_ELSEWHERE = ("geo", "map", "mapbox", "polar", "scene", "ternary")      # kinds of plots that are not drawn here
+
+
+@functools.cache
+def _template() -> go.layout.Template:
+    "What plotly's `simple_white` says of flat plots, and of the traces that figures have here; it is quickly copied."
+    said = templates["simple_white"].to_plotly_json()
+    drawn = {kind: said["data"][kind] for kind in ("bar", "heatmap", "scatter") if kind in said["data"]}
+    flat = {name: value for name, value in said["layout"].items() if name not in _ELSEWHERE}
+    return go.layout.Template(layout=flat, data=drawn)
+
 # %% ../../nbs/look/02_figure.ipynb #11b87bb7
 @checked
 def set_layout(
@@ -176,7 +190,7 @@ def set_layout(
 ) -> go.Figure:
     "Give a figure the common look."
     fig.update_layout(
-        template="simple_white", title=dict(text=safe_text(title), font_size=16),
+        template=_template(), title=dict(text=safe_text(title), font_size=16),
         width=width, height=height, margin=dict(l=90, r=120, t=70, b=60), **more,
     )
     return fig
@@ -210,9 +224,10 @@ def add_heat(
     cells = grid.to_numpy(float)
     said = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.{digits}f}", otypes=[str])(cells)
     below = np.full(cells.shape, None) if small is None else small
+    what = _BREAK + name + " "
     hover = [
-        [_hover(Html("{}, {}").format(r, c), name, said[i, j], below[i, j]) for j, c in enumerate(cols)]
-        for i, r in enumerate(rows)
+        [_hover(row + column, what, said[i, j], below[i, j]) for j, column in enumerate(map(Html.escape, cols))]
+        for i, row in enumerate(Html.escape(r) + ", " for r in rows)
     ]
     text = said if small is None else np.vectorize(with_small, otypes=[object])(said, small)
     fig.add_trace(go.Heatmap(
@@ -227,12 +242,15 @@ def add_heat(
     fig.update_yaxes(tickvals=[*range(len(rows))], ticktext=rows, autorange="reversed", **bare, **where)
 
 
-def _hover(place: Html, name: str, value: str, small: str | None) -> Html:
+_BREAK = Html("<br>")
+
+
+def _hover(place: Html, name: Html, value: str, small: str | None) -> Html:
     "Say what a cell holds."
-    said = Html("{}<br>{} {}").format(place, name, value or "missing")
+    said = place + name + (value or "missing")
     return said if small is None else said + " " + Html(" ").join(small.split("\n"))
 
-
+# %% ../../nbs/look/02_figure.ipynb #0f09f1c1
 @checked
 def with_small(value: str, small: str) -> Html:      # small: lines
     "Put smaller lines below a value, where there are both."

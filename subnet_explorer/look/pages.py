@@ -389,9 +389,8 @@ def _run_row(e: Entry, found: Collection, labels: Sequence[str], same_labels: bo
 
 def _study_of(e: Entry, found: Collection) -> str | None:
     "The innermost study that a run belongs to."
-    for study in reversed(found.studies):
-        if e in found.of(study): return study_name(study, found).removeprefix("Study ")
-    return None
+    around = found.around(e)
+    return study_name(around[-1], found).removeprefix("Study ") if around else None
 
 
 def _all_alike(column: pd.Series) -> bool:

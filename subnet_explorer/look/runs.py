@@ -163,6 +163,11 @@ class Collection:
         inside = study.relative_to(self.root).as_posix()
         return [e for e in self.runs if inside == "." or e.path.startswith(inside + "/")]
 
+    def around(self, entry: Entry) -> list[Path]:
+        "The studies that a run belongs to, from the outside in."
+        above = {self.root, *(self.root / place for place in Path(entry.path).parents)}
+        return [study for study in self.studies if study in above]
+
 
 def discover(
     folder: str | Path,

@@ -5,6 +5,7 @@
 # %% ../../nbs/look/18_site.ipynb #ebc353e3
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +69,8 @@ class Planned:
     make: Callable[[], str]        # writes the document
 
 
-NOTE_EVERY = 25
-"After so many pages the manifest is written."
+NOTE_EVERY = 2.0
+"After so many seconds of work the manifest is written: what is done is not done again after a kill."
 
 
 def _write(
@@ -78,7 +79,7 @@ def _write(
     gone: set[str],                # addresses of pages to be removed
 ) -> int:                          # how many were written
     "Write the pages that are not done, and remove those that are gone."
-    written = 0
+    written, noted = 0, time.monotonic()
     with inside(to):
         _note(to, found, done)
         _assets(to)
@@ -88,7 +89,9 @@ def _write(
                 atomic_write(to / address, page.make())
                 done[address] = page.key
                 written += 1
-                if written % NOTE_EVERY == 0: _note(to, found, done)
+                if time.monotonic() - noted < NOTE_EVERY: continue
+                _note(to, found, done)
+                noted = time.monotonic()
             for address in gone:
                 remove(to / address)
                 done.pop(address, None)
@@ -147,11 +150,11 @@ def _plan(found: Collection, to: Path) -> dict[str, Planned]:      # by address
     pages = {address: _plan_study(study, found, to, style) for address, study in studies.items()}
     pages |= {address: _plan_comparison(some, found, style) for address, some in compared.items()}
     others = dict(pages)
+    places = {study: (study_name(study, found), f"../{address}") for address, study in studies.items()}
+    beside = {e.path: address for address, some in compared.items() for e in some}
     for e in found.runs:
-        inside = [(study_name(study, found), f"../{address}")
-                  for address, study in studies.items() if e in found.of(study)]
-        related = [("Comparison with other masks", f"../{address}")
-                   for address, some in compared.items() if e in some]
+        inside = [places[study] for study in found.around(e)]
+        related = [("Comparison with other masks", f"../{beside[e.path]}")] if e.path in beside else []
         make = partial(run_page, e, found, [HOME, *inside], related)
         pages[e.page] = Planned(e.name, content_key(style, e.key, inside, related), make)
     titles = {address: page.title for address, page in others.items()}

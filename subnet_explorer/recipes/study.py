@@ -107,14 +107,30 @@ class Findings:
         known = self.masks.index.astype(object).where(self.masks.index.notna(), None)
         own = {tuple(row.get(label) for label in labels) for row in known.to_dict("records")}
         if not own <= set(same) and (broken := store.broken): raise DamagedFile(next(iter(broken.values())))
-        return {values: _mask_file(_own_run(runs, self.masks)) for values, runs in same.items()}
+        of_study = _Own(self.masks)
+        return {values: _mask_file(of_study.among(runs)) for values, runs in same.items()}
 
+# %% ../../nbs/recipes/01_study.ipynb #8df7a857
+class _Own:
+    "Knows which runs are those of a study; masks are read only where labels do not tell, and once."
 
-def _own_run(runs: Sequence[Run], masks: Masks) -> Run:
-    "The run of a study among those with the same labels, which other settings may have left in the folder."
-    if len(runs) == 1: return runs[0]
-    ids = {mask.id for _, mask in masks}
-    return next((run for run in runs if run.mask.id in ids), runs[-1])
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks.entries
+        self.files = {entry for entry in self.masks if isinstance(entry, Path)}
+
+    @functools.cached_property
+    def ids(self) -> set[str]:
+        "Of masks that were read, or never had a file."
+        return {entry.id for entry in self.masks if not isinstance(entry, Path)}
+
+    def among(self, runs: Sequence[Run]) -> Run:
+        "The run of a study among those with the same labels, which other settings may have left in the folder."
+        if len(runs) == 1: return runs[0]
+        return next((run for run in runs if self.has(run)), runs[-1])
+
+    def has(self, run: Run) -> bool:
+        "Whether a run is one of the study."
+        return Path(_mask_file(run)) in self.files or (bool(self.ids) and run.mask.id in self.ids)
 
 
 def _mask_file(run: Run) -> str:

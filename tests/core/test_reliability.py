@@ -350,9 +350,8 @@ def test_one_damaged_byte_of_json_is_noticed_or_changes_nothing(tmp_path_factory
 
 def test_the_index_believes_nothing_that_has_changed(tmp_path):
     store = finished(tmp_path, 3)
-    for place in store.folder.iterdir():
-        for file in place.iterdir() if place.is_dir() else (): os.utime(file, (time.time() - 60, time.time() - 60))
-    assert len(store.runs()) == 3 and len(read_json(store.folder / ".index.json")) == 3
+    time.sleep(2.1)
+    assert len(store.runs()) == 3 and len(json.loads((store.folder / ".index.json").read_text())["runs"]) == 3
     file = store.runs()[0].folder / "mask.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="1 run is damaged"): assert len(store.runs()) == 2
