@@ -131,12 +131,12 @@ def _to_device(x: torch.Tensor, *args: Any, **how: Any) -> torch.Tensor:
     "`Tensor.to`."
     device, rest = how.pop("device", None), list(args)
     if rest and isinstance(rest[0], torch.Tensor): device, rest[0] = rest[0].device, rest[0].dtype
-    elif rest and isinstance(rest[0], (str, int, torch.device)): device = rest.pop(0)
+    elif rest and isinstance(rest[0], (str, int, torch.device, type(None))): device = rest.pop(0)
     if "other" in how:
         other = how.pop("other")
         device, how["dtype"] = other.device, other.dtype
     how.pop("non_blocking", None)
-    rest = [a for a in rest if not isinstance(a, bool)]
+    rest = [a for a in rest if a is not None and not isinstance(a, bool)]
     moved = x if device is None else _moved(x, _is_cuda(device))
     if device is not None and not _is_cuda(device): how["device"] = device      # from meta, too
     if rest and isinstance(rest[0], torch.dtype): how["dtype"] = rest.pop(0)
