@@ -186,17 +186,16 @@ def _autocast(device_type: str, *args: Any, **how: Any) -> Any: return _Autocast
 
 class Generator(torch.Generator):
     "A generator that may say that it is on the card."
-    card = False
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         out = super().__new__(cls, "cpu")
-        out.card = _is_cuda(device)
+        if _is_cuda(device): _State.generators[out._cdata] = out
         return out
 
     @property
     def device(self) -> torch.device:      # type: ignore[override]
         "Where it draws."
-        return CARD if self.card else torch.device("cpu")
+        return CARD if self._cdata in _State.generators else torch.device("cpu")
 
 
 class _State:
@@ -204,6 +203,7 @@ class _State:
     draws: torch.Tensor | None = None      # state of the card's own generator
     graph: Graph | None = None             # that is being captured
     seen: list[str] = []                   # names of operations on the card
+    generators: dict[int, Any] = {}        # those of the card, by what C++ knows them by
     within = False                         # whether a function of tensors on the card is running
 
 
@@ -245,7 +245,7 @@ def _same_device(func: Any, args: Any, operands: list[torch.Tensor]) -> bool:
 
 def _check_generator(generator: Any, target: bool) -> None:
     if generator is None: return
-    if getattr(generator, "card", False) != target:
+    if (generator._cdata in _State.generators) != target:
         raise MixedDevices("a generator of another device than the tensor that it fills")
 
 
@@ -381,7 +381,7 @@ _TORCH: dict[str, Any] = dict(
 @contextmanager
 def cuda() -> Iterator[list[str]]:      # names of the operations that ran on the card, in order
     "Pretend that there is a CUDA device; what would be compiled for it runs as it is written."
-    _State.draws, _State.graph, _State.seen, _State.within = None, None, [], False
+    _State.draws, _State.graph, _State.seen, _State.within, _State.generators = None, None, [], False, {}
     with (
         mock.patch.multiple(torch.cuda, **_CUDA), mock.patch.multiple(torch, **_TORCH),
         mock.patch.multiple(torch.Tensor, to=_to_device, cuda=_cuda),
