@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -45,9 +45,9 @@ class OnCard(torch.Tensor):
     "A tensor on the pretended card."
     elem: torch.Tensor      # the numbers
     __torch_function__ = torch._C._disabled_torch_function_impl      # type: ignore[assignment]
-    device = property(lambda self: CARD)                             # type: ignore[assignment]
-    is_cuda = property(lambda self: True)                            # type: ignore[assignment]
-    is_cpu = property(lambda self: False)                            # type: ignore[assignment]
+    device = property(lambda self: CARD)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor) -> OnCard:
@@ -60,10 +60,11 @@ class OnCard(torch.Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:      # type: ignore[override]
         return carry_out(func, args, kwargs or {})
 
-    def __repr__(self, **how: Any) -> str: return f"OnCard({self.elem!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:      # type: ignore[override]
+        return f"OnCard({self.elem!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnCard:
         if id(self) not in memo:
@@ -187,8 +188,10 @@ def _autocast(device_type: str, *args: Any, **how: Any) -> Any: return _Autocast
 class Generator(torch.Generator):
     "A generator that may say that it is on the card."
 
+    _cdata: int      # by what C++ knows it
+
     def __new__(cls, device: Any = "cpu") -> Generator:
-        out = super().__new__(cls, "cpu")
+        out = super().__new__(cls, "cpu")      # type: ignore[call-arg]
         if _is_cuda(device): _State.generators[out._cdata] = out
         return out
 
@@ -202,8 +205,8 @@ class _State:
     "What goes on at present."
     draws: torch.Tensor | None = None      # state of the card's own generator
     graph: Graph | None = None             # that is being captured
-    seen: list[str] = []                   # names of operations on the card
-    generators: dict[int, Any] = {}        # those of the card, by what C++ knows them by
+    seen: ClassVar[list[str]] = []                   # names of operations on the card
+    generators: ClassVar[dict[int, Any]] = {}        # those of the card, by what C++ knows them by
     within = False                         # whether a function of tensors on the card is running
 
 

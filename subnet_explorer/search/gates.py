@@ -206,7 +206,7 @@ class Gate(Rule, Logits):
         twin, left_out = copy.copy(self), ("space", "_init", "_chosen")
         kept = {k: v for k, v in self.__dict__.items() if k not in left_out}
         twin.__dict__ = {**kept, "_modules": {}}
-        twin.__class__ = unchecked(type(self))
+        twin.__class__ = unchecked(type(self))      # type: ignore[arg-type]
         return twin
 
 # %% ../../nbs/search/00_gates.ipynb #81fd7b5f

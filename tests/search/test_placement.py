@@ -190,7 +190,8 @@ def test_what_is_compiled_is_one_graph_without_breaks(gate, engine, complement, 
             torch.compiler.reset()
             model, tok = load("pocket-bert")
             search = GATES[gate](Space.of(model, "weight", layers=4))
-            how: dict[str, Any] = dict(complement=complement, engine=engine if fast else "plain", lr=.05 if engine == "all" else .005)
+            how: dict[str, Any] = dict(complement=complement, engine=engine if fast else "plain")
+            if engine != "all": how["lr"] = .005
             goal = Cloze(FACTS) + .1 * Density() if engine == "all" else Cloze(FACTS)
             run = find(model, tok, search, goal, **SHORT | how)
             assert not fast or (adam.COMPILED and all(adam.COMPILED.values()))
@@ -200,8 +201,11 @@ def test_what_is_compiled_is_one_graph_without_breaks(gate, engine, complement, 
     plain = train(False)
     assert not graphs
     assert (plain ^ train(True)).count <= 1e-4 * plain.space.size
-    called = {n.target for g in graphs for n in g.graph.nodes if n.op == "call_method"}
-    assert called and not called & {"item", "tolist", "nonzero", "cpu"}
+    calls = [n for g in graphs for n in g.graph.nodes if n.op == "call_method"]
+    read = [n.args[0] for n in calls if n.target in ("item", "tolist", "nonzero", "cpu")]
+    # Python's numbers, such as a gate's settings, are handed over as float64 tensors of the CPU
+    numbers_of_python = [n for n in read if n.op == "placeholder" and n.meta["example_value"].dtype == torch.float64]
+    assert calls and read == numbers_of_python
 
 
 # ── everything else ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -317,6 +321,11 @@ def test_captured_steps_hold_nothing_that_a_graph_forbids_and_replay_what_they_w
         assert (a.mask ^ b.mask).count <= 1e-5 * a.mask.space.size
 
 
+def _waited(x: torch.Tensor) -> torch.Tensor:
+    torch.cuda.synchronize()
+    return x
+
+
 FORBIDDEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "item": lambda x: x * x.sum().item(),
     "list": lambda x: x * x.tolist()[0],
@@ -326,7 +335,7 @@ FORBIDDEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "if": lambda x: x if x.sum() > 0 else -x,
     "new numbers": lambda x: x + torch.tensor([1.0, 2.0], device="cuda"),
     "numbers of the CPU": lambda x: x[torch.tensor([1, 0])],
-    "waiting": lambda x: torch.cuda.synchronize() or x,
+    "waiting": _waited,
 }
 
 
@@ -359,8 +368,10 @@ def test_the_pretended_card_refuses_what_a_card_refuses():
             lambda: x + cpu, lambda: cpu @ x, lambda: cpu.add_(x), lambda: torch.cat([x, cpu]),
             lambda: cpu[x.long()], lambda: torch.nn.functional.embedding(cpu.long(), x[:, None]),
             lambda: x.normal_(generator=torch.Generator()), lambda: torch.where(x > 0, x, cpu),
-        ): pytest.raises(MixedDevices, mixed)
-        for away in (x.numpy, lambda: np.asarray(x)): pytest.raises(TypeError, away)
+        ):
+            with pytest.raises(MixedDevices): mixed()
+        for away in (x.numpy, lambda: np.asarray(x)):
+            with pytest.raises(TypeError): away()
         assert (x + torch.tensor(1.0)).tolist() == [2, 2] and x[torch.tensor([0])].is_cuda
         assert x.cpu().numpy().tolist() == [1, 1] and x.to("cpu").device.type == "cpu"
         torch.cuda.manual_seed(0)
