@@ -4,12 +4,14 @@
 # make test-slow   what takes minutes and is left out of make test
 # make test-real-size   models as large as BERT-base on both sides of every rule about size, with all layers (make test: two recipes with all, rules with two)
 # make test-browser   only what needs Chromium: reports, sites, figures, JupyterLab (part of make test, where there is a Chromium)
+# make gpu    what only a GPU can show, into benchmarks/GPU.md: on a machine with CUDA, by $(PYTHON); it needs no network
+# make gpu-wheels   collect, where there is a network, what make gpu needs besides PyTorch, transformers, pytest, hypothesis
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-real-size test-browser docs pages readme clean export python bench bench-quick
+.PHONY: demo test lint test-slow test-real-size test-browser docs pages readme clean export python bench bench-quick gpu gpu-wheels
 demo: $(STAMP)
 	$(BIN)/subnet-explorer demo
 
@@ -38,6 +40,16 @@ bench: $(STAMP)
 
 bench-quick: $(STAMP)
 	$(BIN)/python benchmarks/run.py --quick
+
+# no .venv is made: the machine's own PyTorch is the one that knows its card
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+GPU_PYTHON ?= 3.12
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: -c constraints.txt -d .wheels \
+		--python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 zstandard conllu plotly
 
 # notebooks -> library
 export: $(STAMP)

@@ -20,8 +20,8 @@ from .layout import no_model
 from .numbers import bounds_said, check_number, has_bounds
 
 # %% auto #0
-__all__ = ['NO', 'Door', 'Model', 'Tokenizer', 'members', 'fitted', 'is_open', 'noun', 'described', 'refusal', 'in_range',
-           'hints_of', 'checked']
+__all__ = ['NO', 'Door', 'Kind', 'Model', 'Tokenizer', 'members', 'fitted', 'is_open', 'noun', 'described', 'refusal', 'in_range',
+           'hints_of', 'checked', 'unchecked']
 
 # %% ../../nbs/core/25_doors.ipynb #a007d18f
 NO = object()
@@ -335,3 +335,14 @@ def _check_method(kind: type, name: str) -> None:
     method = checked(function)
     method.__qualname__ = f"{kind.__qualname__}.{name}"      # also of what it inherits
     setattr(kind, name, type(member)(method) if static else method)
+
+# %% ../../nbs/core/25_doors.ipynb #c9d8fa4f
+Kind = TypeVar("Kind")
+
+
+@cache
+def unchecked(kind: type[Kind]) -> type[Kind]:
+    "A class of the same name whose methods take arguments as they come: for code that is compiled."
+    members = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
+    plain = {name: inspect.unwrap(member) for name, member in members.items() if hasattr(member, "is_door")}
+    return type(kind.__name__, (kind,), plain) if plain else kind

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.doors import checked
+from ..core.doors import checked, unchecked
 from ..core.errors import SubnetError, check_names
 from ..core.mask import Mask
 from ..core.numbers import Bounds, Count, Number, PartShare, Positive, Seed, Share
@@ -202,10 +202,11 @@ class Gate(Rule, Logits):
         return repr({k: v for k, v in self.identity().items() if k not in START})
 
     def bare(self) -> Gate:
-        "Return this gate's rule without its logits."
+        "Return this gate's rule without its logits and without checks, as it is compiled."
         twin, left_out = copy.copy(self), ("space", "_init", "_chosen")
         kept = {k: v for k, v in self.__dict__.items() if k not in left_out}
         twin.__dict__ = {**kept, "_modules": {}}
+        twin.__class__ = unchecked(type(self))      # type: ignore[arg-type]
         return twin
 
 # %% ../../nbs/search/00_gates.ipynb #81fd7b5f
