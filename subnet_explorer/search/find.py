@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -33,7 +32,7 @@ from .engine import MaskOptimizer, engine_state, restore_engine
 from .gates import Gate
 from .loop import SCHEDULES, Learner, Loop, Monitor, Parameters, Plan, Turn, begin, frozen, lr_at
 from .objectives import NOISE, Cloze, Context, Objective, Pass, passes
-from .processes import Processes
+from .processes import REDUCE, Processes, copy_first, is_shared, open_run, state_of_first
 from .reach import warn_if_stuck
 from .team import GateOptimizer, Search, capturable, prompts_of, run_together
 from .together import Weights
@@ -42,8 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['ENGINES', 'find', 'search_of', 'config_of', 'BorrowedWeights', 'check_goal', 'check_search', 'folder_of', 'leased',
-           'open_run', 'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
+__all__ = ['ENGINES', 'find', 'search_of', 'team_of', 'config_of', 'BorrowedWeights', 'check_goal', 'check_search', 'folder_of',
+           'leased', 'open_search', 'optimizer_of', 'GateLearner', 'start', 'close', 'find_all']
 
 # %% ../../nbs/search/09_find.ipynb #496e1ed5
 @given_back
@@ -76,6 +75,7 @@ def find(
     accumulate: Count = 1,               # batches per step of the optimizer
     recompute: bool | None = None,       # compute blocks again in backward; None: where they are large
     processes: Count | None = None,      # how many share every batch; an error if there are others
+    reduce: str = REDUCE[0],             # or "bfloat16": what gradients travel in between processes
     to: str | Path | Store | None = None,      # folder or store; None keeps the run in memory
     labels: Mapping[str, Any] | None = None,   # e.g. {"task": "IsA", "seed": 0}
     cache: dict[Any, Any] | None = None,       # one for several searches with one model: read once
@@ -92,11 +92,16 @@ _Settings = Mapping[str, Any]      # those of `find`, by name
 def search_of(model: PreTrainedModel, tok: Any, gate: Gate, goal: Objective, settings: _Settings) -> Run:
     "`find` with its settings as a dictionary."
     model = unwrap(model)
-    check_search(model, gate, goal, settings)
-    with leased([folder_of(gate, goal, settings)]):
-        run, team = open_run(model, gate, goal, settings)
+    if not is_shared(): check_search(model, gate, goal, settings)
+    team = team_of(model, settings)
+    with team.together(), ExitStack() as held:
+        if team.world > 1: team.agreed(lambda: check_search(model, gate, goal, settings))
+        folder = team.agreed(lambda: _claimed(team, held, gate, goal, settings))
+        run = open_search(team, folder, model, gate, goal, settings)
         if run.done:
             _load_trained(run, goal, settings["along"])
+            modules = _trained(goal, settings["along"]).values()
+            copy_first(team, [t for m in modules for t in m.state_dict().values()])
             return run
         with frozen(model):
             search = start(run, team, model, tok, gate, goal, settings)
@@ -104,13 +109,26 @@ def search_of(model: PreTrainedModel, tok: Any, gate: Gate, goal: Objective, set
             else: search.loop.go()
         return close(search, settings["along"])
 
+
+def team_of(model: PreTrainedModel, s: _Settings) -> Processes:
+    "The processes that share a search with these settings."
+    return Processes(s["processes"], parameter_like(model).device, s["reduce"])
+
+
+def _claimed(team: Processes, held: ExitStack, gate: Gate, goal: Objective, s: _Settings) -> Path | None:
+    "The folder of the run, if it has one; of several processes, the first one holds it."
+    if team.rank: return None
+    folder = folder_of(gate, goal, s)
+    held.enter_context(leased([folder]))
+    return folder
+
 # %% ../../nbs/search/09_find.ipynb #2c14c3aa
 _SAME = (
     "steps", "lr", "schedule", "warmup", "optimizer", "clip", "head_lr", "batch", "seed", "complement",
 )  # fmt: skip
 "Settings that always identify a run, with `every` and `precision`."
 
-_LATER: dict[str, Any] = {"accumulate": 1, "noise": NOISE[0], "snapshots": [], "dropout": False}
+_LATER: dict[str, Any] = {"accumulate": 1, "noise": NOISE[0], "snapshots": [], "dropout": False, "reduce": REDUCE[0]}
 "Settings that came later, with their usual values."
 
 
@@ -164,6 +182,7 @@ _KNOWN: dict[str, Sequence[str]] = {
     "engine": ENGINES,
     "schedule": tuple(SCHEDULES),
     "noise": NOISE,
+    "reduce": REDUCE,
 }
 "Settings that have names, and the names."
 
@@ -206,22 +225,22 @@ def folder_of(gate: Gate, goal: Objective, s: _Settings) -> Path | None:
 
 @contextmanager
 def leased(folders: Sequence[Path | None]) -> Iterator[None]:
-    "Hold the leases of several runs; of several processes that share a search, the first one does."
+    "Hold the leases of several runs."
     with ExitStack() as stack:
-        if os.environ.get("RANK", "0") == "0":
-            for folder in sorted(folder for folder in folders if folder): stack.enter_context(working(folder))
+        for folder in sorted(folder for folder in folders if folder): stack.enter_context(working(folder))
         yield
 
 # %% ../../nbs/search/09_find.ipynb #25f7c652
-def open_run(model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings) -> tuple[Run, Processes]:
+def open_search(
+    team: Processes, folder: Path | None, model: PreTrainedModel, gate: Gate, goal: Objective, s: _Settings,
+) -> Run:
     "Open the run that settings identify; heads and gate go where the model is."
     device = parameter_like(model).device
-    team = Processes(s["processes"], device)
-    run = team.open(folder_of(gate, goal, s), config_of(gate, goal, s), s["labels"])
+    run = open_run(team, folder, config_of(gate, goal, s), s["labels"])
     for m in goal.modules(): m.to(device)
     gate.to(device).reset()
     if s["along"] is not None: s["along"].reset(model)
-    return run, team
+    return run
 
 # %% ../../nbs/search/09_find.ipynb #16966de1
 def optimizer_of(
@@ -289,7 +308,7 @@ def _others(goal: Objective, s: _Settings, rates: Sequence[float], share: Any) -
 
 # %% ../../nbs/search/09_find.ipynb #4c456320
 def start(
-    run: Run, team: Processes,                                           # from `open_run`
+    run: Run, team: Processes,                                           # from `open_search`, `team_of`
     model: PreTrainedModel, tok: Any, gate: Gate, goal: Objective, s: _Settings,
 ) -> Search:  # fmt: skip
     "A search at its beginning, or where it was stopped."
@@ -306,12 +325,12 @@ def start(
     turns = [turn(p) for p in parts]
     loop = Loop(
         run, _plan(run, s, team), turns, learners, gate.logits[0].device,
-        backward=opt.backward, ahead=partial(_look_ahead, context), share=team.share,
+        backward=opt.backward, ahead=partial(_look_ahead, context), share=team.average,
         score=_score(context, gate, s),
         extras=lambda: {"density": gate.harden().density},
         after=partial(_snapshot, run, gate),
     )  # fmt: skip
-    begin(loop, team.state(run))
+    begin(loop, state_of_first(team, run))
     return Search(run, gate, goal, context, opt, loop)
 
 # %% ../../nbs/search/09_find.ipynb #70647d1f
@@ -428,11 +447,12 @@ def find_all(
     runs, searches = [], []
     each = [{**settings, "labels": label} for label in labels or [{}] * len(gates)]
     for gate, goal, mine in zip(gates, goals, each, strict=True): check_search(model, gate, goal, mine)
+    if is_shared(): raise SubnetError(_ONE_PROCESS)
+    team = team_of(model, settings)
     folders = [folder_of(gate, goal, mine) for gate, goal, mine in zip(gates, goals, each, strict=True)]
     with leased(folders), frozen(model):
-        for gate, goal, mine in zip(gates, goals, each, strict=True):
-            run, team = open_run(model, gate, goal, mine)
-            if team.world > 1: raise SubnetError(_ONE_PROCESS)
+        for gate, goal, mine, folder in zip(gates, goals, each, folders, strict=True):
+            run = open_search(team, folder, model, gate, goal, mine)
             runs.append(run)
             if not run.done: searches.append(start(run, team, model, tok, gate, goal, mine))
         if not all(prompts_of(s).sequences.packed for s in searches):
