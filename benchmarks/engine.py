@@ -23,7 +23,7 @@ from subnet_explorer.model.compact import compact
 from subnet_explorer.model.sequences import Sequences
 from subnet_explorer.search.distil import Maintain, Suppress
 from subnet_explorer.search.engine import MaskOptimizer
-from subnet_explorer.search.find import find, open_run, start
+from subnet_explorer.search.find import find, open_search, start, team_of
 from subnet_explorer.search.gates import Concrete, HardConcrete, Threshold
 from subnet_explorer.search.loop import lr_at, one_step
 from subnet_explorer.search.objectives import Density
@@ -206,7 +206,8 @@ def critical(noise: str = "shared", precision: str = "float32") -> Variant:
         own = dict(steps=w.steps, lr=w.lr, schedule="constant", complement=True, noise=noise, precision=precision,
                    every=w.steps, progress=False)
         settings = {**(find.__kwdefaults__ or {}), **own}
-        run, team = open_run(model, gate, goal, settings)
+        team = team_of(model, settings)
+        run = open_search(team, None, model, gate, goal, settings)
         search = start(run, team, model, tok, gate, goal, settings)
         return lambda: torch.tensor(one_step(search.loop))
 

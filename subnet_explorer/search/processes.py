@@ -251,7 +251,7 @@ def _take_result(team: Processes, run: Run) -> None:
     if team.rank == 0: return
     with scratch() as folder:
         for name, content in found.items(): atomic_write(Path(folder, name), content.numpy().tobytes())
-        there = Run.at(Path(folder), {"config": run.config, "labels": run.labels})
+        there = Run.at(Path(folder), {"id": run.id, "config": run.config, "labels": run.labels})
         for name in found:
             step = Path(name).name.partition(".")[0]
             if step.isdigit(): run.snapshot(int(step), Mask.load(Path(folder, name)))
