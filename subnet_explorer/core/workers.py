@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Labels, Outcome
+from .devices import own_device
 from .errors import SubnetError, check_names
 from .files import CannotWrite, machine
 from .lease import TakenOver, holders
@@ -145,8 +146,8 @@ class Answer:
 
 _TURN = threading.RLock()
 _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
-_AT_HAND: dict[str, Callable[[Labels], Outcome[Any]]] = {}
-Codec = tuple[Callable[[Any], bytes], Callable[[bytes], Any]]
+_AT_HAND: dict[tuple[str, str], Callable[[Labels], Outcome[Any]]] = {}
+Codec = tuple[Callable[[Any], bytes], Callable[..., Any]]      # the second takes bytes, and the device of a worker
 
 
 def done_by_worker(job: Job, codec: Codec, number: int, labels: Labels) -> Answer:
@@ -156,7 +157,8 @@ def done_by_worker(job: Job, codec: Codec, number: int, labels: Labels) -> Answe
         token = _INSIDE.set(True)
         try:
             check_worker(job)
-            return Answer(number, who, codec[0](_at_hand(job, codec)(labels)))
+            with own_device(job.device) as card:
+                return Answer(number, who, codec[0](_at_hand(job, codec, card)(labels)))
         except TakenOver: return Answer(number, who, codec[0](Outcome(elsewhere=True)))
         except OF_A_WORKER as why:
             time.sleep(_PAUSE)      # a worker that cannot work must not be the first to take every cell
@@ -168,12 +170,12 @@ def done_by_worker(job: Job, codec: Codec, number: int, labels: Labels) -> Answe
 _PAUSE = 1.0      # seconds
 
 
-def _at_hand(job: Job, codec: Codec) -> Callable[[Labels], Outcome[Any]]:
-    "What the job does, unpacked once."
-    if job.code not in _AT_HAND:
+def _at_hand(job: Job, codec: Codec, card: str) -> Callable[[Labels], Outcome[Any]]:
+    "What the job does, unpacked once for a card."
+    if (job.code, card) not in _AT_HAND:
         _AT_HAND.clear()
-        _AT_HAND[job.code] = codec[1](job.packed)
-    return _AT_HAND[job.code]
+        _AT_HAND[job.code, card] = codec[1](job.packed, card)
+    return _AT_HAND[job.code, card]
 
 
 def _portable(why: Exception) -> Exception:

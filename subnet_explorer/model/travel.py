@@ -15,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['Place', 'weights_code', 'place_of', 'use_device', 'arrived', 'packed', 'unpacked']
+__all__ = ['Place', 'weights_code', 'place_of', 'arrived', 'packed', 'parcel_of', 'unpacked']
 
 # %% ../../nbs/model/10_travel.ipynb #2b827473
 @dataclass(frozen=True)
@@ -115,24 +116,14 @@ _MOST = 2
 _AT_HOME: weakref.WeakValueDictionary[tuple[str, int, Place], Any] = weakref.WeakValueDictionary()
 
 
-@dataclass
-class _Card:
-    "The device that a process uses now for models of other devices than the CPU."
-    name: str | None = None
-
-
-_CARD = _Card()
-
-
-def use_device(name: str | None) -> None:      # name: "cuda:2"; None: as the caller had it
-    "Let models that arrive from now on go to a device."
-    _CARD.name = name
+_CARD: ContextVar[str | None] = ContextVar("card", default=None)
+"Where models go that were not on the CPU."
 
 
 def arrived(place: Place, home: tuple[str, int]) -> PreTrainedModel:      # home: host and process of the sender
     "The model of a place; raise `OtherWeights` where it is another one."
     if (here := _AT_HOME.get((*home, place))) is not None: return here
-    device = (_CARD.name or place.device) if place.device != "cpu" else "cpu"
+    device = "cpu" if place.device == "cpu" else _CARD.get() or place.device
     if (place, device) in _KEPT:
         _KEPT.move_to_end((place, device))
         return _KEPT[place, device]
@@ -182,6 +173,11 @@ def _quietly() -> Iterator[None]:
 # %% ../../nbs/model/10_travel.ipynb #f38229bf
 def packed(thing: Any, folder: str | Path | None = None) -> bytes:      # folder: for models without a name
     "Anything that joblib can send, with models by their places."
+    return parcel_of(thing, folder)[0]
+
+
+def parcel_of(thing: Any, folder: str | Path | None = None) -> tuple[bytes, str]:
+    "The same, and the kind of device that its models are on."
     import cloudpickle
     from transformers import PreTrainedModel
 
@@ -201,10 +197,16 @@ def packed(thing: Any, folder: str | Path | None = None) -> bytes:      # folder
 
     out = io.BytesIO()
     Packer(out).dump(thing)
-    return zlib.compress(out.getvalue(), 3)
+    devices = {place.device for place in places.values() if place is not None} - {"cpu"}
+    return zlib.compress(out.getvalue(), 3), min(devices, default="cpu")
 
 
-def unpacked(parcel: bytes) -> Any:
+def unpacked(
+    parcel: bytes,
+    device: str | None = None,      # for models that were not on the CPU: "cuda:2"; None: as they were
+) -> Any:
     "What was packed by another process of the same user."
     import cloudpickle
-    return cloudpickle.loads(zlib.decompress(parcel))
+    token = _CARD.set(device)
+    try: return cloudpickle.loads(zlib.decompress(parcel))
+    finally: _CARD.reset(token)

@@ -487,12 +487,13 @@ def by_others(
     bench: Bench, what: str, cells: Mapping[int, Labels], do: AtCell[T], jobs: int,
 ) -> Iterator[tuple[int, Outcome[T]]]:
     "Let workers do them; the line of progress tells what has come back."
-    from subnet_explorer.model.travel import packed, unpacked
+    from subnet_explorer.model.travel import packed, parcel_of, unpacked
     folder = None if bench.folder is None else os.path.abspath(bench.folder)
     pack = functools.partial(packed, folder=folder)
     bench.line = line = StudyLine(what, len(cells), bench.progress)
     try:
-        job = Job(pack(do), folder, claim_of(folder))
+        parcel, device = parcel_of(do, folder)
+        job = Job(parcel, folder, claim_of(folder), device)
         with closing(by_workers(job, (pack, unpacked), cells, jobs)) as outcomes:
             for number, outcome in outcomes:
                 arrived(line, cells[number], outcome.wrote)

@@ -24,6 +24,7 @@ from ..data.facts import Facts
 from ..data.texts import Blocks
 from ..model.limits import check_head
 from ..model.sequences import POSITIONS, Prompts, Sequences
+from .processes import sum_of
 
 if TYPE_CHECKING:
     from subnet_explorer.search.gates import Gate
@@ -179,7 +180,7 @@ def _mean(context: Context, losses: Tensor) -> Tensor:
     if context.reading: return context.reading.mean(losses)
     if context.world == 1: return losses.mean()
     count = torch.tensor(0.0 if context.idle else float(losses.numel()), device=losses.device)
-    torch.distributed.all_reduce(count)
+    sum_of(count)
     weight = 0.0 if context.idle else context.world / count
     return losses.sum() * weight
 

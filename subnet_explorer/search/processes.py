@@ -26,7 +26,8 @@ from ..core.run import MASK, Run, differing, load_state
 
 # %% auto #0
 __all__ = ['T', 'PATIENCE', 'REDUCE', 'WrongProcesses', 'is_shared', 'LostProcess', 'lost_text', 'mean_in_halves', 'mean_of',
-           'Processes', 'texts_of_all', 'called', 'from_first', 'spread', 'open_run', 'state_of_first', 'copy_first']
+           'sum_of', 'Processes', 'texts_of_all', 'called', 'from_first', 'spread', 'open_run', 'take_snapshots',
+           'state_of_first', 'copy_first']
 
 # %% ../../nbs/search/08_processes.ipynb #46324741
 _Named = Mapping[str, Any]
@@ -122,8 +123,13 @@ def mean_in_halves(gradient: torch.Tensor, world: int) -> None:
 
 def mean_of(numbers: torch.Tensor, world: int) -> None:
     "The mean of a tensor over all processes, in place."
-    with _talking(): torch.distributed.all_reduce(numbers)
+    sum_of(numbers)
     numbers /= world
+
+
+def sum_of(numbers: torch.Tensor) -> None:
+    "The sum of a tensor over all processes, in place."
+    with _talking(): torch.distributed.all_reduce(numbers)
 
 # %% ../../nbs/search/08_processes.ipynb #b524e1df
 class Processes:
@@ -242,21 +248,30 @@ def _check_alike(asked: _Named, mine: _Named) -> None:
 
 def _take_result(team: Processes, run: Run) -> None:
     "Give all processes the result of the first."
-    files: list[Path] = []
-    if run.folder: files = [p for p in (run.folder / MASK, run.folder / "soft.safetensors") if p.exists()]
-    if run.folder: files += sorted((run.folder / "snapshots").glob("*.mask.safetensors"))
-    contents = {str(p.relative_to(run.folder or ".")): torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8)
-                for p in files}
-    found, rows = spread(team, contents, run.rows)
+    take_snapshots(team, run)
+    files = [run.folder / name for name in (MASK, "soft.safetensors")] if run.folder else []
+    found, rows = spread(team, _contents(files), run.rows)
     if team.rank == 0: return
     with scratch() as folder:
         for name, content in found.items(): atomic_write(Path(folder, name), content.numpy().tobytes())
         there = Run.at(Path(folder), {"id": run.id, "config": run.config, "labels": run.labels})
-        for name in found:
-            step = Path(name).name.partition(".")[0]
-            if step.isdigit(): run.snapshot(int(step), Mask.load(Path(folder, name)))
         run.rewrite(rows)
         run.finish(there.mask, there.soft)
+
+
+def take_snapshots(team: Processes, run: Run) -> None:
+    "Give all processes the masks on the way that the first has."
+    files = sorted((run.folder / "snapshots").glob("*.mask.safetensors")) if run.folder else []
+    found, _ = spread(team, _contents(files), None)
+    if team.rank == 0: return
+    with scratch() as folder:
+        for name, content in found.items():
+            file = atomic_write(Path(folder, name), content.numpy().tobytes())
+            run.snapshot(int(name.partition(".")[0]), Mask.load(file))
+
+
+def _contents(files: Sequence[Path]) -> dict[str, torch.Tensor]:      # by name
+    return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files if p.exists()}
 
 # %% ../../nbs/search/08_processes.ipynb #c47b4233
 def state_of_first(team: Processes, run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -266,6 +281,7 @@ def state_of_first(team: Processes, run: Run) -> tuple[dict[str, torch.Tensor], 
     tensors, info = found or ({}, {})
     tensors, (there, info, rows) = spread(team, tensors, [found is not None, info, run.rows])
     if team.rank: run.rewrite(rows)
+    if there: take_snapshots(team, run)
     return (tensors, info) if there else None
 
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -27,7 +28,7 @@ from subnet_explorer.core import lease as leases, workers
 from subnet_explorer.core.cells import Outcome
 from subnet_explorer.core.errors import SubnetError
 from subnet_explorer.core.workers import Job, NoBackend, OtherWeights, UnseenFolder, by_workers, engine
-from subnet_explorer.model.travel import packed, place_of, unpacked, weights_code
+from subnet_explorer.model.travel import arrived, packed, parcel_of, place_of, unpacked, weights_code
 from subnet_explorer.recipes.lamp import lamp
 from subnet_explorer.recipes.study import Bench, Study, find_recipe, recipe
 
@@ -168,7 +169,6 @@ def test_what_stands_around_a_model_goes_along(tmp_path):
 
 @pytest.mark.parametrize("change", ["train", "freeze", "eager", "half"])
 def test_a_model_arrives_as_it_was(change, tmp_path):
-    from subnet_explorer.model.travel import arrived
     model, _ = load("pocket-bert", dtype=torch.bfloat16 if change == "half" else None)
     if change == "train": model.train()
     if change == "freeze": model.bert.embeddings.requires_grad_(False)
@@ -191,6 +191,21 @@ def test_other_weights_at_a_worker_are_refused(tmp_path):
     named = pytest.raises(OtherWeights, match=r"the worker on .* has other weights here")
     with named, pytest.warns(match="given to others"):
         list(by_workers(Job(parcel), CODEC, {0: {}, 1: {}}, 2))
+
+
+def test_a_cell_has_a_card_of_its_own(monkeypatch):
+    from subnet_explorer.core import devices
+    used: list[str] = []
+    monkeypatch.setattr(workers, "own_device", partial(devices.own_device, cards=lambda: ["GPU-a", "GPU-b"]))
+    job = Job(packed(0), device="cuda")
+    codec = packed, lambda parcel, card: lambda labels: used.append(card) or Outcome(card)
+    answer = workers.done_by_worker(job, codec, 0, {})
+    assert unpacked(answer.packed).value == used[0] == "cuda:0"
+
+
+def test_a_parcel_says_what_its_models_are_on(tmp_path):
+    model, _ = load("pocket-bert")
+    assert parcel_of(model, tmp_path)[1] == "cpu" == parcel_of(3)[1]
 
 
 # ── what may be wrong ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +279,7 @@ def test_one_cell_at_a_time_in_a_process():
         at_once.pop()
         return Outcome(0)
     job = Job(packed(0))
-    workers._AT_HAND[job.code] = look
+    workers._AT_HAND[job.code, "cpu"] = look
     calls = [threading.Thread(target=workers.done_by_worker, args=(job, CODEC, n, {"n": n})) for n in range(6)]
     for call in calls: call.start()
     for call in calls: call.join()
