@@ -168,7 +168,8 @@ def unproven(found: Findings, every: Sequence[str]) -> list[str]:
     "What no GPU has shown yet."
     card = not found.machine.get("card", "none").startswith("none")
     open_tests = [name for name in every if not card or found.tests.get(name) != "passed"]
-    done = {"tests": not open_tests, "benchmark": card and bool(ratios(found.benchmark)), "job": card and bool(found.job)}
+    measured = card and bool(ratios(found.benchmark))
+    done = {"tests": not open_tests, "benchmark": measured, "job": card and bool(found.job)}
     claims = [claim for part, said in CLAIMS.items() if not done[part] for claim in said]
     return [*claims, NOBODY, *(f"`{name}`" for name in open_tests)]
 
@@ -224,7 +225,7 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--rehearse", action="store_true", help="the same steps on the CPU, at sizes of a toy")
     p.add_argument("--list", action="store_true", help="only write the page anew, with the tests that there are now")
     p.add_argument("--to", type=Path, default=None, metavar="PAGE.md", help="instead of GPU.md; needed to rehearse")
-    p.add_argument("--tests", nargs="+", default=None, metavar="ARG", help="arguments of pytest instead of -m gpu tests")
+    p.add_argument("--tests", nargs="+", metavar="ARG", help="arguments of pytest instead of -m gpu tests")
     p.add_argument("--child", default=None, help=argparse.SUPPRESS)
     p.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     return p

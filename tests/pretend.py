@@ -1,4 +1,4 @@
-"""A pretended CUDA device: tensors that say they are on a GPU, keep their numbers on the CPU, and refuse what a GPU refuses.
+"""A pretended CUDA device: tensors that say they are on a GPU, compute on the CPU, and refuse what a GPU refuses.
 
 `with cuda(): model.cuda()` and everything after it is computed for real, by the CPU's kernels. What torch would refuse
 with a card is refused: operands on two devices, a generator of another device than what it fills, `numpy()` without
@@ -60,7 +60,9 @@ class OnCard(torch.Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:      # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None,
+    ) -> Any:
         return carry_out(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:      # type: ignore[override]
@@ -153,7 +155,8 @@ _apply = torch.nn.Module._apply
 def _convert(module: torch.nn.Module, f: Callable[..., torch.Tensor], recurse: bool = True) -> torch.nn.Module:
     "`Module.to` and its like; tied parameters stay tied."
     before = [*module.parameters(), *module.buffers()]
-    if not any(map(on_card, before)) and not any(on_card(f(t.detach())) for t in before): return _apply(module, f, recurse)
+    stays = not any(map(on_card, before)) and not any(on_card(f(t.detach())) for t in before)
+    if stays: return _apply(module, f, recurse)
     known: dict[int, Any] = {id(None): None}
     for m in module.modules():
         for own in (m._parameters, m._buffers):
@@ -374,7 +377,8 @@ _CUDA: dict[str, Any] = dict(
     get_device_capability=lambda *a: (9, 0), mem_get_info=lambda *a: (1 << 36, 1 << 36), empty_cache=lambda: None,
     synchronize=lambda *a: _reads("synchronize"), manual_seed=_seed, manual_seed_all=_seed,
     get_rng_state=_get_state, set_rng_state=_set_state, _lazy_init=lambda: None,
-    Stream=Stream, current_stream=lambda *a: Stream(), stream=lambda s: nullcontext(), CUDAGraph=Graph, graph=_capturing,
+    Stream=Stream, current_stream=lambda *a: Stream(), stream=lambda s: nullcontext(), CUDAGraph=Graph,
+    graph=_capturing,
 )
 _TORCH: dict[str, Any] = dict(
     Generator=Generator, tensor=_new, as_tensor=_as, autocast=_autocast, compile=_as_it_is,

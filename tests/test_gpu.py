@@ -82,7 +82,8 @@ def test_what_a_card_has_shown_is_unproven_no_more(gpu, every):
 
 def test_wheels_stand_in_where_packages_are_missing(gpu, tmp_path, monkeypatch):
     import zipfile
-    with zipfile.ZipFile(tmp_path / "spare-1-py3-none-any.whl", "w") as wheel: wheel.writestr("spare.py", "here = True\n")
+    name = tmp_path / "spare-1-py3-none-any.whl"
+    with zipfile.ZipFile(name, "w") as wheel: wheel.writestr("spare.py", "here = True\n")
     monkeypatch.setattr(gpu, "WHEELS", tmp_path)
     assert str(tmp_path) not in gpu.environment()["PYTHONPATH"]
     monkeypatch.setattr(gpu, "NEEDED", ("spare",))

@@ -1,5 +1,5 @@
-"""Every computation with a model on a GPU, on a pretended card: nothing is made on the wrong device, and the numbers are
-those of the CPU. What is captured as a CUDA graph is checked for what a capture forbids, and replayed as a graph would be.
+"""Every computation with a model on a GPU, on a pretended card: nothing is made on the wrong device, and numbers are
+those of the CPU. What is captured as a CUDA graph is checked for what a capture forbids, and replayed as one would be.
 """
 from __future__ import annotations
 
@@ -245,7 +245,8 @@ def _tuned(model, tok):
 def _flat(scores): return np.concatenate([np.ravel(v) for v in scores.values.values()])
 
 
-def _scored(model, tok): return _flat(importance(model, tok, Cloze(FACTS), Space.of(model, "head+mlp"), batches=2, batch=8))
+def _scored(model, tok):
+    return _flat(importance(model, tok, Cloze(FACTS), Space.of(model, "head+mlp"), batches=2, batch=8))
 
 
 def _attributed(model, tok):
