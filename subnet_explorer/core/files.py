@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,7 +32,7 @@ __all__ = ['WRITE_ADVICE', 'MOST_BYTES', 'CannotWrite', 'system_error', 'reason'
            'kept_at', 'text_of', 'OutsideFolder', 'inside', 'machine', 'passing_name', 'sync_folder', 'make_folder',
            'atomic_write', 'last_written', 'add_line', 'create', 'remove', 'sweep', 'swept', 'is_passing', 'is_alive',
            'clock_of', 'DamagedFile', 'checksum', 'write_json', 'as_json', 'read_json', 'damaged', 'has_checksum',
-           'scratch', 'upload', 'download']
+           'scratch', 'upload', 'upload_folder', 'download']
 
 # %% ../../nbs/core/05_files.ipynb #180a9a15
 class CannotWrite(SubnetError):
@@ -476,15 +476,32 @@ def scratch() -> Iterator[str]:
 # %% ../../nbs/core/05_files.ipynb #1d5f6be8
 def upload(repo: str, files: Mapping[str, bytes | str], private: bool = False) -> str:
     "Upload files by name to a repository of the Hugging Face hub, made if there is none; return the address."
-    from huggingface_hub import HfApi
-    api = HfApi()
-    api.create_repo(repo, private=private, exist_ok=True)
     with scratch() as folder:
         for name, data in files.items(): atomic_write(Path(folder) / name, data)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder))
+        return upload_folder(repo, folder, private)
 
 
-def download(repo: str, name: str, revision: str | None = None) -> Path:
+def upload_folder(
+    repo: str,
+    folder: str | Path,
+    private: bool = False,
+    kind: str = "model",             # or "dataset"
+    version: str | None = None,      # a name by which this version can be asked for
+    gone: Sequence[str] = (),        # patterns of files that are removed there if they are not in the folder
+) -> str:
+    "Upload a folder to a repository of the Hugging Face hub, made if there is none; return the address."
+    from huggingface_hub import HfApi
+    api = HfApi()
+    of_kind: dict[str, Any] = {} if kind == "model" else {"repo_type": kind}
+    more: dict[str, Any] = {"delete_patterns": list(gone)} if gone else {}
+    api.create_repo(repo, private=private, exist_ok=True, **of_kind)
+    address = str(api.upload_folder(repo_id=repo, folder_path=str(folder), **of_kind, **more))
+    if version is not None: api.create_tag(repo, tag=version, **of_kind)
+    return address
+
+
+def download(repo: str, name: str, revision: str | None = None, kind: str = "model") -> Path:
     "Download one file of a repository of the Hugging Face hub, or find it in the cache."
     from huggingface_hub import hf_hub_download
-    return Path(hf_hub_download(repo, name, revision=revision))
+    of_kind: dict[str, Any] = {} if kind == "model" else {"repo_type": kind}
+    return Path(hf_hub_download(repo, name, revision=revision, **of_kind))

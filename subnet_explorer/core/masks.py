@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import and_, or_
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,26 +24,33 @@ from .scores import Scores
 from .space import Group, Space, same_space
 
 # %% auto #0
-__all__ = ['FEW', 'MaskList', 'Masks', 'aligned', 'overlaps', 'shared', 'kept_counts', 'votes', 'majority', 'survival']
+__all__ = ['FEW', 'Entry', 'MaskList', 'Masks', 'aligned', 'overlaps', 'shared', 'kept_counts', 'votes', 'majority', 'survival']
 
 # %% ../../nbs/core/10_masks.ipynb #8999060d
+class Entry(Protocol):
+    "What gives a mask when it is called, as those of an atlas."
+
+    def __call__(self) -> Mask: ...
+
+
 class MaskList:
     "Masks or paths of mask files, each with labels; read on first use."
 
     def __init__(
         self,
-        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels, and mask or path
+        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path | Entry]],    # labels, and mask, path, or what reads
+                                                                                # it
     ) -> None:
         rows = list(rows)
         self.index = pd.DataFrame([dict(labels) for labels, _ in rows])
-        self._items: list[Mask | Path] = [m if isinstance(m, Mask) else Path(m) for _, m in rows]
+        self._items: list[Mask | Path | Entry] = [Path(m) if isinstance(m, str) else m for _, m in rows]
 
     @property
-    def entries(self) -> Sequence[Mask | Path]:
-        "What is there of each mask: itself, or the path of its file until somebody reads it."
+    def entries(self) -> Sequence[Mask | Path | Entry]:
+        "What is there of each mask: itself, or until somebody reads it the path of its file, or what reads it."
         return self._items
 
-    def rows(self) -> list[tuple[dict[str, Any], Mask | Path]]:
+    def rows(self) -> list[tuple[dict[str, Any], Mask | Path | Entry]]:
         "Labels and entries, as they were given; nothing is read."
         records = self.index.to_dict("records")
         found = [{k: v for k, v in labels.items() if not pd.isna(v)} for labels in records]
@@ -54,7 +61,7 @@ class MaskList:
     def __getitem__(self, i: int) -> Mask:
         entry = self._items[i]
         if isinstance(entry, Mask): return entry
-        self._items[i] = mask = load_mask(entry)
+        self._items[i] = mask = load_mask(entry) if isinstance(entry, Path) else entry()
         return mask
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Mask]]:
@@ -109,6 +116,17 @@ class Masks(MaskList):
     def survival(self) -> Scores:
         "Share of masks that keep each coordinate."
         return survival(self)
+
+    def push_to_hub(self, repo: str, private: bool = False, **how: Any) -> str:
+        "Upload the masks as an atlas (see `save_atlas`); return the address."
+        from subnet_explorer.core.atlas import push_atlas
+        return push_atlas(self, repo, private, **how)
+
+    @staticmethod
+    def from_hub(repo: str, revision: str | None = None, **labels: Any) -> Masks:
+        "The masks of an atlas on the hub that have these labels, each downloaded when it is used."
+        from subnet_explorer.core.atlas import read_atlas
+        return read_atlas(repo, revision, **labels)
 
     def _repr_html_(self) -> str:
         return Html("<b>{} masks</b>{}").format(len(self), table_html(self.table(), 3, index=False))

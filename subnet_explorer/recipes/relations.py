@@ -17,7 +17,7 @@ from ..core.doors import checked
 from ..core.errors import SubnetError, check_names
 from ..core.folders import kept_runs
 from ..core.mask import Mask
-from ..core.masks import Masks
+from ..core.masks import Entry, Masks
 from ..core.numbers import Count, Natural, Seed
 from ..core.run import CONFIG, MASK, Run
 from ..core.scores import Scores
@@ -56,7 +56,7 @@ class RelationMasks(Masks):
 
     def __init__(
         self,
-        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path]],    # labels and mask
+        rows: Iterable[tuple[Mapping[str, Any], Mask | str | Path | Entry]],    # labels and mask
         soft: Mapping[_Place, Scores] | None = None,                    # by relation and seed
         starts: Mapping[_Place, str] | None = None,                     # hashes of initial gates
         steps: Mapping[_Place, int] | None = None,                      # of searches
@@ -105,7 +105,7 @@ def relation_masks(
     return source
 
 
-def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path]]:
+def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path | Entry]]:
     "Labels and mask files of the finished runs in a folder, seeds as numbers in their order."
     runs = kept_runs(folder)
     done = [run for run in runs if run.done and run.folder]
@@ -116,7 +116,7 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Mask | Path]]:
                                           row[0].get("seed", 0)))
 
 
-def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Run]]) -> RelationMasks:
+def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Entry | Run]]) -> RelationMasks:
     "Relation masks from runs, or from masks and mask files, of which those in the folder of a run tell more."
     found, soft, starts, steps = [], {}, {}, {}
     for labels, entry in rows:
@@ -129,7 +129,7 @@ def relation_runs(rows: Iterable[tuple[Mapping[str, Any], Mask | Path | Run]]) -
     return RelationMasks(found, soft, starts, steps)
 
 
-def _run_of(entry: Mask | Path | Run) -> Run | None:
+def _run_of(entry: Mask | Path | Entry | Run) -> Run | None:
     if isinstance(entry, Run): return entry
     is_run = isinstance(entry, Path) and entry.name == MASK and (entry.parent / CONFIG).exists()
     return Run.open(entry.parent) if is_run and isinstance(entry, Path) else None

@@ -24,7 +24,7 @@ from ..core.files import CannotWrite, DamagedFile, OutsideFolder, file_name
 from ..core.folders import given_back, tidy_leases
 from ..core.lease import Held, TakenOver
 from ..core.mask import Mask
-from ..core.masks import Masks
+from ..core.masks import Entry, Masks
 from ..core.pairs import Pairs
 from ..core.run import OtherRun
 from ..look import curves
@@ -101,7 +101,7 @@ Labels = Mapping[str, Any]
 class Part:
     "What a sweep keeps of the study of one combination."
     labels: Labels
-    masks: Sequence[tuple[Labels, Mask | Path]] = field(repr=False)
+    masks: Sequence[tuple[Labels, Mask | Path | Entry]] = field(repr=False)
     tables: Mapping[str, pd.DataFrame] = field(repr=False)
     summary: pd.DataFrame = field(repr=False)       # its index as columns
     pairs: Pairs | None = field(repr=False)
@@ -129,11 +129,11 @@ def part_of(study: Study, labels: Labels) -> Part:
                 study.model_name, study.notes, study.departures)
 
 
-def kept_masks(study: Study) -> list[tuple[Labels, Mask | Path]]:
+def kept_masks(study: Study) -> list[tuple[Labels, Mask | Path | Entry]]:
     "The masks of a study with their labels: by their files, where these hold the same bits."
     names = list(study.masks.index.columns)
     files = study.mask_files(*names) if names else {}
-    found: list[tuple[Labels, Mask | Path]] = []
+    found: list[tuple[Labels, Mask | Path | Entry]] = []
     for labels, mask in study.masks.rows():
         file = files.get(tuple(labels.get(name) for name in names))
         same = file is not None and isinstance(mask, Mask) and Mask.load(file).id == mask.id
