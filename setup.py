@@ -9,6 +9,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 c = ini["DEFAULT"]
 lib, world, papers = c["lib_path"], f"{c['lib_path']}.pocket_world", f"{c['lib_path']}.paper_files"
+atlas = f"{lib}.atlas_files"
 
 setup(
     name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
@@ -16,9 +17,9 @@ setup(
     project_urls={"Documentation": c["doc_host"] + c["doc_baseurl"]},
     python_requires=">=" + c["min_python"],
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research", "Typing :: Typed"],
-    packages=[*find_packages(include=[lib, lib + ".*"]), world, papers],
-    package_dir={world: "data/pocket", papers: "data/papers"},
-    package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"], papers: ["*.yaml"]},
+    packages=[*find_packages(include=[lib, lib + ".*"]), world, papers, atlas],
+    package_dir={world: "data/pocket", papers: "data/papers", atlas: "data/atlas"},
+    package_data={lib: ["static/*", "py.typed"], world: ["*", "*/*"], papers: ["*.yaml"], atlas: ["*", "*/*"]},
     install_requires=shlex.split(c["requirements"]),
     extras_require={
         extra: shlex.split(c[f"{extra}_requirements"]) for extra in ("parallel", "lora", "kge", "onnx", "dask", "ray", "dev")

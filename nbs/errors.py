@@ -202,6 +202,10 @@ place = place_of(load('pocket-bert')[0])
 arrived(replace(place, code='0' * 16), ('another machine', 1))
 """,
     "WorkersLost": None,        # takes six workers
+    "BadAtlas": """
+from subnet_explorer import read_atlas
+read_atlas('runs/atlas')
+""",
     "LostProcess": None,        # takes two processes, one of which is killed
     "OtherRun": """
 from subnet_explorer import Run

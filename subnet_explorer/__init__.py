@@ -15,6 +15,7 @@ _HOMES = {
     "core.mask": ("Mask",),
     "core.scores": ("Scores",),
     "core.masks": ("Masks",),
+    "core.atlas": ("read_atlas", "save_atlas"),
     "core.run": ("Run",),
     "core.store": ("Store",),
     "data.facts": ("Fact", "Facts", "read_facts", "split", "answerable"),
@@ -115,6 +116,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import recipes as recipes
+    from .core.atlas import read_atlas as read_atlas, save_atlas as save_atlas
     from .core.errors import SpaceMismatch as SpaceMismatch, SubnetError as SubnetError
     from .core.mask import Mask as Mask
     from .core.masks import Masks as Masks

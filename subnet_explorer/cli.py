@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from subnet_explorer.recipes.study import Study
 
 # %% auto #0
-__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'NEEDED', 'DEMO', 'INSTEAD', 'COMMANDS', 'PLACES', 'USAGE', 'RUN_USAGE',
-           'CLOSED_PIPE', 'Answer', 'show', 'report', 'agreement', 'without_nan', 'compact', 'papers', 'doctor',
-           'ordered', 'planned', 'answered', 'about', 'help_text', 'command_parser', 'completion', 'started', 'main']
+__all__ = ['AGREED', 'Q_TESTS', 'HEADINGS', 'ACTIONS', 'NEEDED', 'DEMO', 'INSTEAD', 'COMMANDS', 'PLACES', 'USAGE', 'RUN_USAGE',
+           'CLOSED_PIPE', 'Answer', 'show', 'report', 'agreement', 'without_nan', 'compact', 'atlas', 'papers',
+           'doctor', 'ordered', 'planned', 'answered', 'about', 'help_text', 'command_parser', 'completion', 'started',
+           'main']
 
 # %% ../nbs/20_cli.ipynb #f7459036
 @dataclass(frozen=True)
@@ -263,6 +264,41 @@ def _rule(keep: str | None) -> str | float | None:
         raise SubnetError(f"cannot read the rule {keep!r}: give any, all, or the least share of weights that must be "
                           "kept, e.g. 0.5.") from None
 
+# %% ../nbs/20_cli.ipynb #c5d757d7
+ACTIONS = ("build", "show", "verify")
+
+
+def atlas(
+    action: str,                    # build, show or verify
+    folder: str,                    # studies, at any depth; to show and verify: a folder, .zip file, repository, or pocket
+    out: str | None = None,         # of build: a folder, or a file that ends in .zip
+    only: Sequence[str] = (),       # masks with this label, e.g. task=IsA
+    title: str = "Subnetworks",     # of the card
+    licence: str = "",              # of the masks, as the hub calls it: cc-by-4.0
+    tables: bool = True,            # also build the tables of the studies in
+) -> Answer:
+    "Hand masks on: build an atlas of them, show what is in one, or verify every file of it."
+    from subnet_explorer.core.atlas import masks_of_studies, read_atlas, save_atlas, study_tables, verified
+    check_names([action], ACTIONS, "action of atlas")
+    if action == "verify":
+        wrong = verified(folder)
+        return Answer({"atlas": folder, "wrong": wrong}, "\n".join(wrong or ["nothing is wrong."]), int(bool(wrong)))
+    masks = masks_of_studies(folder) if action == "build" else read_atlas(folder)
+    for text in only: masks = _only(masks, text)
+    if action == "show": return _shown_atlas(folder, masks)
+    if out is None: raise SubnetError("atlas build wants a place: --out masks.zip, or a folder.")
+    found = study_tables(folder) if tables else {}
+    place = save_atlas(masks, out, title=title, licence=licence, tables=found)
+    said = f"{len(masks)} masks and {len(found)} tables are in {place}."
+    return Answer({"atlas": str(place), "masks": len(masks), "tables": list(found)}, said)
+
+
+def _shown_atlas(name: str, masks: Masks) -> Answer:
+    "What is in an atlas, without fetching a mask."
+    index = masks.index.astype(object).where(masks.index.notna(), None)
+    text = f"{masks!r}\n\n{index.to_string(index=False, na_rep='–', max_rows=40)}"
+    return Answer({"atlas": name, "masks": index.to_dict("records")}, text)
+
 # %% ../nbs/20_cli.ipynb #1f3fb672
 def papers(
     paper: str | None = None,      # the name of one file, which is printed
@@ -376,10 +412,11 @@ def answered(study: Study, order: Order) -> Answer:
 
 # %% ../nbs/20_cli.ipynb #8de4ef7f
 COMMANDS: dict[str, Callable[..., Answer]] = {
-    "agreement": agreement, "compact": compact, "papers": papers, "report": report, "show": show, "doctor": doctor,
+    "agreement": agreement, "atlas": atlas, "compact": compact, "papers": papers, "report": report, "show": show,
+    "doctor": doctor,
 }
 "Commands that are no recipes."
-PLACES = ("path", "folder", "paper")
+PLACES = ("path", "action", "folder", "paper")
 "Parameters that a shell knows by their place."
 
 

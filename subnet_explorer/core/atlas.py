@@ -21,7 +21,7 @@ import pandas as pd
 
 from .doors import checked
 from .errors import SubnetError
-from .escape import as_plain, markdown_text, visible, yaml_text
+from .escape import as_plain, csv_text, markdown_text, visible, yaml_text
 from .files import atomic_write, download, no_such, read_json, reading, scratch, upload_folder
 from .folders import STUDY, kept_masks
 from .mask import Mask
@@ -31,8 +31,9 @@ from .run import check_empty
 from .traces import traces, without_traces
 
 # %% auto #0
-__all__ = ['INDEX', 'CARD', 'OWN', 'BadAtlas', 'index_row', 'index_table', 'save_atlas', 'atlas_files', 'atlas_card', 'Shelf',
-           'AtlasMask', 'read_atlas', 'bundled_atlas', 'atlas_tables', 'masks_of_studies', 'push_atlas', 'verified']
+__all__ = ['INDEX', 'CARD', 'OWN', 'MOST_OF_TABLE', 'BadAtlas', 'index_row', 'index_table', 'save_atlas', 'atlas_files',
+           'atlas_card', 'Shelf', 'AtlasMask', 'read_atlas', 'bundled_atlas', 'atlas_tables', 'masks_of_studies',
+           'study_tables', 'push_atlas', 'verified']
 
 # %% ../../nbs/core/35_atlas.ipynb #fd82fda4
 class BadAtlas(SubnetError):
@@ -113,9 +114,13 @@ def atlas_files(
         written.add(rows[-1]["mask_file"])
         yield rows[-1]["mask_file"], data
     for name, table in tables.items():
-        yield f"tables/{_plain_name(name)}.csv", table.to_csv(index=False).encode()
-    card = atlas_card(rows, summaries, without_traces(title), licence)
-    if told := traces([card, rows]): raise BadAtlas(f"the atlas would tell of this machine: {'; '.join(told[:3])}.")
+        if told := traces(table.astype(str).to_dict("list")):
+            raise BadAtlas(f"the table {name} would tell of this machine: {'; '.join(told[:3])}.")
+        yield f"tables/{_plain_name(name)}.csv", csv_text(table).encode()
+    title = without_traces(title)
+    card = atlas_card(rows, summaries, title, licence)
+    said = [title, licence, *(json.loads(row["mask_labels"]) for row in rows), *(row["mask_method"] for row in rows)]
+    if told := traces(said): raise BadAtlas(f"the atlas would tell of this machine: {'; '.join(told[:3])}.")
     yield CARD, card.encode()
     out = io.BytesIO()
     index_table(rows).to_parquet(out, index=False)
@@ -363,6 +368,20 @@ def masks_of_studies(folder: str | Path) -> Masks:
         more = {"recipe": name, **({"study": place.relative_to(folder).as_posix()} if several else {})}
         with suppress(SubnetError): rows += [({**more, **labels}, entry) for labels, entry in kept_masks(place).rows()]
     return Masks(rows) if rows else kept_masks(folder)
+
+
+MOST_OF_TABLE = 200_000
+"Bytes of the largest table that goes along."
+
+
+def study_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    "The small tables of all studies below a folder, by study and name."
+    found = {}
+    for place in sorted(file.parent for file in Path(folder).rglob(STUDY)):
+        for file in sorted(place.glob("*.csv")):
+            name = "-".join([*place.relative_to(folder).parts, file.stem])
+            if file.stat().st_size <= MOST_OF_TABLE: found[name] = pd.read_csv(file)
+    return found
 
 
 @checked
