@@ -24,7 +24,7 @@ STUDIES = {
              "--granularity neuron,head --seeds 0,1 --steps 150 --lr 0.1 --baselines mlp",
     "tamt": "--model pocket-bert --text pocket --densities 0.3 --methods omp,mlm --steps 150 --no-embeddings "
             "--seeds 0,1",
-    "tickets": "--model pocket-bert --tasks pocket:entails,pocket:similar --seeds 0,1,2 --no-supers --epochs 4 "
+    "tickets": "--model pocket-bert --tasks pocket:entails pocket:similar --seeds 0,1,2 --no-supers --epochs 4 "
                "--lr 1e-3",
 }
 SIZE = 30_000
