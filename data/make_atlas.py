@@ -18,13 +18,13 @@ ATLAS = Path(__file__).resolve().parent / "atlas"
 STUDIES = {
     "lamp": "--model pocket-bert --facts pocket --relations IsA,PartOf,MadeOf,UsedFor,Desires,Causes --seeds 0,1 "
             "--steps 150 --batch 16 --random 2",
-    "critical": "--model pocket-gpt2 --target pocket --about bird --control pocket --text pocket --layers 3-4 "
-                "--seeds 0,1 --steps 150 --random 1",
+    "critical": "--model pocket-gpt2 --target pocket --about bird --control pocket --text pocket "
+                "--seeds 0,1 --random 1",
     "probe": "--model pocket-bert --task pos --train pocket --dev pocket --limit-train 60 --limit-dev 60 "
              "--granularity neuron,head --seeds 0,1 --steps 150 --lr 0.1 --baselines mlp",
     "tamt": "--model pocket-bert --text pocket --densities 0.3 --methods omp,mlm --steps 150 --no-embeddings "
             "--seeds 0,1",
-    "tickets": "--model pocket-bert --tasks pocket:entails pocket:similar --seeds 0,1,2 --no-supers --epochs 4 "
+    "tickets": "--model pocket-bert --tasks pocket:entails pocket:similar --seeds 0,1 --no-supers --epochs 4 "
                "--lr 1e-3",
 }
 SIZE = 30_000

@@ -214,7 +214,7 @@ def _places_text(
     "Mean density of the masks of one space, a line a layer."
     mine = [table for row, table in zip(rows, places, strict=True)
             if (row["mask_kind"], row["mask_model"], row["mask_weights"]) == space]
-    mean = pd.concat(mine).groupby(["layer", "role"], sort=False).density.mean().unstack(sort=False)
+    mean = pd.concat(mine).groupby(["layer", "role"], sort=False).density.mean().unstack(sort=False).sort_index()
     shades = mean.map(_shade)
     lines = [f"{space[0]} of {markdown_text(space[1])} (weights {space[2][:6]}…), mean of {len(mine)}:", "",
              "| layer | " + " | ".join(map(markdown_text, shades.columns)) + " |", "|---" * (shades.shape[1] + 1) + "|"]
