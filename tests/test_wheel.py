@@ -25,6 +25,8 @@ gate = Threshold(Space.of(model, "weight", layers="top-half"))
 run = find(model, tok, gate, Cloze(read_facts("pocket", "MadeOf")), steps=5, progress=False)
 assert run.done and .4 < run.mask.density < .6
 load("pocket-gpt2")
+from subnet_explorer.core.atlas import bundled_atlas, read_atlas
+assert bundled_atlas().is_relative_to(inside) and read_atlas("pocket", recipe="lamp")[0].count
 from subnet_explorer.recipes.papers import paper_file, paper_files
 assert len(paper_files()) > 10 and paper_file("papers:lamp-table2").is_relative_to(inside)
 from subnet_explorer.measure.maps import generate
@@ -72,7 +74,10 @@ def test_the_wheel_is_complete_and_works_alone(tmp_path):
     assert {f"{lib}/py.typed", f"{lib}/__init__.py", f"{lib}/cli.py"} <= own <= names
     assert {f"{lib}/{folder}/__init__.py" for folder in FOLDERS} <= own
     assert any(n.startswith(f"{lib}/static/") for n in own)
-    rest = {n for n in names - own - world - papers if ".dist-info/" not in n}
+    bundled = source / "data/atlas"
+    atlas = {f"{lib}/atlas_files/{p.relative_to(bundled)}" for p in bundled.rglob("*") if p.is_file()}
+    assert f"{lib}/atlas_files/index.parquet" in atlas <= names
+    rest = {n for n in names - own - world - papers - atlas if ".dist-info/" not in n}
     assert not rest, f"more than was asked for: {sorted(rest)[:10]}"
     foreign = {"tests", "nbs", "benchmarks", "__pycache__"}
     assert not [n for n in names if n.endswith(".ipynb") or foreign & set(n.split("/"))]
