@@ -270,7 +270,7 @@ ACTIONS = ("build", "show", "verify")
 
 def atlas(
     action: str,                    # build, show or verify
-    folder: str,                    # studies, at any depth; to show and verify: a folder, .zip file, repository, or pocket
+    folder: str,                    # studies, at any depth; to show or verify: an atlas, or pocket
     out: str | None = None,         # of build: a folder, or a file that ends in .zip
     only: Sequence[str] = (),       # masks with this label, e.g. task=IsA
     title: str = "Subnetworks",     # of the card

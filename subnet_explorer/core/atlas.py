@@ -22,7 +22,7 @@ import pandas as pd
 from .doors import checked
 from .errors import SubnetError
 from .escape import as_plain, csv_text, markdown_text, visible, yaml_text
-from .files import atomic_write, download, no_such, read_json, reading, scratch, upload_folder
+from .files import atomic_write, download, no_such, read_json, reading
 from .folders import STUDY, kept_masks
 from .mask import Mask
 from .maskfile import MaskFileError, mask_bytes, read_mask
@@ -33,7 +33,7 @@ from .traces import traces, without_traces
 # %% auto #0
 __all__ = ['INDEX', 'CARD', 'OWN', 'MOST_OF_TABLE', 'BadAtlas', 'index_row', 'index_table', 'save_atlas', 'atlas_files',
            'atlas_card', 'Shelf', 'AtlasMask', 'read_atlas', 'bundled_atlas', 'atlas_tables', 'masks_of_studies',
-           'study_tables', 'push_atlas', 'verified']
+           'study_tables', 'verified']
 
 # %% ../../nbs/core/35_atlas.ipynb #fd82fda4
 class BadAtlas(SubnetError):
@@ -44,7 +44,8 @@ class BadAtlas(SubnetError):
     """
 
 
-INDEX, CARD = "index.parquet", "README.md"
+INDEX = "index.parquet"
+CARD = "README.md"
 OWN = ("labels", "id", "kind", "model", "weights", "density", "kept", "size", "method", "file", "bytes", "sha256")
 "What is known of a mask; its column begins with `mask_`."
 _FILE = re.compile(r"masks/[0-9a-f]{16}\.mask\.safetensors")
@@ -99,7 +100,7 @@ def save_atlas(
     for name, data in files: atomic_write(path / name, data)
     return path
 
-
+# %% ../../nbs/core/35_atlas.ipynb #18becff8
 def atlas_files(
     masks: Masks, title: str, licence: str, tables: Mapping[str, pd.DataFrame],
 ) -> Iterator[tuple[str, bytes]]:
@@ -259,7 +260,7 @@ class _Zip:
             if name not in opened.namelist(): raise BadAtlas(f"there is no {name} in {self.file}.")
             with opened.open(name) as member: return _few(member, most, f"{self.file}/{name}")
 
-
+# %% ../../nbs/core/35_atlas.ipynb #b3ab2e16
 @dataclass(frozen=True)
 class _Hub:
     repo: str
@@ -314,7 +315,7 @@ def read_atlas(
     found = Masks(rows)
     return found.sel(**labels) if labels else found
 
-
+# %% ../../nbs/core/35_atlas.ipynb #d223f048
 def _shelf(source: str | Path, revision: str | None) -> Shelf:
     "Where an atlas lies."
     if str(source) == "pocket": return _Folder(bundled_atlas())
@@ -382,20 +383,6 @@ def study_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
             name = "-".join([*place.relative_to(folder).parts, file.stem])
             if file.stat().st_size <= MOST_OF_TABLE: found[name] = pd.read_csv(file)
     return found
-
-
-@checked
-def push_atlas(
-    masks: Masks,
-    repo: str,                     # USER/NAME
-    private: bool = False,
-    version: str | None = None,    # a name for this version, for `revision`
-    **how: Any,                    # title, licence, tables: see `save_atlas`
-) -> str:
-    "Upload masks as an atlas to a data set of the Hugging Face hub; return the address."
-    with scratch() as folder:
-        save_atlas(masks, Path(folder, "atlas"), **how)
-        return upload_folder(repo, Path(folder, "atlas"), private, "dataset", version, gone=["masks/*", "tables/*"])
 
 # %% ../../nbs/core/35_atlas.ipynb #ec635766
 def verified(source: str | Path, revision: str | None = None) -> list[str]:      # empty: nothing is wrong

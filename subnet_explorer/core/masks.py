@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from importlib import import_module
 from operator import and_, or_
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +19,15 @@ import pandas as pd
 from .doors import checked
 from .errors import SubnetError, check_names
 from .escape import Html, table_html, visible
+from .files import scratch, upload_folder
 from .mask import Mask, load_mask
 from .numbers import SomeShare
 from .scores import Scores
 from .space import Group, Space, same_space
 
 # %% auto #0
-__all__ = ['FEW', 'Entry', 'MaskList', 'Masks', 'aligned', 'overlaps', 'shared', 'kept_counts', 'votes', 'majority', 'survival']
+__all__ = ['FEW', 'Entry', 'MaskList', 'Masks', 'top', 'push_atlas', 'aligned', 'overlaps', 'shared', 'kept_counts', 'votes',
+           'majority', 'survival']
 
 # %% ../../nbs/core/10_masks.ipynb #8999060d
 class Entry(Protocol):
@@ -66,6 +69,10 @@ class MaskList:
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Mask]]:
         return ((labels, self[i]) for i, labels in enumerate(self.index.to_dict("records")))
+
+    def push_to_hub(self, repo: str, private: bool = False, version: str | None = None, **how: Any) -> str:
+        "Upload the masks as an atlas, title, licence and tables as `save_atlas` takes them; return the address."
+        return push_atlas(self, repo, private, version, **how)
 
     def __or__(self, other: MaskList) -> Masks: return Masks([*self.rows(), *other.rows()])
 
@@ -117,21 +124,27 @@ class Masks(MaskList):
         "Share of masks that keep each coordinate."
         return survival(self)
 
-    def push_to_hub(self, repo: str, private: bool = False, **how: Any) -> str:
-        "Upload the masks as an atlas (see `save_atlas`); return the address."
-        from subnet_explorer.core.atlas import push_atlas
-        return push_atlas(self, repo, private, **how)
-
     @staticmethod
     def from_hub(repo: str, revision: str | None = None, **labels: Any) -> Masks:
         "The masks of an atlas on the hub that have these labels, each downloaded when it is used."
-        from subnet_explorer.core.atlas import read_atlas
-        return read_atlas(repo, revision, **labels)
+        return top().read_atlas(repo, revision, **labels)
 
     def _repr_html_(self) -> str:
         return Html("<b>{} masks</b>{}").format(len(self), table_html(self.table(), 3, index=False))
 
 # %% ../../nbs/core/10_masks.ipynb #f68a13d9
+def top() -> Any:
+    "The package itself, of which a name is read when it is used."
+    return import_module("subnet_explorer")
+
+
+def push_atlas(masks: MaskList, repo: str, private: bool, version: str | None, **how: Any) -> str:
+    "Upload masks as an atlas to a data set of the Hugging Face hub; return the address."
+    with scratch() as folder:
+        place = top().save_atlas(masks, Path(folder, "atlas"), **how)
+        return upload_folder(repo, place, private, "dataset", version, gone=["masks/*", "tables/*"])
+
+
 def _chosen(index: pd.DataFrame, labels: Mapping[str, Any]) -> np.ndarray:      # bool (row,)
     "Rows whose labels have the given values."
     check_names(labels, index.columns, "label")

@@ -32,8 +32,8 @@ _AT_HOME = re.compile(r"(?i)(?:.*[\\/])?(?:home|users|documents and settings)[\\
 def _last(path: str) -> str:
     "The last part of a path; nothing of a home folder itself."
     parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "file:")]
-    if not parts or _AT_HOME.fullmatch(path) or re.fullmatch(r"~.*|[A-Za-z]:", parts[-1]): return "\N{HORIZONTAL ELLIPSIS}"
-    return parts[-1]
+    nothing = not parts or _AT_HOME.fullmatch(path) or re.fullmatch(r"~.*|[A-Za-z]:", parts[-1])
+    return "\N{HORIZONTAL ELLIPSIS}" if nothing else parts[-1]
 
 # %% ../../nbs/core/34_traces.ipynb #96212e01
 ANYBODY = {"root", "user", "users", "home", "admin", "ubuntu", "debian", "runner", "jovyan", "guest", "test", "node",

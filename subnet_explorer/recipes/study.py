@@ -38,7 +38,6 @@ from ..core.escape import Html, csv_text, table_html, visible
 from ..core.files import DamagedFile, atomic_write, inside, scratch, write_json
 from ..core.folders import cached_table, given_back, open_study, table_file, tidy_study
 from ..core.lease import join
-from ..core.mask import Mask
 from ..core.masks import Masks
 from ..core.pairs import Pairs
 from ..core.power import detectable
@@ -122,8 +121,7 @@ class _Own:
     @functools.cached_property
     def ids(self) -> set[str]:
         "Of masks that were read, or never had a file."
-        return {(entry if isinstance(entry, Mask) else entry()).id for entry in self.masks
-                if not isinstance(entry, Path)}
+        return {(entry() if callable(entry) else entry).id for entry in self.masks if not isinstance(entry, Path)}
 
     def among(self, runs: Sequence[Run]) -> Run:
         "The run of a study among those with the same labels, which other settings may have left in the folder."

@@ -122,7 +122,8 @@ def test_only_what_is_asked_for_is_downloaded(hub):
 
 
 def test_a_repository_that_is_not_there_is_named(hub):
-    with pytest.raises(BadAtlas, match=r"cannot get index.parquet of anna/none .* Mask.from_hub"): Masks.from_hub("anna/none")
+    named = pytest.raises(BadAtlas, match=r"cannot get index.parquet of anna/none .* Mask.from_hub")
+    with named: Masks.from_hub("anna/none")
 
 
 # ── nothing of the machine ───────────────────────────────────────────────────────────────────────────────────────────
@@ -189,7 +190,8 @@ def test_damaged_masks_are_named(place):
     files[1].write_bytes(files[1].read_bytes() + b"more")
     files[2].unlink()
     wrong = verified(place)
-    assert len(wrong) == 3 and sum("longer than" in w for w in wrong) == 1 and sum("there is no" in w for w in wrong) == 1
+    assert len(wrong) == 3
+    assert sum("longer than" in w for w in wrong) == 1 and sum("there is no" in w for w in wrong) == 1
 
 
 def test_masks_that_were_exchanged_are_named(place):
@@ -222,7 +224,8 @@ def test_what_is_nothing(tmp_path):
         with pytest.raises(BadAtlas): read_atlas(source)
     with pytest.raises(SubnetError, match="holds no atlas"): save_atlas(some(), tmp_path / "thesis")
     with pytest.raises(SubnetError, match="would hide"): save_atlas(some([{"mask_id": 1}]), tmp_path / "x")
-    with pytest.raises(SubnetError, match="did you mean IsA"): read_atlas(save_atlas(some(), tmp_path / "m"), task="Isa")
+    place = save_atlas(some(), tmp_path / "m")
+    with pytest.raises(SubnetError, match="did you mean IsA"): read_atlas(place, task="Isa")
 
 
 def test_text_of_data_is_text_in_the_card(tmp_path):
