@@ -211,7 +211,7 @@ def test_sums_in_bfloat16_halve_the_bytes_and_all_agree(whole, tmp_path):
     assert all(np.array_equal(b[k], c[k]) for k in b)
     masks = [Mask.load(folder / "node0" / "run" / "mask.safetensors") for folder in (whole, tmp_path)]
     moved = np.abs(np.concatenate([(a[k] - b[k]).ravel() for k in a]))
-    assert moved.max() <= 2 * 8 * .01 and np.quantile(moved, .99) < .01
+    assert moved.max() <= 2 * 8 * .01 and np.quantile(moved, .99) < .05      # of at most .16
     assert (masks[0] ^ masks[1]).count < .01 * masks[0].space.size
     config = json.loads((tmp_path / "node0" / "run" / "config.json").read_text())["config"]
     assert config["reduce"] == "bfloat16"
